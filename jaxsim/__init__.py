@@ -1,0 +1,1 @@
+"""Batched simulation of LLM serving systems."""

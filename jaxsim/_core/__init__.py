@@ -1,0 +1,1 @@
+"""Ground floor: errors and small helpers that everything above may use."""

@@ -1,0 +1,1 @@
+"""Seconds of an iteration: the interface and its implementations."""

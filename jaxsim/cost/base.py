@@ -1,0 +1,68 @@
+"""What one iteration costs: the interface between the engine and every cost model.
+
+The engine describes an iteration by `BatchStats`, which it maintains in O(1), and asks two questions: how long
+does this iteration take, and, if nothing but context growth changes, how do the following ones go on. A cost
+model must be affine in the decode context between the edges it reports, so that a run of iterations has a
+closed-form duration (DecodePace).
+"""
+
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+UNBOUNDED = 1 << 30
+"""Iterations a pace holds for when no edge lies ahead."""
+
+
+class BatchStats(eqx.Module):
+    """One iteration of one executor.
+
+    num_decode: sequences that decode one token each.
+    decode_context: KV tokens read by them, the new one included, summed.
+    num_prefill: prompt chunks; prefill_tokens: their new tokens; prefill_context: the KV tokens each ends with
+    (history + chunk), summed; prefill_pairs: sum of (history + chunk)^2 - history^2, which is twice the causal
+    query-key pairs less the tokens.
+    num_sampled: sequences that emit a token when the iteration ends.
+    """
+
+    num_decode: Int[Array, ""]
+    decode_context: Int[Array, ""]
+    num_prefill: Int[Array, ""]
+    prefill_tokens: Int[Array, ""]
+    prefill_context: Int[Array, ""]
+    prefill_pairs: Float[Array, ""]
+    num_sampled: Int[Array, ""]
+
+    @classmethod
+    def of(cls, num_decode=0, decode_context=0, num_prefill=0, prefill_tokens=0, prefill_context=0,
+           prefill_pairs=0.0, num_sampled=None) -> "BatchStats":
+        """From plain numbers; `num_sampled` defaults to every sequence in the batch."""
+        num_sampled = num_decode + num_prefill if num_sampled is None else num_sampled
+        ints = (num_decode, decode_context, num_prefill, prefill_tokens, prefill_context)
+        return cls(*(jnp.asarray(x, jnp.int32) for x in ints), jnp.asarray(prefill_pairs, jnp.float32),
+                   jnp.asarray(num_sampled, jnp.int32))
+
+
+class DecodePace(eqx.Module):
+    """A run of decode iterations over one unchanging batch: iteration j takes `first_s + j * growth_s`.
+
+    Holds for j < `horizon`, which may fall short of the true edge but never past it, and is at least 1.
+    """
+
+    first_s: Float[Array, ""]
+    growth_s: Float[Array, ""]
+    horizon: Int[Array, ""]
+
+
+class AbstractIterationCost(eqx.Module):
+    """Seconds of an iteration. Implementations hold only arrays, made before the loop."""
+
+    @abc.abstractmethod
+    def iteration(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds of one iteration of any composition."""
+
+    @abc.abstractmethod
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> DecodePace:
+        """Pace of decode-only iterations; `context` is the first iteration's `decode_context`."""

@@ -1,0 +1,75 @@
+"""The loop: one `while` over a batched step, and the dense pass that keeps counters and clocks small."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsim.engine.step import Params, next_arrival_time, step
+from jaxsim.kernels import clock, packed
+from jaxsim.spec.dims import Dims
+from jaxsim.state import world as w
+from jaxsim.state.requests import Requests
+from jaxsim.state.world import World
+
+STEPS_BETWEEN_REBASES = 256
+"""Steps between dense passes. Few enough for the packed iteration counters, many enough to cost nothing."""
+
+REBASE_COUNTER = 1 << 12
+"""A batch's iteration counter is wound back once it passes this."""
+
+
+def is_live(requests: Requests, world: World):
+    """Whether a scenario has anything left to simulate."""
+    return (world.num_finished < requests.count) & (world.fault == 0)
+
+
+def rebase(dims: Dims, requests: Requests, world: World) -> World:
+    """Move the epoch to the next event and wind back iteration counters, without changing any result."""
+    template, clock_template = w.row_templates(dims)
+    counts = packed.from_row(template, world.counts.T)
+    times = packed.from_row(clock_template, world.clocks.T)
+    # Iteration counters: by whole blocks, so that residues stay what they are.
+    batch = counts.batch
+    turns = jnp.where(batch.counter >= REBASE_COUNTER, (batch.counter >> dims.block_bits) << dims.block_bits, 0)
+    batch = replace(batch, counter=batch.counter - turns, offsets=batch.offsets + turns * batch.count,
+                    joining_offsets=batch.joining_offsets + turns * batch.joining)
+    is_used = world.slot_keys != packed.EMPTY
+    keys = jnp.where(is_used, world.slot_keys - (turns << dims.slot_bits)[:, None], packed.EMPTY)
+    entries = world.slot_entries.at[:, :, 1].add(turns[:, None])
+    # Clocks: so that the earliest wake-up or arrival lies in the first epoch.
+    arrival, _ = next_arrival_time(world, requests)
+    ahead = jnp.minimum(arrival.hi, jnp.min(world.wake.hi))
+    epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
+    back = -epochs * clock.EPOCH_S
+    times = replace(times, start=clock.shift(times.start, jnp.broadcast_to(back, times.start.hi.shape)))
+    wake = clock.shift(world.wake, jnp.broadcast_to(back, world.wake.hi.shape))
+    return replace(
+        world, counts=jnp.stack(jax.tree.leaves(replace(counts, batch=batch)), axis=1),
+        clocks=jnp.stack(jax.tree.leaves(times), axis=1), slot_keys=keys, slot_entries=entries,
+        epoch=world.epoch + epochs.astype(jnp.int32), wake=wake, is_frozen=jnp.int32(0))
+
+
+@partial(jax.jit, static_argnums=0)
+def run(dims: Dims, params: Params, requests: Requests) -> World:
+    """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
+    count = requests.count.shape[0]
+    world = jax.vmap(lambda _: w.initial_world(dims))(jnp.arange(count))
+    batched_step = jax.vmap(partial(step, dims))
+
+    def inner_continues(carry):
+        i, world = carry
+        return (i < STEPS_BETWEEN_REBASES) & jnp.any(is_live(requests, world) & (world.is_frozen == 0))
+
+    def inner(carry):
+        i, world = carry
+        return i + 1, batched_step(params, requests, world)
+
+    def outer(world):
+        world = jax.vmap(partial(rebase, dims))(requests, world)
+        return lax.while_loop(inner_continues, inner, (jnp.int32(0), world))[1]
+
+    return lax.while_loop(lambda world: jnp.any(is_live(requests, world)), outer, world)
+

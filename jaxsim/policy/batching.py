@@ -1,0 +1,83 @@
+"""Iteration-level schedulers as one parametric rule: flags choose the engine imitated, numbers are swept.
+
+The flags are structure (another value is another program), the numbers are leaves (another value is free). What
+each flag does, in the order of a scheduling pass, is stated in docs/design.md; named combinations are the files of
+`scenarios/presets`.
+"""
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int
+
+PHASE_MIXES = ("unified", "prefill_first")
+RESERVES = ("none", "prompt", "max_tokens", "max_model_len", "expected")
+BLOCK_RULES = ("crossing", "always")
+VICTIMS = ("last_admitted", "lowest_priority", "fewest_outputs")
+ORDERS = ("fcfs", "priority")
+ADMITS = ("any_time", "when_empty")
+
+
+class Batching(eqx.Module):
+    """Flags and limits of an iteration-level scheduler.
+
+    Flags (static):
+        phase_mix: `unified`, one batch of decodes and prompt chunks; `prefill_first`, prompts alone whenever one
+            can be admitted, else decodes alone.
+        chunked_prefill: a prompt may be split over iterations to fit the token budget.
+        reserve: KV blocks taken at admission: those of the tokens computed now (`none`), of the whole prompt, of
+            prompt + max_tokens, of max_model_len, or of the prompt against an expected-growth reserve.
+        decode_needs_free_block: a decode step takes a block only when `crossing` into a new one, or wants a free
+            block `always`, as vLLM V0 does.
+        victim: who is preempted when blocks run short.
+        waiting_blocked_after_preempt: nothing is admitted in a pass that preempted.
+        order: the waiting queue is first come first served, or by (priority, arrival).
+        admit: requests join at `any_time`, or only `when_empty` (static batching).
+        async_scheduling: a pass sees only requests that waited when the previous iteration started.
+        kv_accounting: blocks are tracked at all.
+        has_context_limit: decodes beyond `decode_context_limit` tokens of context wait their turn.
+
+    Numbers: max_num_seqs, max_num_batched_tokens, max_model_len, num_blocks, watermark_blocks;
+        decode_context_limit (tokens); ratio_start, ratio_floor, ratio_decay, reserve_clip_tokens and
+        retract_free_tokens belong to `reserve="expected"`.
+
+    Source: the schedulers named in docs/schedulers.md.
+    """
+
+    max_num_seqs: Int[Array, ""]
+    max_num_batched_tokens: Int[Array, ""]
+    max_model_len: Int[Array, ""]
+    num_blocks: Int[Array, ""]
+    watermark_blocks: Int[Array, ""]
+    decode_context_limit: Int[Array, ""]
+    ratio_start: Float[Array, ""]
+    ratio_floor: Float[Array, ""]
+    ratio_decay: Float[Array, ""]
+    reserve_clip_tokens: Int[Array, ""]
+    retract_free_tokens: Int[Array, ""]
+
+    phase_mix: str = eqx.field(static=True, default="unified")
+    chunked_prefill: bool = eqx.field(static=True, default=True)
+    reserve: str = eqx.field(static=True, default="none")
+    decode_needs_free_block: str = eqx.field(static=True, default="crossing")
+    victim: str = eqx.field(static=True, default="last_admitted")
+    waiting_blocked_after_preempt: bool = eqx.field(static=True, default=True)
+    order: str = eqx.field(static=True, default="fcfs")
+    admit: str = eqx.field(static=True, default="any_time")
+    async_scheduling: bool = eqx.field(static=True, default=False)
+    kv_accounting: bool = eqx.field(static=True, default=True)
+    has_context_limit: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),
+                              ("decode_needs_free_block", BLOCK_RULES), ("order", ORDERS), ("admit", ADMITS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: not one of {', '.join(allowed)}")
+
+    @property
+    def is_unified(self) -> bool:
+        """Decodes and prompt chunks share an iteration."""
+        return self.phase_mix == "unified"
+
+    @property
+    def grows(self) -> bool:
+        """Running sequences take blocks as they decode (nothing but this can make blocks run short)."""
+        return self.kv_accounting and self.reserve in ("none", "prompt", "expected")

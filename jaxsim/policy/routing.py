@@ -1,0 +1,124 @@
+"""Routers: which instance gets an arriving request.
+
+A router sees a `View` of the cluster and the request's own two uniforms, never true output lengths. It computes
+O(instances) in a step.
+"""
+
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class View(eqx.Module):
+    """What a router may see when a request arrives.
+
+    outstanding: waiting and running requests of each instance; waiting: those waiting; used_blocks and num_blocks:
+    the KV pool, present only for routers with `reads_kv`; num_routed: requests routed before; uniforms: the
+    request's own random numbers.
+    """
+
+    outstanding: Int[Array, " instances"]
+    waiting: Int[Array, " instances"] | None
+    used_blocks: Int[Array, " instances"] | None
+    num_blocks: Int[Array, ""]
+    num_routed: Int[Array, ""]
+    uniforms: Float[Array, " 2"]
+
+
+class AbstractRouting(eqx.Module):
+    """Chooses an instance. `reads_kv` and `reads_waiting` say which optional parts of the view it wants."""
+
+    reads_kv = False
+    reads_waiting = False
+
+    @abc.abstractmethod
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Index of the instance."""
+
+
+def _draw(uniform: Float[Array, ""], count: int) -> Int[Array, ""]:
+    return jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
+
+
+class RoundRobin(AbstractRouting):
+    """Instances in turn: the number of requests routed before, modulo the instances."""
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Next in turn."""
+        return view.num_routed % view.outstanding.shape[0]
+
+
+class Random(AbstractRouting):
+    """Uniform over instances."""
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Drawn from the request's first uniform."""
+        return _draw(view.uniforms[0], view.outstanding.shape[0])
+
+
+class LeastOutstanding(AbstractRouting):
+    """Fewest waiting and running requests; ties to the lowest index."""
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Argmin of outstanding requests."""
+        return jnp.argmin(view.outstanding).astype(jnp.int32)
+
+
+class PowerOfTwo(AbstractRouting):
+    """Two distinct instances at random, the less loaded of them; ties to the first drawn.
+
+    Source: SGLang's `power_of_two` router; Mitzenmacher's two choices.
+    """
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """The better of two draws."""
+        count = view.outstanding.shape[0]
+        if count == 1:
+            return jnp.int32(0)
+        first = _draw(view.uniforms[0], count)
+        second = _draw(view.uniforms[1], count - 1)
+        second = second + (second >= first)
+        return jnp.where(view.outstanding[second] < view.outstanding[first], second, first)
+
+
+class LeastKV(AbstractRouting):
+    """Fewest KV blocks in use at the instant of arrival; ties to the lowest index."""
+
+    reads_kv = True
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Argmin of used blocks."""
+        return jnp.argmin(view.used_blocks).astype(jnp.int32)
+
+
+class Score(AbstractRouting):
+    """Lowest weighted load, the parametric score that covers most published routers.
+
+    score = load_weight * outstanding / mean(outstanding) + queue_weight * waiting + kv_weight * used share. A
+    prefix-match term joins with prefix caching. Where the spread of outstanding requests exceeds both gates
+    (`max - min > balance_abs` and `max > balance_rel * min`), the shortest queue wins instead.
+
+    Source: SGLang's cache-aware router (the gates), the vLLM production stack's load-aware router and llm-d's
+    weighted scorers (the terms).
+    """
+
+    load_weight: Float[Array, ""]
+    queue_weight: Float[Array, ""]
+    kv_weight: Float[Array, ""]
+    balance_abs: Float[Array, ""]
+    balance_rel: Float[Array, ""]
+    reads_kv = True
+    reads_waiting = True
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Argmin of the score; ties to the lowest index."""
+        load = view.outstanding.astype(jnp.float32)
+        mean = jnp.sum(view.outstanding).astype(jnp.float32) / load.shape[0]
+        score = (self.load_weight * load / jnp.maximum(mean, 1.0)
+                 + self.queue_weight * view.waiting
+                 + self.kv_weight * view.used_blocks / jnp.maximum(view.num_blocks, 1))
+        most, least = jnp.max(load), jnp.min(load)
+        is_unbalanced = (most - least > self.balance_abs) & (most > self.balance_rel * least)
+        return jnp.argmin(jnp.where(is_unbalanced, load, score)).astype(jnp.int32)

@@ -1,0 +1,89 @@
+"""The engine section of a scenario: vLLM's flag names, and the scheduler flags a preset may be bent by."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=1, le=1 << 30)]
+Degree = Annotated[int, Meta(ge=1, le=1024)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Text = Annotated[str, Meta(min_length=1)]
+
+PhaseMix = Literal["unified", "prefill_first"]
+Reserve = Literal["none", "prompt", "max_tokens", "max_model_len", "expected"]
+BlockRule = Literal["crossing", "always"]
+Victim = Literal["last_admitted", "lowest_priority", "fewest_outputs"]
+Order = Literal["fcfs", "priority"]
+Admit = Literal["any_time", "when_empty"]
+BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """One serving engine, as its command line describes it. A field left out is what the preset says.
+
+    vLLM's names:
+        preset: scheduler imitated: a name from `jaxsim list policies`, with or without @version, or the path of
+            a preset file (.toml).
+        max_num_seqs: sequences running at once.
+        max_num_batched_tokens: token budget of one iteration.
+        max_model_len: limit of prompt + output, tokens.
+        block_size: tokens of a KV block.
+        gpu_memory_utilization: share of device memory the engine may fill.
+        num_gpu_blocks_override: KV blocks, instead of what memory gives.
+        tensor_parallel_size: devices that share each layer.
+        pipeline_parallel_size: pipeline stages (only 1 yet).
+        data_parallel_size: data-parallel ranks (only 1 yet; cluster.replicas gives independent engines).
+        enable_expert_parallel: whole experts are spread over the devices, instead of a slice of each.
+        enable_chunked_prefill: a prompt may be split over iterations.
+        scheduling_policy: order of the waiting queue.
+        async_scheduling: the next iteration is scheduled while this one runs.
+        watermark: share of the KV blocks that admissions leave free.
+        enable_prefix_caching: must be false: not there yet.
+        dtype: weights and activations, the same as model.dtype.
+        kv_cache_dtype: KV cache, the same as model.kv_dtype.
+        enforce_eager: no CUDA graphs, so that every launch is paid by the host.
+
+    Flags of the scheduler itself (docs/schedulers.md):
+        phase_mix: decodes and prompt chunks share an iteration, or prompts go first and alone.
+        reserve: KV blocks a request takes when it is admitted.
+        decode_needs_free_block: a decode wants a free block only when crossing into one, or always.
+        victim: who is preempted when blocks run short.
+        waiting_blocked_after_preempt: nothing is admitted in a pass that preempted.
+        admit: requests join at any time, or only an empty engine.
+        kv_accounting: false where KV memory is no limit at all.
+        decode_context_limit: context tokens that one decode iteration may hold.
+        schedule_conservativeness: scales the expected-growth reserve (SGLang's flag).
+
+    Known gaps: prefix caching, pipeline and data parallelism inside an engine are refused.
+    """
+
+    preset: Text = "vllm-v1"
+    max_num_seqs: Annotated[int, Meta(ge=1, le=65536)] | None = None
+    max_num_batched_tokens: Count | None = None
+    max_model_len: Count | None = None
+    block_size: BlockSize | None = None
+    gpu_memory_utilization: Share | None = None
+    num_gpu_blocks_override: Count | None = None
+    tensor_parallel_size: Degree = 1
+    pipeline_parallel_size: Degree = 1
+    data_parallel_size: Degree = 1
+    enable_expert_parallel: bool = False
+    enable_chunked_prefill: bool | None = None
+    scheduling_policy: Order | None = None
+    async_scheduling: bool | None = None
+    watermark: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    enable_prefix_caching: bool = False
+    dtype: Text | None = None
+    kv_cache_dtype: Text | None = None
+    enforce_eager: bool = False
+
+    phase_mix: PhaseMix | None = None
+    reserve: Reserve | None = None
+    decode_needs_free_block: BlockRule | None = None
+    victim: Victim | None = None
+    waiting_blocked_after_preempt: bool | None = None
+    admit: Admit | None = None
+    kv_accounting: bool | None = None
+    decode_context_limit: Count | None = None
+    schedule_conservativeness: Annotated[float, Meta(gt=0, le=10)] | None = None

@@ -1,0 +1,297 @@
+"""Named schedulers: one TOML file each under `scenarios/presets`, resolved against what the user wrote.
+
+A preset says which engine and version it imitates, what it leaves out, where it is valid, and which of its cells
+nobody has confirmed. Adding a scheduler is adding a file: names are found by looking.
+"""
+
+import functools
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from jaxsim._core.errors import InputError, suggest
+from jaxsim.spec.engine import Admit, BlockRule, BlockSize, EngineConfig, Order, PhaseMix, Reserve, Victim
+
+NO_TOKEN_LIMIT = 1 << 30
+"""A token budget that never binds."""
+
+GIB = 1 << 30
+
+
+class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The structure of a scheduler, as `jaxsim.policy.batching.Batching` reads it."""
+
+    phase_mix: PhaseMix
+    chunked_prefill: bool
+    reserve: Reserve
+    decode_needs_free_block: BlockRule
+    victim: Victim
+    waiting_blocked_after_preempt: bool
+    order: Order
+    admit: Admit
+    async_scheduling: bool
+    kv_accounting: bool
+    decode_context_limit: Annotated[int, Meta(ge=1)] | None = None
+
+
+class Numbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The engine's own defaults. `at_least_max_model_len`: the token budget grows to the model's limit."""
+
+    max_num_seqs: Annotated[int, Meta(ge=1)]
+    max_num_batched_tokens: Annotated[int, Meta(ge=1)]
+    block_size: BlockSize
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)]
+    watermark: Annotated[float, Meta(ge=0, lt=1)]
+    at_least_max_model_len: bool = False
+
+
+class DeviceNumbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Defaults of some devices only: by memory, in GiB, and not by names that contain one of `except_names`."""
+
+    min_memory_gib: float = 0.0
+    max_memory_gib: float = float("inf")
+    except_names: tuple[str, ...] = ()
+    max_num_seqs: Annotated[int, Meta(ge=1)] | None = None
+    max_num_batched_tokens: Annotated[int, Meta(ge=1)] | None = None
+
+    def applies(self, device_name: str, memory_bytes: float) -> bool:
+        """Whether the device is one of these. An unknown device (no memory given) never is."""
+        return (memory_bytes > 0 and self.min_memory_gib * GIB <= memory_bytes < self.max_memory_gib * GIB
+                and not any(name in device_name.casefold() for name in self.except_names))
+
+
+class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Parameters of `reserve = "expected"`: SGLang's ratio of outputs it reserves for, and its retraction."""
+
+    ratio_start: Annotated[float, Meta(gt=0, le=1)] = 0.7
+    ratio_floor_factor: Annotated[float, Meta(gt=0, le=1)] = 0.14
+    ratio_decay_steps: Annotated[int, Meta(ge=1)] = 600
+    reserve_clip_tokens: Annotated[int, Meta(ge=1)] = 4096
+    retract_free_tokens: Annotated[int, Meta(ge=1)] = 20
+
+
+class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One file of `scenarios/presets`. `unconfirmed` names flags or numbers without a confirmed source."""
+
+    name: str
+    engine: str
+    version: str
+    source: str
+    validity: str
+    leaves_out: tuple[str, ...]
+    flags: Flags
+    numbers: Numbers
+    aliases: tuple[str, ...] = ()
+    unconfirmed: tuple[str, ...] = ()
+    expected: Expected = Expected()
+    device_numbers: tuple[DeviceNumbers, ...] = ()
+
+
+class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
+    """A scheduler with every flag and number decided: what `Batching` is made from, less the memory's blocks.
+
+    Tokens are tokens, `watermark` is a share of the blocks. `ratio_decay` is a step of the ratio a decode
+    iteration. `max_model_len` is None where neither the user nor the caller knew one.
+    """
+
+    preset: str
+    phase_mix: str
+    chunked_prefill: bool
+    reserve: str
+    decode_needs_free_block: str
+    victim: str
+    waiting_blocked_after_preempt: bool
+    order: str
+    admit: str
+    async_scheduling: bool
+    kv_accounting: bool
+    decode_context_limit: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int | None
+    block_size: int
+    gpu_memory_utilization: float
+    watermark: float
+    ratio_start: float
+    ratio_floor: float
+    ratio_decay: float
+    reserve_clip_tokens: int
+    retract_free_tokens: int
+
+    def watermark_blocks(self, num_blocks: int) -> int:
+        """Blocks that admissions leave free, truncated as the engines do (so none below 1/watermark blocks)."""
+        return int(self.watermark * num_blocks)
+
+
+def _decode(text: str, where: str) -> Preset:
+    try:
+        preset = msgspec.convert(tomllib.loads(text), Preset)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError("engine.preset", where, f"malformed TOML: {error}", "correct that line") from None
+    except msgspec.ValidationError as error:
+        raise InputError("engine.preset", where, f"not a preset file: {error}".replace("`", ""),
+                         "compare with the files of scenarios/presets") from None
+    cells = {*Flags.__struct_fields__, *Numbers.__struct_fields__, *Expected.__struct_fields__}
+    for cell in preset.unconfirmed:
+        if cell not in cells:
+            raise InputError("engine.preset", where, f"unconfirmed names {cell!r}, which is no cell",
+                             suggest(cell, cells))
+    return preset
+
+
+@functools.cache
+def all_presets() -> tuple[Preset, ...]:
+    """Every shipped preset, by name."""
+    folder = resources.files("jaxsim.scenarios").joinpath("presets")
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return tuple(sorted((_decode(f.read_text(encoding="utf-8"), f.name) for f in files), key=lambda p: p.name))
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names and aliases that `engine.preset` accepts."""
+    return tuple(sorted(name for p in all_presets() for name in (p.name, *p.aliases)))
+
+
+def load_preset(name: str) -> Preset:
+    """The preset of that name, alias or file (.toml). Raises `InputError` with the nearest names."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError("engine.preset", name, "no such file", "give the path of a preset file, or a name")
+        return _decode(path.read_text(encoding="utf-8"), name)
+    for preset in all_presets():
+        if name == preset.name or name in preset.aliases:
+            return preset
+    raise InputError("engine.preset", name, "no such scheduler", suggest(name, preset_names()))
+
+
+def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float = 0.0,
+            max_model_len: int | None = None) -> Scheduler:
+    """The engine section with the preset's defaults filled in.
+
+    device_name, memory_bytes: of one device, for engines whose defaults depend on it; unknown devices get the
+    small-device defaults. max_model_len: the model's own limit, used where the user gives none.
+
+    Raises `InputError` for combinations the engine itself refuses or nobody simulates.
+    """
+    preset = load_preset(engine.preset)
+    flags, numbers, expected = preset.flags, preset.numbers, preset.expected
+    defaults = {name: getattr(numbers, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
+    for row in preset.device_numbers:
+        if row.applies(device_name, memory_bytes):
+            defaults |= {name: getattr(row, name) for name in defaults if getattr(row, name) is not None}
+
+    def pick(value, default):
+        return default if value is None else value
+
+    max_model_len = pick(engine.max_model_len, max_model_len)
+    if numbers.at_least_max_model_len and max_model_len is not None:
+        defaults["max_num_batched_tokens"] = max(defaults["max_num_batched_tokens"], max_model_len)
+    max_num_seqs = pick(engine.max_num_seqs, defaults["max_num_seqs"])
+    max_num_batched_tokens = pick(engine.max_num_batched_tokens, defaults["max_num_batched_tokens"])
+    phase_mix = pick(engine.phase_mix, flags.phase_mix)
+    order = pick(engine.scheduling_policy, flags.order)
+    reserve = pick(engine.reserve, flags.reserve)
+    # vLLM's PRIORITY policy is both an order of the queue and a choice of victim.
+    usual_victim = "lowest_priority" if order == "priority" and flags.victim == "last_admitted" else flags.victim
+    if engine.reserve is not None and engine.reserve != "expected" and usual_victim == "fewest_outputs":
+        usual_victim = "last_admitted"
+    if reserve == "expected":
+        usual_victim = "fewest_outputs"
+    victim = pick(engine.victim, usual_victim)
+
+    if phase_mix == "unified" and max_num_batched_tokens < max_num_seqs:
+        # Decodes alone could overrun the budget; the engine refuses two explicit values and bends a default.
+        if engine.max_num_seqs is not None and engine.max_num_batched_tokens is not None:
+            raise InputError("engine.max_num_seqs", max_num_seqs,
+                             f"larger than max_num_batched_tokens ({max_num_batched_tokens}), so decodes alone could"
+                             " exceed the token budget", f"use at most {max_num_batched_tokens}, or raise"
+                             " engine.max_num_batched_tokens")
+        if engine.max_num_seqs is None:
+            max_num_seqs = max_num_batched_tokens
+        else:
+            max_num_batched_tokens = max_num_seqs
+    if (victim == "fewest_outputs") != (reserve == "expected"):
+        raise InputError("engine.victim", victim, f"does not go with reserve = {reserve!r}",
+                         "victim 'fewest_outputs' and reserve 'expected' belong together")
+    if victim == "lowest_priority" and order != "priority":
+        raise InputError("engine.victim", victim, f"does not go with scheduling_policy = {order!r}",
+                         "set engine.scheduling_policy = 'priority'")
+    if reserve == "expected" and order == "priority":
+        raise InputError("engine.scheduling_policy", order, "is not simulated with reserve = 'expected'",
+                         "use 'fcfs', or another preset")
+    if engine.schedule_conservativeness is not None and reserve != "expected":
+        raise InputError("engine.schedule_conservativeness", engine.schedule_conservativeness,
+                         f"has no effect with reserve = {reserve!r}", "leave it out, or use the preset 'sglang'")
+    kv_accounting = pick(engine.kv_accounting, flags.kv_accounting)
+    context_limit = pick(engine.decode_context_limit, flags.decode_context_limit)
+    if context_limit is not None and kv_accounting:
+        raise InputError("engine.decode_context_limit", context_limit, "is only simulated without KV accounting",
+                         "set engine.kv_accounting = false, or use the preset 'distserve-sim-vllm'")
+    ratio_start = min(expected.ratio_start * pick(engine.schedule_conservativeness, 1.0), 1.0)
+    ratio_floor = ratio_start * expected.ratio_floor_factor
+    return Scheduler(
+        preset=preset.name, phase_mix=phase_mix, order=order, reserve=reserve, victim=victim,
+        chunked_prefill=pick(engine.enable_chunked_prefill, flags.chunked_prefill),
+        decode_needs_free_block=pick(engine.decode_needs_free_block, flags.decode_needs_free_block),
+        waiting_blocked_after_preempt=pick(engine.waiting_blocked_after_preempt, flags.waiting_blocked_after_preempt),
+        admit=pick(engine.admit, flags.admit),
+        async_scheduling=pick(engine.async_scheduling, flags.async_scheduling),
+        kv_accounting=kv_accounting, decode_context_limit=context_limit,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
+        block_size=pick(engine.block_size, numbers.block_size),
+        gpu_memory_utilization=pick(engine.gpu_memory_utilization, numbers.gpu_memory_utilization),
+        watermark=pick(engine.watermark, numbers.watermark),
+        ratio_start=ratio_start, ratio_floor=ratio_floor,
+        ratio_decay=(ratio_start - ratio_floor) / expected.ratio_decay_steps,
+        reserve_clip_tokens=expected.reserve_clip_tokens, retract_free_tokens=expected.retract_free_tokens)
+
+
+def _cell(preset: Preset, group: msgspec.Struct, name: str) -> str:
+    value = getattr(group, name)
+    if name == "max_num_batched_tokens" and value == NO_TOKEN_LIMIT:
+        text = "no limit"
+    elif name == "max_num_batched_tokens" and preset.numbers.at_least_max_model_len:
+        text = f"max({value}, max_model_len)"
+    elif value is None:
+        text = "-"
+    else:
+        text = {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    rows = [r for r in preset.device_numbers if getattr(r, name, None) is not None]
+    for row in rows:
+        low, high = row.min_memory_gib, row.max_memory_gib
+        where = f"from {low:g} GiB" if high == float("inf") else f"below {high:g} GiB"
+        where += "".join(f", not {n.upper()}" for n in row.except_names)
+        text += f"; {getattr(row, name)} {where}"
+    return text + (" **?**" if name in preset.unconfirmed else "")
+
+
+def markdown() -> str:
+    """The page `docs/schedulers.md`: every flag and number by preset, cells nobody confirmed marked."""
+    presets = all_presets()
+    lines = [
+        "# Schedulers", "",
+        "One parametric scheduler, and the flags and default numbers that make it imitate each engine. Made from",
+        "`scenarios/presets/*.toml` by `jaxsim list policies --markdown`; a cell marked **?** is not confirmed by a",
+        "source. Any cell can be overridden in the `[engine]` section of a scenario.", "",
+        "| flag | " + " | ".join(f"`{p.name}`" for p in presets) + " |",
+        "|---|" + "---|" * len(presets)]
+    for group in ("flags", "numbers"):
+        for name in getattr(presets[0], group).__struct_fields__:
+            if name != "at_least_max_model_len":
+                cells = (_cell(p, getattr(p, group), name) for p in presets)
+                lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    for name in Expected.__struct_fields__:
+        cells = (_cell(p, p.expected, name) if p.flags.reserve == "expected" else "-" for p in presets)
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    lines += ["", "Priority order (`scheduling_policy = \"priority\"`) changes both `order` and, where the victim is the last"
+              " admitted, `victim`.", ""]
+    for p in presets:
+        also = f" (also `{'`, `'.join(p.aliases)}`)" if p.aliases else ""
+        lines += [f"## {p.name}{also}", "", f"Imitates {p.engine}, {p.version}.", "", f"Valid for: {p.validity}", "",
+                  "Leaves out:", "", *(f"* {x}" for x in p.leaves_out), "", f"Source: {p.source}.", ""]
+    return "\n".join(lines).rstrip() + "\n"

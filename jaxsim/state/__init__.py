@@ -1,0 +1,1 @@
+"""The loop's carry, and the device form of a workload."""

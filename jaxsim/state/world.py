@@ -1,0 +1,206 @@
+"""The loop's carry for one scenario.
+
+An executor owns a clock and drives ranks (a waiting queue, a KV pool, slots), a rank runs batches (sequences that
+advance together). The three nest in one row an executor, read and written by one gather and one scatter a step;
+here an executor has one rank and a rank one batch. Arrays too large for a row (slots, requests) are indexed by
+executor or request and touched one entry at a time. A record of `N` requests has row N for masked writes.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsim.kernels import clock, packed
+from jaxsim.kernels.clock import Time
+from jaxsim.spec.dims import NUM_ITL_BINS, Dims
+
+ENDING, PASSING, IDLE = 0, 2, 3
+"""What an executor's wake-up is: an iteration's end, a scheduling pass, or nothing. Arrivals rank between the
+first two at one instant."""
+
+DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY = (1 << i for i in range(6))
+"""Progress of a scheduling pass: decodes have their blocks; the forming prompt has its chunk; a prompt is
+scheduled; something was preempted; admissions are over; nothing ran when the pass began."""
+
+STUCK, STEP_LIMIT, COUNTER_LIMIT = 1, 2, 4
+"""Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration
+counter about to overflow its packed key."""
+
+
+class Executor(eqx.Module):
+    """The iteration in flight: `extra` decode iterations follow the first; the first advances the token clock by
+    `advance`; `is_committed` once its end was applied; `progress` of the pass."""
+
+    extra: Int[Array, ""]
+    advance: Int[Array, ""]
+    is_committed: Int[Array, ""]
+    progress: Int[Array, ""]
+    gap_count: Int[Array, ""]
+
+
+class Rank(eqx.Module):
+    """A waiting queue (linked by request), a KV pool, and who runs. `forming_*` is the one partially computed
+    prompt, `tail` the slot admitted last among those past their prompt, `visible` how many waiting requests a
+    pass may see under asynchronous scheduling."""
+
+    head: Int[Array, ""]
+    back: Int[Array, ""]
+    waiting: Int[Array, ""]
+    visible: Int[Array, ""]
+    running: Int[Array, ""]
+    used_blocks: Int[Array, ""]
+    peak_blocks: Int[Array, ""]
+    forming_slot: Int[Array, ""]
+    forming_request: Int[Array, ""]
+    forming_computed: Int[Array, ""]
+    forming_known: Int[Array, ""]
+    tail: Int[Array, ""]
+
+
+class Batch(eqx.Module):
+    """Sequences that decode together, on the lazy token clock: after `counter` iterations a sequence holds
+    `d + counter` tokens, and only `count` and the sum of `d` are kept. `joining*` are those whose prompt
+    completes in the iteration being formed or in flight; `chunk_*` its prompt chunks."""
+
+    counter: Int[Array, ""]
+    count: Int[Array, ""]
+    offsets: Int[Array, ""]
+    joining: Int[Array, ""]
+    joining_offsets: Int[Array, ""]
+    joining_first: Int[Array, ""]
+    budget: Int[Array, ""]
+    num_chunks: Int[Array, ""]
+    chunk_tokens: Int[Array, ""]
+    chunk_context: Int[Array, ""]
+    num_iterations: Int[Array, ""]
+
+
+class Counts(eqx.Module):
+    """The integer half of an executor's row."""
+
+    executor: Executor
+    rank: Rank
+    batch: Batch
+
+
+class Clocks(eqx.Module):
+    """The float half: start and pace of the iteration in flight, and integrals over time (two-float).
+
+    first_s: the first iteration; then iteration j takes `pace_s + j * growth_s`. `gap_s`: time for which
+    sequences past their prompt have waited on prompt-only iterations. busy: seconds; running: sequence-seconds;
+    held: block-seconds.
+    """
+
+    start: Time
+    first_s: Float[Array, ""]
+    pace_s: Float[Array, ""]
+    growth_s: Float[Array, ""]
+    chunk_pairs: Float[Array, ""]
+    gap_s: Float[Array, ""]
+    busy: Time
+    running: Time
+    held: Time
+
+
+class Tape(eqx.Module):
+    """One row a started iteration (or jump): times (epoch, hi, lo, seconds) and counts (executor, running,
+    waiting, used blocks, iterations, prompt tokens, decoding)."""
+
+    times: Float[Array, "records 4"]
+    counts: Int[Array, "records 7"]
+    length: Int[Array, ""]
+
+
+class World(eqx.Module):
+    """Everything the loop carries for one scenario, grouped by what it belongs to."""
+
+    # Progress of the whole scenario.
+    epoch: Int[Array, ""]
+    steps: Int[Array, ""]
+    next_arrival: Int[Array, ""]
+    num_finished: Int[Array, ""]
+    num_logged: Int[Array, ""]
+    fault: Int[Array, ""]
+    is_frozen: Int[Array, ""]
+    # Executors: what wakes each next, and their rows.
+    wake: Time
+    phase: Int[Array, " instances"]
+    outstanding: Int[Array, " instances"]
+    counts: Int[Array, "instances count_fields"]
+    clocks: Float[Array, "instances clock_fields"]
+    residues: Int[Array, "instances block_size"]
+    # Slots: packed completion keys, (request, offset, reserved blocks), the running list, free slots.
+    slot_keys: Int[Array, "instances slot_width"]
+    slot_entries: Int[Array, "instances slot_width 3"]
+    slot_previous: Int[Array, "instances slot_width"]
+    slot_next: Int[Array, "instances slot_width"]
+    free_slots: Int[Array, "instances slot_width"]
+    # Requests: the waiting queue's links, (emitted, preemptions), and what is written once each.
+    next_waiting: Int[Array, " rows"]
+    progress: Int[Array, "rows 2"]
+    placed: Int[Array, "rows 2"]
+    scheduled: Float[Array, "rows 3"]
+    finished: Float[Array, "rows 3"]
+    stalled: Float[Array, "rows 3"]
+    first_tokens: Float[Array, "rows 3"]
+    # Time between tokens, and the tape.
+    itl: Int[Array, " itl_bins"]
+    tape: Tape | None
+
+
+def _zeros_like_record(cls, **nested):
+    fields = {name: nested.get(name) for name in cls.__dataclass_fields__}
+    return cls(**{name: jnp.int32(0) if value is None else value for name, value in fields.items()})
+
+
+def empty_counts(dims: Dims) -> Counts:
+    """An executor with nothing to do."""
+    null = jnp.int32(dims.null_slot)
+    rank = _zeros_like_record(Rank, forming_slot=null, tail=null)
+    return Counts(_zeros_like_record(Executor), rank, _zeros_like_record(Batch))
+
+
+def empty_clocks() -> Clocks:
+    """An executor that has not run yet."""
+    zero = jnp.float32(0)
+    at_zero = Time(zero, zero)
+    return Clocks(at_zero, zero, zero, zero, zero, zero, at_zero, at_zero, at_zero)
+
+
+def initial_world(dims: Dims) -> World:
+    """All queues empty, all pools free, time zero."""
+    instances, width, rows = dims.num_instances, dims.slot_width, dims.num_requests + 1
+
+    def ints(*shape, value=0):
+        return jnp.full(shape, value, jnp.int32)
+
+    def floats(*shape):
+        return jnp.zeros(shape, jnp.float32)
+
+    def repeated(record):
+        row = packed.to_row(record)
+        return jnp.broadcast_to(row, (instances, *row.shape))
+
+    tape = None
+    if dims.num_records:
+        tape = Tape(floats(dims.num_records + 1, 4), ints(dims.num_records + 1, 7), ints())
+    return World(
+        epoch=ints(), steps=ints(), next_arrival=ints(), num_finished=ints(), num_logged=ints(), fault=ints(),
+        is_frozen=ints(),
+        wake=clock.never((instances,)), phase=ints(instances, value=IDLE), outstanding=ints(instances),
+        counts=repeated(empty_counts(dims)), clocks=repeated(empty_clocks()),
+        residues=ints(instances, dims.block_size),
+        slot_keys=ints(instances, width, value=packed.EMPTY), slot_entries=ints(instances, width, 3),
+        slot_previous=ints(instances, width, value=dims.null_slot),
+        slot_next=ints(instances, width, value=dims.null_slot),
+        free_slots=jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[::-1] - (width - dims.num_slots),
+                                    (instances, width)),
+        next_waiting=ints(rows), progress=ints(rows, 2), placed=ints(rows, 2, value=-1),
+        scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=floats(rows, 3),
+        first_tokens=floats(rows, 3), itl=ints(NUM_ITL_BINS), tape=tape)
+
+
+def row_templates(dims: Dims) -> tuple[Counts, Clocks]:
+    """Records that give `packed.from_row` its structure."""
+    return jax.eval_shape(lambda: empty_counts(dims)), jax.eval_shape(empty_clocks)

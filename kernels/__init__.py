@@ -1,0 +1,1 @@
+"""Fixed-shape data structures and numerics the engine is built of; nothing here knows about serving."""

@@ -1,0 +1,104 @@
+"""Exact simulated time without 64-bit floats: an epoch counter and a two-float offset on a fixed grid.
+
+Every time is a multiple of 2^-30 s (about a nanosecond). A pair (hi, lo) of float32 carries such a number exactly
+while it stays under 2^17 s, because two-sum splits it into a leading part and its exact remainder; past that the
+loop moves the epoch. Since both the operands and every sum lie on the grid, addition is exact and associative: a
+time does not depend on when the epoch was moved, so results do not depend on batch neighbours or on idle gaps.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+GRID_S = 2.0**-30
+"""Resolution of simulated time."""
+
+EPOCH_S = 2.0**16
+"""Length of an epoch; offsets stay below two of them between moves."""
+
+ARRIVAL_GRID_S = 2.0**-20
+"""Arrivals are rounded to this on the host."""
+
+
+class Time(NamedTuple):
+    """A time offset within an epoch, `hi + lo` seconds, canonical: `hi` is the sum rounded to float32."""
+
+    hi: Float[Array, "*shape"]
+    lo: Float[Array, "*shape"]
+
+    def __lt__(self, other: "Time") -> Bool[Array, "*shape"]:
+        return (self.hi < other.hi) | ((self.hi == other.hi) & (self.lo < other.lo))
+
+    def __le__(self, other: "Time") -> Bool[Array, "*shape"]:
+        return (self.hi < other.hi) | ((self.hi == other.hi) & (self.lo <= other.lo))
+
+    def equals(self, other: "Time") -> Bool[Array, "*shape"]:
+        """Exact equality (canonical pairs are unique)."""
+        return (self.hi == other.hi) & (self.lo == other.lo)
+
+
+def never(shape=()) -> Time:
+    """Later than everything."""
+    return Time(jnp.full(shape, jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+
+def two_sum(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Time:
+    """The exact sum of two floats as a canonical pair (Knuth)."""
+    s = a + b
+    v = s - a
+    return Time(s, (a - (s - v)) + (b - v))
+
+
+def add(t: Time, duration_s: Float[Array, "*shape"]) -> Time:
+    """`t + duration`, exact on the grid."""
+    s = two_sum(t.hi, duration_s)
+    tail = s.lo + t.lo
+    hi = s.hi + tail
+    return Time(hi, tail - (hi - s.hi))
+
+
+def shift(t: Time, amount_s: Float[Array, "*shape"]) -> Time:
+    """`t + amount` where `t` may be `never` (stays so)."""
+    moved = add(Time(jnp.where(jnp.isinf(t.hi), 0.0, t.hi), t.lo), amount_s)
+    return select(jnp.isinf(t.hi), never(t.hi.shape), moved)
+
+
+def elapsed(start: Time, end: Time) -> Float[Array, "*shape"]:
+    """`end - start` in seconds, rounded to float32 once."""
+    return (end.hi - start.hi) + (end.lo - start.lo)
+
+
+def select(condition: Bool[Array, "*shape"], a: Time, b: Time) -> Time:
+    """Element-wise choice."""
+    return Time(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
+
+
+def on_grid(duration_s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Round a duration to the grid; the derivative passes through unrounded.
+
+    Above 2^-6 s a float32 is already coarser than the grid.
+    """
+    rounded = jnp.round(duration_s * (1 / GRID_S)) * GRID_S
+    return duration_s + lax.stop_gradient(jnp.where(duration_s < 2.0**-5, rounded, duration_s) - duration_s)
+
+
+def split_reference(seconds: Float[np.ndarray, "*shape"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Host: float64 seconds to (epoch, hi, lo); exact for multiples of the grid below 2^22 s."""
+    seconds = np.asarray(seconds, np.float64)
+    epoch = np.floor(seconds / EPOCH_S)
+    offset = seconds - epoch * EPOCH_S
+    hi = offset.astype(np.float32)
+    return epoch.astype(np.int32), hi, (offset - hi.astype(np.float64)).astype(np.float32)
+
+
+def join_reference(epoch: np.ndarray, hi: np.ndarray, lo: np.ndarray) -> Float[np.ndarray, "*shape"]:
+    """Host: (epoch, hi, lo) to float64 seconds, exact."""
+    return epoch.astype(np.float64) * EPOCH_S + hi.astype(np.float64) + lo.astype(np.float64)
+
+
+def round_arrivals_reference(seconds: Float[np.ndarray, " requests"]) -> Float[np.ndarray, " requests"]:
+    """Host: arrivals to their grid (half to even)."""
+    return np.round(np.asarray(seconds, np.float64) / ARRIVAL_GRID_S) * ARRIVAL_GRID_S

@@ -1,0 +1,1 @@
+"""The independent reference simulator, its outside golden numbers and its law tests. Never shipped."""
