@@ -4,13 +4,14 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
-_SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlist=6, maxtuple=6, maxarray=6)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 160
 
 
 class InputError(ValueError):
     """An input that cannot be used: which field, its value, what is wrong and what to do.
 
-    `str()` is one line, "field = value: problem; remedy". The command line prints it and leaves with status 2.
+    `str()` is one line, "field = value: problem; remedy". The command line prints it and exits with status 2.
     """
 
     def __init__(self, field: str, value: object, problem: str, remedy: str = ""):

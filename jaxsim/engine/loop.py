@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsim.engine.step import Params, next_arrival_time, step
+from jaxsim.engine.step import Params, apply, next_arrival_time, step
 from jaxsim.kernels import clock, packed
+from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import Requests
@@ -41,15 +42,15 @@ def rebase(dims: Dims, requests: Requests, world: World) -> World:
     entries = world.slot_entries.at[:, :, 1].add(turns[:, None])
     # Clocks: so that the earliest wake-up or arrival lies in the first epoch.
     arrival, _ = next_arrival_time(world, requests)
-    ahead = jnp.minimum(arrival.hi, jnp.min(world.wake.hi))
+    ahead = jnp.minimum(arrival.hi, jnp.min(world.wake_hi))
     epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
     back = -epochs * clock.EPOCH_S
     times = replace(times, start=clock.shift(times.start, jnp.broadcast_to(back, times.start.hi.shape)))
-    wake = clock.shift(world.wake, jnp.broadcast_to(back, world.wake.hi.shape))
+    wake = clock.shift(Time(world.wake_hi, world.wake_lo), jnp.broadcast_to(back, world.wake_hi.shape))
     return replace(
         world, counts=jnp.stack(jax.tree.leaves(replace(counts, batch=batch)), axis=1),
         clocks=jnp.stack(jax.tree.leaves(times), axis=1), slot_keys=keys, slot_entries=entries,
-        epoch=world.epoch + epochs.astype(jnp.int32), wake=wake, is_frozen=jnp.int32(0))
+        epoch=world.epoch + epochs.astype(jnp.int32), wake_hi=wake.hi, wake_lo=wake.lo, is_frozen=jnp.int32(0))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -57,19 +58,35 @@ def run(dims: Dims, params: Params, requests: Requests) -> World:
     """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
     count = requests.count.shape[0]
     world = jax.vmap(lambda _: w.initial_world(dims))(jnp.arange(count))
-    batched_step = jax.vmap(partial(step, dims))
+    # The writes of a step travel to the next packed, whatever their number.
+    one = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree) for tree in
+           (params, requests, world)]
+    packing = packed.Packing(lambda *a: step(dims, *a)[1], *one)
+
+    @jax.vmap
+    def batched_step(params, requests, world):
+        world, writes = step(dims, params, requests, world)
+        return world, packing.pack(writes)
+
+    @jax.vmap
+    def batched_apply(world, rows):
+        return apply(world, packing.unpack(rows))
+
+    def has_time(requests, world):
+        return is_live(requests, world) & (world.is_frozen == 0)
 
     def inner_continues(carry):
-        i, world = carry
-        return (i < STEPS_BETWEEN_REBASES) & jnp.any(is_live(requests, world) & (world.is_frozen == 0))
+        i, world, _ = carry
+        return (i < STEPS_BETWEEN_REBASES) & jnp.any(has_time(requests, world))
 
     def inner(carry):
-        i, world = carry
-        return i + 1, batched_step(params, requests, world)
+        i, world, writes = carry
+        return i + 1, *batched_step(params, requests, batched_apply(world, writes))
 
     def outer(world):
         world = jax.vmap(partial(rebase, dims))(requests, world)
-        return lax.while_loop(inner_continues, inner, (jnp.int32(0), world))[1]
+        world, writes = batched_step(params, requests, world)
+        _, world, writes = lax.while_loop(inner_continues, inner, (jnp.int32(1), world, writes))
+        return batched_apply(world, writes)
 
     return lax.while_loop(lambda world: jnp.any(is_live(requests, world)), outer, world)
-

@@ -5,7 +5,9 @@ that executor alone, and fires each phase at most once: settle the iteration tha
 enqueue one arrival, and, in the pass, preempt one victim or place one prompt, then start the next iteration.
 Work in bulk is several steps at the same instant. Written for one scenario; the loop runs it under `vmap`.
 
-Reads come before writes and every write depends on them, so that the compiled loop updates in place.
+A step reads arrays and returns writes; the next step applies them first. So every array is read after its last
+write, which is what lets the compiled loop update it in place: a read that could be ordered after a write would
+make XLA copy the array in every step.
 """
 
 from dataclasses import replace
@@ -94,9 +96,45 @@ def take(array, *index):
     return array.at[index].get(mode="promise_in_bounds")
 
 
-def put(array, index, value):
-    """Write one entry (or several distinct ones) by indices known to be in bounds."""
-    return array.at[index].set(value, mode="promise_in_bounds", unique_indices=True)
+class Put(NamedTuple):
+    """Overwrite one entry."""
+
+    index: tuple[Int[Array, "..."], ...]
+    value: Array
+
+
+class Add(NamedTuple):
+    """Add to one entry, or to several."""
+
+    index: tuple[Int[Array, "..."], ...]
+    value: Array
+
+
+class Pair(NamedTuple):
+    """Overwrite two slots of an executor's row, distinct unless both are the scratch slot."""
+
+    index: tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]
+    value: tuple[Array, Array]
+
+
+Writes = dict[str, Put | Add | Pair]
+"""What a step changes in the large arrays, by name. The next step applies it before it reads anything."""
+
+
+def apply(world: World, writes: Writes) -> World:
+    """Write what a step decided."""
+    arrays = {}
+    for name, write in writes.items():
+        array = getattr(world, name)
+        if isinstance(write, Pair):
+            e, first, second = write.index
+            arrays[name] = array.at[jnp.stack([e, e]), jnp.stack([first, second])].set(
+                jnp.stack(write.value), mode="promise_in_bounds")
+        elif isinstance(write, Put):
+            arrays[name] = array.at[write.index].set(write.value, mode="promise_in_bounds", unique_indices=True)
+        else:
+            arrays[name] = array.at[write.index].add(write.value, mode="promise_in_bounds")
+    return replace(world, **arrays)
 
 
 def span_s(pace_s: Float[Array, ""], growth_s: Float[Array, ""], count: Int[Array, ""]) -> Float[Array, ""]:
@@ -127,10 +165,10 @@ def next_arrival_time(world: World, requests: Requests) -> tuple[Time, Bool[Arra
 def earliest_wake(world: World) -> tuple[Time, Int[Array, ""], Int[Array, ""]]:
     """First executor to wake by (time, phase, index): its time, phase and index."""
     if world.phase.shape[0] == 1:
-        return Time(world.wake.hi[0], world.wake.lo[0]), world.phase[0], jnp.int32(0)
-    hi = jnp.min(world.wake.hi)
-    lo = jnp.min(jnp.where(world.wake.hi == hi, world.wake.lo, jnp.inf))
-    is_first = (world.wake.hi == hi) & (world.wake.lo == lo)
+        return Time(world.wake_hi[0], world.wake_lo[0]), world.phase[0], jnp.int32(0)
+    hi = jnp.min(world.wake_hi)
+    lo = jnp.min(jnp.where(world.wake_hi == hi, world.wake_lo, jnp.inf))
+    is_first = (world.wake_hi == hi) & (world.wake_lo == lo)
     bits = packed.index_bits(world.phase.shape[0])
     index = jnp.arange(world.phase.shape[0], dtype=jnp.int32)
     best = jnp.min(jnp.where(is_first, packed.pack_key(world.phase, index, bits), packed.EMPTY))
@@ -530,8 +568,11 @@ def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts,
 # --- The step ----------------------------------------------------------------------------------------------------
 
 
-def step(dims: Dims, params: Params, requests: Requests, world: World) -> World:
-    """Advance one scenario by one step; a scenario with nothing left to do steps to itself."""
+def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[World, Writes]:
+    """Advance one scenario by one step; a scenario with nothing left to do steps to itself.
+
+    Returns the world with its scalars advanced, and the writes to its arrays.
+    """
     rules = params.batching
     null = jnp.int32(dims.null_slot)
     scratch = dims.num_requests
@@ -541,7 +582,7 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> World:
     counts = packed.from_row(count_template, take(world.counts, e))
     times = packed.from_row(clock_template, take(world.clocks, e))
     residue_row = take(world.residues, e)
-    phase, wake = take(world.phase, e), Time(take(world.wake.hi, e), take(world.wake.lo, e))
+    phase, wake = take(world.phase, e), Time(take(world.wake_hi, e), take(world.wake_lo, e))
 
     # An iteration ends.
     counts, times, itl_s, itl_weights = settle(dims, params, event, counts, times, residue_row)
@@ -655,66 +696,65 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> World:
     phase = jnp.where(is_starting, w.ENDING, jnp.where(is_waiting_pass, w.PASSING, phase))
     phase = jnp.where(is_resting, w.IDLE, phase)
 
-    # Write everything back.
+    # What to write back.
     epoch = world.epoch.astype(jnp.float32)
     stamp = jnp.stack([epoch, now.hi, now.lo])
     is_active = event.is_arrival | event.is_ending | event.is_passing
-    one = is_active.astype(jnp.int32)
     logs = is_starting & (counts.batch.joining_first > 0)
-    log_row = jnp.where(logs, world.num_logged, scratch)
     is_reserved = retired.is_any & (retired.slot != placed.slot)
-    slots = jnp.stack([jnp.where(is_reserved, retired.slot, null), placed.slot])
+    leaving = jnp.where(is_reserved, retired.slot, null)
+    entering = placed.slot
     is_new = placed.is_admitted & (preemptions == 0)
     is_unplaced = (placed.is_admitted | placed.is_completing) & (emitted == 0)
-    returned = jnp.where(retired.is_any & ~placed.is_admitted, retired.slot, null)
-    stack_top = jnp.where(retired.is_any & ~placed.is_admitted,
-                          dims.num_slots - counts.rank.running - 1, dims.slot_width - 1)
-    updates = {}
+    is_returned = retired.is_any & ~placed.is_admitted
+    returned = retired.slot
+    writes = {}
     if rules.grows:
-        slots = slots.at[1].set(jnp.where(is_preempting, victim_slot, slots[1]))
+        entering = jnp.where(is_preempting, victim_slot, entering)
+        is_returned = is_returned | is_preempting
         returned = jnp.where(is_preempting, victim_slot, returned)
-        stack_top = jnp.where(is_preempting, dims.num_slots - counts.rank.running - 1, stack_top)
-        after = jnp.where(retired.is_any & ~is_tail, after, null)
+        is_inner = retired.is_any & ~is_tail
+        after = jnp.where(is_inner, after, null)
         linked = jnp.where(placed.is_completing, placed.slot, null)
-        updates["slot_previous"] = put_pair(world.slot_previous, e, (after, linked), (before, tail))
-        updates["slot_next"] = put_pair(
-            world.slot_next, e, (jnp.where(retired.is_any & ~is_tail, before, null),
-                                 jnp.where(placed.is_completing, tail, null)), (after, linked))
-        updates["progress"] = put(world.progress, jnp.where(is_preempting, victim_request, scratch),
-                                  jnp.stack([victim_emitted, preemptions + 1]))
+        writes["slot_previous"] = Pair((e, after, linked), (before, tail))
+        writes["slot_next"] = Pair((e, jnp.where(is_inner, before, null),
+                                    jnp.where(placed.is_completing, tail, null)), (after, linked))
+        writes["progress"] = Put((jnp.where(is_preempting, victim_request, scratch),),
+                                 jnp.stack([victim_emitted, preemptions + 1]))
         is_returning = placed.is_admitted & (preemptions > 0)
-        updates["stalled"] = world.stalled.at[jnp.where(is_preempting | is_returning, candidate, scratch)].add(
-            jnp.where(is_returning, stamp, jnp.where(is_preempting, -stamp, 0.0)), mode="promise_in_bounds")
-        updates["residues"] = put(world.residues, e, residue_row)
+        writes["stalled"] = Add((jnp.where(is_preempting | is_returning, candidate, scratch),),
+                                jnp.where(is_returning, stamp, jnp.where(is_preempting, -stamp, 0.0)))
+        writes["residues"] = Put((e,), residue_row)
+    stack_top = jnp.where(is_returned, dims.num_slots - counts.rank.running - 1, dims.slot_width - 1)
     if dims.num_records:
-        updates["tape"] = record(dims, world, plan, e, stamp, counts)
-    return replace(
-        world,
-        steps=world.steps + one,
+        writes |= record(dims, world, plan, e, stamp, counts)
+    writes |= {
+        "wake_hi": Put((e,), wake.hi), "wake_lo": Put((e,), wake.lo), "phase": Put((e,), phase),
+        "outstanding": Add((e,), event.is_arrival.astype(jnp.int32) - retired.is_any),
+        "counts": Put((e,), packed.to_row(counts)), "clocks": Put((e,), packed.to_row(times)),
+        "slot_keys": Pair((e, leaving, entering), (jnp.int32(packed.EMPTY), own_key)),
+        "slot_entries": Put((e, placed.slot), jnp.stack([placed.request, placed.offset, placed.reserved])),
+        "free_slots": Put((e, stack_top), returned),
+        "next_waiting": Put((link_from,), link_to),
+        "placed": Put((jnp.where(is_unplaced, candidate, scratch),),
+                      jnp.stack([jnp.where(placed.is_first_token, world.num_logged, -1), e])),
+        "scheduled": Put((jnp.where(is_new, candidate, scratch),), stamp),
+        "finished": Put((jnp.where(retired.is_any, retired.request, scratch),), stamp),
+        "first_tokens": Put((jnp.where(logs, world.num_logged, scratch),),
+                            jnp.stack([epoch, plan.first_end.hi, plan.first_end.lo])),
+        "itl": Add((itl_bin(itl_s),), itl_weights),
+    }
+    progress = dict(
+        steps=world.steps + is_active,
         next_arrival=world.next_arrival + event.is_arrival,
         num_finished=world.num_finished + retired.is_any,
         num_logged=world.num_logged + logs,
         fault=world.fault | jnp.where(is_stuck, w.STUCK, 0)
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
-        is_frozen=is_frozen.astype(jnp.int32),
-        wake=Time(put(world.wake.hi, e, wake.hi), put(world.wake.lo, e, wake.lo)),
-        phase=put(world.phase, e, phase),
-        outstanding=world.outstanding.at[e].add(
-            event.is_arrival.astype(jnp.int32) - retired.is_any, mode="promise_in_bounds"),
-        counts=put(world.counts, e, packed.to_row(counts)),
-        clocks=put(world.clocks, e, packed.to_row(times)),
-        slot_keys=put_pair(world.slot_keys, e, slots, (packed.EMPTY, own_key)),
-        slot_entries=put(world.slot_entries, (e, placed.slot),
-                         jnp.stack([placed.request, placed.offset, placed.reserved])),
-        free_slots=put(world.free_slots, (e, stack_top), returned),
-        next_waiting=put(world.next_waiting, link_from, link_to),
-        placed=put(world.placed, jnp.where(is_unplaced, candidate, scratch),
-                   jnp.stack([jnp.where(placed.is_first_token, world.num_logged, -1), e])),
-        scheduled=put(world.scheduled, jnp.where(is_new, candidate, scratch), stamp),
-        finished=put(world.finished, jnp.where(retired.is_any, retired.request, scratch), stamp),
-        first_tokens=put(world.first_tokens, log_row, jnp.stack([epoch, plan.first_end.hi, plan.first_end.lo])),
-        itl=world.itl.at[itl_bin(itl_s)].add(itl_weights, mode="promise_in_bounds"),
-        **updates)
+        is_frozen=is_frozen.astype(jnp.int32))
+    if dims.num_records:
+        progress["num_recorded"] = world.num_recorded + plan.is_any
+    return replace(world, **progress), writes
 
 
 def take_blocks(counts: Counts, condition: Bool[Array, ""], blocks: Int[Array, ""]) -> Counts:
@@ -724,26 +764,17 @@ def take_blocks(counts: Counts, condition: Bool[Array, ""], blocks: Int[Array, "
     return mark(replace(counts, rank=rank), condition, w.DECODED)
 
 
-def put_pair(array, e, slots, values):
-    """Write two entries of an executor's row, distinct unless both are scratch."""
-    slots = jnp.stack(slots) if isinstance(slots, tuple) else slots
-    return array.at[jnp.stack([e, e]), slots].set(jnp.stack([jnp.int32(v) for v in values]),
-                                                  mode="promise_in_bounds")
-
-
 def itl_bin(seconds: Float[Array, " samples"]) -> Int[Array, " samples"]:
     """Histogram bin of a duration: exponent and the top six bits of its mantissa."""
     bits = lax.bitcast_convert_type(lax.stop_gradient(seconds), jnp.int32)
     return jnp.clip((bits >> 17) - ((127 - 20) << 6), 0, NUM_ITL_BINS - 1)
 
 
-def record(dims: Dims, world: World, plan: Plan, executor, stamp, counts: Counts) -> w.Tape:
+def record(dims: Dims, world: World, plan: Plan, executor, stamp, counts: Counts) -> Writes:
     """Append the iteration that starts to the tape; past its end, to the scratch row."""
-    tape = world.tape
-    index = jnp.where(plan.is_any, jnp.minimum(tape.length, dims.num_records), dims.num_records)
+    index = jnp.where(plan.is_any, jnp.minimum(world.num_recorded, dims.num_records), dims.num_records)
     seconds = clock.elapsed(Time(stamp[1], stamp[2]), plan.end)
     rank, batch = counts.rank, counts.batch
     row = jnp.stack([executor, rank.running, rank.waiting, rank.used_blocks, counts.executor.extra + 1,
                      batch.chunk_tokens, plan.stats.num_decode])
-    return w.Tape(put(tape.times, index, jnp.append(stamp, seconds)), put(tape.counts, index, row),
-                  tape.length + plan.is_any)
+    return {"tape_times": Put((index,), jnp.append(stamp, seconds)), "tape_counts": Put((index,), row)}

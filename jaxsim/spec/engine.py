@@ -23,8 +23,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """One serving engine, as its command line describes it. A field left out is what the preset says.
 
     vLLM's names:
-        preset: scheduler imitated: a name from `jaxsim list policies`, with or without @version, or the path of
-            a preset file (.toml).
+        preset: scheduler imitated: a name from `jaxsim list policies`, with or without @version, or the path
+            of a preset file (.toml).
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: token budget of one iteration.
         max_model_len: limit of prompt + output, tokens.

@@ -1,11 +1,10 @@
 """Named schedulers: one TOML file each under `scenarios/presets`, resolved against what the user wrote.
 
-A preset says which engine and version it imitates, what it leaves out, where it is valid, and which of its cells
-nobody has confirmed. Adding a scheduler is adding a file: names are found by looking.
+A preset says which engine and version it imitates, what it leaves out, where it is valid, and which of its
+cells nobody has confirmed. Adding a scheduler is adding a file: names are found by looking.
 """
 
 import functools
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,8 @@ from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.spec.engine import Admit, BlockRule, BlockSize, EngineConfig, Order, PhaseMix, Reserve, Victim
+from jaxsim.spec.messages import explain
+from jaxsim.spec.toml import parse_toml
 
 NO_TOKEN_LIMIT = 1 << 30
 """A token budget that never binds."""
@@ -49,8 +50,8 @@ class Numbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     at_least_max_model_len: bool = False
 
 
-class DeviceNumbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Defaults of some devices only: by memory, in GiB, and not by names that contain one of `except_names`."""
+class DeviceNumbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Defaults of some devices only: by memory, in GiB, less names that contain one of `except_names`."""
 
     min_memory_gib: float = 0.0
     max_memory_gib: float = float("inf")
@@ -123,18 +124,16 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     retract_free_tokens: int
 
     def watermark_blocks(self, num_blocks: int) -> int:
-        """Blocks that admissions leave free, truncated as the engines do (so none below 1/watermark blocks)."""
+        """Blocks that admissions leave free, truncated as the engines do (none below 1/watermark)."""
         return int(self.watermark * num_blocks)
 
 
 def _decode(text: str, where: str) -> Preset:
+    values = parse_toml(text, where)
     try:
-        preset = msgspec.convert(tomllib.loads(text), Preset)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError("engine.preset", where, f"malformed TOML: {error}", "correct that line") from None
+        preset = msgspec.convert(values, Preset)
     except msgspec.ValidationError as error:
-        raise InputError("engine.preset", where, f"not a preset file: {error}".replace("`", ""),
-                         "compare with the files of scenarios/presets") from None
+        raise explain(str(error), values, Preset) from None
     cells = {*Flags.__struct_fields__, *Numbers.__struct_fields__, *Expected.__struct_fields__}
     for cell in preset.unconfirmed:
         if cell not in cells:
@@ -148,7 +147,8 @@ def all_presets() -> tuple[Preset, ...]:
     """Every shipped preset, by name."""
     folder = resources.files("jaxsim.scenarios").joinpath("presets")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return tuple(sorted((_decode(f.read_text(encoding="utf-8"), f.name) for f in files), key=lambda p: p.name))
+    presets = [_decode(f.read_text(encoding="utf-8"), f.name) for f in files]
+    return tuple(sorted(presets, key=lambda p: p.name))
 
 
 def preset_names() -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def load_preset(name: str) -> Preset:
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
-            raise InputError("engine.preset", name, "no such file", "give the path of a preset file, or a name")
+            raise InputError("engine.preset", name, "no such file", "give the path of a preset, or a name")
         return _decode(path.read_text(encoding="utf-8"), name)
     for preset in all_presets():
         if name == preset.name or name in preset.aliases:
@@ -197,20 +197,18 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     order = pick(engine.scheduling_policy, flags.order)
     reserve = pick(engine.reserve, flags.reserve)
     # vLLM's PRIORITY policy is both an order of the queue and a choice of victim.
-    usual_victim = "lowest_priority" if order == "priority" and flags.victim == "last_admitted" else flags.victim
-    if engine.reserve is not None and engine.reserve != "expected" and usual_victim == "fewest_outputs":
-        usual_victim = "last_admitted"
-    if reserve == "expected":
-        usual_victim = "fewest_outputs"
+    # SGLang's reserve and its retraction are one mechanism.
+    usual_victim = ("fewest_outputs" if reserve == "expected" else
+                    "lowest_priority" if order == "priority" else "last_admitted")
     victim = pick(engine.victim, usual_victim)
 
     if phase_mix == "unified" and max_num_batched_tokens < max_num_seqs:
         # Decodes alone could overrun the budget; the engine refuses two explicit values and bends a default.
         if engine.max_num_seqs is not None and engine.max_num_batched_tokens is not None:
             raise InputError("engine.max_num_seqs", max_num_seqs,
-                             f"larger than max_num_batched_tokens ({max_num_batched_tokens}), so decodes alone could"
-                             " exceed the token budget", f"use at most {max_num_batched_tokens}, or raise"
-                             " engine.max_num_batched_tokens")
+                             f"larger than max_num_batched_tokens ({max_num_batched_tokens}), so decodes"
+                             " alone could exceed the token budget",
+                             f"use at most {max_num_batched_tokens}, or raise engine.max_num_batched_tokens")
         if engine.max_num_seqs is None:
             max_num_seqs = max_num_batched_tokens
         else:
@@ -226,11 +224,13 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
                          "use 'fcfs', or another preset")
     if engine.schedule_conservativeness is not None and reserve != "expected":
         raise InputError("engine.schedule_conservativeness", engine.schedule_conservativeness,
-                         f"has no effect with reserve = {reserve!r}", "leave it out, or use the preset 'sglang'")
+                         f"has no effect with reserve = {reserve!r}",
+                         "leave it out, or use preset = 'sglang'")
     kv_accounting = pick(engine.kv_accounting, flags.kv_accounting)
     context_limit = pick(engine.decode_context_limit, flags.decode_context_limit)
     if context_limit is not None and kv_accounting:
-        raise InputError("engine.decode_context_limit", context_limit, "is only simulated without KV accounting",
+        raise InputError("engine.decode_context_limit", context_limit,
+                         "is only simulated without KV accounting",
                          "set engine.kv_accounting = false, or use the preset 'distserve-sim-vllm'")
     ratio_start = min(expected.ratio_start * pick(engine.schedule_conservativeness, 1.0), 1.0)
     ratio_floor = ratio_start * expected.ratio_floor_factor
@@ -238,7 +238,8 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
         preset=preset.name, phase_mix=phase_mix, order=order, reserve=reserve, victim=victim,
         chunked_prefill=pick(engine.enable_chunked_prefill, flags.chunked_prefill),
         decode_needs_free_block=pick(engine.decode_needs_free_block, flags.decode_needs_free_block),
-        waiting_blocked_after_preempt=pick(engine.waiting_blocked_after_preempt, flags.waiting_blocked_after_preempt),
+        waiting_blocked_after_preempt=pick(engine.waiting_blocked_after_preempt,
+                                           flags.waiting_blocked_after_preempt),
         admit=pick(engine.admit, flags.admit),
         async_scheduling=pick(engine.async_scheduling, flags.async_scheduling),
         kv_accounting=kv_accounting, decode_context_limit=context_limit,
@@ -275,9 +276,9 @@ def markdown() -> str:
     presets = all_presets()
     lines = [
         "# Schedulers", "",
-        "One parametric scheduler, and the flags and default numbers that make it imitate each engine. Made from",
-        "`scenarios/presets/*.toml` by `jaxsim list policies --markdown`; a cell marked **?** is not confirmed by a",
-        "source. Any cell can be overridden in the `[engine]` section of a scenario.", "",
+        "One parametric scheduler, and the flags and default numbers that make it imitate each engine. Made",
+        "from `scenarios/presets/*.toml` by `jaxsim list policies --markdown`; a cell marked **?** is not",
+        "confirmed by a source. Any cell can be overridden in the `[engine]` section of a scenario.", "",
         "| flag | " + " | ".join(f"`{p.name}`" for p in presets) + " |",
         "|---|" + "---|" * len(presets)]
     for group in ("flags", "numbers"):
@@ -288,10 +289,12 @@ def markdown() -> str:
     for name in Expected.__struct_fields__:
         cells = (_cell(p, p.expected, name) if p.flags.reserve == "expected" else "-" for p in presets)
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    lines += ["", "Priority order (`scheduling_policy = \"priority\"`) changes both `order` and, where the victim is the last"
-              " admitted, `victim`.", ""]
+    lines += ["", "`scheduling_policy = \"priority\"` sets `order` and, unless it is given, `victim =",
+              "\"lowest_priority\"`. `max_num_batched_tokens` counts prompt tokens only where `phase_mix` is",
+              "`prefill_first`.", ""]
     for p in presets:
         also = f" (also `{'`, `'.join(p.aliases)}`)" if p.aliases else ""
-        lines += [f"## {p.name}{also}", "", f"Imitates {p.engine}, {p.version}.", "", f"Valid for: {p.validity}", "",
-                  "Leaves out:", "", *(f"* {x}" for x in p.leaves_out), "", f"Source: {p.source}.", ""]
+        lines += [f"## {p.name}{also}", "", f"Imitates {p.engine}, {p.version}.", "",
+                  f"Valid for: {p.validity}", "", "Leaves out:", "",
+                  *(f"* {x}" for x in p.leaves_out), "", f"Source: {p.source}.", ""]
     return "\n".join(lines).rstrip() + "\n"

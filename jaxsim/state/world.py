@@ -103,15 +103,6 @@ class Clocks(eqx.Module):
     held: Time
 
 
-class Tape(eqx.Module):
-    """One row a started iteration (or jump): times (epoch, hi, lo, seconds) and counts (executor, running,
-    waiting, used blocks, iterations, prompt tokens, decoding)."""
-
-    times: Float[Array, "records 4"]
-    counts: Int[Array, "records 7"]
-    length: Int[Array, ""]
-
-
 class World(eqx.Module):
     """Everything the loop carries for one scenario, grouped by what it belongs to."""
 
@@ -124,7 +115,8 @@ class World(eqx.Module):
     fault: Int[Array, ""]
     is_frozen: Int[Array, ""]
     # Executors: what wakes each next, and their rows.
-    wake: Time
+    wake_hi: Float[Array, " instances"]
+    wake_lo: Float[Array, " instances"]
     phase: Int[Array, " instances"]
     outstanding: Int[Array, " instances"]
     counts: Int[Array, "instances count_fields"]
@@ -144,9 +136,12 @@ class World(eqx.Module):
     finished: Float[Array, "rows 3"]
     stalled: Float[Array, "rows 3"]
     first_tokens: Float[Array, "rows 3"]
-    # Time between tokens, and the tape.
+    # Time between tokens, and the tape: a row a started iteration (or jump) of times (epoch, hi, lo, seconds) and
+    # counts (executor, running, waiting, used blocks, iterations, prompt tokens, decoding).
     itl: Int[Array, " itl_bins"]
-    tape: Tape | None
+    tape_times: Float[Array, "records 4"]
+    tape_counts: Int[Array, "records 7"]
+    num_recorded: Int[Array, ""]
 
 
 def _zeros_like_record(cls, **nested):
@@ -182,13 +177,10 @@ def initial_world(dims: Dims) -> World:
         row = packed.to_row(record)
         return jnp.broadcast_to(row, (instances, *row.shape))
 
-    tape = None
-    if dims.num_records:
-        tape = Tape(floats(dims.num_records + 1, 4), ints(dims.num_records + 1, 7), ints())
     return World(
         epoch=ints(), steps=ints(), next_arrival=ints(), num_finished=ints(), num_logged=ints(), fault=ints(),
         is_frozen=ints(),
-        wake=clock.never((instances,)), phase=ints(instances, value=IDLE), outstanding=ints(instances),
+        wake_hi=clock.never((instances,)).hi, wake_lo=floats(instances), phase=ints(instances, value=IDLE), outstanding=ints(instances),
         counts=repeated(empty_counts(dims)), clocks=repeated(empty_clocks()),
         residues=ints(instances, dims.block_size),
         slot_keys=ints(instances, width, value=packed.EMPTY), slot_entries=ints(instances, width, 3),
@@ -198,7 +190,8 @@ def initial_world(dims: Dims) -> World:
                                     (instances, width)),
         next_waiting=ints(rows), progress=ints(rows, 2), placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=floats(rows, 3),
-        first_tokens=floats(rows, 3), itl=ints(NUM_ITL_BINS), tape=tape)
+        first_tokens=floats(rows, 3), itl=ints(NUM_ITL_BINS),
+        tape_times=floats(dims.num_records + 1, 4), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints())
 
 
 def row_templates(dims: Dims) -> tuple[Counts, Clocks]:

@@ -1,9 +1,10 @@
 """Arrival processes: when requests come.
 
-A process gives cumulative positions at unit mean rate; the rate is a scale applied afterwards, so the same seed
-gives the same pattern at every rate (common random numbers), and a sweep over rates shares one draw. Slow changes
-of the rate enter by time rescaling: if S_i are the points of a unit-rate process and L the integrated relative
-rate, L^-1(S_i) are the points of the modulated one.
+A process gives cumulative positions at unit mean rate; the rate is a scale applied afterwards, so the same
+seed gives the same pattern at every rate (common random numbers), and a sweep over rates shares one draw.
+Slow changes
+of the rate enter by time rescaling: if S_i are the points of a unit-rate process and L the integrated
+relative rate, L^-1(S_i) are the points of the modulated one.
 
 Source: time rescaling, e.g. Brown et al., Neural Computation 14 (2002).
 """
@@ -33,21 +34,25 @@ class AbstractArrivals(eqx.Module):
 
     @abc.abstractmethod
     def unit_times(self, key: PRNGKeyArray, num_requests: int) -> Float[np.ndarray, " requests"]:
-        """Cumulative positions of the first `num_requests` arrivals, in mean gaps, non-decreasing, float64."""
+        """Positions of the first `num_requests` arrivals, in mean gaps from 0, non-decreasing, float64."""
 
 
 def arrival_times(
     arrivals: AbstractArrivals, seed: int | PRNGKeyArray, num_requests: int, rate_rps: float
 ) -> Float[np.ndarray, " requests"]:
-    """Arrival times in seconds on the grid: unit positions over the rate. An infinite rate puts all at zero."""
+    """Arrival times in seconds on the grid: unit positions over the rate, all at 0 if it is infinite."""
     return round_to_grid(arrivals.unit_times(as_key(seed), num_requests) / check_rate(rate_rps))
 
 
 def check_rate(rate_rps: float) -> float:
     """The rate as a float, if it is positive (infinite is allowed)."""
     if not isinstance(rate_rps, (int, float, np.number)) or isinstance(rate_rps, bool) or not rate_rps > 0:
-        raise InputError("rate_rps", rate_rps, "is not a positive number of requests per second",
-                         "give a number above 0, or inf for everything at once")
+        raise InputError(
+            "rate_rps",
+            rate_rps,
+            "is not a positive number of requests per second",
+            "give a number above 0, or inf for everything at once",
+        )
     return float(rate_rps)
 
 
@@ -68,8 +73,8 @@ class Poisson(AbstractArrivals):
 class Gamma(AbstractArrivals):
     """Independent Gamma gaps: shape 1/CV^2, mean 1.
 
-    `cv` below 1 is smoother than Poisson, above 1 burstier; the index of dispersion tends to CV^2 in long windows.
-    vLLM's benchmark client calls the shape `burstiness`.
+    `cv` below 1 is smoother than Poisson, above 1 burstier; the index of dispersion tends to CV^2 in long
+    windows. vLLM's benchmark client calls the shape `burstiness`.
 
     Known gaps: the first gap is drawn from the gap law, not from the equilibrium law.
     """
@@ -86,11 +91,11 @@ class Gamma(AbstractArrivals):
 
 
 class Weibull(AbstractArrivals):
-    """Independent Weibull gaps of mean 1 with a given CV: the law that fits bursty production clients as often as Gamma.
+    """Independent Weibull gaps of mean 1 with a given CV, heavier-tailed than Gamma at the same CV.
 
     The shape k solves Gamma(1 + 2/k) / Gamma(1 + 1/k)^2 - 1 = CV^2.
 
-    Source: ServeGen (Alibaba), which fits Gamma or Weibull per client and window.
+    Source: ServeGen (Alibaba), which fits the better of Gamma and Weibull per client and window.
     """
 
     cv: float
@@ -108,7 +113,7 @@ class Weibull(AbstractArrivals):
 
 
 def weibull_shape(cv: float) -> float:
-    """Shape of a Weibull law with coefficient of variation `cv`, by bisection (the CV falls with the shape)."""
+    """Shape of a Weibull law with coefficient of variation `cv`, by bisection (the CV falls with it)."""
     target = math.log1p(cv * cv)
     low, high = math.log(0.05), math.log(200.0)
     for _ in range(100):
@@ -132,9 +137,11 @@ class Deterministic(AbstractArrivals):
 class MMPP2(AbstractArrivals):
     """Two-state Markov-modulated Poisson process: exponential periods of high and of low rate, in turn.
 
-    `rate_ratio` = high rate over low rate (infinite: on-off, silent in the low state). The dwell times are the
-    means of the two kinds of period, in mean gaps: seconds x mean rate (`MMPP2.from_seconds`), so a burst keeps
-    its number of requests when the rate is scaled. The state at the start is stationary. With D = high + low dwell
+    `rate_ratio` = high rate over low rate (infinite: on-off, silent in the low state). The dwell times are
+    the
+    means of the two kinds of period, in mean gaps: seconds x mean rate (`MMPP2.from_seconds`), so a burst
+    keeps its number of requests when the rate is scaled. The state at the start is stationary. With D = high
+    + low dwell
     and rates r_h, r_l: mean = (r_h D_h + r_l D_l) / D = 1; index of dispersion in long windows
     = 1 + 2 (r_h - r_l)^2 D_h^2 D_l^2 / D^3.
 
@@ -147,12 +154,16 @@ class MMPP2(AbstractArrivals):
 
     def __check_init__(self):
         if not self.rate_ratio >= 1:
-            raise InputError("rate_ratio", self.rate_ratio, "is below 1", "give high rate over low rate; inf is on-off")
+            raise InputError(
+                "rate_ratio", self.rate_ratio, "is below 1", "give high rate over low rate; inf is on-off"
+            )
         _check_positive("high_dwell_gaps", self.high_dwell_gaps)
         _check_positive("low_dwell_gaps", self.low_dwell_gaps)
 
     @classmethod
-    def from_seconds(cls, rate_rps: float, rate_ratio: float, high_dwell_s: float, low_dwell_s: float) -> "MMPP2":
+    def from_seconds(
+        cls, rate_rps: float, rate_ratio: float, high_dwell_s: float, low_dwell_s: float
+    ) -> "MMPP2":
         """From dwell times in seconds at the mean rate the process is meant for."""
         rate_rps = check_rate(rate_rps)
         return cls(rate_ratio, high_dwell_s * rate_rps, low_dwell_s * rate_rps)
@@ -165,11 +176,11 @@ class MMPP2(AbstractArrivals):
         return high, high * low_weight
 
     def unit_times(self, key: PRNGKeyArray, num_requests: int) -> Float[np.ndarray, " requests"]:
-        """Unit-rate Poisson points carried through the inverse of the integrated rate of a sampled state path."""
+        """Unit-rate Poisson points through the inverse of the integrated rate of a sampled state path."""
         draws = uniforms(stream_key(key, Stream.ARRIVALS), num_requests)[:, 0]
         positions = np.cumsum(-np.log(draws))
         knots, areas = self._state_path(stream_key(key, Stream.ARRIVAL_STATES), positions[-1])
-        # Piecewise-linear and increasing wherever a point can fall; silent periods have no area and are skipped.
+        # Increasing wherever a point can fall: silent periods have no area and are skipped.
         period = np.clip(np.searchsorted(areas, positions, side="left") - 1, 0, len(areas) - 2)
         width, area = knots[period + 1] - knots[period], areas[period + 1] - areas[period]
         return knots[period] + (positions - areas[period]) * width / area
@@ -177,10 +188,10 @@ class MMPP2(AbstractArrivals):
     def _state_path(self, key: PRNGKeyArray, area_needed: float) -> tuple[np.ndarray, np.ndarray]:
         """Ends of the periods and the integrated rate at them, both from 0, past `area_needed`."""
         high, low = self.rates()
-        start_high = uniforms(jax.random.fold_in(key, 0), 1)[0, 0] * (self.high_dwell_gaps + self.low_dwell_gaps)
-        is_high_first = start_high < self.high_dwell_gaps
+        total = self.high_dwell_gaps + self.low_dwell_gaps
+        is_high_first = uniforms(jax.random.fold_in(key, 0), 1)[0, 0] * total < self.high_dwell_gaps
         # Whole cycles: their mean area is the mean cycle length, as the mean rate is 1.
-        cycles = int(area_needed / (self.high_dwell_gaps + self.low_dwell_gaps) * 1.5) + 16
+        cycles = int(area_needed / total * 1.5) + 16
         while True:
             lengths = -np.log(uniforms(jax.random.fold_in(key, 1), 2 * cycles)[:, 0])
             is_high = (np.arange(2 * cycles) % 2 == 0) == is_high_first
@@ -194,9 +205,10 @@ class MMPP2(AbstractArrivals):
 class Modulated(AbstractArrivals):
     """Any process with a slowly varying rate: a periodic piecewise-linear curve of the relative rate.
 
-    `relative_rates` are the values at equally spaced knots, the first at position 0, the last at `period_gaps`
-    (positions count mean gaps, so the curve keeps its number of requests when the rate is scaled). The part of the
-    curve a sample covers is scaled to mean 1, so a short sample has the asked mean rate and the local slope.
+    `relative_rates` are the values at equally spaced knots, the first at position 0, the last at
+    `period_gaps` (positions count mean gaps, so the curve keeps its number of requests when the rate is
+    scaled). The part of the curve a sample covers is scaled to mean 1, so a short sample has the asked mean
+    rate and the local slope.
 
     Known gaps: because of that scaling the first n of N arrivals are not the n arrivals.
     """
@@ -208,8 +220,12 @@ class Modulated(AbstractArrivals):
     def __check_init__(self):
         rates = self.relative_rates
         if rates.ndim != 1 or len(rates) < 2 or not np.all(np.isfinite(rates)) or not np.all(rates > 0):
-            raise InputError("relative_rates", rates, "is not a list of two or more positive numbers",
-                             "give the relative rate at equally spaced times of one period")
+            raise InputError(
+                "relative_rates",
+                rates,
+                "is not a list of two or more positive numbers",
+                "give the relative rate at equally spaced times of one period",
+            )
         _check_positive("period_gaps", self.period_gaps)
 
     def unit_times(self, key: PRNGKeyArray, num_requests: int) -> Float[np.ndarray, " requests"]:
@@ -247,8 +263,8 @@ class Modulated(AbstractArrivals):
 class Replay(AbstractArrivals):
     """Given arrival times, in order; scaling the rate stretches them.
 
-    Positions are (a_i - a_0) x `rate_rps`, where `rate_rps` = (n - 1) / (a_last - a_0) over all given times, so
-    sampling at `rate_rps` gives the times back (from 0), and fewer requests are the first ones.
+    Positions are (a_i - a_0) x `rate_rps`, where `rate_rps` = (n - 1) / (a_last - a_0) over all given times,
+    so sampling at `rate_rps` gives the times back (from 0), and fewer requests are the first ones.
     """
 
     arrival_s: Float[np.ndarray, " times"] = eqx.field(converter=lambda x: np.asarray(x, np.float64))
@@ -269,7 +285,11 @@ class Replay(AbstractArrivals):
     def unit_times(self, key: PRNGKeyArray, num_requests: int) -> Float[np.ndarray, " requests"]:
         """The given times from 0 at unit mean rate; the key is not used."""
         if num_requests > len(self.arrival_s):
-            raise InputError("num_requests", num_requests, f"is more than the {len(self.arrival_s)} given arrivals",
-                             "ask for fewer, or fit a process to the trace")
+            raise InputError(
+                "num_requests",
+                num_requests,
+                f"is more than the {len(self.arrival_s)} given arrivals",
+                "ask for fewer, or fit a process to the trace",
+            )
         from_zero = self.arrival_s[:num_requests] - self.arrival_s[0]
         return from_zero * self.rate_rps if math.isfinite(self.rate_rps) else from_zero

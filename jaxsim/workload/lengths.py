@@ -1,8 +1,9 @@
 """Length laws: how many tokens go in and come out.
 
-A marginal law is its quantile function, so that common random numbers, copulas and sweeps of a parameter all work
-the same way: a request keeps its uniforms whatever the law. A joint law turns two uniforms per request into a pair.
-Everything is drawn on the host in float64 and rounded to whole tokens, at least 1.
+A marginal law is its quantile function, so that common random numbers, copulas and sweeps of a parameter all
+work
+the same way: a request keeps its uniforms whatever the law. A joint law turns two uniforms per request into a
+pair. Everything is drawn on the host in float64 and rounded to whole tokens, at least 1.
 
 Known gaps: lengths of different requests are independent (no sessions, no drift of the mix over time).
 """
@@ -46,8 +47,12 @@ def _whole(tokens: np.ndarray, low: float = 1, high: float = LARGEST_WALL_TOKENS
 
 def _check_tokens(field: str, value: float) -> None:
     if isinstance(value, bool) or not 1 <= value <= LARGEST_WALL_TOKENS or value != int(value):
-        raise InputError(field, value, f"is not a whole number of tokens from 1 to {LARGEST_WALL_TOKENS}",
-                         "give a positive integer")
+        raise InputError(
+            field,
+            value,
+            f"is not a whole number of tokens from 1 to {LARGEST_WALL_TOKENS}",
+            "give a positive integer",
+        )
 
 
 def _check_range(min_tokens: int, max_tokens: int) -> None:
@@ -96,13 +101,23 @@ class LogNormal(AbstractLength):
     min_tokens: int
     max_tokens: int
 
-    def __init__(self, *, sigma: float, mu: float | None = None, mean_tokens: float | None = None,
-                 min_tokens: int = 1, max_tokens: int = LARGEST_WALL_TOKENS):
+    def __init__(
+        self,
+        *,
+        sigma: float,
+        mu: float | None = None,
+        mean_tokens: float | None = None,
+        min_tokens: int = 1,
+        max_tokens: int = LARGEST_WALL_TOKENS,
+    ):
         if not (sigma >= 0 and math.isfinite(sigma)):
-            raise InputError("sigma", sigma, "is negative or not finite",
-                             "give the standard deviation of the logarithm")
+            raise InputError(
+                "sigma", sigma, "is negative or not finite", "give the standard deviation of the logarithm"
+            )
         if (mu is None) == (mean_tokens is None):
-            raise InputError("mu", mu, f"comes with mean_tokens = {mean_tokens}", "give exactly one of the two")
+            raise InputError(
+                "mu", mu, f"comes with mean_tokens = {mean_tokens}", "give exactly one of the two"
+            )
         if mean_tokens is not None and not (mean_tokens > 0 and math.isfinite(mean_tokens)):
             raise InputError("mean_tokens", mean_tokens, "is not positive and finite", "give tokens")
         if mu is not None and not math.isfinite(mu):
@@ -136,12 +151,18 @@ class LogNormalMixture(AbstractLength):
 
     def __check_init__(self):
         if not 0 <= self.weight <= 1:
-            raise InputError("weight", self.weight, "is not between 0 and 1", "give the share of the first component")
+            raise InputError(
+                "weight", self.weight, "is not between 0 and 1", "give the share of the first component"
+            )
         if len(self.mus) != 2 or not all(map(math.isfinite, self.mus)):
             raise InputError("mus", self.mus, "is not two finite numbers", "give the means of the logarithm")
         if len(self.sigmas) != 2 or not all(0 < s < math.inf for s in self.sigmas):
-            raise InputError("sigmas", self.sigmas, "is not two positive numbers",
-                             "give the standard deviations of the logarithm")
+            raise InputError(
+                "sigmas",
+                self.sigmas,
+                "is not two positive numbers",
+                "give the standard deviations of the logarithm",
+            )
         _check_range(self.min_tokens, self.max_tokens)
 
     def cdf(self, tokens: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"]:
@@ -151,7 +172,7 @@ class LogNormalMixture(AbstractLength):
         return self.weight * first + (1.0 - self.weight) * second
 
     def quantile(self, levels: Float[np.ndarray, " requests"]) -> Int[np.ndarray, " requests"]:
-        """Smallest k with cdf(k + 1/2) >= u: the law is discrete, so a table of its support inverts it exactly."""
+        """Smallest k with cdf(k + 1/2) >= u: a table over the support inverts the discrete law exactly."""
         support = np.arange(self.min_tokens, self.max_tokens + 1)
         return support[np.searchsorted(self.cdf(support[:-1] + 0.5), np.asarray(levels), side="left")]
 
@@ -159,7 +180,8 @@ class LogNormalMixture(AbstractLength):
 class Quantiles(AbstractLength):
     """Any measured distribution as a table of quantiles, linear in between.
 
-    `levels` rise from 0 to 1; `tokens` are the quantiles there (the first and last are the smallest and largest).
+    `levels` rise from 0 to 1; `tokens` are the quantiles there (the first and last are the smallest and
+    largest).
     """
 
     levels: Float[np.ndarray, " knots"] = eqx.field(converter=lambda x: np.asarray(x, np.float64))
@@ -167,15 +189,29 @@ class Quantiles(AbstractLength):
 
     def __check_init__(self):
         levels, tokens = self.levels, self.tokens
-        if levels.ndim != 1 or len(levels) < 2 or levels[0] != 0 or levels[-1] != 1 or not np.all(np.diff(levels) > 0):
-            raise InputError("levels", levels, "does not rise from 0 to 1", "give increasing levels, 0 and 1 included")
+        if (
+            levels.ndim != 1
+            or len(levels) < 2
+            or levels[0] != 0
+            or levels[-1] != 1
+            or not np.all(np.diff(levels) > 0)
+        ):
+            raise InputError(
+                "levels", levels, "does not rise from 0 to 1", "give increasing levels, 0 and 1 included"
+            )
         if tokens.shape != levels.shape:
-            raise InputError("tokens", tokens, f"has shape {tokens.shape}, not {levels.shape}",
-                             "give one quantile per level")
+            raise InputError(
+                "tokens",
+                tokens,
+                f"has shape {tokens.shape}, not {levels.shape}",
+                "give one quantile per level",
+            )
         if not np.all(np.isfinite(tokens)) or not np.all(np.diff(tokens) >= 0):
             raise InputError("tokens", tokens, "is not finite and non-decreasing", "sort the quantiles")
         if tokens[0] < 1 or tokens[-1] > LARGEST_WALL_TOKENS:
-            raise InputError("tokens", tokens, f"leaves the range 1 to {LARGEST_WALL_TOKENS}", "clip the quantiles")
+            raise InputError(
+                "tokens", tokens, f"leaves the range 1 to {LARGEST_WALL_TOKENS}", "clip the quantiles"
+            )
 
     def quantile(self, levels: Float[np.ndarray, " requests"]) -> Int[np.ndarray, " requests"]:
         """Linear interpolation, rounded half up."""
@@ -205,8 +241,12 @@ def _check_samples(field: str, tokens: np.ndarray) -> None:
     bad = ~((tokens >= 1) & (tokens <= LARGEST_WALL_TOKENS) & (tokens == np.floor(tokens)))
     if np.any(bad):
         at = int(np.argmax(bad))
-        raise InputError(f"{field}[{at}]", tokens[at].item(), "is not a positive whole number of tokens",
-                         "leave such samples out")
+        raise InputError(
+            f"{field}[{at}]",
+            tokens[at].item(),
+            "is not a positive whole number of tokens",
+            "leave such samples out",
+        )
 
 
 class Independent(AbstractLengths):
@@ -228,8 +268,8 @@ class GaussianCopula(AbstractLengths):
     `measure` says what `rho` is: "spearman", the rank correlation of the (continuous) lengths, converted by
     2 sin(pi rho / 6); or "pearson", the linear correlation of the underlying normal scores.
 
-    Known gaps: one number cannot carry a dependence that bends, such as one sign for short and another for long
-    prompts; resample pairs (`Paired`) to keep it.
+    Known gaps: one number cannot carry a dependence that bends, such as one sign for short and another for
+    long prompts; resample pairs (`Paired`) to keep it.
     """
 
     input: AbstractLength
@@ -241,7 +281,9 @@ class GaussianCopula(AbstractLengths):
         if not -1 <= self.rho <= 1:
             raise InputError("rho", self.rho, "is not between -1 and 1", "give a correlation")
         if self.measure not in ("spearman", "pearson"):
-            raise InputError("measure", self.measure, "is unknown", suggest(self.measure, ("spearman", "pearson")))
+            raise InputError(
+                "measure", self.measure, "is unknown", suggest(self.measure, ("spearman", "pearson"))
+            )
 
     @property
     def normal_rho(self) -> float:
@@ -268,8 +310,12 @@ class Paired(AbstractLengths):
         _check_samples("input_tokens", self.input_tokens)
         _check_samples("output_tokens", self.output_tokens)
         if self.input_tokens.shape != self.output_tokens.shape:
-            raise InputError("output_tokens", self.output_tokens, f"has {len(self.output_tokens)} entries, "
-                             f"input_tokens {len(self.input_tokens)}", "give pairs")
+            raise InputError(
+                "output_tokens",
+                self.output_tokens,
+                f"has {len(self.output_tokens)} entries, input_tokens {len(self.input_tokens)}",
+                "give pairs",
+            )
 
     def pairs(
         self, levels: Float[np.ndarray, "requests 2"]

@@ -1,8 +1,9 @@
 """Random numbers with a purpose: every use of a seed has its own stream, so adding one never shifts another.
 
 A stream is the scenario's key folded with a named constant. Draws are made on the CPU with the counter-based
-(partitionable) form of threefry, whatever the session's default device and flags, and turned into float64 on the
-host. So the same seed gives the same workload on every backend, no x64 flag is needed, and the first n of N draws
+(partitionable) form of threefry, whatever the session's default device and flags, and turned into float64 on
+the host. So the same seed gives the same workload on every backend, no x64 flag is needed, and the first n of
+N draws
 are the n draws: asking for more requests never changes the earlier ones.
 """
 
@@ -86,7 +87,7 @@ def uniforms(key: PRNGKeyArray, count: int, width: int = 1) -> Float[np.ndarray,
 
 
 def log_gammas(key: PRNGKeyArray, shape: float, count: int) -> Float[np.ndarray, " count"]:
-    """Logarithms of independent Gamma(shape, 1) draws; the logarithm keeps what float32 would flush to zero."""
+    """Logarithms of independent Gamma(shape, 1) draws: float32 would flush the smallest gaps to zero."""
     with _host_draws():
         draws = jax.random.loggamma(_on_host(key), jnp.float32(shape), (_padded(count),), dtype=jnp.float32)
         draws = np.asarray(draws)[:count]

@@ -24,11 +24,12 @@ class Workload:
     input_tokens, output_tokens: prompt tokens and tokens generated, at least 1.
     max_tokens: the limit the engine is told, at least output_tokens (default: equal).
     priority: smaller is more urgent (default 0). tenant: index into tenant_names (default 0).
-    prefix_hashes: chained ids of each prompt's blocks of prefix_block_size tokens, flat; those of request i are
-    prefix_hashes[prefix_offsets[i]:prefix_offsets[i + 1]]. Two prompts share a prefix as long as their ids agree.
+    prefix_hashes: chained ids of each prompt's blocks of prefix_block_size tokens, flat; those of request i
+    are prefix_hashes[prefix_offsets[i]:prefix_offsets[i + 1]]. Two prompts share a prefix as long as their
+    ids agree.
     uniforms: two random numbers per request for routers (default: those of seed 0).
-    unit_times: unrounded positions at unit mean rate and rate_rps their scale, when the workload was generated, so
-    that `with_rate` does not accumulate rounding. provenance: where it came from, for reports.
+    unit_times: unrounded positions at unit mean rate and rate_rps their scale, when the workload was
+    generated, so that `with_rate` does not accumulate rounding. provenance: where it came from, for reports.
     """
 
     arrival_s: Float[np.ndarray, " requests"]
@@ -51,26 +52,51 @@ class Workload:
         count = len(arrival_s)
         if count == 0:
             raise InputError("arrival_s", [], "holds no requests", "give at least one")
-        _refuse("arrival_s", arrival_s, arrival_s < 0, "is negative", "shift the arrivals to start at 0 or later")
+        _refuse(
+            "arrival_s", arrival_s, arrival_s < 0, "is negative", "shift the arrivals to start at 0 or later"
+        )
         arrival_s = round_to_grid(arrival_s)
         late = np.concatenate([[False], np.diff(arrival_s) < 0])
-        _refuse("arrival_s", arrival_s, late, "is before the arrival in front of it", "sort the requests by arrival")
+        _refuse(
+            "arrival_s",
+            arrival_s,
+            late,
+            "is before the arrival in front of it",
+            "sort the requests by arrival",
+        )
         tokens = {}
         for name in ("input_tokens", "output_tokens", "max_tokens"):
             given = getattr(self, name)
             given = self.output_tokens if given is None and name == "max_tokens" else given
             tokens[name] = _integers(name, given, count, low=1)
-        _refuse("max_tokens", tokens["max_tokens"], tokens["max_tokens"] < tokens["output_tokens"],
-                "is below the request's output_tokens", "raise it, or shorten the output")
+        _refuse(
+            "max_tokens",
+            tokens["max_tokens"],
+            tokens["max_tokens"] < tokens["output_tokens"],
+            "is below the request's output_tokens",
+            "raise it, or shorten the output",
+        )
         total = tokens["input_tokens"].astype(np.int64) + tokens["max_tokens"]
-        _refuse("input_tokens", tokens["input_tokens"], total > _INT32_MAX, "plus max_tokens does not fit 32 bits",
-                "shorten the request")
+        _refuse(
+            "input_tokens",
+            tokens["input_tokens"],
+            total > _INT32_MAX,
+            "plus max_tokens does not fit 32 bits",
+            "shorten the request",
+        )
         zeros = np.zeros(count, np.int32)
-        priority = _integers("priority", zeros if self.priority is None else self.priority, count, low=-(2**31))
+        priority = _integers(
+            "priority", zeros if self.priority is None else self.priority, count, low=-(2**31)
+        )
         tenant = _integers("tenant", zeros if self.tenant is None else self.tenant, count, low=0)
         names = tuple(str(n) for n in self.tenant_names)
-        _refuse("tenant", tenant, tenant >= len(names), f"has no name (tenant_names has {len(names)})",
-                "name every tenant")
+        _refuse(
+            "tenant",
+            tenant,
+            tenant >= len(names),
+            f"has no name (tenant_names has {len(names)})",
+            "name every tenant",
+        )
         draws = routing_uniforms(0, count) if self.uniforms is None else np.asarray(self.uniforms, np.float32)
         if draws.shape != (count, 2):
             raise InputError("uniforms", draws.shape, f"is not ({count}, 2)", "give two numbers per request")
@@ -78,11 +104,24 @@ class Workload:
         unit_times = self.unit_times
         if unit_times is not None:
             unit_times = _numbers("unit_times", unit_times, count)
-            _refuse("unit_times", unit_times, np.concatenate([unit_times[:1] < 0, np.diff(unit_times) < 0]),
-                    "is negative or out of order", "give cumulative positions")
+            _refuse(
+                "unit_times",
+                unit_times,
+                np.concatenate([unit_times[:1] < 0, np.diff(unit_times) < 0]),
+                "is negative or out of order",
+                "give cumulative positions",
+            )
             check_rate(self.rate_rps if self.rate_rps is not None else math.nan)
-        fields = dict(tokens, arrival_s=arrival_s, priority=priority, tenant=tenant, tenant_names=names,
-                      uniforms=draws, unit_times=unit_times, provenance=dict(self.provenance))
+        fields = dict(
+            tokens,
+            arrival_s=arrival_s,
+            priority=priority,
+            tenant=tenant,
+            tenant_names=names,
+            uniforms=draws,
+            unit_times=unit_times,
+            provenance=dict(self.provenance),
+        )
         fields.update(self._checked_prefixes(count, tokens["input_tokens"]))
         for name, value in fields.items():
             if isinstance(value, np.ndarray):
@@ -91,31 +130,57 @@ class Workload:
             object.__setattr__(self, name, value)
 
     def _checked_prefixes(self, count: int, input_tokens: np.ndarray) -> dict[str, Any]:
-        given = (self.prefix_offsets is not None, self.prefix_hashes is not None, self.prefix_block_size is not None)
+        given = (
+            self.prefix_offsets is not None,
+            self.prefix_hashes is not None,
+            self.prefix_block_size is not None,
+        )
         if not any(given):
             return {}
         if not all(given):
-            raise InputError("prefix_offsets", None, "prefix_offsets, prefix_hashes and prefix_block_size go together",
-                             "give all three or none")
+            raise InputError(
+                "prefix_offsets",
+                None,
+                "prefix_offsets, prefix_hashes and prefix_block_size go together",
+                "give all three or none",
+            )
         size = self.prefix_block_size
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise InputError("prefix_block_size", size, "is not a positive number of tokens", "give tokens per hash")
+            raise InputError(
+                "prefix_block_size", size, "is not a positive number of tokens", "give tokens per hash"
+            )
         offsets = np.asarray(self.prefix_offsets)
         hashes = np.asarray(self.prefix_hashes)
         if offsets.shape != (count + 1,) or offsets.dtype.kind not in "iu" or offsets[0] != 0:
-            raise InputError("prefix_offsets", offsets, f"is not {count + 1} integers from 0",
-                             "give the cumulative number of hashes")
+            raise InputError(
+                "prefix_offsets",
+                offsets,
+                f"is not {count + 1} integers from 0",
+                "give the cumulative number of hashes",
+            )
         if hashes.ndim != 1 or (hashes.dtype.kind not in "iu" and len(hashes)):
             raise InputError("prefix_hashes", hashes, "is not a flat list of integers", "number the blocks")
         per_request = np.diff(offsets)
         _refuse("prefix_offsets", offsets[1:], per_request < 0, "goes backwards", "give cumulative counts")
         if offsets[-1] != len(hashes):
-            raise InputError("prefix_offsets", int(offsets[-1]), f"does not end at the {len(hashes)} hashes",
-                             "give the cumulative number of hashes")
-        _refuse("prefix_offsets", offsets[1:], per_request > -(-input_tokens.astype(np.int64) // size),
-                f"gives the request more blocks of {size} tokens than its prompt has", "check prefix_block_size")
-        return {"prefix_offsets": offsets.astype(np.int64), "prefix_hashes": hashes.astype(np.int64),
-                "prefix_block_size": int(size)}
+            raise InputError(
+                "prefix_offsets",
+                int(offsets[-1]),
+                f"does not end at the {len(hashes)} hashes",
+                "give the cumulative number of hashes",
+            )
+        _refuse(
+            "prefix_offsets",
+            offsets[1:],
+            per_request > -(-input_tokens.astype(np.int64) // size),
+            f"gives the request more blocks of {size} tokens than its prompt has",
+            "check prefix_block_size",
+        )
+        return {
+            "prefix_offsets": offsets.astype(np.int64),
+            "prefix_hashes": hashes.astype(np.int64),
+            "prefix_block_size": int(size),
+        }
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -144,7 +209,7 @@ class Workload:
         """Block ids of one request's prompt, empty without."""
         if self.prefix_hashes is None:
             return np.zeros(0, np.int64)
-        return self.prefix_hashes[self.prefix_offsets[request]:self.prefix_offsets[request + 1]]
+        return self.prefix_hashes[self.prefix_offsets[request] : self.prefix_offsets[request + 1]]
 
     def take(self, rows: slice | np.ndarray) -> "Workload":
         """Some of the requests (a slice, a mask or increasing indices), each with its own random numbers."""
@@ -155,13 +220,22 @@ class Workload:
             raise InputError("rows", rows, f"picks none of the {len(self)} requests", "widen the selection")
         changes: dict[str, Any] = {
             name: getattr(self, name)[index]
-            for name in ("arrival_s", "input_tokens", "output_tokens", "max_tokens", "priority", "tenant", "uniforms")
+            for name in (
+                "arrival_s",
+                "input_tokens",
+                "output_tokens",
+                "max_tokens",
+                "priority",
+                "tenant",
+                "uniforms",
+            )
         }
         if self.unit_times is not None:
             changes["unit_times"] = self.unit_times[index]
         if self.prefix_hashes is not None:
             changes["prefix_offsets"], changes["prefix_hashes"] = take_ragged(
-                self.prefix_offsets, self.prefix_hashes, index)
+                self.prefix_offsets, self.prefix_hashes, index
+            )
         return dataclasses.replace(self, **changes)
 
     def from_zero(self) -> "Workload":
@@ -182,12 +256,17 @@ class Workload:
             return self
         start = self.arrival_s[0]
         return dataclasses.replace(
-            self, arrival_s=start + (self.arrival_s - start) * (self.mean_rate_rps / rate_rps), rate_rps=rate_rps)
+            self,
+            arrival_s=start + (self.arrival_s - start) * (self.mean_rate_rps / rate_rps),
+            rate_rps=rate_rps,
+        )
 
     def scaled(self, rate_scale: float) -> "Workload":
         """The same requests, `rate_scale` times as fast."""
         if not (rate_scale > 0 and math.isfinite(rate_scale)):
-            raise InputError("rate_scale", rate_scale, "is not positive and finite", "1 keeps the rate, 2 doubles it")
+            raise InputError(
+                "rate_scale", rate_scale, "is not positive and finite", "1 keeps the rate, 2 doubles it"
+            )
         if self.unit_times is not None and self.rate_rps is not None:
             return self.with_rate(self.rate_rps * rate_scale)
         rate = None if self.rate_rps is None else self.rate_rps * rate_scale
@@ -199,7 +278,9 @@ class Workload:
         A request kept at one share is kept at every larger one.
         """
         if not 0 < keep <= 1:
-            raise InputError("keep", keep, "is not above 0 and at most 1", "give the share of requests to keep")
+            raise InputError(
+                "keep", keep, "is not above 0 and at most 1", "give the share of requests to keep"
+            )
         kept = uniforms(stream_key(seed, Stream.THINNING), len(self))[:, 0] < keep
         if not kept.any():
             raise InputError("keep", keep, f"keeps none of the {len(self)} requests", "give a larger share")
@@ -209,11 +290,16 @@ class Workload:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per request: the columns of a plain trace, which `jaxsim.traces.read_trace` reads back."""
-        frame = pd.DataFrame({
-            "arrival_s": self.arrival_s, "input_tokens": self.input_tokens, "output_tokens": self.output_tokens,
-            "max_tokens": self.max_tokens, "priority": self.priority,
-            "tenant": np.asarray(self.tenant_names, dtype=object)[self.tenant],
-        })
+        frame = pd.DataFrame(
+            {
+                "arrival_s": self.arrival_s,
+                "input_tokens": self.input_tokens,
+                "output_tokens": self.output_tokens,
+                "max_tokens": self.max_tokens,
+                "priority": self.priority,
+                "tenant": np.asarray(self.tenant_names, dtype=object)[self.tenant],
+            }
+        )
         if self.prefix_hashes is not None:
             frame["prefix_block_ids"] = [" ".join(map(str, self.prefix_of(i))) for i in range(len(self))]
             frame["prefix_block_size"] = self.prefix_block_size
@@ -222,7 +308,9 @@ class Workload:
     def summary(self) -> dict[str, float | int]:
         """Counts, rate and length statistics, for reports."""
         stats: dict[str, float | int] = {
-            "num_requests": len(self), "span_s": self.span_s, "mean_rate_rps": self.mean_rate_rps,
+            "num_requests": len(self),
+            "span_s": self.span_s,
+            "mean_rate_rps": self.mean_rate_rps,
             "total_input_tokens": int(self.input_tokens.sum(dtype=np.int64)),
             "total_output_tokens": int(self.output_tokens.sum(dtype=np.int64)),
         }
@@ -266,6 +354,11 @@ def _numbers(field: str, values: Any, count: int | None) -> np.ndarray:
 def _integers(field: str, values: Any, count: int, low: int) -> np.ndarray:
     array = _numbers(field, values, count)
     _refuse(field, array, array != np.rint(array), "is not a whole number", "round it")
-    _refuse(field, array, (array < low) | (array > _INT32_MAX), f"is not between {low} and {_INT32_MAX}",
-            "fix or leave out the request")
+    _refuse(
+        field,
+        array,
+        (array < low) | (array > _INT32_MAX),
+        f"is not between {low} and {_INT32_MAX}",
+        "fix or leave out the request",
+    )
     return array.astype(np.int32)

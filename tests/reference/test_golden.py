@@ -1,10 +1,10 @@
 """Numbers from outside that the reference simulator must reproduce.
 
 - Scheduler traces of vLLM V0 and V1 on a pool of ten blocks.
-- The public simulator of LLMServe/DistServe (`simdistserve`), its vLLM backend: single requests, small and large
-  workloads, goodput by bisection. Its rules: prefills first and whole, as many as fit the token budget, which is
-  the KV capacity; decode batches of at most 50000 context tokens; no memory accounting; the first token is not
-  counted as output, so a request of `out` tokens there has `out + 1` here.
+- The public simulator of LLMServe/DistServe (`simdistserve`), its vLLM backend: single requests, small and
+  large workloads, goodput by bisection. Its rules: prefills first and whole, as many as fit the token budget,
+  which is the KV capacity; decode batches of at most 50000 context tokens; no memory accounting; the first
+  token is not counted as output, so a request of `out` tokens there has `out + 1` here.
 - M/D/1 queues.
 """
 
@@ -17,7 +17,7 @@ import pytest
 
 from .simulator import BatchStatsRef, Request, preset, simulate
 
-# --- scheduler traces ------------------------------------------------------------------------------------------
+# --- scheduler traces -----------------------------------------------------------------------------
 
 TRACE_REQUESTS = [Request(0, 0.0, 40, 30), Request(1, 0.0, 50, 20), Request(2, 3.0, 30, 40)]
 
@@ -54,10 +54,10 @@ def test_trace_vllm_v0():
     assert [r.preemptions for r in result.requests] == [0, 0, 4]
 
 
-# --- simdistserve ----------------------------------------------------------------------------------------------
+# --- simdistserve ---------------------------------------------------------------------------------
 
-# Fitted coefficients in ms on A100-80GB, vLLM engine: prefill (constant, per token, per squared token), decode
-# (constant, per context token, per sequence) below 95 sequences and from there on; KV capacity in tokens.
+# Fitted coefficients in ms on A100-80GB, vLLM engine: prefill (constant, per token, per squared token),
+# decode (constant, per context token, per sequence) below 95 sequences and from there on; KV capacity.
 # Source: LLMServe/DistServe, simdistserve/estimators/profile_data.
 FITTED = {
     ("13b", 1): (
@@ -132,9 +132,7 @@ def test_simdistserve_one_request():
 @pytest.mark.parametrize("round_times", [True, False])
 def test_simdistserve_eight_requests(round_times):
     arrivals = [0.04 * i for i in range(8)]
-    ttft, _, _, _ = run_simdistserve(
-        "13b", 1, arrivals, [128, 1024] * 4, [16] * 8, round_times=round_times
-    )
+    ttft, _, _, _ = run_simdistserve("13b", 1, arrivals, [128, 1024] * 4, [16] * 8, round_times=round_times)
     want = [43.1825, 180.6875, 506.9059, 466.9059, 426.9059, 386.9059, 542.5412, 502.5412]
     assert ttft == pytest.approx(want, abs=1e-3)
 
@@ -196,7 +194,7 @@ def test_simdistserve_goodput(model, tp, ttft_ms, want):
     assert low == pytest.approx(want, abs=5e-4)
 
 
-# --- queueing theory -------------------------------------------------------------------------------------------
+# --- queueing theory ------------------------------------------------------------------------------
 
 
 def run_single_server(arrivals, service_s: float):
@@ -229,7 +227,7 @@ def test_waiting_follows_lindley(load):
     assert ttfts == [wait + service_s for wait in want]
 
 
-@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
 def test_mean_waiting_is_md1(load):
     """Mean TTFT of an M/D/1 queue, D + R D^2 / (2 (1 - R D)), within 4 standard errors of 50 batch means.
 

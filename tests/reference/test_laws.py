@@ -1,7 +1,7 @@
 """Laws of the reference simulator over random scenarios of every engine, and rules worked out by hand.
 
-The simulator checks conservation of blocks and tokens, limits, the order of time and the empty end by itself; here it
-is fed with scenarios tight enough to preempt, on costs and arrivals that tie often.
+The simulator checks conservation of blocks and tokens, limits, the order of time and the empty end by itself;
+here it is fed with scenarios tight enough to preempt, on costs and arrivals that tie often.
 """
 
 import random
@@ -36,7 +36,6 @@ def random_scenario(name: str, seed: int):
     ]
     most = max(p + limit for (p, _), limit in zip(lengths, limits, strict=True))
     max_num_seqs = rng.randint(1, 8)
-    # One spare block: the watermark of one percent is no block below a hundred.
     smallest = -(-most // block_size)
     numbers = {
         "block_size": block_size,
@@ -45,6 +44,9 @@ def random_scenario(name: str, seed: int):
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": rng.randint(max_num_seqs, 40),
     }
+    if name in ("vllm-v0", "sarathi"):  # one percent of so small a pool is no block
+        numbers["watermark_blocks"] = rng.choice([0, 0, 2])
+        numbers["num_blocks"] += numbers["watermark_blocks"]
     if not preset(name).chunked_prefill:
         numbers["max_num_batched_tokens"] = max(most, max_num_seqs) + rng.randint(0, 40)
     if name in ("orca", "static"):
@@ -107,7 +109,7 @@ def test_instances_in_turn_are_separate_clusters(name):
             assert got == [(r.id, r.scheduled_s, r.first_token_s, r.finish_s) for r in alone]
 
 
-# --- the engine's loop against its closed form -------------------------------------------------------------------
+# --- the engine's loop against its closed form ----------------------------------------------------
 
 
 def schedule_running_closed_form(instance, plan, flags):
@@ -144,7 +146,7 @@ def test_sequential_loop_equals_closed_form(name, monkeypatch):
     assert any(r.preemptions for result in sequential for r in result.requests)
 
 
-# --- rules by hand -----------------------------------------------------------------------------------------------
+# --- rules by hand --------------------------------------------------------------------------------
 
 
 def unit_steps(requests, flags):
@@ -169,6 +171,24 @@ def test_priority_victim_may_have_been_scheduled_already():
     steps, _ = unit_steps([Request(0, 0, 1, 6, priority=1), Request(1, 1, 3, 5, priority=0)], flags)
     assert (steps[2].batch, steps[2].free_blocks) == ({0: 1, 1: 1}, 0)
     assert (steps[3].preempted, steps[3].batch, steps[3].free_blocks) == ((0,), {1: 1}, 1)
+
+
+def test_nobody_is_skipped_behind_a_withdrawn_victim():
+    """As before, with a third request behind: the list moved up by one and it still gets its token."""
+    flags = preset("vllm-v1-priority", num_blocks=5, block_size=2, max_num_seqs=4)
+    requests = [Request(0, 0, 1, 6, priority=1), Request(1, 1, 3, 5), Request(2, 2, 1, 2)]
+    steps, _ = unit_steps(requests, flags)
+    assert (steps[2].batch, steps[2].free_blocks) == ({0: 1, 1: 1, 2: 1}, 0)
+    assert (steps[3].preempted, steps[3].batch, steps[3].free_blocks) == ((0,), {1: 1, 2: 1}, 1)
+
+
+def test_the_token_of_a_withdrawn_victim_is_refunded():
+    """The chunk behind gets the budget of 4 less one decode, not two."""
+    flags = preset("vllm-v1-priority", num_blocks=6, block_size=2, max_num_seqs=4, max_num_batched_tokens=4)
+    requests = [Request(0, 0, 3, 6, priority=1), Request(1, 1, 3, 5), Request(2, 2, 9, 1)]
+    steps, _ = unit_steps(requests, flags)
+    assert (steps[2].batch, steps[2].free_blocks) == ({0: 1, 1: 1, 2: 2}, 0)
+    assert (steps[3].preempted, steps[3].batch, steps[3].free_blocks) == ((0,), {1: 1, 2: 3}, 0)
 
 
 def test_priority_queue_lets_the_urgent_overtake():
@@ -204,11 +224,53 @@ def test_sglang_retracts_the_fewest_outputs_longest_prompt_first():
     steps, results = unit_steps([Request(0, 0, 4, 4), Request(1, 0, 2, 6), Request(2, 0, 1, 5)], flags)
     assert (steps[0].batch, steps[0].free_blocks) == ({0: 4, 1: 2, 2: 1}, 5)
     assert (steps[1].batch, steps[1].free_blocks) == ({0: 1, 1: 1, 2: 1}, 2)
-    # Three tokens do not fit in two; all emitted two, request 0 has the longest prompt; the estimate is now 8/11.
+    # Three tokens do not fit in two; all emitted two, request 0 has the longest prompt. The estimate: 8/11.
     assert (steps[2].preempted, steps[2].batch, steps[2].free_blocks) == ((0,), {1: 1, 2: 1}, 5)
     # At 5 request 0 wants 6 + 2 tokens and 6 are free; at 6 it is alone.
     assert [steps[t].batch for t in (5, 6, 7)] == [{1: 1}, {0: 6}, {0: 1}]
     assert [r.finish_s for r in results] == [8, 6, 5]
+
+
+@pytest.mark.parametrize(("retract_to", "want"), [("front", [8, 10]), ("back", [10, 8])])
+def test_where_a_retracted_request_waits(retract_to, want):
+    """Request 3 waits when 0 is retracted and needs the whole pool: at 6 whoever is first goes alone."""
+    flags = preset(
+        "sglang",
+        num_blocks=12,
+        new_token_ratio_init=0.0,
+        new_token_ratio_floor=0.0,
+        new_token_ratio_decay=0.0,
+        retract_free_tokens=2,
+        max_num_seqs=3,
+        retract_to=retract_to,
+    )
+    requests = [Request(0, 0, 4, 4), Request(1, 0, 2, 6), Request(2, 0, 1, 5), Request(3, 1.5, 10, 2)]
+    _, results = unit_steps(requests, flags)
+    assert [results[0].finish_s, results[3].finish_s] == want
+
+
+@pytest.mark.parametrize(("expected_new_admissions", "want"), [("ratio", [0, 0]), ("full", [0, 5])])
+def test_sglang_admissions_of_one_pass(expected_new_admissions, want):
+    """The first leaves 8 tokens, less none or all of the 5 it may still emit; the second wants 6."""
+    flags = preset(
+        "sglang",
+        num_blocks=12,
+        new_token_ratio_init=0.0,
+        new_token_ratio_floor=0.0,
+        expected_new_admissions=expected_new_admissions,
+        admit="when_empty",
+    )
+    _, results = unit_steps([Request(0, 0, 4, 5), Request(1, 0, 2, 4)], flags)
+    assert [r.scheduled_s for r in results] == want
+
+
+def test_limited_decodes_take_turns():
+    """Contexts in queue order: 5 + 7 fit the limit; 2 + 6 but not 8; 8 + 3. A misfit stops the batch."""
+    flags = preset("simdistserve-vllm", max_num_batched_tokens=64, decode_context_limit=12)
+    steps, _ = unit_steps([Request(0, 0, 4, 3), Request(1, 0, 6, 3), Request(2, 0, 1, 3)], flags)
+    assert [set(steps[t].batch) for t in range(4)] == [{0, 1, 2}, {0, 1}, {0, 2}, {1, 2}]
+    steps, _ = unit_steps([Request(0, 0, 4, 3), Request(1, 0, 8, 3), Request(2, 0, 1, 3)], flags)
+    assert [set(steps[t].batch) for t in range(3)] == [{0, 1, 2}, {0}, {1, 2}]
 
 
 @pytest.mark.parametrize(("name", "want"), [("orca", [0, 0, 1, 3]), ("static", [0, 0, 3, 3])])
@@ -231,7 +293,13 @@ def test_sarathi_reserves_the_whole_prompt_and_chunks_it():
     flags = preset("sarathi", num_blocks=200, block_size=4, max_num_batched_tokens=8, max_num_seqs=4)
     assert flags.watermark_blocks == 2
     steps, _ = unit_steps([Request(0, 0, 4, 6), Request(1, 1, 20, 2)], flags)
-    assert [steps[t].batch for t in range(5)] == [{0: 4}, {0: 1, 1: 7}, {0: 1, 1: 7}, {0: 1, 1: 6}, {0: 1, 1: 1}]
+    assert [steps[t].batch for t in range(5)] == [
+        {0: 4},
+        {0: 1, 1: 7},
+        {0: 1, 1: 7},
+        {0: 1, 1: 6},
+        {0: 1, 1: 1},
+    ]
     assert [steps[t].free_blocks for t in range(4)] == [199, 193, 193, 193]
 
 
@@ -289,6 +357,11 @@ def test_margins():
     assert result.unreliable_from_s(2**-9) == near
     assert result.unreliable_from_s(2**-11) == 4
     assert result.unreliable_from_s(2**-11, count_exact_ties=False) == float("inf")
+
+
+def test_margins_beside_an_exact_tie():
+    margins = simulator.arrival_margins([4.0], [[1.0, 4.0], [4.5, 4.0]], float)
+    assert sorted(margins) == [(1.0, 3.0), (4.0, 0.0), (4.0, 0.5)]
 
 
 def test_times_lie_on_their_grids():

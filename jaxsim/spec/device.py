@@ -1,0 +1,161 @@
+"""The device a rank runs on: memory, peaks, links, power, price, and the catalogue of known ones."""
+
+import functools
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from jaxsim._core.errors import InputError, suggest
+
+Positive = Annotated[float, Meta(gt=0)]
+GIB = 1 << 30
+
+VISIBLE_SHARE = 0.985
+"""Share of nominal memory an engine sees where no log says better (80 GiB parts show 79.1 to 79.2)."""
+
+_FALLBACK = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16", "bf16": "fp32"}
+
+
+class Peak(NamedTuple):
+    """A peak arithmetic rate and the type it belongs to, which differs from the one asked for where that is absent."""
+
+    flops: float
+    compute: str
+
+
+class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One accelerator (or CPU socket), in SI units; None = not known or not there.
+
+    memory_bytes: nominal; visible_memory_bytes: what the driver shows an engine; memory_bytes_per_s: peak.
+    bf16_flops (fp16 where there is no bf16), fp8_flops, int8_flops, fp4_flops, fp32_flops: dense peaks, FLOP/s.
+    link, link_bytes_per_s: scale-up link, per direction per device, and devices_per_node that share it;
+    internode_bytes_per_s: network beyond it; host_link, host_link_bytes_per_s: to the CPU.
+    tdp_w, idle_w, active_idle_w (clocks up, nothing running), usd_per_h (reference, low, high).
+
+    Known gaps: prices are list or index values of early 2026 that differ 2 to 4 times between providers.
+    """
+
+    name: Annotated[str, Meta(min_length=1)]
+    kind: Literal["gpu", "tpu", "cpu"] = "gpu"
+    memory_bytes_per_s: Positive
+    memory_bytes: Annotated[int, Meta(gt=0)] | None = None
+    visible_memory_bytes: Annotated[int, Meta(gt=0)] | None = None
+    memory_type: str = ""
+    bf16_flops: Positive | None = None
+    fp8_flops: Positive | None = None
+    int8_flops: Positive | None = None
+    fp4_flops: Positive | None = None
+    fp32_flops: Positive | None = None
+    num_multiprocessors: Annotated[int, Meta(ge=1)] | None = None
+    num_cores: Annotated[int, Meta(ge=1)] | None = None
+    base_hz: Positive | None = None
+    link: str = ""
+    link_bytes_per_s: Positive | None = None
+    devices_per_node: Annotated[int, Meta(ge=1)] | None = None
+    internode_bytes_per_s: Positive | None = None
+    host_link: str = ""
+    host_link_bytes_per_s: Positive | None = None
+    tdp_w: Positive | None = None
+    idle_w: Positive | None = None
+    active_idle_w: Positive | None = None
+    usd_per_h: Positive | None = None
+    usd_per_h_low: Positive | None = None
+    usd_per_h_high: Positive | None = None
+    full_name: str = ""
+    aliases: tuple[str, ...] = ()
+    confidence: str = ""
+    source: str = ""
+    notes: str = ""
+
+    def __post_init__(self):
+        if not self.memory_bytes_per_s > 0:
+            raise InputError("device.memory_bytes_per_s", self.memory_bytes_per_s, "must be positive")
+        if self.bf16_flops is None and self.fp32_flops is None:
+            raise InputError("device.bf16_flops", None, f"{self.name} has no arithmetic peak",
+                             "give bf16_flops or fp32_flops")
+        if (self.visible_memory_bytes or 0) > (self.memory_bytes or float("inf")):
+            raise InputError("device.visible_memory_bytes", self.visible_memory_bytes,
+                             f"more than memory_bytes = {self.memory_bytes}")
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any], path: str = "device") -> "DeviceSpec":
+        """From a table of the fields above, as a scenario file holds it."""
+        try:
+            return msgspec.convert(dict(table), cls)
+        except msgspec.ValidationError as error:
+            if isinstance(error.__cause__, InputError):
+                raise error.__cause__ from None
+            raise InputError(path, table.get("name", dict(table)), str(error),
+                             "see the catalogue (scenarios/devices) for examples") from None
+
+    def peak(self, compute: str) -> Peak:
+        """Dense peak for a number type, or for the next wider one the device has.
+
+        fp4 falls back to fp8, fp8 and int8 to bf16, bf16 to fp32: weights stay narrow in memory, the arithmetic
+        is done in the wider type (fp8 on an A100 runs in bf16).
+        """
+        rates = {"bf16": self.bf16_flops, "fp8": self.fp8_flops, "int8": self.int8_flops, "fp4": self.fp4_flops,
+                 "fp32": self.fp32_flops}
+        if compute not in rates:
+            raise InputError("compute type", compute, "is not known", suggest(compute, rates))
+        while rates[compute] is None:
+            if compute not in _FALLBACK:
+                raise InputError("device.fp32_flops", None, f"{self.name} has no fp32 peak", "give fp32_flops")
+            compute = _FALLBACK[compute]
+        return Peak(rates[compute], compute)
+
+    @property
+    def usable_memory_bytes(self) -> int:
+        """Memory an engine sees before it takes its share."""
+        if self.visible_memory_bytes is not None:
+            return self.visible_memory_bytes
+        if self.memory_bytes is None:
+            raise InputError("device.memory_bytes", None, f"the memory of {self.name} is not known",
+                             "give device.memory_bytes or engine.num_gpu_blocks_override")
+        return int(self.memory_bytes * VISIBLE_SHARE)
+
+    @property
+    def is_switched(self) -> bool:
+        """Whether the scale-up link is more than PCIe."""
+        return bool(self.link) and not self.link.startswith("PCIe")
+
+
+@functools.cache
+def device_catalogue() -> dict[str, DeviceSpec]:
+    """Built-in devices by name."""
+    devices = {}
+    folder = resources.files("jaxsim.scenarios") / "devices"
+    for file in sorted(folder.iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".toml"):
+            for row in tomllib.loads(file.read_text())["device"]:
+                spec = DeviceSpec.from_dict(row, path=file.name)
+                devices[spec.name] = spec
+    return devices
+
+
+def _fold(name: str) -> str:
+    return str(name).strip().lower().replace("-", "_").replace(" ", "_")
+
+
+@functools.cache
+def _device_names() -> dict[str, str]:
+    names: dict[str, str] = {}
+    for spec in device_catalogue().values():
+        for name in (spec.name, spec.full_name, *spec.aliases):
+            if name and names.setdefault(_fold(name), spec.name) != spec.name:
+                raise ValueError(f"two devices are called {name}")
+    return names
+
+
+def load_device(name: str) -> DeviceSpec:
+    """A device of the catalogue by name or alias ("h100", "a100-80gb"); case, dashes and spaces do not matter."""
+    try:
+        return device_catalogue()[_device_names()[_fold(name)]]
+    except KeyError:
+        raise InputError("device.name", name, "is not in the catalogue",
+                         f"{suggest(_fold(name), _device_names())} Or write its numbers out as a [device] table"
+                         ) from None

@@ -1,0 +1,139 @@
+"""How a model is laid out on devices, and in which number formats."""
+
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from jaxsim._core.errors import InputError, suggest
+from jaxsim.spec.model import ModelSpec
+
+Degree = Annotated[int, Meta(ge=1)]
+ComputeType = Literal["fp32", "bf16", "fp8", "int8", "fp4"]
+
+
+class WeightFormat(NamedTuple):
+    """Bytes of a weight and the arithmetic it is multiplied in.
+
+    linear_bytes: projections and dense FFN; expert_bytes: routed experts; other_bytes: embeddings, LM head, norms,
+    router, which engines leave unquantised; activation_bytes; compute: tensor-core type of the matrix products.
+    """
+
+    name: str
+    linear_bytes: float
+    expert_bytes: float
+    other_bytes: float
+    activation_bytes: float
+    compute: ComputeType
+
+
+_FORMATS = {f.name: f for f in (
+    WeightFormat("float32", 4, 4, 4, 4, "fp32"),
+    WeightFormat("bfloat16", 2, 2, 2, 2, "bf16"),
+    WeightFormat("float16", 2, 2, 2, 2, "bf16"),
+    WeightFormat("fp8", 1, 1, 2, 2, "fp8"),
+    WeightFormat("int8", 1, 1, 2, 2, "int8"),
+    # 4-bit values, one 16-bit scale for every 128
+    WeightFormat("int4", 0.515625, 0.515625, 2, 2, "bf16"),
+    # 4-bit values, one 8-bit scale for every 16 (nvfp4)
+    WeightFormat("fp4", 0.5625, 0.5625, 2, 2, "fp4"),
+    # 4-bit experts with an 8-bit scale for every 32, the rest 16-bit; Hopper multiplies in bf16
+    WeightFormat("mxfp4", 2, 0.53125, 2, 2, "bf16"),
+)}
+_FORMAT_ALIASES = {
+    "fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16",
+    "fp8_e4m3": "fp8", "float8_e4m3fn": "fp8", "w8a8": "int8", "w4a16": "int4", "awq": "int4", "gptq": "int4",
+    "nvfp4": "fp4",
+}
+_KV_BYTES = {
+    "float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2, "half": 2, "fp8": 1, "fp8_e4m3": 1,
+    "fp8_e5m2": 1, "int8": 1, "int4": 0.5,
+}
+
+
+def weight_format(dtype: str, model: ModelSpec | None = None) -> WeightFormat:
+    """The number format called `dtype`; "auto" is the model's own."""
+    name = (model.dtype if model is not None else "bfloat16") if dtype == "auto" else dtype
+    name = _FORMAT_ALIASES.get(str(name).lower(), str(name).lower())
+    if name not in _FORMATS:
+        raise InputError("model.dtype", dtype, "is not a weight format", suggest(name, _FORMATS))
+    return _FORMATS[name]
+
+
+def kv_cache_bytes(kv_dtype: str, dtype: str = "auto", model: ModelSpec | None = None) -> float:
+    """Bytes of a cached number; "auto" is the width of activations."""
+    if kv_dtype == "auto":
+        return weight_format(dtype, model).activation_bytes
+    if str(kv_dtype).lower() not in _KV_BYTES:
+        raise InputError("model.kv_dtype", kv_dtype, "is not a KV cache format", suggest(kv_dtype, _KV_BYTES))
+    return _KV_BYTES[str(kv_dtype).lower()]
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Parallel degrees of one serving instance, by vLLM's names.
+
+    With `enable_expert_parallel` whole experts are spread over tensor x data ranks, attention is data-parallel
+    over `data_parallel_size` and a step exchanges tokens among them. Without it, data-parallel ranks are
+    independent copies.
+    """
+
+    tensor_parallel_size: Degree = 1
+    pipeline_parallel_size: Degree = 1
+    data_parallel_size: Degree = 1
+    enable_expert_parallel: bool = False
+
+    def __post_init__(self):
+        for field in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
+                raise InputError(f"engine.{field}", getattr(self, field), "must be an integer of at least 1")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the instance."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks over which whole experts are spread; 1 where each expert is cut by tensor parallelism."""
+        return self.tensor_parallel_size * self.data_parallel_size if self.enable_expert_parallel else 1
+
+    def stage_layers(self, layers: int) -> tuple[int, ...]:
+        """Layers of each pipeline stage. A remainder goes to the stages before the last, from the back.
+
+        Source: vLLM, `get_pp_indices`: the last stage also has the LM head, so it gets no extra layer.
+        """
+        stages = self.pipeline_parallel_size
+        counts = [layers // stages] * stages
+        for i in range(layers % stages):
+            counts[-2 - i] += 1
+        return tuple(counts)
+
+    def check(self, model: ModelSpec) -> "Plan":
+        """Raise where the model cannot be cut this way; returns itself."""
+        tp, ranks = self.tensor_parallel_size, self.expert_ranks
+
+        def divides(field, count, by, what):
+            if count % by:
+                near = [n for n in range(1, count + 1) if count % n == 0 and n <= 2 * by]
+                raise InputError(f"engine.{field}", by, f"does not divide the {count} {what} of {model.name}",
+                                 f"use one of {', '.join(map(str, near))}")
+
+        divides("tensor_parallel_size", model.heads, tp, "attention heads")
+        if not model.is_mla and model.kv_heads % tp and tp % model.kv_heads:
+            raise InputError("engine.tensor_parallel_size", tp,
+                             f"neither divides the {model.kv_heads} KV heads of {model.name} nor is a multiple",
+                             f"use a divisor or a multiple of {model.kv_heads}")
+        if model.num_dense_layers:
+            divides("tensor_parallel_size", model.ffn, tp, "FFN columns")
+        if self.enable_expert_parallel and not model.experts:
+            raise InputError("engine.enable_expert_parallel", True, f"{model.name} has no experts", "leave it out")
+        if model.experts and not self.enable_expert_parallel:
+            divides("tensor_parallel_size", model.moe_ffn, tp, "columns of an expert")
+        if model.experts and ranks > model.experts:
+            raise InputError("engine.enable_expert_parallel", True,
+                             f"{ranks} ranks cannot share the {model.experts} experts of {model.name}",
+                             "use fewer ranks")
+        if self.pipeline_parallel_size > model.layers:
+            raise InputError("engine.pipeline_parallel_size", self.pipeline_parallel_size,
+                             f"more than the {model.layers} layers of {model.name}", "use fewer stages")
+        return self
