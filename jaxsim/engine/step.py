@@ -185,10 +185,10 @@ def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " instanc
         guess = iterations_to_reach(t.pace_s, t.growth_s, clock.elapsed(after_first, now))
         done = jnp.int32(0)
         for j in (guess - 1, guess, guess + 1):
-            reached = clock.add(after_first, span_s(t.pace_s, t.growth_s, jnp.maximum(j, 0))) <= now
+            reached = clock.add(after_first, span_s(t.pace_s, t.growth_s, jnp.maximum(j, 0))) < now
             done = jnp.where(reached & (j > done), j, done)
-        # The pass at each boundary reached takes its blocks at once, so `done` boundaries count, and the first.
-        passes = jnp.where(after_first <= now, jnp.minimum(done + 1, c.executor.extra), 0)
+        # The pass at each boundary behind us has taken its blocks; one at this very instant comes after arrivals.
+        passes = jnp.where(after_first < now, jnp.minimum(done + 1, c.executor.extra), 0)
         is_running = (c.executor.is_committed == 0) & (c.executor.extra > 0)
         taken = residues.crossings_between(counts, c.batch.count + c.batch.joining,
                                            c.batch.counter + c.executor.advance, passes)
@@ -328,6 +328,14 @@ def cut_jump(params: Params, event: Event, counts: Counts, times: Clocks) -> tup
     return replace(counts, executor=replace(counts.executor, extra=extra)), end
 
 
+def is_before_last(event: Event, counts: Counts, times: Clocks) -> Bool[Array, ""]:
+    """Whether the last iteration of the jump in flight starts at or after now."""
+    extra = counts.executor.extra
+    start_of_last = clock.add(clock.add(times.start, times.first_s),
+                              span_s(times.pace_s, times.growth_s, jnp.maximum(extra - 1, 0)))
+    return (extra > 0) & (event.now <= start_of_last)
+
+
 def enqueue(params: Params, event: Event, counts: Counts, request: Int[Array, ""]) -> Counts:
     """Put the arriving request at the back of its instance's queue."""
     rank = counts.rank
@@ -353,7 +361,8 @@ def begin_pass(params: Params, is_passing: Bool[Array, ""], counts: Counts) -> C
     decodes = batch.count if params.batching.is_unified else 0
     was_empty = jnp.where(rank.running == 0, w.WAS_EMPTY, 0)
     if params.batching.async_scheduling:
-        rank = replace(rank, visible=jnp.where(is_fresh & (rank.running == 0), rank.waiting, rank.visible))
+        is_blind = is_fresh & (rank.running == 0) & (rank.visible == 0)
+        rank = replace(rank, visible=jnp.where(is_blind, rank.waiting, rank.visible))
     return Counts(
         replace(ex, progress=jnp.where(is_fresh, _PASS | was_empty, ex.progress)), rank,
         replace(batch, budget=jnp.where(is_fresh, params.batching.max_num_batched_tokens - decodes, batch.budget)))
@@ -524,7 +533,7 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
     first_end = clock.add(event.now, first_s)
     end = clock.add(first_end, span_s(pace.first_s, pace.growth_s, extra))
     ex = Executor(extra=extra, advance=advance, is_committed=jnp.int32(0), progress=jnp.int32(0),
-                  gap_count=counts.executor.gap_count)
+                  gap_count=counts.executor.gap_count, log_row=counts.executor.log_row)
     if rules.async_scheduling:
         rank = replace(rank, visible=rank.waiting)
     times_now = replace(times, start=event.now, first_s=first_s, pace_s=pace.first_s, growth_s=pace.growth_s)
@@ -607,6 +616,9 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[
         cut, cut_end = cut_jump(params, event, counts, times)
         counts = choose(is_cut, cut, counts)
         wake = clock.select(is_cut, cut_end, wake)
+    if rules.async_scheduling:
+        is_seen = event.is_arrival & is_before_last(event, counts, times)
+        counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
 
     # A scheduling pass, unless something at this instant comes before it.
     has_ended = event.is_ending & ~has_more
@@ -646,6 +658,10 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[
     free_slot = jnp.where(retired.is_any, retired.slot, take(world.free_slots, e, free))
     counts, times, residue_row, placed, is_held, can_go_on = place(
         dims, params, is_placing, counts, times, residue_row, lengths, emitted, candidate, free_slot)
+    # The first prompt to produce its first token in this iteration opens a row of the log.
+    opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
+    log_row = jnp.where(opens_log, world.num_logged, counts.executor.log_row)
+    counts = replace(counts, executor=replace(counts.executor, log_row=log_row))
     # The queue may have had one entry, the request that arrived in this very step.
     counts = replace(counts, rank=replace(
         counts.rank, head=jnp.where(placed.is_admitted, next_head, counts.rank.head)))
@@ -737,10 +753,10 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[
         "free_slots": Put((e, stack_top), returned),
         "next_waiting": Put((link_from,), link_to),
         "placed": Put((jnp.where(is_unplaced, candidate, scratch),),
-                      jnp.stack([jnp.where(placed.is_first_token, world.num_logged, -1), e])),
+                      jnp.stack([jnp.where(placed.is_first_token, log_row, -1), e])),
         "scheduled": Put((jnp.where(is_new, candidate, scratch),), stamp),
         "finished": Put((jnp.where(retired.is_any, retired.request, scratch),), stamp),
-        "first_tokens": Put((jnp.where(logs, world.num_logged, scratch),),
+        "first_tokens": Put((jnp.where(logs, log_row, scratch),),
                             jnp.stack([epoch, plan.first_end.hi, plan.first_end.lo])),
         "itl": Add((itl_bin(itl_s),), itl_weights),
     }
@@ -748,7 +764,7 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[
         steps=world.steps + is_active,
         next_arrival=world.next_arrival + event.is_arrival,
         num_finished=world.num_finished + retired.is_any,
-        num_logged=world.num_logged + logs,
+        num_logged=world.num_logged + opens_log,
         fault=world.fault | jnp.where(is_stuck, w.STUCK, 0)
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=is_frozen.astype(jnp.int32))

@@ -1,0 +1,1 @@
+"""Results out: files, tables, plots and timelines."""

@@ -156,6 +156,8 @@ def load_device(name: str) -> DeviceSpec:
     try:
         return device_catalogue()[_device_names()[_fold(name)]]
     except KeyError:
+        hint = suggest(_fold(name), _device_names())
+        if not hint.startswith("did you mean"):
+            hint = suggest(name, device_catalogue()) + "."
         raise InputError("device.name", name, "is not in the catalogue",
-                         f"{suggest(_fold(name), _device_names())} Or write its numbers out as a [device] table"
-                         ) from None
+                         f"{hint} Or write its numbers out as a [device] table") from None

@@ -287,7 +287,7 @@ def _from_hf(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
     kind = config.get("model_type")
     if kind not in SUPPORTED_MODEL_TYPES:
         raise InputError("model.config.model_type", kind, "this architecture is not known",
-                         f"{suggest(str(kind), SUPPORTED_MODEL_TYPES)} Otherwise write its dimensions out "
+                         f"known are {', '.join(SUPPORTED_MODEL_TYPES)}; for others write the dimensions out "
                          "as a [model] table")
     names = _OPT_KEYS if kind == "opt" else _KEYS
     required = ["layers", "hidden", "heads", "vocab", "max_position"]
@@ -429,6 +429,8 @@ def load_model(name: str) -> ModelSpec:
     try:
         return model_catalogue()[_model_names()[str(name).strip().lower()]]
     except KeyError:
+        hint = suggest(str(name), _model_names())
+        if not hint.startswith("did you mean"):
+            hint = suggest(str(name), model_catalogue()) + "."
         raise InputError("model.name", name, "is not in the catalogue",
-                         f"{suggest(str(name), _model_names())} Or give model.config, the path of a Hugging "
-                         "Face config.json") from None
+                         f"{hint} Or give model.config, the path of a Hugging Face config.json") from None

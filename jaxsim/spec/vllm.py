@@ -18,7 +18,8 @@ from jaxsim.spec.toml import parse_value
 
 _TAKEN = {
     "dtype": "engine.dtype", "kv-cache-dtype": "engine.kv_cache_dtype",
-    "max-model-len": "engine.max_model_len", "block-size": "engine.block_size", "gpu-memory-utilization": "engine.gpu_memory_utilization",
+    "max-model-len": "engine.max_model_len",
+    "block-size": "engine.block_size", "gpu-memory-utilization": "engine.gpu_memory_utilization",
     "num-gpu-blocks-override": "engine.num_gpu_blocks_override",
     "max-num-seqs": "engine.max_num_seqs", "max-num-batched-tokens": "engine.max_num_batched_tokens",
     "tensor-parallel-size": "engine.tensor_parallel_size", "tp": "engine.tensor_parallel_size",

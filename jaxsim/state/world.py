@@ -30,13 +30,15 @@ counter about to overflow its packed key."""
 
 class Executor(eqx.Module):
     """The iteration in flight: `extra` decode iterations follow the first; the first advances the token clock by
-    `advance`; `is_committed` once its end was applied; `progress` of the pass."""
+    `advance`; `is_committed` once its end was applied; `progress` of the pass; `gap_count` sequences whose next
+    token prompt-only iterations delay; `log_row` where the time of its first tokens goes."""
 
     extra: Int[Array, ""]
     advance: Int[Array, ""]
     is_committed: Int[Array, ""]
     progress: Int[Array, ""]
     gap_count: Int[Array, ""]
+    log_row: Int[Array, ""]
 
 
 class Rank(eqx.Module):

@@ -72,8 +72,9 @@ def read_trace(path: str | Path, format: str | None = None, **options: Any) -> W
     `format` is one of `formats()`; left out, it is found by extension and columns. Options:
     * sort: sort by arrival. Unsorted rows are an error unless the format's rows have no order.
     * drop_failed: leave out requests without output (or input) tokens; the default depends on the format. How
-      many
-      were left out is in `provenance["num_dropped"]`.
+      many were left out is in `provenance["num_dropped"]`.
+    * start_s, end_s: only what arrives in this window, seconds from the first arrival; keep: a random share
+      of that.
     * start, num_requests: use `num_requests` requests from number `start` on (after sorting and dropping).
     * offset_to_zero (default True): the first arrival becomes 0.
     * rate_scale: speed arrivals up by this factor; or rate_rps: to this mean rate.
@@ -127,7 +128,8 @@ def _read_enough(reader: ModuleType, path: Path, own: dict[str, Any], common: di
     """Only as many rows as a slice from the front needs: public traces run to tens of millions of rows."""
     wanted, start = common.get("num_requests"), common.get("start", 0)
     is_front = isinstance(wanted, int) and isinstance(start, int) and wanted > 0 and start >= 0
-    is_front = is_front and not common.get("sort") and not common.get("dither_s")
+    is_front = is_front and not any(common.get(name) for name in ("sort", "dither_s", "start_s", "end_s"))
+    is_front = is_front and common.get("keep", 1) == 1
     if not is_front or "max_rows" not in inspect.signature(reader.read).parameters:
         return reader.read(path, **own)
     max_rows = start + wanted + 1

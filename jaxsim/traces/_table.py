@@ -390,6 +390,9 @@ def to_workload(
     *,
     sort: bool | None = None,
     drop_failed: bool | None = None,
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    keep: float = 1.0,
     start: int = 0,
     num_requests: int | None = None,
     rate_scale: float | None = None,
@@ -399,7 +402,7 @@ def to_workload(
     seed: int = 0,
     arrivals: AbstractArrivals | None = None,
 ) -> Workload:
-    """Check, sort, slice and scale a table; `jaxsim.traces.read_trace` documents the options."""
+    """Check, sort, cut and scale a table; `jaxsim.traces.read_trace` documents the options."""
     num_rows = len(table) + table.num_failed
     table, num_dropped = cleaned(table, drop_failed)
     if len(table) == 0:
@@ -413,26 +416,15 @@ def to_workload(
         raise empty(path)
     if rate_scale is not None and rate_rps is not None:
         raise InputError("rate_scale", rate_scale, f"comes with rate_rps = {rate_rps}", "give one of the two")
-    for name, value in (("start", start), ("num_requests", num_requests)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise InputError(name, value, "is not a whole number of requests", "give a count, 0 or more")
     if not (dither_s >= 0 and math.isfinite(dither_s)):
         raise InputError("dither_s", dither_s, "is negative or not finite", "give seconds")
-    has_times = table.arrival_s is not None
-    if has_times:
-        table = _ordered(table, sort, dither_s, seed)
-    if start >= len(table):
-        raise InputError("start", start, f"is past the {len(table)} requests of the trace", "start earlier")
-    stop = len(table) if num_requests is None else start + num_requests
-    if num_requests == 0 or stop > len(table):
+    if table.arrival_s is not None:
+        table = _in_window(_ordered(table, sort, dither_s, seed), start_s, end_s)
+    elif start_s > 0 or end_s is not None:
         raise InputError(
-            "num_requests",
-            num_requests,
-            f"cannot be had: the trace holds {len(table)} requests, {len(table) - start} from start",
-            f"ask for 1 to {len(table) - start}",
+            "start_s", start_s, f"or end_s was given, but {path.name} has no times", "leave them out"
         )
-    if start > 0 or stop < len(table):
-        table = table.take(np.arange(start, stop))
+    table = _front(_thinned(table, keep, seed), start, num_requests)
     workload = _assemble(
         table,
         seed,
@@ -444,27 +436,8 @@ def to_workload(
             "is_partial": table.is_partial,
         },
     )
-    if not has_times:
-        if rate_scale is not None:
-            raise InputError(
-                "rate_scale",
-                rate_scale,
-                f"was given, but {path.name} has no arrival times to scale",
-                "give rate_rps instead",
-            )
-        if rate_rps is None:
-            raise InputError(
-                "rate_rps",
-                None,
-                f"is missing: {path.name} has lengths but no arrival times",
-                "give requests per second, and arrivals=... for another process than Poisson",
-            )
-        rate_rps = check_rate(rate_rps)
-        process = Poisson() if arrivals is None else arrivals
-        unit_times = process.unit_times(seed, len(table))
-        return dataclasses.replace(
-            workload, unit_times=unit_times, rate_rps=rate_rps, arrival_s=unit_times / rate_rps
-        )
+    if table.arrival_s is None:
+        return _timed(workload, path, seed, rate_scale, rate_rps, arrivals)
     if arrivals is not None:
         raise InputError(
             "arrivals",
@@ -477,6 +450,89 @@ def to_workload(
     if rate_rps is not None:
         workload = workload.with_rate(rate_rps)
     return workload if rate_scale is None else workload.scaled(rate_scale)
+
+
+def _timed(
+    workload: Workload,
+    path: Path,
+    seed: int,
+    rate_scale: float | None,
+    rate_rps: float | None,
+    arrivals: AbstractArrivals | None,
+) -> Workload:
+    """Drawn arrivals for a trace of lengths."""
+    if rate_scale is not None:
+        raise InputError(
+            "rate_scale",
+            rate_scale,
+            f"was given, but {path.name} has no arrival times to scale",
+            "give rate_rps",
+        )
+    if rate_rps is None:
+        raise InputError(
+            "rate_rps",
+            None,
+            f"is missing: {path.name} has lengths but no arrival times",
+            "give requests per second, and arrivals=... for another process than Poisson",
+        )
+    rate_rps = check_rate(rate_rps)
+    unit_times = (Poisson() if arrivals is None else arrivals).unit_times(seed, len(workload))
+    return dataclasses.replace(
+        workload, unit_times=unit_times, rate_rps=rate_rps, arrival_s=unit_times / rate_rps
+    )
+
+
+def _in_window(table: Table, start_s: float, end_s: float | None) -> Table:
+    """Rows that arrive from `start_s` on and before `end_s`, seconds from the first."""
+    if not (start_s >= 0 and math.isfinite(start_s)):
+        raise InputError(
+            "start_s", start_s, "is negative or not finite", "give seconds from the first arrival"
+        )
+    if end_s is not None and not end_s > start_s:
+        raise InputError("end_s", end_s, f"is not after start_s = {start_s}", "give a later end")
+    if start_s == 0 and end_s is None:
+        return table
+    since = table.arrival_s - table.arrival_s[0]
+    inside = np.flatnonzero((since >= start_s) & (since < (math.inf if end_s is None else end_s)))
+    if len(inside) == 0:
+        raise InputError(
+            "start_s",
+            start_s,
+            f"and end_s = {end_s} leave no request of {since[-1]:g} s of trace",
+            "widen the window",
+        )
+    return table.take(inside)
+
+
+def _thinned(table: Table, keep: float, seed: int) -> Table:
+    """A random share of the rows; a row kept at one share is kept at every larger one."""
+    if not 0 < keep <= 1:
+        raise InputError("keep", keep, "is not above 0 and at most 1", "give the share of requests to keep")
+    if keep == 1:
+        return table
+    kept = np.flatnonzero(uniforms(stream_key(seed, Stream.THINNING), len(table))[:, 0] < keep)
+    if len(kept) == 0:
+        raise InputError("keep", keep, f"keeps none of the {len(table)} requests", "give a larger share")
+    return table.take(kept)
+
+
+def _front(table: Table, start: int, num_requests: int | None) -> Table:
+    """`num_requests` rows from number `start` on."""
+    for name, value in (("start", start), ("num_requests", num_requests)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise InputError(name, value, "is not a whole number of requests", "give a count, 0 or more")
+    left = len(table) - start
+    if left <= 0:
+        raise InputError("start", start, f"is past the {len(table)} requests of the trace", "start earlier")
+    if num_requests is not None and not 1 <= num_requests <= left:
+        raise InputError(
+            "num_requests",
+            num_requests,
+            f"cannot be had: {left} requests are left to use",
+            f"ask for 1 to {left}",
+        )
+    stop = len(table) if num_requests is None else start + num_requests
+    return table if start == 0 and stop == len(table) else table.take(np.arange(start, stop))
 
 
 def _ordered(table: Table, sort: bool | None, dither_s: float, seed: int) -> Table:

@@ -1,7 +1,7 @@
 """Azure LLM inference traces of 2023 and 2024: TIMESTAMP, ContextTokens, GeneratedTokens.
 
-2023 stamps look like `2023-11-16 18:17:03.9799600` (seven digits), 2024 ones like
-`2024-05-10 00:00:00.009930+00:00`; times are kept relative to the first row. A row without generated tokens
+2023 stamps have seven digits (`2023-11-16 18:17:03.9799600`), 2024 ones an offset
+(`2024-05-10 00:00:00.009930+00:00`); times are kept relative to the first row. A row without generated tokens
 has nothing to simulate and is left out by default (counted in the provenance).
 
 Source: Azure/AzurePublicDataset.

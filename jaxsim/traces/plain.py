@@ -1,10 +1,9 @@
 """The plain format: a table with input_tokens and output_tokens, as CSV, JSON lines or Parquet.
 
 Arrivals are in one of arrival_s, arrival_ms, arrival_us, arrival_ns; without any, the trace holds lengths
-only.
-Optional: max_tokens, priority, tenant, prefix_block_ids (chained ids of the prompt's blocks: space-separated
-in a CSV, a list elsewhere) with prefix_block_size (one number for the file; default 16). `block16_ids` and
-the like name ids and size at once. `requests.parquet` of a finished run is such a table: the run's own trace.
+only. Optional: max_tokens, priority, tenant, prefix_block_ids (chained ids of the prompt's blocks, separated
+by spaces in a CSV, a list elsewhere) with prefix_block_size (one number for the file; default 16).
+`block16_ids` and the like name ids and size at once. `requests.parquet` of a finished run is such a table.
 """
 
 import re

@@ -2,9 +2,8 @@
 
 A process gives cumulative positions at unit mean rate; the rate is a scale applied afterwards, so the same
 seed gives the same pattern at every rate (common random numbers), and a sweep over rates shares one draw.
-Slow changes
-of the rate enter by time rescaling: if S_i are the points of a unit-rate process and L the integrated
-relative rate, L^-1(S_i) are the points of the modulated one.
+Slow changes of the rate enter by time rescaling: if S_i are the points of a unit-rate process and L the
+integrated relative rate, L^-1(S_i) are the points of the modulated one.
 
 Source: time rescaling, e.g. Brown et al., Neural Computation 14 (2002).
 """
@@ -137,13 +136,13 @@ class Deterministic(AbstractArrivals):
 class MMPP2(AbstractArrivals):
     """Two-state Markov-modulated Poisson process: exponential periods of high and of low rate, in turn.
 
-    `rate_ratio` = high rate over low rate (infinite: on-off, silent in the low state). The dwell times are
-    the
-    means of the two kinds of period, in mean gaps: seconds x mean rate (`MMPP2.from_seconds`), so a burst
-    keeps its number of requests when the rate is scaled. The state at the start is stationary. With D = high
-    + low dwell
-    and rates r_h, r_l: mean = (r_h D_h + r_l D_l) / D = 1; index of dispersion in long windows
-    = 1 + 2 (r_h - r_l)^2 D_h^2 D_l^2 / D^3.
+    `rate_ratio` = high rate over low rate (infinite: on-off, silent in the low state). The dwell times D_h
+    and D_l are the means of the two kinds of period, in mean gaps, that is seconds x mean rate
+    (`MMPP2.from_seconds`), so a burst keeps its number of requests when the rate is scaled. The state at the
+    start is stationary. With D = D_h + D_l and relative rates r_h, r_l:
+
+        (r_h D_h + r_l D_l) / D = 1
+        index of dispersion in long windows = 1 + 2 (r_h - r_l)^2 D_h^2 D_l^2 / D^3
 
     Source: Fischer and Meier-Hellstern, "The Markov-modulated Poisson process cookbook" (1993).
     """

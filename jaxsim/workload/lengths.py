@@ -1,9 +1,8 @@
 """Length laws: how many tokens go in and come out.
 
 A marginal law is its quantile function, so that common random numbers, copulas and sweeps of a parameter all
-work
-the same way: a request keeps its uniforms whatever the law. A joint law turns two uniforms per request into a
-pair. Everything is drawn on the host in float64 and rounded to whole tokens, at least 1.
+work the same way: a request keeps its uniforms whatever the law. A joint law turns two uniforms per request
+into a pair. Everything is drawn on the host in float64 and rounded to whole tokens, at least 1.
 
 Known gaps: lengths of different requests are independent (no sessions, no drift of the mix over time).
 """
@@ -108,7 +107,7 @@ class LogNormal(AbstractLength):
         mu: float | None = None,
         mean_tokens: float | None = None,
         min_tokens: int = 1,
-        max_tokens: int = LARGEST_WALL_TOKENS,
+        max_tokens: int | None = None,
     ):
         if not (sigma >= 0 and math.isfinite(sigma)):
             raise InputError(
@@ -122,6 +121,7 @@ class LogNormal(AbstractLength):
             raise InputError("mean_tokens", mean_tokens, "is not positive and finite", "give tokens")
         if mu is not None and not math.isfinite(mu):
             raise InputError("mu", mu, "is not finite", "give the mean of the logarithm")
+        max_tokens = LARGEST_WALL_TOKENS if max_tokens is None else max_tokens
         _check_range(min_tokens, max_tokens)
         self.mu = float(math.log(mean_tokens) - 0.5 * sigma**2 if mu is None else mu)
         self.sigma = float(sigma)
@@ -265,8 +265,8 @@ class Independent(AbstractLengths):
 class GaussianCopula(AbstractLengths):
     """Two marginals tied by a Gaussian copula of correlation `rho`.
 
-    `measure` says what `rho` is: "spearman", the rank correlation of the (continuous) lengths, converted by
-    2 sin(pi rho / 6); or "pearson", the linear correlation of the underlying normal scores.
+    `measure` says what `rho` is: "spearman", the rank correlation of the (continuous) lengths, converted by 2
+    sin(pi rho / 6); or "pearson", the linear correlation of the underlying normal scores.
 
     Known gaps: one number cannot carry a dependence that bends, such as one sign for short and another for
     long prompts; resample pairs (`Paired`) to keep it.

@@ -110,6 +110,7 @@ def generator(
     input: Mapping[str, Any] | int | AbstractLength | None = None,
     output: Mapping[str, Any] | int | AbstractLength | None = None,
     spearman: float = 0.0,
+    lengths: AbstractLengths | None = None,
     output_limit: int | None = None,
     tenants: tuple[Tenant, ...] = (Tenant(),),
     **numbers: Any,
@@ -140,14 +141,20 @@ def generator(
     arrivals = base.arrivals
     if kind not in FITTED:
         arrivals = arrival_process({"kind": kind, **numbers}, base.rate_rps, "workload")
-    lengths: AbstractLengths = base.lengths
-    if input is not None or output is not None:
+    if lengths is not None:
+        if input is not None or output is not None or spearman != 0:
+            raise InputError(
+                "workload.lengths", lengths, "comes with input, output or spearman", "give one or the other"
+            )
+    elif input is not None or output is not None:
         default = base.lengths
         first = default.input if input is None else length_law(input, "workload.input")
         second = default.output if output is None else length_law(output, "workload.output")
         lengths = Independent(first, second) if spearman == 0 else GaussianCopula(first, second, spearman)
     elif spearman != 0:
         lengths = GaussianCopula(base.lengths.input, base.lengths.output, spearman)
+    else:
+        lengths = base.lengths
     return Generator(arrivals, lengths, base.rate_rps, output_limit, tuple(tenants), kind)
 
 

@@ -3,8 +3,7 @@
 A stream is the scenario's key folded with a named constant. Draws are made on the CPU with the counter-based
 (partitionable) form of threefry, whatever the session's default device and flags, and turned into float64 on
 the host. So the same seed gives the same workload on every backend, no x64 flag is needed, and the first n of
-N draws
-are the n draws: asking for more requests never changes the earlier ones.
+N draws are the n draws: asking for more requests never changes the earlier ones.
 """
 
 import contextlib

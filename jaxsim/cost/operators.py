@@ -1,0 +1,218 @@
+"""What one iteration asks of a rank: FLOP, bytes, kernels and messages of every operator.
+
+Pure counting, no device: `token_work` for what depends on the tokens of the iteration, `head_work` for what depends
+on the sequences that are sampled, `AttentionWork` for the per-token, per-pair amounts of attention. Counts are for one
+rank and one call; `calls` says how many layers make the call.
+
+Symbols: m tokens, d hidden, H heads, K KV heads, dh head size, f FFN size, E experts, k experts a token.
+
+Source: standard transformer algebra (a multiply and an add are 2 FLOP).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsim.spec.model import ModelSpec
+from jaxsim.spec.plan import Plan, WeightFormat
+
+GEMM, EXPERTS, ELEMENTWISE, ALL_REDUCE, ALL_TO_ALL, HOP = (
+    "gemm", "experts", "elementwise", "all_reduce", "all_to_all", "hop")
+
+EXPERT_KERNELS = 12
+"""Kernel-floor units of a fused MoE block: routing, alignment, two grouped products, activation, sum.
+
+Source: floor of 48 us in vLLM 0.19 MoE tables on H100 (aiconfigurator), at 4 us each.
+"""
+
+SAMPLER_KERNELS = 8
+"""Kernels of the sampler. Source: 25 us at batch 1 in vLLM 0.19 layer timings on an RTX PRO 6000."""
+
+LOGIT_BYTES = 8
+"""Bytes moved for each logit in sampling. Source: the same timings, 0.55 us a sequence at 128,256 entries."""
+
+WINDOW_AS_FULL_TOKENS = 1024
+"""Windows from this size on are priced in prefill as if the layer saw everything, smaller ones as always full."""
+
+LOGITS_MESSAGE_BYTES = 2
+
+TOPK, EXPECTED, ALL = "topk", "expected", "all"
+DISTINCT_EXPERTS = (TOPK, EXPECTED, ALL)
+"""How many experts an iteration reads: k whatever the batch (GenZ), the expectation under uniform routing, or all."""
+
+
+class Work(NamedTuple):
+    """One operator, over an array of token counts.
+
+    flops, weight_bytes, activation_bytes: of one call. tile_flops: FLOP of one row per weight matrix read, by which the
+    half-saturation count of the efficiency curve is weighed. message_bytes and ranks: of a collective.
+    kernels: launches of one call; calls: layers that make it.
+    """
+
+    name: str
+    kind: str
+    calls: float
+    kernels: float
+    flops: Float[Array, " counts"] | float = 0.0
+    tile_flops: Float[Array, " counts"] | float = 0.0
+    weight_bytes: Float[Array, " counts"] | float = 0.0
+    activation_bytes: Float[Array, " counts"] | float = 0.0
+    message_bytes: Float[Array, " counts"] | float = 0.0
+    ranks: int = 1
+
+
+def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: str = EXPECTED
+                     ) -> Float[Array, " counts"]:
+    """Experts that `tokens` tokens touch in one layer: E (1 - (1 - k/E)^m) when expected.
+
+    Source: uniform independent top-k routing. Known gaps: real routers are skewed and touch fewer.
+    """
+    tokens = jnp.asarray(tokens, float)
+    share = model.experts_per_token / model.experts
+    if mode == TOPK:
+        return jnp.full_like(tokens, model.experts_per_token)
+    if mode == ALL or share == 1:
+        return jnp.full_like(tokens, model.experts)
+    return -model.experts * jnp.expm1(tokens * jnp.log1p(-share))
+
+
+def _gemm(name, calls, m, rows, columns, weight_bytes, activation_bytes):
+    per_token = 2.0 * rows * columns
+    return Work(name, GEMM, calls, 1, flops=per_token * m, tile_flops=per_token,
+                weight_bytes=rows * columns * weight_bytes,
+                activation_bytes=m * (rows + columns) * activation_bytes)
+
+
+def _ffn(name, calls, m, hidden, inner, gated, weight_bytes, activation_bytes):
+    up = (2 if gated else 1) * inner
+    return [_gemm(name + "_up", calls, m, hidden, up, weight_bytes, activation_bytes),
+            _gemm(name + "_down", calls, m, inner, hidden, weight_bytes, activation_bytes)]
+
+
+def _attention_projections(model: ModelSpec, plan: Plan, fmt: WeightFormat, m) -> list[Work]:
+    d, calls, w, a = model.hidden, model.layers, fmt.linear_bytes, fmt.activation_bytes
+    rank = model.rank_shape(plan.tensor_parallel_size)
+    if not model.is_mla:
+        qkv = (rank.heads + 2 * rank.kv_heads) * model.head_dim
+        return [_gemm("qkv", calls, m, d, qkv, w, a),
+                _gemm("attention_output", calls, m, rank.heads * model.head_dim, d, w, a)]
+    qk = model.qk_nope_head_dim + model.qk_rope_head_dim
+    latent = model.kv_lora_rank + model.qk_rope_head_dim
+    work = [_gemm("latent_down", calls, m, d, model.q_lora_rank + latent, w, a)]
+    source = model.q_lora_rank or d
+    work.append(_gemm("query_up", calls, m, source, rank.heads * qk, w, a))
+    # Absorbed in decode, expanded in prefill: the same matrices and the same FLOP for a new token.
+    work.append(_gemm("latent_up", calls, m, model.kv_lora_rank,
+                      rank.heads * (model.qk_nope_head_dim + model.v_head_dim), w, a))
+    work.append(_gemm("attention_output", calls, m, rank.heads * model.v_head_dim, d, w, a))
+    return work
+
+
+def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str) -> list[Work]:
+    d, calls, a = model.hidden, model.num_moe_layers, fmt.activation_bytes
+    rank = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks)
+    matrices = 3 if model.gated else 2
+    together = m * (plan.data_parallel_size if plan.enable_expert_parallel else 1)
+    distinct = distinct_experts(model, together, mode) / plan.expert_ranks
+    pairs = together * model.experts_per_token / plan.expert_ranks
+    if plan.expert_ranks > 1:
+        # Busiest of R ranks under balanced random routing: mu + sqrt(2 mu ln R).
+        pairs = pairs + jnp.sqrt(2 * jnp.log(float(plan.expert_ranks)) * pairs)
+        pairs = jnp.minimum(pairs, together * min(model.experts_per_token, rank.num_experts))
+    one = 2.0 * matrices * d * rank.moe_ffn
+    work = [_gemm("router", calls, m, d, model.experts, fmt.other_bytes, a),
+            Work("experts", EXPERTS, calls, EXPERT_KERNELS, flops=one * pairs, tile_flops=one * distinct,
+                 weight_bytes=matrices * d * rank.moe_ffn * fmt.expert_bytes * distinct,
+                 activation_bytes=pairs * (2 * d + matrices * rank.moe_ffn) * a)]
+    if model.shared_experts:
+        inner = model.shared_experts * model.moe_ffn // plan.tensor_parallel_size
+        work += _ffn("shared_expert", calls, m, d, inner, model.gated, fmt.linear_bytes, a)
+    if plan.enable_expert_parallel and plan.data_parallel_size > 1:
+        message = m * model.experts_per_token * d * a / plan.tensor_parallel_size
+        work.append(Work("expert_exchange", ALL_TO_ALL, calls, 2, message_bytes=2 * message,
+                         ranks=plan.expert_ranks))
+    return work
+
+
+def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Array, " counts"],
+               distinct: str = EXPECTED) -> list[Work]:
+    """Everything of an iteration that depends only on its number of tokens, attention itself excepted."""
+    m, d, a, tp = tokens, model.hidden, fmt.activation_bytes, plan.tensor_parallel_size
+    rank = model.rank_shape(tp)
+    work = [Work("embedding", ELEMENTWISE, 1, 1, activation_bytes=2 * m * d * a / tp)]
+    work += _attention_projections(model, plan, fmt, m)
+    cached = model.layer_kv_bytes_per_token(a, tp)
+    rotary = rank.heads * model.head_dim * a
+    work.append(Work("rotary_and_cache_write", ELEMENTWISE, model.layers, 2,
+                     activation_bytes=m * (rotary + 2 * cached)))
+    work.append(Work("norms", ELEMENTWISE, model.layers, 2, activation_bytes=4 * m * d * a))
+    if model.num_dense_layers:
+        work += _ffn("ffn", model.num_dense_layers, m, d, rank.ffn, model.gated, fmt.linear_bytes, a)
+        work.append(Work("ffn_activation", ELEMENTWISE, model.num_dense_layers, 1,
+                         activation_bytes=m * (3 if model.gated else 2) * rank.ffn * a))
+    if model.num_moe_layers:
+        work += _expert_work(model, plan, fmt, m, distinct)
+    if tp > 1:
+        # One for the embedding, two a layer. Expert-parallel layers over data ranks combine in their exchange.
+        exchanged = model.num_moe_layers if plan.enable_expert_parallel and plan.data_parallel_size > 1 else 0
+        work.append(Work("all_reduce", ALL_REDUCE, 2 * model.layers + 1 - exchanged, 1,
+                         message_bytes=m * d * a, ranks=tp))
+    if plan.pipeline_parallel_size > 1:
+        # Hidden state and residual.
+        work.append(Work("stage_hop", HOP, plan.pipeline_parallel_size - 1, 1, message_bytes=2 * m * d * a,
+                         ranks=2))
+    return work
+
+
+def head_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, sampled: Float[Array, " counts"]) -> list[Work]:
+    """LM head and sampler over the sampled sequences (at least one: engines sample a discarded row)."""
+    n, tp = jnp.maximum(sampled, 1.0), plan.tensor_parallel_size
+    work = [Work("final_norm", ELEMENTWISE, 1, 1, activation_bytes=2 * n * model.hidden * fmt.activation_bytes),
+            _gemm("lm_head", 1, n, model.hidden, model.vocab / tp, fmt.other_bytes, fmt.activation_bytes),
+            Work("sampler", ELEMENTWISE, 1, SAMPLER_KERNELS, activation_bytes=n * model.vocab * LOGIT_BYTES)]
+    if tp > 1:
+        # A gather costs half of an all-reduce of the gathered size.
+        work.append(Work("logits_gather", ALL_REDUCE, 1, 1,
+                         message_bytes=n * model.vocab * LOGITS_MESSAGE_BYTES / 2, ranks=tp))
+    return work
+
+
+class AttentionWork(NamedTuple):
+    """Amounts of attention in one layer of one rank.
+
+    decode_bytes, decode_flops: for each context token a decode reads. pair_flops: for each unit of prefill_pairs
+    (twice the causal pairs). chunk_bytes, chunk_flops: for each KV token a prompt chunk reads. token_flops: for each
+    token of a chunk, the diagonal of the causal triangle. items: work items a decoding sequence splits into.
+    full_layers, window_layers: how many layers see everything, or only the window.
+    """
+
+    decode_bytes: float
+    decode_flops: float
+    pair_flops: float
+    chunk_bytes: float
+    chunk_flops: float
+    token_flops: float
+    items: int
+    full_layers: int
+    window_layers: int
+
+
+def attention_work(model: ModelSpec, plan: Plan, kv_bytes: float) -> AttentionWork:
+    """Per-token amounts of attention.
+
+    GQA: decode 4 H dh FLOP and 2 K dh b bytes a context token; prefill 2 H dh FLOP a unit of prefill_pairs.
+    MLA, absorbed decode: H (4 d_c + 2 d_r) FLOP over (d_c + d_r) b bytes; prefill H (d_nope + d_r + d_v) a unit,
+    and 2 d_c H (d_nope + d_v) to expand each cached token again.
+    """
+    rank = model.rank_shape(plan.tensor_parallel_size)
+    cached = model.layer_kv_bytes_per_token(kv_bytes, plan.tensor_parallel_size)
+    layers = (model.layers - model.window_layers, model.window_layers)
+    if model.is_mla:
+        nope, rope, v, latent = (model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim,
+                                 model.kv_lora_rank)
+        pair = rank.heads * (nope + rope + v)
+        return AttentionWork(cached, rank.heads * (4 * latent + 2 * rope), pair, cached,
+                             2 * latent * rank.heads * (nope + v), pair, 1, *layers)
+    pair = 2 * rank.heads * model.head_dim
+    return AttentionWork(cached, 2 * pair, pair, cached, 0, pair, rank.kv_heads, *layers)

@@ -1,0 +1,84 @@
+"""Result files: `summary.json` and `requests.parquet`, published and versioned formats."""
+
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxsim.metrics import Result, request_frame
+from jaxsim.spec.presets import load_preset
+
+FORMAT = "jaxsim summary 1"
+"""Changes when a key changes its meaning; new keys do not change it."""
+
+
+def version() -> str:
+    """Version of the installed distribution."""
+    try:
+        return metadata.version("jaxsim-serving")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def provenance(result: Result, index: int = 0) -> dict[str, Any]:
+    """What made a summary: versions and the engine imitated. No clock and no host: equal runs, equal bytes."""
+    preset = load_preset(result.scenarios[index].engine.preset)
+    jax = sys.modules.get("jax")
+    return {
+        "format": FORMAT,
+        "jaxsim": version(),
+        "jax": getattr(jax, "__version__", None),
+        "backend": jax.default_backend() if jax is not None else None,
+        "python": platform.python_version(),
+        "imitates": {"preset": preset.name, "engine": preset.engine, "version": preset.version,
+                     "leaves_out": list(preset.leaves_out)},
+    }
+
+
+def summary(result: Result, index: int = 0) -> dict[str, Any]:
+    """The content of `summary.json` for one scenario.
+
+    Flat keys of vLLM's benchmark client and nested groups (means over seeds); `intervals`, 95 % by dotted
+    key; `seeds`, the same metrics of every run; `scenario`; `provenance`.
+    """
+    scenario = result.scenarios[index]
+    runs = zip(scenario.seeds, result.runs[index], strict=False)
+    return {
+        **result.metrics[index],
+        "intervals": {key: list(ends) for key, ends in result.intervals[index].items() if ends is not None},
+        "seeds": [{"seed": seed, **run} for seed, run in runs],
+        "scenario": scenario.to_dict(),
+        "provenance": provenance(result, index),
+    }
+
+
+def to_json(content: dict[str, Any]) -> str:
+    """Indented JSON. A number that is not finite is a defect, so it raises."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def write_summary(result: Result, path: str | Path, index: int = 0) -> Path:
+    """Writes `summary.json`; returns its path."""
+    path = Path(path)
+    path.write_text(to_json(summary(result, index)), encoding="utf-8")
+    return path
+
+
+def write_requests(result: Result, path: str | Path, index: int = 0) -> Path:
+    """Writes `requests.parquet`: the requests of all seeds of one scenario, values that do not exist as null."""
+    scenario, path = result.scenarios[index], Path(path)
+    frames = []
+    for seed, lane in zip(scenario.seeds, result.lanes[index], strict=False):
+        frame = request_frame(lane)
+        frame["seed"] = seed
+        frames.append(frame)
+    table = pa.Table.from_pandas(pd.concat(frames, ignore_index=True), preserve_index=False)
+    table = table.replace_schema_metadata({"jaxsim": f"requests 1, written by jaxsim {version()}"})
+    pq.write_table(table, path, compression="zstd")
+    return path

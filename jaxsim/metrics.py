@@ -1,0 +1,443 @@
+"""What a run says about itself: latencies, throughput, limits met, queueing, memory, and stability.
+
+Definitions (all seconds inside, milliseconds in keys that end in `_ms`):
+
+* TTFT: from arrival to the end of the iteration that computes the last prompt token.
+* TPOT: (finish - first token) / (output tokens - 1). A one-token output has none: it stays outside
+  percentiles and meets its limit.
+* e2e: from arrival to the last token. ITL: gaps between tokens, those of a preemption included.
+* duration: from the first arrival to the last completion. Percentiles are linear between order statistics.
+* attainment and goodput: requests that meet all limits given at once, over all requests that arrived.
+* requests that arrive in the first `warmup_s` seconds are left out of request metrics, never out of the
+  simulation.
+
+Known gaps: percentiles and deviation of ITL come from a histogram with bins at most 1.6 % wide, which
+cannot leave out a warm-up; the mean of ITL is exact.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int, Int8
+from scipy.special import stdtrit
+
+from jaxsim.spec.scenario import Scenario, SloSection
+
+BINS_PER_OCTAVE = 64
+LOWEST_OCTAVE = -20
+NUM_OCTAVES = 32
+"""The ITL histogram: 64 bins an octave, equal inside it, from 2^-20 s to 2^12 s."""
+
+FINISHED, UNFINISHED = 0, 1
+STATUS_NAMES = ("finished", "unfinished")
+
+PERCENTILES = (50, 90, 95, 99)
+LATENCIES = ("ttft", "tpot", "itl", "e2el")
+
+NO_LIMITS = SloSection()
+
+Interval = tuple[float, float] | None
+"""Ends of a confidence interval; None from too few runs."""
+
+_TREND_BATCHES = 8
+_TREND_SCORE = 18
+_GROWING_SHARE = 0.05
+_FEWEST_FOR_TREND = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LaneResult:
+    """One scenario, one seed, on the host. Requests are in order of arrival; a time that never came is NaN.
+
+    arrival_s, scheduled_s, first_token_s, finish_s: arrival, start of the first iteration that computes
+        part of the prompt, end of the one that completes it, end of the last.
+    stall_s: time between tokens in which the request was not computed (preempted and waiting again).
+    prefill_stall_s: the part of `stall_s` before the first token; None where the engine does not tell.
+    max_tokens: the limit the engine knew. tenant: index into tenant_names. status: FINISHED or UNFINISHED.
+    itl_counts: tokens after the first, by gap, in the bins of `itl_edges`; the outer bins take what lies
+        beyond.
+    busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
+        KV blocks in use times seconds, running sequences times seconds. kv_peak_blocks: the most in use.
+    num_blocks: KV blocks of one instance (0 where memory is no limit). num_iterations: of all instances.
+    fault: the bound that stopped the simulation, empty if none did.
+    steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
+        waiting, used_blocks, iterations, prefill_tokens, decode_seqs.
+    """
+
+    arrival_s: Float[np.ndarray, " requests"]
+    input_tokens: Int[np.ndarray, " requests"]
+    output_tokens: Int[np.ndarray, " requests"]
+    max_tokens: Int[np.ndarray, " requests"]
+    scheduled_s: Float[np.ndarray, " requests"]
+    first_token_s: Float[np.ndarray, " requests"]
+    finish_s: Float[np.ndarray, " requests"]
+    stall_s: Float[np.ndarray, " requests"]
+    preemptions: Int[np.ndarray, " requests"]
+    instance: Int[np.ndarray, " requests"]
+    priority: Int[np.ndarray, " requests"]
+    tenant: Int[np.ndarray, " requests"]
+    status: Int8[np.ndarray, " requests"]
+    itl_counts: Int[np.ndarray, " bins"]
+    busy_s: Float[np.ndarray, " instances"]
+    kv_block_s: Float[np.ndarray, " instances"]
+    kv_peak_blocks: Int[np.ndarray, " instances"]
+    running_s: Float[np.ndarray, " instances"]
+    num_blocks: int
+    num_iterations: int
+    fault: str = ""
+    steps: Mapping[str, np.ndarray] | None = None
+    prefill_stall_s: Float[np.ndarray, " requests"] | None = None
+    tenant_names: tuple[str, ...] = ("default",)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that arrived."""
+        return len(self.arrival_s)
+
+    @property
+    def is_finished(self) -> Bool[np.ndarray, " requests"]:
+        """Which requests completed."""
+        return np.asarray(self.status) == FINISHED
+
+    @property
+    def duration_s(self) -> float | None:
+        """From the first arrival to the last completion; None if nothing completed."""
+        if not self.is_finished.any():
+            return None
+        return float(self.finish_s[self.is_finished].max() - self.arrival_s[0])
+
+
+def itl_edges() -> Float[np.ndarray, " edges"]:
+    """Edges of the ITL histogram in seconds: 2^(k div 64 - 20) (1 + (k mod 64)/64)."""
+    octave, part = np.divmod(np.arange(NUM_OCTAVES * BINS_PER_OCTAVE + 1), BINS_PER_OCTAVE)
+    return np.ldexp(1.0 + part / BINS_PER_OCTAVE, octave + LOWEST_OCTAVE)
+
+
+def histogram_percentiles(
+    counts: Int[np.ndarray, " bins"], percentiles: Sequence[float]
+) -> list[float | None]:
+    """Percentiles of binned gaps in seconds; the gaps of a bin are taken as spread evenly over it."""
+    counts = np.asarray(counts, np.int64)
+    total = int(counts.sum())
+    if total == 0:
+        return [None] * len(percentiles)
+    edges, ends = itl_edges(), np.cumsum(counts)
+
+    def order_statistic(rank: float) -> float:
+        index = int(np.searchsorted(ends, rank, side="right"))
+        inside = (rank - (ends[index] - counts[index]) + 0.5) / counts[index]
+        return float(edges[index] + inside * (edges[index + 1] - edges[index]))
+
+    values = []
+    for percentile in percentiles:
+        rank = percentile / 100 * (total - 1)
+        low, part = math.floor(rank), rank - math.floor(rank)
+        high = min(low + 1, total - 1)
+        values.append((1 - part) * order_statistic(low) + part * order_statistic(high))
+    return values
+
+
+def request_frame(lane: LaneResult) -> pd.DataFrame:
+    """One row a request, in the published columns of `requests.parquet`; a value that does not exist is
+    missing.
+
+    queue_s + prefill_s + decode_s + stall_s = e2e_s. Where the engine does not say which stalls came before
+    the first token, stalls are taken out of the decode phase first.
+    """
+    ttft = lane.first_token_s - lane.arrival_s
+    after_first = lane.finish_s - lane.first_token_s
+    if lane.prefill_stall_s is None:
+        # An unfinished request has no decode phase to take anything from.
+        early = np.maximum(lane.stall_s - np.nan_to_num(after_first, nan=0.0), 0.0)
+    else:
+        early = lane.prefill_stall_s
+    gaps = np.asarray(lane.output_tokens) - 1
+    tpot = np.full(lane.num_requests, np.nan)
+    np.divide(after_first, gaps, out=tpot, where=gaps > 0)
+    return pd.DataFrame({
+        "request_id": np.arange(lane.num_requests, dtype=np.int64),
+        "arrival_s": lane.arrival_s,
+        "input_tokens": np.asarray(lane.input_tokens, np.int64),
+        "output_tokens": np.asarray(lane.output_tokens, np.int64),
+        "ttft_s": ttft,
+        "tpot_s": tpot,
+        "e2e_s": lane.finish_s - lane.arrival_s,
+        "queue_s": lane.scheduled_s - lane.arrival_s,
+        "prefill_s": lane.first_token_s - lane.scheduled_s - early,
+        "decode_s": after_first - (lane.stall_s - early),
+        "stall_s": np.asarray(lane.stall_s, np.float64),
+        "transfer_s": np.zeros(lane.num_requests),
+        "cached_tokens": np.zeros(lane.num_requests, np.int64),
+        "preemptions": np.asarray(lane.preemptions, np.int64),
+        "instance": np.asarray(lane.instance, np.int64),
+        "tenant": np.asarray(lane.tenant_names, object)[np.asarray(lane.tenant)],
+        "priority": np.asarray(lane.priority, np.int64),
+        "status": np.asarray(STATUS_NAMES, object)[np.asarray(lane.status)],
+    })
+
+
+def meets(frame: pd.DataFrame, slo: SloSection) -> dict[str, Bool[np.ndarray, " requests"]]:
+    """Which requests meet each limit that is given, and `all` of them. An unfinished request meets none."""
+    finished = (frame["status"] == STATUS_NAMES[FINISHED]).to_numpy()
+    met = {}
+    for name, limit_ms, column in (("ttft", slo.ttft_ms, "ttft_s"), ("tpot", slo.tpot_ms, "tpot_s"),
+                                   ("e2e", slo.e2e_ms, "e2e_s")):
+        if limit_ms is not None:
+            value = frame[column].to_numpy()
+            # Only a one-token output is finished and without a value.
+            met[name] = finished & (np.isnan(value) | (value <= limit_ms * 1e-3))
+    if met:
+        met["all"] = np.logical_and.reduce(list(met.values()))
+    return met
+
+
+def is_unstable(lane: LaneResult) -> bool | None:
+    """Whether the backlog was still growing when arrivals ended; None where there is too little to tell.
+
+    Backlog: requests that have arrived and not finished, at each arrival. Its means over 8 equal batches of
+    the second half of the arrivals must (1) rise by a one-sided Mann-Kendall trend test at 1.6 % (score >=
+    18 of 28) and (2) grow by at least 5 % of the arrivals in between, that is, the system serves less than
+    95 % of what arrives. (1) alone would flag a trend too small to matter, (2) alone a random excursion. A
+    flagged run is either overloaded or too short to reach its steady state: in both cases its latencies
+    depend on how long it runs.
+
+    Measured on 200 runs of an M/M/1 queue, 1000 requests each: flagged in 0, 2, 25, 58, 96 and 100 % of
+    them at loads 0.8, 0.9, 1, 1.1, 1.2 and 1.5; over several seeds the majority decides (`combine`). Fewer
+    than 64 requests, or all at one instant, tell nothing.
+    """
+    arrival_s = lane.arrival_s
+    if lane.num_requests < _FEWEST_FOR_TREND or arrival_s[-1] <= arrival_s[0]:
+        return None
+    finish_s = np.sort(np.where(lane.is_finished, lane.finish_s, np.inf))
+    backlog = np.arange(1, lane.num_requests + 1) - np.searchsorted(finish_s, arrival_s, side="right")
+    size = lane.num_requests // 2 // _TREND_BATCHES
+    means = backlog[-size * _TREND_BATCHES:].reshape(_TREND_BATCHES, size).mean(axis=1)
+    score = sum(np.sign(means[j] - means[i]) for j in range(_TREND_BATCHES) for i in range(j))
+    growth = (means[-1] - means[0]) / (size * (_TREND_BATCHES - 1))
+    return bool(score >= _TREND_SCORE and growth >= _GROWING_SHARE)
+
+
+def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float = 0.0) -> dict[str, Any]:
+    """All metrics of one run: flat keys of vLLM's benchmark client, nested groups. None, never NaN."""
+    frame = request_frame(lane)
+    is_measured = lane.arrival_s - lane.arrival_s[:1] >= warmup_s
+    is_done = is_measured & lane.is_finished
+    measured, done = frame[is_measured], frame[is_done]
+    duration_s = None
+    if is_done.any():
+        duration_s = float(lane.finish_s[is_done].max() - lane.arrival_s[is_measured][0])
+    met = meets(measured, slo)
+
+    def per_second(amount: float) -> float | None:
+        return float(amount) / duration_s if duration_s else None
+
+    input_tokens, output_tokens = int(done["input_tokens"].sum()), int(done["output_tokens"].sum())
+    result: dict[str, Any] = {
+        "duration": duration_s,
+        "completed": len(done),
+        "failed": len(measured) - len(done),
+        "total_input_tokens": input_tokens,
+        "total_output_tokens": output_tokens,
+        "request_throughput": per_second(len(done)),
+        "request_goodput": per_second(met["all"].sum()) if met else None,
+        "output_throughput": per_second(output_tokens),
+        "total_token_throughput": per_second(input_tokens + output_tokens),
+    }
+    for name, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("itl", None), ("e2el", "e2e_s")):
+        summary = _gaps(lane, done) if column is None else _distribution(done[column].to_numpy())
+        result |= {f"{statistic}_{name}_ms": value for statistic, value in summary.items()}
+    return result | {
+        "slo": _slo_group(measured, slo, met),
+        "queueing": _milliseconds(measured["queue_s"].to_numpy()),
+        "preemptions": _preemption_group(measured),
+        "kv": _kv_group(lane),
+        "utilisation": _utilisation_group(lane),
+        "num_requests": len(measured),
+        "num_warmup_requests": lane.num_requests - len(measured),
+        "unstable": is_unstable(lane),
+        "fault": lane.fault or None,
+    }
+
+
+def _distribution(seconds: Float[np.ndarray, " values"]) -> dict[str, float | None]:
+    """mean, median, std and percentiles, in milliseconds."""
+    seconds = seconds[~np.isnan(seconds)] * 1e3
+    names = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))
+    if len(seconds) == 0:
+        return dict.fromkeys(names)
+    values = (seconds.mean(), np.median(seconds), seconds.std(), *np.percentile(seconds, PERCENTILES))
+    return dict(zip(names, map(float, values), strict=True))
+
+
+def _gaps(lane: LaneResult, done: pd.DataFrame) -> dict[str, float | None]:
+    counts = np.asarray(lane.itl_counts, np.float64)
+    total = counts.sum()
+    gaps = int((done["output_tokens"] - 1).sum())
+    if total == 0 or gaps == 0:
+        return dict.fromkeys(("mean", "median", "std", *(f"p{p}" for p in PERCENTILES)))
+    edges = itl_edges()
+    middles = 0.5 * (edges[1:] + edges[:-1])
+    binned_mean = float(counts @ middles / total)
+    std = math.sqrt(float(counts @ (middles - binned_mean) ** 2 / total))
+    mean = float((done["e2e_s"] - done["ttft_s"]).sum() / gaps)
+    percentiles = [value * 1e3 for value in histogram_percentiles(lane.itl_counts, PERCENTILES)]
+    return {"mean": mean * 1e3, "median": percentiles[0], "std": std * 1e3,
+            **{f"p{p}": value for p, value in zip(PERCENTILES, percentiles, strict=True)}}
+
+
+def _milliseconds(seconds: Float[np.ndarray, " values"]) -> dict[str, float | None]:
+    summary = {f"{name}_ms": value for name, value in _distribution(seconds).items() if name != "median"}
+    seconds = seconds[~np.isnan(seconds)]
+    return summary | {"max_ms": float(seconds.max() * 1e3) if len(seconds) else None}
+
+
+def _slo_group(frame: pd.DataFrame, slo: SloSection, met: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    group: dict[str, Any] = {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms, "e2e_ms": slo.e2e_ms,
+                             "attainment": None, "ttft_attainment": None, "tpot_attainment": None,
+                             "e2e_attainment": None, "separate_p90": None}
+    if met and len(frame):
+        shares = {name: float(mask.mean()) for name, mask in met.items()}
+        group["attainment"] = shares.pop("all")
+        group |= {f"{name}_attainment": share for name, share in shares.items()}
+        # DistServe's rule: the 90th percentile of each metric by itself.
+        group["separate_p90"] = all(share >= 0.9 for share in shares.values())
+    return group
+
+
+def _preemption_group(frame: pd.DataFrame) -> dict[str, Any]:
+    hit = frame[frame["preemptions"] > 0]
+    return {"total": int(frame["preemptions"].sum()),
+            "requests_share": len(hit) / len(frame) if len(frame) else None,
+            "mean_stall_ms": float(hit["stall_s"].mean() * 1e3) if len(hit) else None}
+
+
+def _kv_group(lane: LaneResult) -> dict[str, Any]:
+    capacity, duration_s = lane.num_blocks, lane.duration_s
+    if not capacity:
+        return {"num_blocks": None, "mean_share": None, "peak_share": None}
+    mean = float(np.mean(lane.kv_block_s)) / (duration_s * capacity) if duration_s else None
+    return {"num_blocks": int(capacity), "mean_share": mean,
+            "peak_share": float(np.max(lane.kv_peak_blocks)) / capacity}
+
+
+def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
+    duration_s = lane.duration_s
+    busy = np.asarray(lane.busy_s) / duration_s if duration_s else None
+    return {"busy_share": float(busy.mean()) if duration_s else None,
+            "least_busy_share": float(busy.min()) if duration_s else None,
+            "most_busy_share": float(busy.max()) if duration_s else None,
+            "mean_running": float(np.mean(lane.running_s)) / duration_s if duration_s else None,
+            "num_iterations": int(lane.num_iterations)}
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in metrics.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        group, _, name = key.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[name] = value
+    return nested
+
+
+def interval(values: Sequence[float | None], level: float = 0.95) -> Interval:
+    """Student-t interval of a mean over independent runs; None from fewer than two values."""
+    numbers = np.array([v for v in values if v is not None], np.float64)
+    if len(numbers) < 2:
+        return None
+    half = float(stdtrit(len(numbers) - 1, 0.5 + level / 2) * numbers.std(ddof=1) / math.sqrt(len(numbers)))
+    return float(numbers.mean() - half), float(numbers.mean() + half)
+
+
+def combine(runs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Interval]]:
+    """Metrics of several seeds as their mean, and a 95 % interval of each by dotted key.
+
+    A metric that some seeds lack is averaged over those that have it. `unstable` is what most seeds say,
+    `fault` the first, `slo.separate_p90` what most say.
+    """
+    flat = [flatten(run) for run in runs]
+    means: dict[str, Any] = {}
+    intervals: dict[str, Interval] = {}
+    for key in flat[0]:
+        values = [run[key] for run in flat if run[key] is not None]
+        if not values:
+            means[key] = None
+        elif isinstance(values[0], bool):
+            means[key] = 2 * sum(values) > len(values)
+        elif isinstance(values[0], str):
+            means[key] = values[0]
+        else:
+            mean = math.fsum(values) / len(values)
+            is_count = all(isinstance(v, int) for v in values) and mean == int(mean)
+            means[key] = int(mean) if is_count else mean
+            intervals[key] = interval(values)
+    return _nest(means), intervals
+
+
+class Result:
+    """Scenarios simulated: host arrays a lane, and pandas frames made from them when asked for.
+
+    lanes: for every scenario, for every seed, a `LaneResult`.
+    """
+
+    def __init__(self, scenarios: Sequence[Scenario], lanes: Sequence[Sequence[LaneResult]]):
+        if len(scenarios) != len(lanes):
+            raise ValueError(f"{len(scenarios)} scenarios but lanes for {len(lanes)}")
+        self.scenarios = tuple(scenarios)
+        self.lanes = tuple(tuple(runs) for runs in lanes)
+
+    def __len__(self) -> int:
+        return len(self.scenarios)
+
+    def __repr__(self) -> str:
+        return f"Result({len(self)} scenarios, {sum(map(len, self.lanes))} runs)"
+
+    @functools.cached_property
+    def runs(self) -> tuple[tuple[dict[str, Any], ...], ...]:
+        """Metrics of every seed of every scenario (`lane_metrics`)."""
+        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s) for lane in lanes)
+                     for s, lanes in zip(self.scenarios, self.lanes, strict=True))
+
+    @functools.cached_property
+    def metrics(self) -> tuple[dict[str, Any], ...]:
+        """Metrics of every scenario: mean over its seeds, in the layout of `summary.json`."""
+        return tuple(combine(runs)[0] for runs in self.runs)
+
+    @functools.cached_property
+    def intervals(self) -> tuple[dict[str, Interval], ...]:
+        """95 % intervals over the seeds of every scenario, by dotted key."""
+        return tuple(combine(runs)[1] for runs in self.runs)
+
+    @functools.cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row a scenario: its name and every metric, nested groups as dotted columns."""
+        rows = [{"name": s.name, **flatten(m)} for s, m in zip(self.scenarios, self.metrics, strict=True)]
+        return pd.DataFrame(rows)
+
+    @functools.cached_property
+    def requests(self) -> pd.DataFrame:
+        """One row a request of every run: `scenario` and `seed`, then the columns of `request_frame`."""
+        frames = []
+        for index, (scenario, lanes) in enumerate(zip(self.scenarios, self.lanes, strict=True)):
+            for seed, lane in zip(scenario.seeds, lanes, strict=False):
+                frame = request_frame(lane)
+                frame.insert(0, "scenario", index)
+                frame.insert(1, "seed", seed)
+                frames.append(frame)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """The bounds that stopped runs, each once."""
+        return tuple(dict.fromkeys(lane.fault for lanes in self.lanes for lane in lanes if lane.fault))
