@@ -16,28 +16,13 @@ def crossing_at(counts: Int[Array, " period"], t: Int[Array, ""]) -> Int[Array, 
     return counts[(-t) & (period - 1)]
 
 
-def from_time(counts: Int[Array, " period"], t: Int[Array, ""]) -> Int[Array, " period"]:
-    """Counters that cross at `t`, `t + 1`, ..., `t + period - 1` (a barrel shift, no gather)."""
-    period = counts.shape[0]
-    # Entry i of the result is counts[(-t - i) mod period]: reverse, then rotate left by (t - 1) mod period.
-    row = counts[::-1]
-    amount = (t - 1) & (period - 1)
-    bit = 1
-    while bit < period:
-        # Entry i of `row` is counts[-1 - i]; we want counts[-t - i], that is row[i + t - 1].
-        row = jnp.where((amount & bit) != 0, jnp.roll(row, -bit), row)
-        bit <<= 1
-    return row
-
-
 def crossings_between(counts: Int[Array, " period"], total: Int[Array, ""], t: Int[Array, ""],
                       span: Int[Array, ""]) -> Int[Array, ""]:
     """Crossings at times t, ..., t + span - 1; `total` is the sum of `counts`."""
     period = counts.shape[0]
     bits = period.bit_length() - 1
-    ahead = from_time(counts, t)
-    rest = span & (period - 1)
-    partial = jnp.sum(jnp.where(jnp.arange(period) < rest, ahead, 0))
+    first_crossing = -(t + jnp.arange(period)) & (period - 1)
+    partial = jnp.sum(jnp.where(first_crossing < (span & (period - 1)), counts, 0))
     return total * (span >> bits) + partial
 
 
@@ -46,12 +31,12 @@ def times_that_fit(counts: Int[Array, " period"], total: Int[Array, ""], t: Int[
     """The largest span whose `crossings_between` stays within `room` (2^30 where nothing crosses)."""
     period = counts.shape[0]
     safe_total = jnp.maximum(total, 1)
-    # Whole turns by float division: below 2^24 blocks it is exact up to one, which the comparison mends.
+    # Whole turns by float division: below 2^24 blocks it is exact up to one, which the comparisons mend.
     turns = (room.astype(jnp.float32) / safe_total.astype(jnp.float32)).astype(jnp.int32)
     turns = turns - (turns * safe_total > room)
     turns = turns + ((turns + 1) * safe_total <= room)
     rest = room - turns * safe_total
-    ahead = from_time(counts, t)
+    ahead = counts[-(t + jnp.arange(period)) & (period - 1)]
     running = jnp.zeros((), counts.dtype)
     fits = jnp.zeros((), jnp.int32)
     for i in range(period):

@@ -1,8 +1,8 @@
 """What one iteration asks of a rank: FLOP, bytes, kernels and messages of every operator.
 
-Pure counting, no device: `token_work` for what depends on the tokens of the iteration, `head_work` for what depends
-on the sequences that are sampled, `AttentionWork` for the per-token, per-pair amounts of attention. Counts are for one
-rank and one call; `calls` says how many layers make the call.
+Pure counting, no device: `token_work` for what depends on the tokens of the iteration, `head_work` for what
+depends on the sequences that are sampled, `AttentionWork` for the per-token, per-pair amounts of attention.
+Counts are for one rank and one call; `calls` says how many layers make the call.
 
 Symbols: m tokens, d hidden, H heads, K KV heads, dh head size, f FFN size, E experts, k experts a token.
 
@@ -33,20 +33,21 @@ LOGIT_BYTES = 8
 """Bytes moved for each logit in sampling. Source: the same timings, 0.55 us a sequence at 128,256 entries."""
 
 WINDOW_AS_FULL_TOKENS = 1024
-"""Windows from this size on are priced in prefill as if the layer saw everything, smaller ones as always full."""
+"""Windows from this size on are priced in prefill as if they never filled, smaller ones as always full."""
 
 LOGITS_MESSAGE_BYTES = 2
 
 TOPK, EXPECTED, ALL = "topk", "expected", "all"
 DISTINCT_EXPERTS = (TOPK, EXPECTED, ALL)
-"""How many experts an iteration reads: k whatever the batch (GenZ), the expectation under uniform routing, or all."""
+"""Experts an iteration reads: k whatever the batch (GenZ), expected under uniform routing, or all."""
 
 
 class Work(NamedTuple):
     """One operator, over an array of token counts.
 
-    flops, weight_bytes, activation_bytes: of one call. tile_flops: FLOP of one row per weight matrix read, by which the
-    half-saturation count of the efficiency curve is weighed. message_bytes and ranks: of a collective.
+    flops, weight_bytes, activation_bytes: of one call. tile_flops: FLOP of one row per weight matrix read, by
+    which the half-saturation count of the efficiency curve is weighed. message_bytes and ranks: of a
+    collective.
     kernels: launches of one call; calls: layers that make it.
     """
 
@@ -154,7 +155,7 @@ def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Ar
     if model.num_moe_layers:
         work += _expert_work(model, plan, fmt, m, distinct)
     if tp > 1:
-        # One for the embedding, two a layer. Expert-parallel layers over data ranks combine in their exchange.
+        # One for the embedding, two a layer; with data ranks, expert layers combine in their exchange.
         exchanged = model.num_moe_layers if plan.enable_expert_parallel and plan.data_parallel_size > 1 else 0
         work.append(Work("all_reduce", ALL_REDUCE, 2 * model.layers + 1 - exchanged, 1,
                          message_bytes=m * d * a, ranks=tp))
@@ -165,11 +166,12 @@ def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Ar
     return work
 
 
-def head_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, sampled: Float[Array, " counts"]) -> list[Work]:
+def head_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, sampled: Float[Array, " counts"]
+              ) -> list[Work]:
     """LM head and sampler over the sampled sequences (at least one: engines sample a discarded row)."""
-    n, tp = jnp.maximum(sampled, 1.0), plan.tensor_parallel_size
-    work = [Work("final_norm", ELEMENTWISE, 1, 1, activation_bytes=2 * n * model.hidden * fmt.activation_bytes),
-            _gemm("lm_head", 1, n, model.hidden, model.vocab / tp, fmt.other_bytes, fmt.activation_bytes),
+    n, tp, a = jnp.maximum(sampled, 1.0), plan.tensor_parallel_size, fmt.activation_bytes
+    work = [Work("final_norm", ELEMENTWISE, 1, 1, activation_bytes=2 * n * model.hidden * a),
+            _gemm("lm_head", 1, n, model.hidden, model.vocab / tp, fmt.other_bytes, a),
             Work("sampler", ELEMENTWISE, 1, SAMPLER_KERNELS, activation_bytes=n * model.vocab * LOGIT_BYTES)]
     if tp > 1:
         # A gather costs half of an all-reduce of the gathered size.
@@ -181,9 +183,11 @@ def head_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, sampled: Float[Ar
 class AttentionWork(NamedTuple):
     """Amounts of attention in one layer of one rank.
 
-    decode_bytes, decode_flops: for each context token a decode reads. pair_flops: for each unit of prefill_pairs
-    (twice the causal pairs). chunk_bytes, chunk_flops: for each KV token a prompt chunk reads. token_flops: for each
-    token of a chunk, the diagonal of the causal triangle. items: work items a decoding sequence splits into.
+    decode_bytes, decode_flops: for each context token a decode reads. pair_flops: for each unit of
+        prefill_pairs (twice the causal pairs).
+    chunk_bytes, chunk_flops: for each KV token a prompt chunk reads.
+    token_flops: for each token of a chunk, the diagonal of the causal triangle.
+    items: work items a decoding sequence splits into.
     full_layers, window_layers: how many layers see everything, or only the window.
     """
 
@@ -202,8 +206,8 @@ def attention_work(model: ModelSpec, plan: Plan, kv_bytes: float) -> AttentionWo
     """Per-token amounts of attention.
 
     GQA: decode 4 H dh FLOP and 2 K dh b bytes a context token; prefill 2 H dh FLOP a unit of prefill_pairs.
-    MLA, absorbed decode: H (4 d_c + 2 d_r) FLOP over (d_c + d_r) b bytes; prefill H (d_nope + d_r + d_v) a unit,
-    and 2 d_c H (d_nope + d_v) to expand each cached token again.
+    MLA, absorbed decode: H (4 d_c + 2 d_r) FLOP over (d_c + d_r) b bytes; prefill H (d_nope + d_r + d_v) a
+    unit, and 2 d_c H (d_nope + d_v) to expand each cached token again.
     """
     rank = model.rank_shape(plan.tensor_parallel_size)
     cached = model.layer_kv_bytes_per_token(kv_bytes, plan.tensor_parallel_size)

@@ -6,8 +6,8 @@
     collectives    alpha + 2 (N-1)/N bytes / (link eta_link)
     iteration      serial host + max(host launches, device)
 
-`roofline(...)` makes one from a model, a device and a plan with stated priors; `Roofline.tabulate` turns it into the
-small tables that the event loop reads; `Roofline.explain` says where the time of one iteration goes.
+`roofline(...)` makes one from a model, a device and a plan with stated priors; `Roofline.tabulate` turns it
+into the small tables that the event loop reads; `Roofline.explain` says where the time of one iteration goes.
 """
 
 from typing import Literal, NamedTuple
@@ -28,17 +28,17 @@ from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, WeightFormat, kv_cache_bytes, weight_format
 
 CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
-"""Batch sizes captured by vLLM; a decode batch is padded to the next one. Source: vLLM's compilation config."""
+"""Batch sizes captured by vLLM; a decode batch is padded to the next. Source: its compilation config."""
 
 PIECEWISE_LAUNCHES = 2
-"""Host launches a layer of an iteration with prompt chunks when graphs are on: the captured piece, and attention."""
+"""Launches a layer of an iteration with prompt chunks when graphs are on: captured piece, attention."""
 
 SWEEP_ROWS = 128
 """Query rows of one tile of the prefill attention kernel."""
 
 
 class OperatorCost(NamedTuple):
-    """One operator of one iteration, all layers: seconds, FLOP, bytes of device memory, bytes sent, what binds."""
+    """One operator of one iteration, all layers; `bytes` of device memory, `bound` by what."""
 
     name: str
     seconds: float
@@ -51,8 +51,8 @@ class OperatorCost(NamedTuple):
 class StepCost(NamedTuple):
     """Where the time of one iteration goes, as plain numbers (for people, not for the loop).
 
-    seconds = serial_s + max(launch_s, device_s); device_s is the sum over operators. `bound` is "host" where the
-    launches take longer than the device, otherwise the resource with most device seconds.
+    seconds = serial_s + max(launch_s, device_s); device_s is the sum over operators. `bound` is "host" where
+    the launches take longer than the device, otherwise the resource with most device seconds.
     """
 
     seconds: float
@@ -75,21 +75,23 @@ class Roofline(eqx.Module):
         expert_efficiency, expert_half_tokens: the same for grouped products, m = tokens per expert.
         weight_read_efficiency: bandwidth share of GEMMs; expert_read_efficiency: of grouped products;
         elementwise_efficiency: of norms, rotary, activation, sampler.
-        kernel_floor_s: of a GEMM and of each kernel of an expert block; elementwise_floor_s: of other kernels.
-        attention_floor_s: of one layer's attention; attention_item_s: of each (sequence, KV head) that decodes;
+        kernel_floor_s: of a GEMM and of each kernel of an expert block; elementwise_floor_s: of the others.
+        attention_floor_s: of one layer's attention; attention_item_s: of each decoding (sequence, KV head);
         attention_chunk_s: of each prompt chunk, a layer.
         decode_read_efficiency, decode_flops_efficiency: of decode attention; prefill_efficiency: of prefill
         attention; sweep_s: seconds for one row of tiles to pass one KV token, a layer.
         collective_s: latency of an all-reduce; link_efficiency; hop_s: latency of a stage hop.
-        host_step_s, host_sequence_s: host seconds of an iteration and of each sequence in it that do not overlap the
-        device (they do under asynchronous scheduling); launch_kernel_s: host seconds to issue one kernel or
-        captured piece; launch_graph_s: one captured graph.
+        host_step_s, host_sequence_s: host seconds of an iteration and of each sequence in it, which do not
+        overlap the device, unless scheduling is asynchronous: then only async_step_s stays serial and the
+        others join the launches. launch_kernel_s: host seconds to issue one kernel or captured piece;
+        launch_graph_s: one graph.
 
     Static: model, plan, weights (number format), kv_bytes, distinct_experts.
 
-    Known gaps: no overlap of collectives with compute; expert routing uniform; sequence lengths enter attention only
-    through sums; with pipeline stages an iteration is the whole way through all stages (latency, not
-    throughput); windowed layers in prefill are all or nothing (`operators.WINDOW_AS_FULL_TOKENS`).
+    Known gaps: no overlap of collectives with compute; expert routing uniform; sequence lengths enter
+    attention only through sums; with pipeline stages an iteration is the whole way through all stages
+    (latency, not throughput); windowed layers in prefill are all or nothing
+    (`operators.WINDOW_AS_FULL_TOKENS`).
     """
 
     peak_flops: Float[Array, ""]
@@ -122,6 +124,7 @@ class Roofline(eqx.Module):
 
     host_step_s: Float[Array, ""]
     host_sequence_s: Float[Array, ""]
+    async_step_s: Float[Array, ""]
     launch_kernel_s: Float[Array, ""]
     launch_graph_s: Float[Array, ""]
 
@@ -168,7 +171,7 @@ class Roofline(eqx.Module):
         return operators.attention_work(self.model, self.plan, self.kv_bytes)
 
     def attention_slopes(self) -> Float[Array, " 5"]:
-        """Seconds per decode context token, the same inside the window, per chunk, per KV token, per pair unit."""
+        """Seconds per decode context token, per one inside the window, per chunk, KV token, pair unit."""
         work, model = self._attention_work, self.model
         flops = self.attention_flops
         decode = jnp.maximum(work.decode_bytes / (self.memory_bytes_per_s * self.decode_read_efficiency),
@@ -183,10 +186,11 @@ class Roofline(eqx.Module):
         else:
             prefill_layers = full
             chunk = chunk + windowed * model.sliding_window * swept
-        return jnp.stack([full * decode, windowed * decode, chunk, prefill_layers * swept, prefill_layers * pair])
+        return jnp.stack([full * decode, windowed * decode, chunk, prefill_layers * swept,
+                          prefill_layers * pair])
 
     def token_seconds(self, tokens: Float[Array, " counts"]) -> Float[Array, " counts"]:
-        """Device seconds that depend on the tokens of an iteration with prompt chunks, attention's floor included."""
+        """Device seconds that depend on the tokens of an iteration, the floor of attention included."""
         model, work = self.model, self._attention_work
         rate = self.attention_flops * self.prefill_efficiency
         diagonal = work.full_layers * work.token_flops / rate
@@ -198,7 +202,7 @@ class Roofline(eqx.Module):
         return self._total(works, tokens) + model.layers * self.attention_floor_s + diagonal * tokens
 
     def sampled_seconds(self, sampled: Float[Array, " counts"]) -> Float[Array, " counts"]:
-        """Device seconds that depend on the sampled sequences: LM head, sampler, work items of their attention."""
+        """Device seconds that depend on the sampled sequences: LM head, sampler, their attention items."""
         works = operators.head_work(self.model, self.plan, self.weights, sampled)
         items = self.model.layers * self._attention_work.items * self.attention_item_s
         return self._total(works, sampled) + items * sampled
@@ -227,20 +231,21 @@ class Roofline(eqx.Module):
         host = self.host_step_s + self.host_sequence_s * sequences
         decode = mixed = eager + 0 * host
         if cuda_graphs:
-            mixed = jnp.minimum(eager, PIECEWISE_LAUNCHES * self.model.layers * self.launch_kernel_s) + 0 * host
+            pieces = PIECEWISE_LAUNCHES * self.model.layers * self.launch_kernel_s
+            mixed = jnp.minimum(eager, pieces) + 0 * host
             decode = jnp.where(sequences <= CUDA_GRAPH_SIZES[-1], self.launch_graph_s, mixed)
         if async_scheduling:
-            return decode + host, mixed + host, 0 * host
+            return decode + host, mixed + host, self.async_step_s + 0 * host
         return decode, mixed, host
 
     # The engine's tables
 
     def tabulate(self, max_tokens: int, max_sequences: int, *, cuda_graphs: bool = True,
                  async_scheduling: bool = False) -> TabulatedCost:
-        """The tables the loop reads, for iterations of up to `max_tokens` tokens and `max_sequences` sequences.
+        """The tables the loop reads, up to `max_tokens` tokens and `max_sequences` sequences an iteration.
 
-        Differentiable in every leaf. Decode-only iterations are exact for every count; iterations with prompt chunks
-        are exact at the knots of the ladder and linear between them.
+        Differentiable in every leaf. Decode-only iterations are exact for every count; iterations with prompt
+        chunks are exact at the knots of the ladder and linear between them.
         """
         float_type = self.peak_flops.dtype
         tokens = jnp.asarray(ladder.knots(max_tokens), float_type)
@@ -259,7 +264,8 @@ class Roofline(eqx.Module):
 
     # For people
 
-    def explain(self, stats: BatchStats, *, cuda_graphs: bool = True, async_scheduling: bool = False) -> StepCost:
+    def explain(self, stats: BatchStats, *, cuda_graphs: bool = True, async_scheduling: bool = False
+                ) -> StepCost:
         """Seconds of one iteration by operator and lane, evaluated directly (no tables), as plain numbers."""
         num_decode, num_prefill = float(stats.num_decode), float(stats.num_prefill)
         sampled, tokens = float(stats.num_sampled), float(stats.num_decode + stats.prefill_tokens)
@@ -303,8 +309,8 @@ class Roofline(eqx.Module):
             OperatorCost("attention_floor", layers * (float(self.attention_floor_s)
                                                       + sampled * work.items * float(self.attention_item_s)),
                          0.0, 0.0, 0.0, "latency"),
-            OperatorCost("attention_decode", slopes[0] * context + slopes[1] * inside, work.decode_flops * read,
-                         work.decode_bytes * read, 0.0, self._decode_bound())]
+            OperatorCost("attention_decode", slopes[0] * context + slopes[1] * inside,
+                         work.decode_flops * read, work.decode_bytes * read, 0.0, self._decode_bound())]
         if int(stats.num_prefill):
             # The diagonal is what token_seconds adds to the plain operators.
             point = jnp.asarray(tokens, float)
@@ -316,7 +322,8 @@ class Roofline(eqx.Module):
                 OperatorCost("attention_prefill", slopes[4] * pairs + diagonal,
                              work.full_layers * work.pair_flops * (pairs + tokens), 0.0, 0.0, "compute"),
                 OperatorCost("attention_sweep", slopes[2] * float(stats.num_prefill) + slopes[3] * keys,
-                             layers * work.chunk_flops * keys, layers * work.chunk_bytes * keys, 0.0, "latency")]
+                             layers * work.chunk_flops * keys, layers * work.chunk_bytes * keys, 0.0,
+                             "latency")]
         return costs
 
     def _decode_bound(self) -> Literal["compute", "memory"]:
@@ -335,20 +342,22 @@ def pad_to_graph(counts: Int[np.ndarray, " counts"]) -> Int[np.ndarray, " counts
 
 
 HOSTS = {
-    "vllm-v0": dict(host_step_s=3.0e-3, host_sequence_s=40e-6),
-    "vllm-v1": dict(host_step_s=0.7e-3, host_sequence_s=8e-6),
-    "none": dict(host_step_s=0.0, host_sequence_s=0.0),
+    "vllm-v0": dict(host_step_s=3.0e-3, host_sequence_s=40e-6, async_step_s=3.0e-3),
+    "vllm-v1": dict(host_step_s=1.0e-3, host_sequence_s=40e-6, async_step_s=0.7e-3),
+    "none": dict(host_step_s=0.0, host_sequence_s=0.0, async_step_s=0.0),
 }
 """Host seconds by engine generation.
 
-Source: v0: decode steps of Llama-3.1-70B in vLLM 0.6 on H100 (microsoft/apex_plus logs) show 5 to 6.5 ms beside the
-weight stream, of which kernel floors are 2 to 3; 40 us a sequence from the scheduler, sampler, input and output
-times of an early vLLM fork (microsoft/vidur). v1: what vLLM 0.15 decode steps on H100 leave over
-(inference-sim/training runs), a prior.
+Source: v0: decode steps of Llama-3.1-70B in vLLM 0.6 on H100 (microsoft/apex_plus logs) show 5 to 6.5 ms
+beside the weight stream, of which kernel floors are 2 to 3; 40 us a sequence from the scheduler, sampler,
+input and output times of an early vLLM fork (microsoft/vidur). v1: what the device lane leaves over of the
+median inter-token times of Qwen3-8B in vLLM 0.11 on H100 at batches of 8 to 256 (ML.ENERGY), 1.2 ms + 65 us a
+sequence, prefill interference included; asynchronous: of vLLM 0.15 on H100 at batches of 4 to 45
+(inference-sim/training), 0.7 ms, no visible slope.
 """
 
 PRIORS = dict(
-    gemm_efficiency=0.75, gemm_half_tokens=16.0, expert_efficiency=0.46, expert_half_tokens=130.0,
+    gemm_efficiency=0.75, gemm_half_tokens=16.0, expert_efficiency=0.46, expert_half_tokens=40.0,
     weight_read_efficiency=0.87, expert_read_efficiency=0.87, elementwise_efficiency=0.80,
     kernel_floor_s=3.0e-6, elementwise_floor_s=1.5e-6,
     attention_floor_s=8.0e-6, attention_item_s=0.024e-6, attention_chunk_s=0.0,
@@ -357,18 +366,19 @@ PRIORS = dict(
 )
 """Default leaves for 16-bit weights.
 
-Source: fits of this module's own forms to the vLLM 0.19 operator tables of ai-dynamo/aiconfigurator on H100 and H200
-(GEMM: eta 0.79, half 4 to 38, read 0.83, floor 4 us, median error 5 to 7 %; decode attention 0.82 to 0.94, floor
-9.6 us; prefill attention 0.62; experts eta 0.46, half 130 per expert, read 0.81, floor 48 us), moved within what whole
-steps allow: sustained GEMMs run at 0.70 to 0.75, captured graphs hide part of the floors (decode steps of vLLM 0.15 on
-H100). Launches: between the several us a kernel of SKIP (arXiv 2504.11750) and the 50 us of SGLang without graphs
-(microsoft/apex_plus).
+Source: fits of this module's own forms to the vLLM 0.19 operator tables of ai-dynamo/aiconfigurator on H100
+and H200 (GEMM: eta 0.79, half 4 to 38, read 0.83, floor 4 us, median error 5 to 7 %; decode attention 0.82 to
+0.94, floor 9.6 us; prefill attention 0.62; experts eta 0.46, half 130 per expert, read 0.81, floor 48 us),
+moved within what whole steps allow: sustained GEMMs run at 0.70 to 0.75, captured graphs hide part of the
+floors (decode steps of vLLM 0.15 on H100), and a half count of 130 an expert would double the steps of
+gpt-oss-120b (vLLM 0.18 on H100 and H200). Launches: between the several us a kernel of SKIP
+(arXiv 2504.11750) and the 50 us of SGLang without graphs (microsoft/apex_plus).
 """
 
 NARROW_PRIORS = dict(gemm_efficiency=0.54, gemm_half_tokens=135.0, expert_efficiency=0.34,
-                     expert_half_tokens=105.0, kernel_floor_s=5.0e-6)
-"""What changes where products run in 8 or 4 bits (shares are of the narrow peak; the floor holds a quantisation
-kernel). Source: as above, fp8 rows on H100."""
+                     kernel_floor_s=5.0e-6)
+"""What changes where products run in 8 or 4 bits (shares are of the narrow peak; the floor holds a
+quantisation kernel). Source: as above, fp8 rows on H100."""
 
 DEVICE_PRIORS = {
     "a100": dict(gemm_efficiency=0.85, gemm_half_tokens=100.0, weight_read_efficiency=0.76,
@@ -378,8 +388,8 @@ DEVICE_PRIORS = {
 }
 """Where a device differs, by the start of its name, for 16-bit weights.
 
-Source: A100: vLLM 0.14 GEMM table of aiconfigurator (eta 0.88, half 118, read 0.76, floor 6 us). RTX PRO 6000: layer
-timings of vLLM 0.19 in casys-kaist/LLMServingSim.
+Source: A100: vLLM 0.14 GEMM table of aiconfigurator (eta 0.88, half 118, read 0.76, floor 6 us). RTX PRO
+6000: layer timings of vLLM 0.19 in casys-kaist/LLMServingSim.
 """
 
 UNTILED_SWEEP_S = 20e-9
@@ -387,10 +397,10 @@ UNTILED_SWEEP_S = 20e-9
 
 
 def _sweep_s(model: ModelSpec, device: DeviceSpec, attention_flops: float) -> float:
-    """Seconds for a tile of query rows to pass one KV token on one multiprocessor: 4 rows dh FLOP at its peak.
+    """Seconds for a tile of query rows to pass one KV token: 4 rows dh FLOP at one multiprocessor's peak.
 
-    A chunk smaller than the device has tiles for cannot go faster, whatever its size. Source: 22.5 ns a KV token and
-    layer measured on an RTX PRO 6000 for chunks of 16 to 256 tokens (26 by this formula).
+    A chunk smaller than the device has tiles for cannot go faster, whatever its size. Source: 22.5 ns a KV
+    token and layer measured on an RTX PRO 6000 for chunks of 16 to 256 tokens (26 by this formula).
     """
     if device.num_multiprocessors is None:
         return UNTILED_SWEEP_S
@@ -401,8 +411,9 @@ def _sweep_s(model: ModelSpec, device: DeviceSpec, attention_flops: float) -> fl
 def _links(device: DeviceSpec, plan: Plan) -> dict[str, float]:
     """Link priors: custom all-reduce kernels on switched links, NCCL over PCIe, the network beyond a node.
 
-    Source: H100: 4.5 us and about 60 % of 450 GB/s from vLLM 0.19 all-reduce tables (aiconfigurator); NCCL alone has
-    8.8 / 12.3 / 19 us at 2 / 4 / 8 ranks (microsoft/apex_plus). PCIe, network and TPU figures are guesses.
+    Source: H100: 4.5 us and about 60 % of 450 GB/s from vLLM 0.19 all-reduce tables (aiconfigurator); NCCL
+    alone has 8.8 / 12.3 / 19 us at 2 / 4 / 8 ranks (microsoft/apex_plus). PCIe, network and TPU figures are
+    guesses.
     """
     per_node = device.devices_per_node or 8
     inside = device.link_bytes_per_s or device.host_link_bytes_per_s or 1e9
@@ -422,9 +433,9 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
              **overrides: float) -> Roofline:
     """A roofline with default efficiencies, any leaf of which `overrides` replaces by name.
 
-    dtype, kv_dtype: number formats ("auto" = the checkpoint's own). A format the device has no arithmetic for keeps
-    its bytes and is multiplied in the next wider type it has. host: a name in `HOSTS`. distinct_experts: "topk",
-    "expected" or "all".
+    dtype, kv_dtype: number formats ("auto" = the checkpoint's own). A format the device has no arithmetic for
+    keeps its bytes and is multiplied in the next wider type it has. host: a name in `HOSTS`.
+    distinct_experts: "topk", "expected" or "all".
     """
     plan = (plan or Plan()).check(model)
     fmt = weight_format(dtype, model)
@@ -436,7 +447,8 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
     peak = device.peak(fmt.compute)
     attention = device.peak("fp32" if fmt.compute == "fp32" else "bf16")
     values = dict(peak_flops=peak.flops, attention_flops=attention.flops,
-                  memory_bytes_per_s=device.memory_bytes_per_s, sweep_s=_sweep_s(model, device, attention.flops))
+                  memory_bytes_per_s=device.memory_bytes_per_s,
+                  sweep_s=_sweep_s(model, device, attention.flops))
     values |= PRIORS
     if peak.compute in ("fp8", "int8", "fp4"):
         values |= NARROW_PRIORS
@@ -452,6 +464,6 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
         if not np.all(np.asarray(value) >= 0) or (name.endswith(("flops", "bytes_per_s", "efficiency"))
                                                   and not np.all(np.asarray(value) > 0)):
             raise InputError("cost." + name, value, "must be positive")
-    return Roofline(**{name: jnp.asarray(value, float) for name, value in values.items()}, model=model, plan=plan,
-                    weights=fmt, kv_bytes=kv_cache_bytes(kv_dtype, dtype, model),
-                    distinct_experts=distinct_experts)
+    leaves = {name: jnp.asarray(value, float) for name, value in values.items()}
+    return Roofline(**leaves, model=model, plan=plan, weights=fmt,
+                    kv_bytes=kv_cache_bytes(kv_dtype, dtype, model), distinct_experts=distinct_experts)

@@ -58,19 +58,16 @@ def run(dims: Dims, params: Params, requests: Requests) -> World:
     """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
     count = requests.count.shape[0]
     world = jax.vmap(lambda _: w.initial_world(dims))(jnp.arange(count))
+    is_true = requests.count[0] >= 0 if jax.default_backend() == "cpu" else None
     # The writes of a step travel to the next packed, whatever their number.
-    one = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree) for tree in
-           (params, requests, world)]
-    packing = packed.Packing(lambda *a: step(dims, *a)[1], *one)
+    packing = packed.Packing()
 
-    @jax.vmap
     def batched_step(params, requests, world):
-        world, writes = step(dims, params, requests, world)
+        world, writes = jax.vmap(partial(step, dims, is_true))(params, requests, world)
         return world, packing.pack(writes)
 
-    @jax.vmap
-    def batched_apply(world, rows):
-        return apply(world, packing.unpack(rows))
+    def batched_apply(world, writes):
+        return jax.vmap(apply)(world, packing.unpack(writes))
 
     def has_time(requests, world):
         return is_live(requests, world) & (world.is_frozen == 0)

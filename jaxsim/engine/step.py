@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats
 from jaxsim.kernels import clock, packed, residues
+from jaxsim.kernels.fence import Fence
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import AbstractRouting, View
@@ -289,11 +290,11 @@ def retire(dims: Dims, params: Params, event: Event, counts: Counts, keys, entri
     """
     rank, batch = counts.rank, counts.batch
     bits = dims.slot_bits
-    counter, slot = packed.unpack_key(jnp.min(keys), bits)
+    counter, slot = packed.unpack_key(packed.row_min(keys), bits)
     is_any = event.is_ending & (counter == batch.counter)
     slot = jnp.where(is_any, slot, dims.null_slot)
     index = jnp.arange(dims.slot_width, dtype=jnp.int32)
-    next_key = jnp.min(jnp.where(index == slot, packed.EMPTY, keys))
+    next_key = packed.row_min(jnp.where(index == slot, packed.EMPTY, keys))
     has_more = is_any & (packed.unpack_key(next_key, bits)[0] == batch.counter)
     request, offset, reserved = take(entries, slot)
     one = is_any.astype(jnp.int32)
@@ -348,7 +349,7 @@ def enqueue(params: Params, event: Event, counts: Counts, request: Int[Array, ""
 
 def choose(condition, a, b):
     """Leaf-wise choice between two records."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+    return jax.tree.map(lambda x, y: x if x is y else jnp.where(condition, x, y), a, b)
 
 
 # --- A scheduling pass -------------------------------------------------------------------------------------------
@@ -577,12 +578,13 @@ def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts,
 # --- The step ----------------------------------------------------------------------------------------------------
 
 
-def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[World, Writes]:
+def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) -> tuple[World, Writes]:
     """Advance one scenario by one step; a scenario with nothing left to do steps to itself.
 
     Returns the world with its scalars advanced, and the writes to its arrays.
     """
     rules = params.batching
+    fence = Fence(is_true)
     null = jnp.int32(dims.null_slot)
     scratch = dims.num_requests
     event, is_frozen = next_event(dims, params, requests, world)
@@ -592,6 +594,9 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[
     times = packed.from_row(clock_template, take(world.clocks, e))
     residue_row = take(world.residues, e)
     phase, wake = take(world.phase, e), Time(take(world.wake_hi, e), take(world.wake_lo, e))
+    event, counts, times, residue_row, phase, wake, is_frozen = fence(
+        event, counts, times, residue_row, phase, wake, is_frozen)
+    now, e = event.now, event.executor
 
     # An iteration ends.
     counts, times, itl_s, itl_weights = settle(dims, params, event, counts, times, residue_row)
@@ -604,6 +609,9 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[
         is_tail = retired.is_any & (retired.slot == tail)
         tail = jnp.where(is_tail, before, tail)
         counts = replace(counts, rank=replace(counts.rank, tail=tail))
+
+    counts, times, itl_s, itl_weights, residue_row, retired, has_more, next_key, tail = fence(
+        counts, times, itl_s, itl_weights, residue_row, retired, has_more, next_key, tail)
 
     # A request arrives.
     arriving = world.next_arrival
@@ -654,6 +662,10 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[
     emitted, preemptions = take(world.progress, candidate) if rules.grows else (jnp.int32(0), jnp.int32(0))
     next_head = take(world.next_waiting, candidate)
 
+    (counts, wake, is_passing, is_placing, is_short, candidate, lengths, emitted, preemptions, next_head, is_due,
+     has_ended, has_work, is_forming, link_from, link_to) = fence(
+        counts, wake, is_passing, is_placing, is_short, candidate, lengths, emitted, preemptions,
+                  next_head, is_due, has_ended, has_work, is_forming, link_from, link_to)
     free = jnp.maximum(dims.num_slots - counts.rank.running - 1, 0)
     free_slot = jnp.where(retired.is_any, retired.slot, take(world.free_slots, e, free))
     counts, times, residue_row, placed, is_held, can_go_on = place(
@@ -691,6 +703,9 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[
             dims, params, is_preempting, counts, residue_row, victim_slot, victim_request, tail_offset,
             before_tail, lengths[PROMPT])
 
+    counts, times, residue_row, placed, is_held, can_go_on, is_short, log_row = fence(
+        counts, times, residue_row, placed, is_held, can_go_on, is_short, log_row)
+
     # Start what was formed.
     is_formed = is_passing & ~is_short & ~can_go_on
     has_batch = (counts.batch.count > 0) | has(counts, w.FILLED)
@@ -711,6 +726,9 @@ def step(dims: Dims, params: Params, requests: Requests, world: World) -> tuple[
     wake = clock.select(is_resting, clock.never(), wake)
     phase = jnp.where(is_starting, w.ENDING, jnp.where(is_waiting_pass, w.PASSING, phase))
     phase = jnp.where(is_resting, w.IDLE, phase)
+
+    counts, times, plan, wake, phase = fence(
+        counts, times, plan, wake, phase)
 
     # What to write back.
     epoch = world.epoch.astype(jnp.float32)

@@ -19,13 +19,15 @@ PHASES = {"queue": "#E69F00", "prefill": "#0072B2", "stall": "#D55E00", "decode"
 
 _INK, _FAINT, _LINE, _LIMIT = "#222222", "#777777", "#0072B2", "#D55E00"
 _STYLE = {
-    "figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor": "#999999", "axes.linewidth": 0.8,
+    "figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor": "#999999",
+    "axes.linewidth": 0.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
     "grid.linewidth": 0.7, "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": _INK, "text.color": _INK,
     "xtick.color": _FAINT, "ytick.color": _FAINT, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
     "legend.frameon": False, "legend.fontsize": 9,
 }
+_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
 _DPI = 130
 _MOST_POINTS = 2000
 _MOST_ROWS = 80
@@ -64,15 +66,13 @@ def plot_latencies(result: Result, path: str | Path, index: int = 0) -> Path:
             axis.set_title(title)
             axis.set_ylim(0, 1.02)
             axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
+            axis.set_xlabel("milliseconds")
             if len(values):
-                unit = _time_axis(axis, values, limit_ms)
-                _mark_percentiles(axis, pooled[column].to_numpy(), unit)
+                _time_axis(axis, values, limit_ms)
+                _mark_percentiles(axis, values, shares)
             if limit_ms is not None:
-                axis.axvline(limit_ms, color=_LIMIT, linestyle=(0, (4, 3)), linewidth=1.3)
-                axis.annotate(f"limit {limit_ms:g} ms\nmet by {100 * met[name].mean():.1f} %", (limit_ms, 0.03),
-                              xytext=(5, 0), textcoords="offset points", color=_LIMIT, fontsize=9, va="bottom",
-                              bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
-        axes[0].set_ylabel("share of requests")
+                _mark_limit(axis, limit_ms, float(met[name].mean()))
+        axes[0].set_ylabel("share of requests" + (" (thin: single seeds)" if len(frames) > 1 else ""))
     return path
 
 
@@ -87,26 +87,45 @@ def _cdf(seconds: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _time_axis(axis: Any, values: np.ndarray, limit_ms: float | None) -> None:
-    low, high = max(float(values[0]), 1e-3), float(values[-1])
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = max(float(values[0]), 1e-3), max(float(values[-1]), 1e-3)
     if limit_ms is not None:
         low, high = min(low, limit_ms), max(high, limit_ms)
     if high / low > 8:
         axis.set_xscale("log")
-        axis.set_xlim(low / 1.15, high * 1.3)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.set_xlim(low / 1.15, high * 1.5)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
     else:
-        margin = 0.06 * (high - low) or 0.05 * high
-        axis.set_xlim(max(low - margin, 0), high + margin)
-    axis.set_xlabel("milliseconds")
+        margin = 0.08 * (high - low) or 0.05 * high
+        axis.set_xlim(max(low - margin, 0), high + 2 * margin)
+    axis.xaxis.set_major_formatter(FuncFormatter(_short))
 
 
-def _mark_percentiles(axis: Any, seconds: np.ndarray, _: None) -> None:
-    seconds = seconds[~np.isnan(seconds)] * 1e3
-    for percentile, value in zip((50, 90, 99), np.percentile(seconds, (50, 90, 99)), strict=True):
-        axis.plot(value, percentile / 100, "o", color=_LINE, markersize=4, markeredgecolor="white")
-        axis.annotate(f"p{percentile} {value:,.0f}" if value >= 100 else f"p{percentile} {value:.3g}",
-                      (value, percentile / 100), xytext=(-6, 3), textcoords="offset points", ha="right",
-                      fontsize=8.5, color=_INK)
+def _short(value: float, _: int) -> str:
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:,g}"
+
+
+def _mark_percentiles(axis: Any, values: np.ndarray, shares: np.ndarray) -> None:
+    for percentile in (50, 90, 99):
+        value = values[min(np.searchsorted(shares, percentile / 100), len(values) - 1)]
+        text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        axis.plot(value, percentile / 100, "o", color=_LINE, markersize=5, markeredgecolor="white", zorder=4)
+        is_right = axis.transAxes.inverted().transform(axis.transData.transform((value, 0)))[0] > 0.7
+        axis.annotate(f"p{percentile}  {text}", (value, percentile / 100), fontsize=9, zorder=5,
+                      xytext=(-7, 3) if is_right else (7, -10), textcoords="offset points",
+                      ha="right" if is_right else "left", bbox=_PAPER)
+
+
+def _mark_limit(axis: Any, limit_ms: float, met: float) -> None:
+    axis.axvline(limit_ms, color=_LIMIT, linestyle=(0, (4, 3)), linewidth=1.3)
+    # On the side that has room, and where the curve is not.
+    is_right = axis.transAxes.inverted().transform(axis.transData.transform((limit_ms, 0)))[0] > 0.6
+    is_low = met > 0.5
+    axis.annotate(f"limit {limit_ms:g} ms\nmet by {100 * met:.1f} %", (limit_ms, 0.04 if is_low else 0.72),
+                  xytext=(-5 if is_right else 5, 0), textcoords="offset points", color=_LIMIT, fontsize=9,
+                  ha="right" if is_right else "left", va="bottom" if is_low else "center", bbox=_PAPER)
 
 
 def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
@@ -115,40 +134,44 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
     curves = _curves(lane)
     num_instances = len(lane.busy_s)
     with _figure(path, figsize=(11, 5.4)) as figure:
-        axes = figure.subplots(len(curves), 1, sharex=True)
-        for axis, (title, label, series, colour) in zip(np.atleast_1d(axes), curves, strict=True):
+        axes = np.atleast_1d(figure.subplots(len(curves), 1, sharex=True))
+        for axis, (title, series, colour, is_share) in zip(axes, curves, strict=True):
             times, total, low, high = series
             axis.fill_between(times, 0, total, step="post", color=colour, alpha=0.18, linewidth=0)
             axis.step(times, total, where="post", color=colour, linewidth=1.3)
-            if low is not None:
-                axis.fill_between(times, low, high, step="post", color=_INK, alpha=0.15, linewidth=0,
-                                  label="least to most loaded instance")
-                axis.legend(loc="upper right")
+            axis.axvline(lane.arrival_s[-1], color=_FAINT, linestyle=(0, (1, 2)), linewidth=1.2)
             axis.set_title(title)
-            axis.set_ylabel(label)
-            axis.set_ylim(0, max(float(np.max(total)), float(np.max(high)) if high is not None else 0, 1e-9) * 1.12)
-            if label == "share of blocks":
-                axis.set_ylim(0, 1.02)
+            if is_share:
+                axis.set_ylim(0, 1.05)
                 axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
-        last = np.atleast_1d(axes)[-1]
-        last.set_xlabel("seconds" + (f", {num_instances} instances" if num_instances > 1 else ""))
-        last.set_xlim(0, curves[0][2][0][-1])
+                axis.set_ylabel("of the blocks")
+                if low is not None:
+                    axis.fill_between(times, low, high, step="post", color=_INK, alpha=0.14, linewidth=0,
+                                      label="emptiest to fullest instance")
+                    axis.legend(loc="lower left", bbox_to_anchor=(0.2, 0.97), borderaxespad=0.2)
+            else:
+                axis.set_ylim(0, max(float(np.max(total)), 1.0) * 1.12)
+                axis.set_ylabel("requests")
+        axes[0].annotate("last arrival", (lane.arrival_s[-1], 1), xycoords=("data", "axes fraction"),
+                         xytext=(4, -2), textcoords="offset points", va="top", fontsize=9, color=_FAINT)
+        axes[-1].set_xlabel("seconds" + (f", {num_instances} instances" if num_instances > 1 else ""))
+        axes[-1].set_xlim(0, float(curves[0][1][0][-1]))
     return path
 
 
-def _curves(lane: LaneResult) -> list[tuple[str, str, tuple, str]]:
+def _curves(lane: LaneResult) -> list[tuple[str, tuple, str, bool]]:
+    """Title, (times, total, least, most), colour and whether it is a share, from top to bottom."""
     if lane.steps is None:
         # Without a tape the requests still tell how many were where; a preempted one counts as running.
-        running = _count(lane.scheduled_s, lane.finish_s)
-        waiting = _count(lane.arrival_s, lane.scheduled_s)
-        return [("Running", "requests", running, PHASES["prefill"]), ("Waiting", "requests", waiting, PHASES["queue"])]
-    curves = [("Running", "requests", _over_time(lane, "running"), PHASES["prefill"]),
-              ("Waiting", "requests", _over_time(lane, "waiting"), PHASES["queue"])]
+        return [("Running", _count(lane.scheduled_s, lane.finish_s), PHASES["prefill"], False),
+                ("Waiting", _count(lane.arrival_s, lane.scheduled_s), PHASES["queue"], False)]
+    curves = [("Running", _over_time(lane, "running"), PHASES["prefill"], False),
+              ("Waiting", _over_time(lane, "waiting"), PHASES["queue"], False)]
     if lane.num_blocks:
         times, total, low, high = _over_time(lane, "used_blocks")
-        capacity = lane.num_blocks * len(lane.busy_s)
         bands = (None, None) if low is None else (low / lane.num_blocks, high / lane.num_blocks)
-        curves.append(("KV memory", "share of blocks", (times, total / capacity, *bands), "#009E73"))
+        shares = total / (lane.num_blocks * len(lane.busy_s))
+        curves.append(("KV memory in use", (times, shares, *bands), "#009E73", True))
     return curves
 
 
@@ -161,7 +184,7 @@ def _count(start_s: np.ndarray, end_s: np.ndarray) -> tuple:
 
 
 def _over_time(lane: LaneResult, column: str) -> tuple:
-    """Sum, least and most over instances, of a count that each instance holds from one step's start to the next."""
+    """Sum, least and most over instances of a count, which holds from one step's start to the next."""
     steps, num_instances = lane.steps, len(lane.busy_s)
     order = np.argsort(steps["time_s"], kind="stable")
     times = np.asarray(steps["time_s"], np.float64)[order]
@@ -213,7 +236,7 @@ def plot_requests(result: Result, path: str | Path, index: int = 0) -> Path:
         axis.set_ylabel("request, in order of arrival")
         ticks = np.unique(np.linspace(0, len(frame) - 1, min(len(frame), 9)).astype(int))
         axis.set_yticks(ticks, [str(int(frame["request_id"].iloc[t])) for t in ticks])
-        axis.legend(ncols=4, loc="lower left", bbox_to_anchor=(0.0, 0.0))
+        axis.legend(ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
     return path
 
 
@@ -229,5 +252,6 @@ def _window(frame: pd.DataFrame) -> pd.DataFrame:
 def plot_all(result: Result, folder: str | Path, index: int = 0) -> list[Path]:
     """The three plots of one scenario, as PNG files in a folder."""
     folder = Path(folder)
-    return [plot_latencies(result, folder / "latency.png", index), plot_load(result, folder / "load.png", index),
+    return [plot_latencies(result, folder / "latency.png", index),
+            plot_load(result, folder / "load.png", index),
             plot_requests(result, folder / "requests.png", index)]

@@ -27,7 +27,7 @@ def version() -> str:
 
 
 def provenance(result: Result, index: int = 0) -> dict[str, Any]:
-    """What made a summary: versions and the engine imitated. No clock and no host: equal runs, equal bytes."""
+    """What made a summary: versions and the engine imitated. No clock, no host: equal runs, equal bytes."""
     preset = load_preset(result.scenarios[index].engine.preset)
     jax = sys.modules.get("jax")
     return {
@@ -71,7 +71,7 @@ def write_summary(result: Result, path: str | Path, index: int = 0) -> Path:
 
 
 def write_requests(result: Result, path: str | Path, index: int = 0) -> Path:
-    """Writes `requests.parquet`: the requests of all seeds of one scenario, values that do not exist as null."""
+    """Writes `requests.parquet`: one scenario's requests, all seeds; what does not exist is null."""
     scenario, path = result.scenarios[index], Path(path)
     frames = []
     for seed, lane in zip(scenario.seeds, result.lanes[index], strict=False):

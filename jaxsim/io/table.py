@@ -1,11 +1,10 @@
 """The table that `jaxsim run` prints: at most 100 columns, plain text where it is piped."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +29,8 @@ def number(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     size = abs(value)
+    if isinstance(value, int):
+        return f"{value:,}"
     if size >= 10 ** (digits - 1):
         return f"{value:,.0f}"
     decimals = digits - 1
@@ -70,8 +71,8 @@ def _latencies(metrics: Mapping[str, Any], intervals: Mapping[str, Interval], is
     for name in ("mean", *(f"p{p}" for p in PERCENTILES)):
         table.add_column(name, justify="right", no_wrap=True)
     flat = flatten(metrics)
-    rows = (("TTFT", "{}_ttft_ms"), ("TPOT", "{}_tpot_ms"), ("ITL", "{}_itl_ms"), ("end to end", "{}_e2el_ms"),
-            ("in the queue", "queueing.{}_ms"))
+    rows = (("TTFT", "{}_ttft_ms"), ("TPOT", "{}_tpot_ms"), ("ITL", "{}_itl_ms"),
+            ("end to end", "{}_e2el_ms"), ("in the queue", "queueing.{}_ms"))
     for label, key in rows:
         keys = [key.format(name) for name in ("mean", *(f"p{p}" for p in PERCENTILES))]
         table.add_row(label, *(with_interval(flat[k], intervals.get(k)) for k in keys))
@@ -84,10 +85,10 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], num_runs: in
         return with_interval(flatten(m)[key], intervals.get(key), scale)
 
     facts = [
-        ("requests", f"{number(m['completed'], 6)} completed, {number(m['failed'], 6)} failed,"
+        ("requests", f"{number(m['completed'])} completed, {number(m['failed'])} failed,"
                      f" in {flat('duration')} s"),
-        ("throughput", f"{flat('request_throughput')} requests/s, {flat('output_throughput')} output tokens/s,"
-                       f" {flat('total_token_throughput')} tokens/s"),
+        ("throughput", f"{flat('request_throughput')} requests/s, {flat('output_throughput')} output"
+                       f" tokens/s, {flat('total_token_throughput')} tokens/s"),
     ]
     slo = m["slo"]
     if slo["attainment"] is not None:
@@ -110,23 +111,37 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], num_runs: in
             f" (instances {share(use['least_busy_share'])} to {share(use['most_busy_share'])})")
         facts.append(("utilisation", f"busy {share(use['busy_share'])}{spread},"
                                      f" {number(use['mean_running'])} running on average"))
-    if num_unstable:
-        verdict = "UNSTABLE" if m["unstable"] else "not sure"
-        facts.append(("stability", f"{verdict}: in {num_unstable} of {num_runs} runs the backlog still grew when"
-                                   " arrivals ended, so these latencies depend on how long the run is"))
+    if m["unstable"]:
+        facts.append(("UNSTABLE", f"in {num_unstable} of {num_runs} runs the backlog still grew when arrivals"
+                                  " ended, so these latencies depend on the length of the run"))
     if m["fault"]:
         facts.append(("stopped by", str(m["fault"])))
     return facts
 
 
+def printed(draw: Callable[[Console], None], file: TextIO | None = None) -> None:
+    """Draws on a terminal as it is; on a file or a pipe without colours and without padding."""
+    out = console(file)
+    if out.is_terminal:
+        draw(out)
+        return
+    # rich pads every line to the full width, which a pipe has no use for.
+    with out.capture() as capture:
+        draw(out)
+    out.file.write("\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n")
+
+
 def print_summary(result: Result, index: int = 0, file: TextIO | None = None) -> None:
     """Prints one scenario's table. ± is half of a 95 % interval over the seeds."""
-    out = console(file)
+    printed(lambda out: _print(result, index, out), file)
+
+
+def _print(result: Result, index: int, out: Console) -> None:
     scenario, metrics, intervals = result.scenarios[index], result.metrics[index], result.intervals[index]
     num_unstable = sum(run["unstable"] is True for run in result.runs[index])
     out.print(Text(scenario.name or "scenario", style="bold"))
     for line in describe(scenario):
-        out.print(Text(line), soft_wrap=False)
+        out.print(Text(line))
     out.print()
     out.print(_latencies(metrics, intervals, out.is_terminal))
     out.print()
@@ -134,7 +149,7 @@ def print_summary(result: Result, index: int = 0, file: TextIO | None = None) ->
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
     for name, text in _facts(metrics, intervals, len(result.runs[index]), num_unstable):
-        facts.add_row(name, Text(text, style="bold red" if name in ("stability", "stopped by") else ""))
-    out.print(Padding(facts, (0, 0, 0, 1)))
+        facts.add_row(name, Text(text, style="bold red" if name in ("UNSTABLE", "stopped by") else ""))
+    out.print(facts)
     if any(ends is not None for ends in intervals.values()):
-        out.print(Text(" ±: half of a 95 % interval over the seeds", style="dim"))
+        out.print(Text("±: half of a 95 % interval over the seeds", style="dim"))

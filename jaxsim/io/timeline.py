@@ -16,14 +16,18 @@ from jaxsim.metrics import LaneResult, request_frame
 
 MICROSECONDS = 1e6
 
+_COUNTS = ("iterations", "prefill_tokens", "decode_seqs", "running", "waiting", "used_blocks")
+
 
 def trace_events(lane: LaneResult) -> list[dict[str, Any]]:
     """Events of one run in the Trace Event Format."""
     events: list[dict[str, Any]] = []
     for instance in range(len(lane.busy_s)):
         events += [
-            {"ph": "M", "pid": instance + 1, "name": "process_name", "args": {"name": f"instance {instance}"}},
-            {"ph": "M", "pid": instance + 1, "tid": 1, "name": "thread_name", "args": {"name": "iterations"}},
+            {"ph": "M", "pid": instance + 1, "name": "process_name",
+             "args": {"name": f"instance {instance}"}},
+            {"ph": "M", "pid": instance + 1, "tid": 1, "name": "thread_name",
+             "args": {"name": "iterations"}},
         ]
     if lane.steps is not None:
         events += _iterations(lane.steps)
@@ -39,14 +43,14 @@ def _iterations(steps: Any) -> list[dict[str, Any]]:
         kind = "mixed" if step["prefill_tokens"] and step["decode_seqs"] else (
             "prefill" if step["prefill_tokens"] else "decode")
         count = int(step["iterations"])
-        counts = {n: int(step[n]) for n in ("iterations", "prefill_tokens", "decode_seqs", "running", "waiting",
-                                            "used_blocks")}
+        counts = {n: int(step[n]) for n in _COUNTS}
         events += [
             {"ph": "X", "pid": pid, "tid": 1, "name": kind if count == 1 else f"{kind} x {count}",
              "cat": "iteration", "ts": start, "dur": step["duration_s"] * MICROSECONDS, "args": counts},
             {"ph": "C", "pid": pid, "name": "sequences", "ts": start,
              "args": {"running": counts["running"], "waiting": counts["waiting"]}},
-            {"ph": "C", "pid": pid, "name": "KV blocks", "ts": start, "args": {"used": counts["used_blocks"]}},
+            {"ph": "C", "pid": pid, "name": "KV blocks", "ts": start,
+             "args": {"used": counts["used_blocks"]}},
         ]
     return events
 

@@ -21,7 +21,7 @@ _FALLBACK = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16", "bf16": "fp32"}
 
 
 class Peak(NamedTuple):
-    """A peak arithmetic rate and the type it belongs to, which differs from the one asked for where that is absent."""
+    """A peak arithmetic rate and the type it is for (a wider one, where the one asked for is absent)."""
 
     flops: float
     compute: str
@@ -31,7 +31,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """One accelerator (or CPU socket), in SI units; None = not known or not there.
 
     memory_bytes: nominal; visible_memory_bytes: what the driver shows an engine; memory_bytes_per_s: peak.
-    bf16_flops (fp16 where there is no bf16), fp8_flops, int8_flops, fp4_flops, fp32_flops: dense peaks, FLOP/s.
+    bf16_flops (or fp16), fp8_flops, int8_flops, fp4_flops, fp32_flops: dense peaks, FLOP/s.
     link, link_bytes_per_s: scale-up link, per direction per device, and devices_per_node that share it;
     internode_bytes_per_s: network beyond it; host_link, host_link_bytes_per_s: to the CPU.
     tdp_w, idle_w, active_idle_w (clocks up, nothing running), usd_per_h (reference, low, high).
@@ -95,16 +95,16 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def peak(self, compute: str) -> Peak:
         """Dense peak for a number type, or for the next wider one the device has.
 
-        fp4 falls back to fp8, fp8 and int8 to bf16, bf16 to fp32: weights stay narrow in memory, the arithmetic
-        is done in the wider type (fp8 on an A100 runs in bf16).
+        fp4 falls back to fp8, fp8 and int8 to bf16, bf16 to fp32: weights stay narrow in memory, the
+        arithmetic is done in the wider type (fp8 on an A100 runs in bf16).
         """
-        rates = {"bf16": self.bf16_flops, "fp8": self.fp8_flops, "int8": self.int8_flops, "fp4": self.fp4_flops,
-                 "fp32": self.fp32_flops}
+        rates = {"bf16": self.bf16_flops, "fp8": self.fp8_flops, "int8": self.int8_flops,
+                 "fp4": self.fp4_flops, "fp32": self.fp32_flops}
         if compute not in rates:
             raise InputError("compute type", compute, "is not known", suggest(compute, rates))
         while rates[compute] is None:
             if compute not in _FALLBACK:
-                raise InputError("device.fp32_flops", None, f"{self.name} has no fp32 peak", "give fp32_flops")
+                raise InputError("device.fp32_flops", None, f"{self.name} has no fp32 peak", "give one")
             compute = _FALLBACK[compute]
         return Peak(rates[compute], compute)
 
@@ -152,7 +152,7 @@ def _device_names() -> dict[str, str]:
 
 
 def load_device(name: str) -> DeviceSpec:
-    """A device of the catalogue by name or alias ("h100", "a100-80gb"); case, dashes and spaces do not matter."""
+    """A device of the catalogue by name or alias ("h100", "a100-80gb"); case and dashes do not matter."""
     try:
         return device_catalogue()[_device_names()[_fold(name)]]
     except KeyError:

@@ -30,8 +30,8 @@ class Dims:
 
     @property
     def slot_width(self) -> int:
-        """Slots stored an instance: a scratch slot more, padded to a multiple of 8."""
-        return -(-(self.num_slots + 1) // 8) * 8
+        """Slots stored an instance: a scratch slot more, padded to a multiple of 16."""
+        return -(-(self.num_slots + 1) // 16) * 16
 
     @property
     def null_slot(self) -> int:

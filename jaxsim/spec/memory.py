@@ -1,6 +1,6 @@
 """KV blocks from device memory, the way the engine derives them at start-up, with the sum written out.
 
-    blocks = floor((visible memory x gpu_memory_utilization - weights - peak activations - other) / block bytes)
+    blocks = floor((visible memory x gpu_memory_utilization - weights - activations - other) / block bytes)
 
 A serving engine measures the last terms by running its largest batch once. Here they are a formula with a few
 numbers per engine version (`Workspace`), checked against published start-up logs.
@@ -25,8 +25,8 @@ SAMPLER_HIDDEN_COPIES = 2
 class Workspace(NamedTuple):
     """Memory of an engine version beyond weights and KV blocks.
 
-    bytes_per_logit: peak of the sampler for each sequence and vocabulary entry (fp32 logits, sorted values and
-        indices, probabilities); non_torch_bytes: CUDA context growth, kernels, handles on one device;
+    bytes_per_logit: peak of the sampler for each sequence and vocabulary entry (fp32 logits, sorted values
+        and indices, probabilities); non_torch_bytes: CUDA context growth, kernels, handles on one device;
     non_torch_parallel_bytes: the same with tensor parallelism (communicators and their buffers);
     cuda_graph_bytes: set aside for captured graphs before the blocks are counted.
     """
@@ -44,10 +44,11 @@ WORKSPACES: tuple[tuple[tuple[int, int], Workspace], ...] = (
 )
 """By first vLLM version.
 
-Source: llm-d-planner accuracy report (58 start-ups of vLLM 0.15 to 0.19 on H100): activations of Qwen3-14B 5.64 GiB
-to 0.16 and 2.23 GiB from 0.17 on; from 0.17 on 1.52, 1.89, 2.21 and 3.63 GiB at vocabularies of 100,352, 128,256,
-152,064 and 256,000 with 1,024 sequences, a line of 14.2 B a logit; non-torch memory 0.13 GiB to 0.17, 0.25 GiB
-from 0.18, 2.08 GiB a rank at TP2. Parallel non-torch memory to 0.17: 0.6 GiB, from KV blocks of public H100 TP2 runs.
+Source: llm-d-planner accuracy report (58 start-ups of vLLM 0.15 to 0.19 on H100): activations of Qwen3-14B
+5.64 GiB to 0.16 and 2.23 GiB from 0.17 on; from 0.17 on 1.52, 1.89, 2.21 and 3.63 GiB at vocabularies of
+100,352, 128,256, 152,064 and 256,000 with 1,024 sequences, a line of 14.2 B a logit; non-torch memory 0.13
+GiB to 0.17, 0.25 GiB from 0.18, 2.08 GiB a rank at TP2. Parallel non-torch memory to 0.17: 0.6 GiB, from KV
+blocks of public H100 TP2 runs.
 """
 
 
@@ -95,7 +96,8 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
     def sum(self) -> str:
         """The sum on one line."""
         usable = self.visible_bytes * self.gpu_memory_utilization
-        return (f"{self.gpu_memory_utilization:g} x {self.visible_bytes / GIB:.2f} GiB = {usable / GIB:.2f} GiB "
+        visible = self.visible_bytes / GIB
+        return (f"{self.gpu_memory_utilization:g} x {visible:.2f} GiB = {usable / GIB:.2f} GiB "
                 f"- {self.weight_bytes / GIB:.2f} weights - {self.activation_bytes / GIB:.2f} activations "
                 f"- {self.other_bytes / GIB:.2f} other = {self.kv_bytes / GIB:.2f} GiB")
 
@@ -104,8 +106,8 @@ def rank_weight_bytes(model: ModelSpec, plan: Plan | None = None, fmt: WeightFor
                       stage: int = 0) -> float:
     """Weight bytes on one rank of a pipeline stage.
 
-    Embeddings are on the first stage and the LM head on the last, both cut over tensor-parallel ranks; norms and the
-    router are on every rank. MoE and dense layers are taken to be spread evenly over stages.
+    Embeddings are on the first stage and the LM head on the last, both cut over tensor-parallel ranks; norms
+    and the router are on every rank. MoE and dense layers are taken to be spread evenly over stages.
     """
     plan, fmt = plan or Plan(), fmt or weight_format("auto", model)
     tp, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
@@ -154,11 +156,12 @@ def kv_blocks(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, *,
               engine_version: str = "0.15", reserve: Workspace | None = None) -> MemoryBudget:
     """KV blocks of an instance, or an InputError that shows the sum.
 
-    Arguments carry vLLM's names; `reserve` replaces the workspace of `engine_version`. With `max_model_len` it is an
-    error if a single sequence of that length does not fit, as in the engine.
+    Arguments carry vLLM's names; `reserve` replaces the workspace of `engine_version`. With `max_model_len`
+    it is an error if a single sequence of that length does not fit, as in the engine.
 
-    Source: vLLM's `determine_available_memory`: the KV pool is what is left of the requested share of memory after
-    weights, the measured activation peak and non-torch growth; with pipeline stages the poorest stage decides.
+    Source: vLLM's `determine_available_memory`: the KV pool is what is left of the requested share of memory
+    after weights, the measured activation peak and non-torch growth; with pipeline stages the poorest stage
+    decides.
     Known gaps: windowed layers take blocks like full ones (vLLM pools them apart); vision towers; KV offload.
     """
     plan = (plan or Plan()).check(model)
@@ -170,7 +173,8 @@ def kv_blocks(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, *,
     tp, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
     per_layer = model.layer_kv_bytes_per_token(width, tp) * block_size
     is_parallel = tp > 1 or (plan.enable_expert_parallel and plan.data_parallel_size > 1)
-    other = (space.non_torch_parallel_bytes if is_parallel else space.non_torch_bytes) + space.cuda_graph_bytes
+    other = space.non_torch_parallel_bytes if is_parallel else space.non_torch_bytes
+    other += space.cuda_graph_bytes
     budgets = []
     for stage, layers in enumerate(plan.stage_layers(model.layers)):
         weights = rank_weight_bytes(model, plan, fmt, stage)

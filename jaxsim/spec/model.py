@@ -1,8 +1,8 @@
 """The model served: dimensions, parameter counts, KV bytes, and where they are read from.
 
-A `ModelSpec` is plain host data (hashable, so that it can be a static part of a compiled program). It comes from the
-built-in catalogue (`load_model`), from a Hugging Face `config.json` (`ModelSpec.from_hf_config`) or from the
-user's own table (`ModelSpec.from_dict`).
+A `ModelSpec` is plain host data (hashable, so that it can be a static part of a compiled program). It comes
+from the built-in catalogue (`load_model`), from a Hugging Face `config.json` (`ModelSpec.from_hf_config`) or
+from the user's own table (`ModelSpec.from_dict`).
 """
 
 import functools
@@ -55,19 +55,19 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     name, aliases: canonical Hugging Face id and short names.
     layers, hidden, heads, kv_heads, head_dim, vocab, max_position: the usual dimensions.
     ffn: inner size of a dense FFN; gated: SwiGLU-like (three matrices) or plain (two).
-    experts, experts_per_token, moe_ffn: routed experts, how many a token takes, inner size of one; 0 = dense model.
-    shared_experts: experts every token takes, of `moe_ffn` each; dense_layers_first: leading layers with a dense
-        FFN; moe_layer_period: from there on, every so many-th layer has experts (1 = all).
+    experts, experts_per_token, moe_ffn: routed experts (0 = none), how many a token takes, inner size of one.
+    shared_experts: experts every token takes, of `moe_ffn` each; dense_layers_first: leading layers with a
+        dense FFN; moe_layer_period: from there on, every so many-th layer has experts (1 = all).
     kv_lora_rank: greater than 0 for multi-head latent attention (MLA), with q_lora_rank (0 = a plain query
         projection), qk_nope_head_dim, qk_rope_head_dim, v_head_dim.
     sliding_window: tokens a windowed layer looks back, 0 = none; window_layers: how many layers are windowed.
-    qkv_bias, output_bias, ffn_bias, norm_bias, router_bias, qk_norm, attention_sinks, learned_positions: small
-        things that only count as parameters (learned_positions is the number of position embeddings).
+    qkv_bias, output_bias, ffn_bias, norm_bias, router_bias, qk_norm, attention_sinks, learned_positions:
+        small things that only count as parameters (learned_positions is the number of position embeddings).
     tie_embeddings: the LM head is the embedding matrix.
     dtype: weight format of the published checkpoint (`jaxsim.spec.plan.weight_format`).
     source: where the dimensions come from.
 
-    Known gaps: encoders, vision towers, multi-token-prediction heads, sparse attention, linear-attention layers.
+    Known gaps: encoders, vision towers, multi-token-prediction heads, sparse and linear attention.
     """
 
     name: Annotated[str, Meta(min_length=1)]
@@ -184,8 +184,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def rank_shape(self, tensor_ranks: int = 1, expert_ranks: int = 1) -> RankShape:
         """What one rank holds of a layer.
 
-        KV heads are replicated where there are fewer of them than ranks. With `expert_ranks` > 1 experts are whole
-        and spread over those ranks; otherwise each is cut over `tensor_ranks`.
+        KV heads are replicated where there are fewer of them than ranks. With `expert_ranks` > 1 experts are
+        whole and spread over those ranks; otherwise each is cut over `tensor_ranks`.
         """
         return RankShape(
             heads=self.heads // tensor_ranks,
@@ -250,15 +250,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     # KV cache
 
-    @property
-    def cache_elements(self) -> tuple[int, int]:
-        """Cached numbers a token and layer, (shared among tensor-parallel ranks by KV head, held by every rank)."""
-        if self.is_mla:
-            return 0, self.kv_lora_rank + self.qk_rope_head_dim
-        return 2 * self.kv_heads * self.head_dim, 0
-
     def layer_kv_bytes_per_token(self, kv_bytes: float = 2, tensor_ranks: int = 1) -> float:
-        """Cache bytes of a token in one layer of one rank. MLA's latent is not sharded: every rank holds it."""
+        """Cache bytes of a token in one layer of one rank. Every rank holds all of MLA's latent."""
         if self.is_mla:
             return (self.kv_lora_rank + self.qk_rope_head_dim) * kv_bytes
         return 2 * self.rank_shape(tensor_ranks).kv_heads * self.head_dim * kv_bytes
@@ -294,7 +287,8 @@ def _from_hf(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
     required += [] if kind == "gpt_oss" else ["ffn"]
     required += ["experts", "experts_per_token"] if kind in ("mixtral", "qwen3_moe", "gpt_oss") else []
     required += ["moe_ffn"] if kind == "qwen3_moe" else []
-    required += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"] if kind in _LATENT else []
+    if kind in _LATENT:
+        required += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
     missing = [names[field][0] for field in required if _first(config, names[field]) is None]
     if missing:
         raise InputError("model.config", name, f"a {kind} config lacks {', '.join(missing)}",
@@ -352,7 +346,8 @@ _KEYS = {
     "vocab": ("vocab_size",), "max_position": ("max_position_embeddings",),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
     "experts_per_token": ("num_experts_per_tok", "experts_per_token"), "moe_ffn": ("moe_intermediate_size",),
-    "shared_experts": ("n_shared_experts",), "kv_lora_rank": ("kv_lora_rank",), "q_lora_rank": ("q_lora_rank",),
+    "shared_experts": ("n_shared_experts",), "kv_lora_rank": ("kv_lora_rank",),
+    "q_lora_rank": ("q_lora_rank",),
     "qk_nope_head_dim": ("qk_nope_head_dim",), "qk_rope_head_dim": ("qk_rope_head_dim",),
     "v_head_dim": ("v_head_dim",),
 }

@@ -15,8 +15,9 @@ ComputeType = Literal["fp32", "bf16", "fp8", "int8", "fp4"]
 class WeightFormat(NamedTuple):
     """Bytes of a weight and the arithmetic it is multiplied in.
 
-    linear_bytes: projections and dense FFN; expert_bytes: routed experts; other_bytes: embeddings, LM head, norms,
-    router, which engines leave unquantised; activation_bytes; compute: tensor-core type of the matrix products.
+    linear_bytes: projections and dense FFN; expert_bytes: routed experts; other_bytes: embeddings, LM head,
+    norms, router, which engines leave unquantised; activation_bytes; compute: tensor-core type of the matrix
+    products.
     """
 
     name: str
@@ -46,8 +47,8 @@ _FORMAT_ALIASES = {
     "nvfp4": "fp4",
 }
 _KV_BYTES = {
-    "float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2, "half": 2, "fp8": 1, "fp8_e4m3": 1,
-    "fp8_e5m2": 1, "int8": 1, "int4": 0.5,
+    "float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2, "half": 2,
+    "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1, "int4": 0.5,
 }
 
 
@@ -72,9 +73,9 @@ def kv_cache_bytes(kv_dtype: str, dtype: str = "auto", model: ModelSpec | None =
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Parallel degrees of one serving instance, by vLLM's names.
 
-    With `enable_expert_parallel` whole experts are spread over tensor x data ranks, attention is data-parallel
-    over `data_parallel_size` and a step exchanges tokens among them. Without it, data-parallel ranks are
-    independent copies.
+    With `enable_expert_parallel` whole experts are spread over tensor x data ranks, attention is
+    data-parallel over `data_parallel_size` and a step exchanges tokens among them. Without it, data-parallel
+    ranks are independent copies.
     """
 
     tensor_parallel_size: Degree = 1
@@ -121,12 +122,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         divides("tensor_parallel_size", model.heads, tp, "attention heads")
         if not model.is_mla and model.kv_heads % tp and tp % model.kv_heads:
             raise InputError("engine.tensor_parallel_size", tp,
-                             f"neither divides the {model.kv_heads} KV heads of {model.name} nor is a multiple",
+                             f"is no divisor or multiple of the {model.kv_heads} KV heads of {model.name}",
                              f"use a divisor or a multiple of {model.kv_heads}")
         if model.num_dense_layers:
             divides("tensor_parallel_size", model.ffn, tp, "FFN columns")
         if self.enable_expert_parallel and not model.experts:
-            raise InputError("engine.enable_expert_parallel", True, f"{model.name} has no experts", "leave it out")
+            raise InputError("engine.enable_expert_parallel", True, f"{model.name} has no experts",
+                             "leave it out")
         if model.experts and not self.enable_expert_parallel:
             divides("tensor_parallel_size", model.moe_ffn, tp, "columns of an expert")
         if model.experts and ranks > model.experts:

@@ -5,6 +5,7 @@ cells nobody has confirmed. Adding a scheduler is adding a file: names are found
 """
 
 import functools
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -76,7 +77,11 @@ class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One file of `scenarios/presets`. `unconfirmed` names flags or numbers without a confirmed source."""
+    """One file of `scenarios/presets`.
+
+    host: whose host overheads the roofline takes, a name of `jaxsim.cost.roofline.HOSTS`. unconfirmed: flags
+    and numbers without a confirmed source.
+    """
 
     name: str
     engine: str
@@ -84,6 +89,7 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     source: str
     validity: str
     leaves_out: tuple[str, ...]
+    host: str
     flags: Flags
     numbers: Numbers
     aliases: tuple[str, ...] = ()
@@ -100,6 +106,8 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     preset: str
+    version: str
+    host: str
     phase_mix: str
     chunked_prefill: bool
     reserve: str
@@ -134,7 +142,7 @@ def _decode(text: str, where: str) -> Preset:
         preset = msgspec.convert(values, Preset)
     except msgspec.ValidationError as error:
         raise explain(str(error), values, Preset) from None
-    cells = {*Flags.__struct_fields__, *Numbers.__struct_fields__, *Expected.__struct_fields__}
+    cells = {"host", *Flags.__struct_fields__, *Numbers.__struct_fields__, *Expected.__struct_fields__}
     for cell in preset.unconfirmed:
         if cell not in cells:
             raise InputError("engine.preset", where, f"unconfirmed names {cell!r}, which is no cell",
@@ -148,7 +156,7 @@ def all_presets() -> tuple[Preset, ...]:
     folder = resources.files("jaxsim.scenarios").joinpath("presets")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
     presets = [_decode(f.read_text(encoding="utf-8"), f.name) for f in files]
-    return tuple(sorted(presets, key=lambda p: p.name))
+    return tuple(sorted(presets, key=lambda p: re.sub(r"\d+", lambda m: m[0].zfill(6), p.name)))
 
 
 def preset_names() -> tuple[str, ...]:
@@ -213,31 +221,43 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
             max_num_seqs = max_num_batched_tokens
         else:
             max_num_batched_tokens = max_num_seqs
-    if (victim == "fewest_outputs") != (reserve == "expected"):
-        raise InputError("engine.victim", victim, f"does not go with reserve = {reserve!r}",
-                         "victim 'fewest_outputs' and reserve 'expected' belong together")
-    if victim == "lowest_priority" and order != "priority":
-        raise InputError("engine.victim", victim, f"does not go with scheduling_policy = {order!r}",
-                         "set engine.scheduling_policy = 'priority'")
-    if reserve == "expected" and order == "priority":
-        raise InputError("engine.scheduling_policy", order, "is not simulated with reserve = 'expected'",
-                         "use 'fcfs', or another preset")
+    chunked_prefill = pick(engine.enable_chunked_prefill, flags.chunked_prefill)
+    block_rule = pick(engine.decode_needs_free_block, flags.decode_needs_free_block)
+    kv_accounting = pick(engine.kv_accounting, flags.kv_accounting)
+    context_limit = pick(engine.decode_context_limit, flags.decode_context_limit)
+    # Combinations that no engine has, and whose meaning would be a guess.
+    for field, value, is_wrong, problem, remedy in (
+        ("victim", victim, (victim == "fewest_outputs") != (reserve == "expected"),
+         f"does not go with reserve = {reserve!r}", "'fewest_outputs' and reserve 'expected' go together"),
+        ("victim", victim, (victim == "lowest_priority") != (order == "priority"),
+         f"does not go with scheduling_policy = {order!r}",
+         "'lowest_priority' and scheduling_policy 'priority' belong together"),
+        ("scheduling_policy", order, order == "priority" and reserve == "expected",
+         "is not simulated with reserve = 'expected'", "use 'fcfs', or another preset"),
+        ("reserve", reserve, reserve == "expected" and phase_mix != "prefill_first",
+         f"does not go with phase_mix = {phase_mix!r}", "set engine.phase_mix = 'prefill_first'"),
+        ("decode_needs_free_block", block_rule, block_rule == "always" and reserve != "prompt",
+         f"does not go with reserve = {reserve!r}", "use 'crossing', or set engine.reserve = 'prompt'"),
+        ("enable_chunked_prefill", chunked_prefill,
+         chunked_prefill and phase_mix == "prefill_first" and reserve == "none",
+         "prompts that go first and in chunks need a reservation", "use engine.reserve = 'prompt'"),
+        ("decode_context_limit", context_limit,
+         context_limit is not None and (kv_accounting or chunked_prefill or phase_mix != "prefill_first"),
+         "is only simulated for whole prompts first and without KV accounting",
+         "use preset = 'distserve-sim-vllm'"),
+    ):
+        if is_wrong:
+            raise InputError(f"engine.{field}", value, problem, remedy)
     if engine.schedule_conservativeness is not None and reserve != "expected":
         raise InputError("engine.schedule_conservativeness", engine.schedule_conservativeness,
                          f"has no effect with reserve = {reserve!r}",
                          "leave it out, or use preset = 'sglang'")
-    kv_accounting = pick(engine.kv_accounting, flags.kv_accounting)
-    context_limit = pick(engine.decode_context_limit, flags.decode_context_limit)
-    if context_limit is not None and kv_accounting:
-        raise InputError("engine.decode_context_limit", context_limit,
-                         "is only simulated without KV accounting",
-                         "set engine.kv_accounting = false, or use the preset 'distserve-sim-vllm'")
     ratio_start = min(expected.ratio_start * pick(engine.schedule_conservativeness, 1.0), 1.0)
     ratio_floor = ratio_start * expected.ratio_floor_factor
     return Scheduler(
-        preset=preset.name, phase_mix=phase_mix, order=order, reserve=reserve, victim=victim,
-        chunked_prefill=pick(engine.enable_chunked_prefill, flags.chunked_prefill),
-        decode_needs_free_block=pick(engine.decode_needs_free_block, flags.decode_needs_free_block),
+        preset=preset.name, version=preset.version, host=preset.host,
+        phase_mix=phase_mix, order=order, reserve=reserve, victim=victim,
+        chunked_prefill=chunked_prefill, decode_needs_free_block=block_rule,
         waiting_blocked_after_preempt=pick(engine.waiting_blocked_after_preempt,
                                            flags.waiting_blocked_after_preempt),
         admit=pick(engine.admit, flags.admit),
@@ -286,6 +306,7 @@ def markdown() -> str:
             if name != "at_least_max_model_len":
                 cells = (_cell(p, getattr(p, group), name) for p in presets)
                 lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    lines.append("| host overhead of | " + " | ".join(_cell(p, p, "host") for p in presets) + " |")
     for name in Expected.__struct_fields__:
         cells = (_cell(p, p.expected, name) if p.flags.reserve == "expected" else "-" for p in presets)
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")

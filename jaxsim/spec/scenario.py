@@ -259,10 +259,15 @@ Pieces = FittedForm | tuple[FittedForm, ...]
 class RooflineCost(_Section, frozen=True, tag_field="kind", tag="roofline"):
     """Operators against the device's peaks.
 
-        overrides: parameters of the roofline by name (docs/cost.md), instead of their calibrated values.
+        overrides: parameters of the roofline by name, instead of their calibrated values.
+        host: whose host overheads are taken; those of the preset's engine if left out.
+        distinct_experts: how many experts a batch reads: as expected under uniform routing, the tokens' top-k
+            with no overlap, or all.
     """
 
     overrides: dict[str, float] = {}
+    host: Text | None = None
+    distinct_experts: Literal["expected", "topk", "all"] = "expected"
 
 
 class FittedCost(_Section, frozen=True, tag_field="kind", tag="fitted"):

@@ -212,12 +212,11 @@ def read_csv(
     missing = [name for name in required if name not in found]
     if missing:
         raise missing_columns(path, missing, found)
-    wanted = {*required, *optional}
     try:
         frame = pd.read_csv(
             path,
             nrows=max_rows,
-            usecols=lambda name: name.strip() in wanted,
+            index_col=False,
             encoding="utf-8-sig",
             skipinitialspace=True,
             sep=_separator(path),
@@ -230,6 +229,7 @@ def read_csv(
     except UnicodeDecodeError as error:
         raise _not_text(path, error) from error
     frame.columns = [name.strip() for name in frame.columns]
+    frame = frame[[name for name in frame.columns if name in (*required, *optional)]]
     return frame, max_rows is not None and len(frame) >= max_rows
 
 
@@ -258,9 +258,10 @@ def numbers(values: Any, field: str, place: Callable[[int], str] = row_place) ->
     bad = ~np.isfinite(array)
     if bad.any():
         at = int(np.argmax(bad))
+        value = pd.Series(values).iloc[at]
         raise InputError(
             f"trace {place(at)}, {field}",
-            pd.Series(values).iloc[at],
+            value.item() if isinstance(value, np.generic) else value,
             "is not a finite number",
             "fix or remove that request",
         )
@@ -552,7 +553,7 @@ def _ordered(table: Table, sort: bool | None, dither_s: float, seed: int) -> Tab
         wants_sort = True
     if not wants_sort:
         return table
-    order = np.argsort(table.arrival_s, kind="stable")
+    order = np.arange(len(table))
     return table.take(order)
 
 

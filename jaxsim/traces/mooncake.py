@@ -2,7 +2,7 @@
 
 `hash_ids` are chained ids of the prompt's blocks of 512 tokens, the last one possibly partial; they are kept
 as prefix hashes. Trace tools that borrow the layout (AIPerf, GenAI-Perf input files) are read alike. The
-released stamps are multiples of 3 s: `dither_s=3` spreads them.
+released stamps come in steps of about 3 s: `dither_s=3` spreads them.
 
 Source: kvcache-ai/Mooncake, FAST'25 release.
 

@@ -51,7 +51,7 @@ def read(path: Path, *, max_rows: int | None = None, block_size: int | None = No
     """Read the table; `block_size` (tokens per prefix block) goes before what the file says."""
     seen = probe(path)
     ids_column = next((c for c in seen.columns if c == "prefix_block_ids" or _BLOCK_IDS.fullmatch(c)), None)
-    optional = [c for c in (*_UNITS, *_OPTIONAL, ids_column) if c in seen.columns]
+    optional = [c for c in dict.fromkeys((*_UNITS, *_OPTIONAL, ids_column)) if c in seen.columns]
     place = row_place
     if seen.kind == CSV:
         frame, is_partial = read_csv(path, REQUIRED, optional, max_rows)

@@ -85,14 +85,6 @@ def uniforms(key: PRNGKeyArray, count: int, width: int = 1) -> Float[np.ndarray,
     return (bits.astype(np.float64) + 0.5) * 2.0**-32
 
 
-def log_gammas(key: PRNGKeyArray, shape: float, count: int) -> Float[np.ndarray, " count"]:
-    """Logarithms of independent Gamma(shape, 1) draws: float32 would flush the smallest gaps to zero."""
-    with _host_draws():
-        draws = jax.random.loggamma(_on_host(key), jnp.float32(shape), (_padded(count),), dtype=jnp.float32)
-        draws = np.asarray(draws)[:count]
-    return draws.astype(np.float64)
-
-
 def routing_uniforms(seed: int | PRNGKeyArray, count: int) -> Float[np.ndarray, "requests 2"]:
     """Two float32 uniforms in [0, 1) per request, for routers that draw."""
     draws = uniforms(stream_key(seed, Stream.ROUTING), count, 2)

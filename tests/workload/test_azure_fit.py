@@ -48,7 +48,7 @@ def test_lengths_match_the_trace(trace, hours, column):
 
 def test_arrivals_match_the_trace(trace, hours):
     measured = trace["arrival_s"].to_numpy()
-    # Relative limits: what one hour drawn twice differs by (3, 6 and 8 %), and a little of the fit's own error.
+    # One hour drawn twice differs by 3, 6 and 8 %; the limits are about twice that.
     for window_s, limit in ((1.0, 0.06), (10.0, 0.08), (60.0, 0.12)):
         drawn = np.mean([fit.index_of_dispersion(w.arrival_s, window_s) for w in hours])
         assert drawn == pytest.approx(fit.index_of_dispersion(measured, window_s), rel=limit)
@@ -80,7 +80,9 @@ def test_published_statistics(hours):
     assert inputs.max() <= 14_050
     assert np.mean(outputs) == pytest.approx(211, rel=0.02)
     assert np.percentile(outputs, [50, 90, 99]) == pytest.approx([129, 424, 601], rel=0.03)
-    dispersion = [np.mean([fit.index_of_dispersion(w.arrival_s, s) for w in hours]) for s in (1.0, 10.0, 60.0)]
+    dispersion = [
+        np.mean([fit.index_of_dispersion(w.arrival_s, s) for w in hours]) for s in (1.0, 10.0, 60.0)
+    ]
     assert dispersion == pytest.approx([1.39, 3.86, 16.1], rel=0.12)
 
 

@@ -28,7 +28,9 @@ from jaxsim.workload.streams import uniforms
 
 N = 50_000
 U = uniforms(stream_key(0, Stream.LENGTHS), N, 2)
-GRID = (np.arange(20_000) + 0.5) / 20_000  # evenly spaced levels: quantile(GRID) is the law without sampling noise
+GRID = (
+    np.arange(20_000) + 0.5
+) / 20_000  # evenly spaced levels: quantile(GRID) is the law without sampling noise
 
 EVERY = {
     "fixed": Fixed(128),

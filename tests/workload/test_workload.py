@@ -139,7 +139,9 @@ def test_generated_workloads_scale_without_drift():
     np.testing.assert_allclose(w.scaled(2.0).arrival_s, w.arrival_s / 2, atol=GRID_S)
 
 
-GENERATOR = Generator(Gamma(2.0), Independent(LogNormal(mu=6.0, sigma=1.0), LogNormal(mu=5.0, sigma=1.0)), 4.0)
+GENERATOR = Generator(
+    Gamma(2.0), Independent(LogNormal(mu=6.0, sigma=1.0), LogNormal(mu=5.0, sigma=1.0)), 4.0
+)
 
 
 def test_common_random_numbers_over_rates():
@@ -161,7 +163,16 @@ def test_common_random_numbers_over_rates():
 def test_streams_are_separate(changes, may_change):
     fields = {f.name: getattr(GENERATOR, f.name) for f in dataclasses.fields(GENERATOR)}
     one, other = GENERATOR.sample(5, 300), Generator(**{**fields, **changes}).sample(5, 300)
-    columns = ("arrival_s", "unit_times", "input_tokens", "output_tokens", "max_tokens", "uniforms", "tenant", "priority")
+    columns = (
+        "arrival_s",
+        "unit_times",
+        "input_tokens",
+        "output_tokens",
+        "max_tokens",
+        "uniforms",
+        "tenant",
+        "priority",
+    )
     changed = {n for n in columns if not np.array_equal(getattr(one, n), getattr(other, n))}
     assert changed == may_change
 
@@ -247,7 +258,9 @@ def test_generator_by_name_builds_what_it_says():
     assert generator("poisson", rate_rps=1.0, input=5, spearman=0.5).lengths.rho == 0.5
     pairs = Paired([1], [2])
     assert generator("poisson", rate_rps=1.0, lengths=pairs).lengths is pairs
-    nested = generator("modulated", rate_rps=1.0, base={"kind": "deterministic"}, relative_rates=[1, 2], period_gaps=9)
+    nested = generator(
+        "modulated", rate_rps=1.0, base={"kind": "deterministic"}, relative_rates=[1, 2], period_gaps=9
+    )
     assert isinstance(nested.arrivals.base, Deterministic)
     assert generator("deterministic", rate_rps=math.inf, input=1, output=1).sample(0, 3).span_s == 0.0
 
@@ -266,7 +279,10 @@ def test_generator_by_name_builds_what_it_says():
         ({"kind": "poisson", "rate_rps": 1.0, "input": {"kind": "lognormal"}}, "did you mean 'log-normal'"),
         ({"kind": "poisson", "rate_rps": 1.0, "input": {"mean": 3}}, "does not say its kind"),
         ({"kind": "poisson", "rate_rps": 1.0, "input": 0}, "workload.input.tokens = 0"),
-        ({"kind": "poisson", "rate_rps": 1.0, "input": 1, "lengths": fixed_lengths(1, 1)}, "one or the other"),
+        (
+            {"kind": "poisson", "rate_rps": 1.0, "input": 1, "lengths": fixed_lengths(1, 1)},
+            "one or the other",
+        ),
         ({"rate_rps": 0.0}, "rate_rps"),
     ],
 )

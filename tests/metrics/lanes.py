@@ -1,0 +1,116 @@
+"""Lanes for tests of what is made from them: real schedules, from the reference simulator."""
+
+import numpy as np
+
+from jaxsim.metrics import FINISHED, LaneResult, itl_edges
+from jaxsim.spec.scenario import Scenario
+from tests.reference import simulator
+
+
+def token_gaps(result: simulator.ReferenceResult) -> list[float]:
+    """Every gap between tokens of a request, seconds, from the iterations themselves."""
+    ends: dict[int, list[float]] = {r.id: [] for r in result.requests}
+    first = {r.id: r.first_token_s for r in result.requests}
+    for record in result.iterations:
+        for request in record.batch:
+            # Chunks before the first token, and chunks that recompute, emit nothing.
+            if record.end_s >= first[request]:
+                ends[request].append(record.end_s)
+    return [gap for times in ends.values() for gap in np.diff(times)]
+
+
+def lane(result: simulator.ReferenceResult, requests: list[simulator.Request], flags: simulator.Flags,
+         num_instances: int) -> LaneResult:
+    """The reference's answer as the engine would hand it over. Needs outputs recomputed in one chunk."""
+    column = lambda name, kind=float: np.array([getattr(r, name) for r in result.requests], kind)  # noqa: E731
+    stall, prefill_stall = np.zeros(len(requests)), np.zeros(len(requests))
+    waiting_since: dict[int, float] = {}
+    steps: dict[str, list] = {k: [] for k in ("time_s", "duration_s", "instance", "running", "waiting",
+                                              "used_blocks", "iterations", "prefill_tokens", "decode_seqs")}
+    busy, held, running_s = np.zeros(num_instances), np.zeros(num_instances), np.zeros(num_instances)
+    peak = np.zeros(num_instances, int)
+    by_instance = {i: [r for r in result.requests if r.instance == i] for i in range(num_instances)}
+    for record in result.iterations:
+        for request in record.preempted:
+            waiting_since[request] = record.start_s
+        for request in record.batch:
+            if request in waiting_since:
+                length = record.start_s - waiting_since.pop(request)
+                stall[request] += length
+                if result.requests[request].first_token_s > record.start_s:
+                    prefill_stall[request] += length
+        here, now = by_instance[record.instance], record.start_s
+        inside = sum(r.scheduled_s <= now < r.finish_s for r in here)
+        queued = sum(r.arrival_s <= now < r.scheduled_s for r in here)
+        preempted = sum(requests_id in waiting_since for requests_id in (r.id for r in here))
+        used = flags.num_blocks - record.free_blocks
+        i = record.instance
+        busy[i] += record.duration_s
+        held[i] += used * record.duration_s
+        running_s[i] += (inside - preempted) * record.duration_s
+        peak[i] = max(peak[i], used)
+        row = (now, record.duration_s, i, inside - preempted, queued + preempted, used, 1,
+               record.stats.prefill_tokens, record.stats.num_decode)
+        for name, value in zip(steps, row, strict=True):
+            steps[name].append(value)
+    edges = itl_edges()
+    gaps = np.clip(token_gaps(result), edges[0], np.nextafter(edges[-1], 0)) if result.requests else []
+    return LaneResult(
+        arrival_s=column("arrival_s"),
+        input_tokens=np.array([r.prompt for r in requests]),
+        output_tokens=np.array([r.output for r in requests]),
+        max_tokens=np.array([r.max_tokens for r in requests]),
+        scheduled_s=column("scheduled_s"), first_token_s=column("first_token_s"), finish_s=column("finish_s"),
+        stall_s=stall, prefill_stall_s=prefill_stall,
+        preemptions=column("preemptions", int), instance=column("instance", int),
+        priority=np.array([r.priority for r in requests]), tenant=np.zeros(len(requests), int),
+        status=np.full(len(requests), FINISHED, np.int8),
+        itl_counts=np.histogram(gaps, edges)[0],
+        busy_s=busy, kv_block_s=held, kv_peak_blocks=peak, running_s=running_s, num_blocks=flags.num_blocks,
+        num_iterations=len(result.iterations), steps={k: np.array(v) for k, v in steps.items()},
+    )
+
+
+def cost(stats: simulator.BatchStatsRef) -> float:
+    """Seconds of an iteration: about an 8B model on a large device."""
+    return 0.006 + 2.2e-5 * stats.prefill_tokens + 6e-9 * stats.decode_context + 2e-5 * stats.num_decode
+
+
+def simulated(seed: int = 0, rate_rps: float = 12.0, num_requests: int = 300, num_instances: int = 2,
+              **numbers) -> tuple[LaneResult, simulator.ReferenceResult]:
+    """A Poisson workload with log-normal lengths through vLLM V1's rules."""
+    rng = np.random.default_rng(seed)
+    numbers = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "num_blocks": 1500, **numbers}
+    flags = simulator.preset("vllm-v1", **numbers)
+    arrivals = np.cumsum(rng.exponential(1 / rate_rps, num_requests))
+    prompts = np.clip(rng.lognormal(6.2, 0.9, num_requests), 8, 1900).astype(int)
+    outputs = np.clip(rng.lognormal(5.0, 0.7, num_requests), 1, 900).astype(int)
+    requests = [simulator.Request(i, float(a), int(p), int(o))
+                for i, (a, p, o) in enumerate(zip(arrivals, prompts, outputs, strict=True))]
+    result = simulator.simulate(requests, flags, num_instances, "least_outstanding", cost)
+    return lane(result, requests, flags, num_instances), result
+
+
+def scenario(**values) -> Scenario:
+    """A small checked scenario; dotted fields as `with_values` takes them."""
+    base = Scenario.from_dict({
+        "schema_version": 1, "name": "small", "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+        "cluster": {"replicas": 2, "router": "least_outstanding"},
+        "workload": {"kind": "poisson", "rate_rps": 12.0, "num_requests": 300},
+        "slo": {"ttft_ms": 200.0, "tpot_ms": 15.0}, "num_seeds": 2})
+    return base.with_values({k.replace("__", "."): v for k, v in values.items()})
+
+
+def blank_lane(arrival_s, finish_s, **fields) -> LaneResult:
+    """A lane of which only arrivals and ends matter; NaN in `finish_s` is unfinished."""
+    arrival_s, finish_s = np.asarray(arrival_s, float), np.asarray(finish_s, float)
+    count = len(arrival_s)
+    zeros = np.zeros(count, np.int64)
+    defaults = dict(
+        arrival_s=arrival_s, input_tokens=zeros + 10, output_tokens=zeros + 5, max_tokens=zeros + 5,
+        scheduled_s=arrival_s, first_token_s=finish_s, finish_s=finish_s, stall_s=np.zeros(count),
+        preemptions=zeros, instance=zeros, priority=zeros, tenant=zeros,
+        status=np.isnan(finish_s).astype(np.int8), itl_counts=np.zeros(2048, np.int64), busy_s=np.ones(1),
+        kv_block_s=np.ones(1), kv_peak_blocks=np.ones(1, int), running_s=np.ones(1), num_blocks=10,
+        num_iterations=1)
+    return LaneResult(**{**defaults, **fields})

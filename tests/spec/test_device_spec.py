@@ -1,0 +1,72 @@
+"""The device catalogue: derived figures against published ones, look-up, fall-backs."""
+
+import pytest
+
+from jaxsim._core.errors import InputError
+from jaxsim.spec.device import DeviceSpec, device_catalogue, load_device
+
+# Tokens at which a 16-bit GEMM turns from memory- to compute-bound, (bytes / 2) peak / bandwidth.
+RIDGE_TOKENS = {"a100-80gb": 153, "h100": 295, "h200": 206, "b200": 292, "mi300x": 247, "a40": 215,
+                "tpu_v5e": 241,
+                "tpu_v5p": 166, "tpu_v6e": 560}
+
+
+@pytest.mark.parametrize("name", RIDGE_TOKENS)
+def test_ridge(name):
+    device = load_device(name)
+    assert round(device.peak("bf16").flops / device.memory_bytes_per_s) == RIDGE_TOKENS[name]
+
+
+def test_every_row_is_sound():
+    for device in device_catalogue().values():
+        assert device.source and device.confidence
+        assert 1e11 < device.memory_bytes_per_s < 1e13
+        narrow, wide = device.peak("fp8").flops, device.peak("bf16").flops
+        assert narrow >= wide > 1e12
+        for low, high in ((device.idle_w, device.tdp_w), (device.usd_per_h_low, device.usd_per_h_high)):
+            assert low is None or high is None or low <= high
+        # A sparse peak would be twice as far from the fp32 one.
+        if device.name.startswith("h100_sxm"):
+            assert device.bf16_flops < 1e15
+    assert len(device_catalogue()) >= 29
+
+
+def test_look_up():
+    assert load_device("H100") is load_device("h100_sxm_80") is load_device("NVIDIA H100 80GB HBM3")
+    assert load_device("rtx pro 6000").memory_bytes_per_s == 1.792e12
+    with pytest.raises(InputError, match="did you mean .*h200"):
+        load_device("h20")
+    with pytest.raises(InputError, match="choose from"):
+        load_device("?")
+
+
+def test_peak_falls_back_to_a_wider_type():
+    a100 = load_device("a100")
+    assert a100.peak("fp8") == (312e12, "bf16")
+    assert a100.peak("fp4") == (312e12, "bf16")
+    assert a100.peak("int8") == (624e12, "int8")
+    assert load_device("h100").peak("fp4").compute == "fp8"
+    assert load_device("epyc_9654").peak("bf16").compute == "fp32"
+    with pytest.raises(InputError, match="not known"):
+        a100.peak("fp6")
+    with pytest.raises(InputError, match="no fp32 peak"):
+        load_device("tpu_v5e").peak("fp32")
+
+
+def test_memory():
+    assert load_device("h100").usable_memory_bytes == pytest.approx(79.19 * 2**30, rel=1e-6)
+    plain = DeviceSpec(name="mine", memory_bytes_per_s=1e12, bf16_flops=1e14, memory_bytes=2**34)
+    assert 0.97 * 2**34 < plain.usable_memory_bytes < 2**34
+    with pytest.raises(InputError, match="memory .* is not known"):
+        load_device("xeon_8462y").usable_memory_bytes  # noqa: B018
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(memory_bytes_per_s=0), "memory_bytes_per_s|> 0"), (dict(bf16_flops=None), "no arithmetic peak"),
+    (dict(visible_memory_bytes=2**40), "more than memory_bytes"), (dict(colour="red"), "colour"),
+])
+def test_tables_are_checked(changes, message):
+    table = dict(name="mine", memory_bytes_per_s=1e12, bf16_flops=1e14, memory_bytes=2**34)
+    assert DeviceSpec.from_dict(table).name == "mine"
+    with pytest.raises(InputError, match=message):
+        DeviceSpec.from_dict({k: v for k, v in (table | changes).items() if v is not None})
