@@ -163,8 +163,7 @@ static void simulate(const Workload& w, size_t base, Answers& answers, Counters&
 
         // The iteration, and the decode iterations that follow it undisturbed.
         const float* k = h.coefficients[chunks == 0 ? DECODE : decodes == 0 ? PREFILL : MIXED];
-        const float seconds = ((((k[0] + k[1] * float(chunk_tokens)) + k[2] * float(context)) + k[3] * float(decodes + chunks))
-                               + k[4] * pairs);
+        const float seconds = std::fmaf(k[4],pairs,std::fmaf(k[3],float(decodes+chunks),std::fmaf(k[2],float(context),std::fmaf(k[1],float(chunk_tokens),k[0]))));
         const int64_t first_end = now + to_ticks(seconds);
         for (int i = 0; i < joining_first; ++i) first[new_first[i]] = first_end;
         ++clock;
@@ -175,11 +174,11 @@ static void simulate(const Workload& w, size_t base, Answers& answers, Counters&
             for (int i = 0; i < decoding; ++i) next_end = std::min(next_end, ends[i]);
             extra = std::min(next_end - clock, h.max_jump - 1);
             const float* d = h.coefficients[DECODE];
-            const float pace = (d[0] + d[2] * float(offset_sum + int64_t(decoding) * (clock + 1))) + d[3] * float(decoding);
+            const float pace = std::fmaf(d[3],float(decoding),std::fmaf(d[2],float(offset_sum + int64_t(decoding) * (clock + 1)),d[0]));
             const float growth = d[2] * float(decoding);
             auto span = [&](int32_t count) {
                 const float j = float(count);
-                return to_ticks(j * pace + growth * (j * (j - 1.0f) * 0.5f));
+                return to_ticks(std::fmaf(j,pace,growth * (j * (j - 1.0f) * 0.5f)));
             };
             // Whole turns of the block size take a block of each sequence; the rest is counted out.
             const int32_t room = h.num_blocks - used, turns = room / decoding;

@@ -5,10 +5,15 @@ O(instances) in a step.
 """
 
 import abc
+import importlib
+import re
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from jaxsim._core.errors import InputError, suggest
 
 
 class View(eqx.Module):
@@ -104,11 +109,11 @@ class Score(AbstractRouting):
     weighted scorers (the terms).
     """
 
-    load_weight: Float[Array, ""]
-    queue_weight: Float[Array, ""]
-    kv_weight: Float[Array, ""]
-    balance_abs: Float[Array, ""]
-    balance_rel: Float[Array, ""]
+    load_weight: Float[Array, ""] = np.float32(1)
+    queue_weight: Float[Array, ""] = np.float32(0)
+    kv_weight: Float[Array, ""] = np.float32(1)
+    balance_abs: Float[Array, ""] = np.float32(np.inf)
+    balance_rel: Float[Array, ""] = np.float32(1)
     reads_kv = True
     reads_waiting = True
 
@@ -122,3 +127,33 @@ class Score(AbstractRouting):
         most, least = jnp.max(load), jnp.min(load)
         is_unbalanced = (most - least > self.balance_abs) & (most > self.balance_rel * least)
         return jnp.argmin(jnp.where(is_unbalanced, load, score)).astype(jnp.int32)
+
+
+def routers() -> dict[str, type[AbstractRouting]]:
+    """Routers by name: the final classes of this module, in snake case."""
+    return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower(): cls
+            for cls in AbstractRouting.__subclasses__() if cls.__module__ == __name__}
+
+
+def router(name: str, numbers: dict[str, float] | None = None) -> AbstractRouting:
+    """A router by name, or by the dotted path of a class, with its numbers. Raises `InputError`."""
+    known = routers()
+    cls = known.get(name)
+    if cls is None and "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise InputError("cluster.router", name, f"cannot be imported ({error})",
+                             "give the dotted path of a subclass of AbstractRouting") from None
+        if not (isinstance(cls, type) and issubclass(cls, AbstractRouting)):
+            raise InputError("cluster.router", name, "is not a router",
+                             "give the dotted path of a subclass of AbstractRouting")
+    if cls is None:
+        raise InputError("cluster.router", name, "no such router", suggest(name, known))
+    fields = set(cls.__dataclass_fields__)
+    for field in numbers or {}:
+        if field not in fields:
+            raise InputError(f"cluster.router_weights.{field}", numbers[field], f"is not a number of {name}",
+                             suggest(field, fields) if fields else "leave it out")
+    return cls(**{field: np.float32(value) for field, value in (numbers or {}).items()})

@@ -553,7 +553,7 @@ def _ordered(table: Table, sort: bool | None, dither_s: float, seed: int) -> Tab
         wants_sort = True
     if not wants_sort:
         return table
-    order = np.arange(len(table))
+    order = np.argsort(table.arrival_s, kind="stable")
     return table.take(order)
 
 

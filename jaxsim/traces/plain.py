@@ -109,12 +109,7 @@ def _arrivals(frame: pd.DataFrame, place: Any) -> np.ndarray | None:
         raise InputError(
             "trace", ", ".join(found), "gives arrivals more than once", "keep one arrival column"
         )
-    times = numbers(frame[found[0]], found[0], place)
-    if times.dtype.kind == "i" and len(times) and found[0] == "arrival_ns":
-        # Nanoseconds of the epoch do not fit float64: whole seconds and the rest are converted apart.
-        seconds, rest = np.divmod(times, 10**9)
-        return seconds + rest / 1e9
-    return times / _UNITS[found[0]]
+    return numbers(frame[found[0]], found[0], place) / _UNITS[found[0]]
 
 
 def _ids(value: Any, place: str) -> list[int]:

@@ -7,21 +7,23 @@ from jaxsim.spec.scenario import Scenario
 from tests.reference import simulator
 
 
-def token_gaps(result: simulator.ReferenceResult) -> list[float]:
+def token_gaps(result: simulator.ReferenceResult, prompts) -> list[float]:
     """Every gap between tokens of a request, seconds, from the iterations themselves."""
-    ends: dict[int, list[float]] = {r.id: [] for r in result.requests}
-    first = {r.id: r.first_token_s for r in result.requests}
+    times: dict[int, list[float]] = {r.id: [] for r in result.requests}
+    computed = dict.fromkeys(times, 0)
     for record in result.iterations:
-        for request in record.batch:
-            # Chunks before the first token, and chunks that recompute, emit nothing.
-            if record.end_s >= first[request]:
-                ends[request].append(record.end_s)
-    return [gap for times in ends.values() for gap in np.diff(times)]
+        for request in record.preempted:
+            computed[request] = 0
+        for request, tokens in record.batch.items():
+            computed[request] += tokens
+            if computed[request] == prompts[request] + len(times[request]):
+                times[request].append(record.end_s)
+    return [gap for ends in times.values() for gap in np.diff(ends)]
 
 
 def lane(result: simulator.ReferenceResult, requests: list[simulator.Request], flags: simulator.Flags,
          num_instances: int) -> LaneResult:
-    """The reference's answer as the engine would hand it over. Needs outputs recomputed in one chunk."""
+    """The reference's answer as the engine would hand it over."""
     column = lambda name, kind=float: np.array([getattr(r, name) for r in result.requests], kind)  # noqa: E731
     stall, prefill_stall = np.zeros(len(requests)), np.zeros(len(requests))
     waiting_since: dict[int, float] = {}
@@ -54,7 +56,7 @@ def lane(result: simulator.ReferenceResult, requests: list[simulator.Request], f
         for name, value in zip(steps, row, strict=True):
             steps[name].append(value)
     edges = itl_edges()
-    gaps = np.clip(token_gaps(result), edges[0], np.nextafter(edges[-1], 0)) if result.requests else []
+    gaps = np.clip(token_gaps(result, [r.prompt for r in requests]), edges[0], np.nextafter(edges[-1], 0))
     return LaneResult(
         arrival_s=column("arrival_s"),
         input_tokens=np.array([r.prompt for r in requests]),

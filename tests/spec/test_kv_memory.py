@@ -14,7 +14,8 @@ H100_START = dict(max_num_batched_tokens=8192, max_num_seqs=1024, gpu_memory_uti
 
 
 def blocks(model, device, tensor_ranks=1, **arguments):
-    return kv_blocks(load_model(model), load_device(device), Plan(tensor_parallel_size=tensor_ranks), **arguments)
+    return kv_blocks(load_model(model), load_device(device), Plan(tensor_parallel_size=tensor_ranks),
+                     **arguments)
 
 
 @pytest.mark.parametrize("model, device, tensor_ranks, arguments, printed", [
@@ -50,7 +51,8 @@ def test_peak_activations(model, tensor_ranks, printed_gib):
 def test_weights(dtype, printed_gib):
     """Source: as above, Llama-3.1-8B."""
     model = load_model("llama-3.1-8b")
-    assert rank_weight_bytes(model, Plan(), weight_format(dtype)) / GIB == pytest.approx(printed_gib, rel=0.01)
+    assert rank_weight_bytes(model, Plan(), weight_format(dtype)) / GIB == pytest.approx(printed_gib,
+                                                                                         rel=0.01)
 
 
 def test_weights_of_all_ranks_hold_every_parameter():
@@ -89,7 +91,7 @@ def test_refusals_show_the_sum():
         blocks("llama-3.1-70b", "h100")
     text = str(refusal.value)
     assert "does not fit on h100_sxm_80: 0.9 x 79.19 GiB = 71.27 GiB - 131.42 weights" in text
-    assert text.endswith("use tensor_parallel_size = 4") and "\n" not in text
+    assert text.endswith("use tensor_parallel_size = 2") and "\n" not in text
     with pytest.raises(InputError, match="fewer than max_model_len = 131,072.*tensor_parallel_size = 2"):
         blocks("llama-3.1-8b", "l4", max_model_len=131072)
     with pytest.raises(InputError, match="use a larger device"):

@@ -11,6 +11,7 @@ import pytest
 from jaxsim import traces
 from jaxsim._core.errors import InputError
 from jaxsim.traces import detect_format, formats, read_lengths, read_trace
+from jaxsim.traces.llmservingsim import chained_blocks
 from jaxsim.workload import Deterministic, generator
 from jaxsim.workload.arrivals import GRID_S
 
@@ -59,7 +60,7 @@ SHAREGPT = [
 ]
 VLLM = {
     "request_rate": 2.0, "max_concurrency": None, "total_input_tokens": 60, "request_throughput": 1.0,
-    "input_lens": [10, 20, 30], "output_lens": [5, 0, 7], "start_times": [1000.5, 1000.25, 1001.0],
+    "input_lens": [10, 20, 30], "output_lens": [5, 2, 7], "start_times": [1000.5, 1000.25, 1001.0],
     "ttfts": [0.1, 0.0, 0.1], "errors": ["", "Connection refused", ""],
 }  # fmt: skip
 
@@ -209,6 +210,11 @@ def test_llmservingsim_sorts_and_chains_token_ids(write):
         read_trace(write("wrong.jsonl", wrong))
 
 
+def test_equal_blocks_after_different_prompts_differ():
+    one, other, again = chained_blocks([[1, 2, 9, 9], [3, 4, 9, 9], [1, 2, 9, 9, 5]], 2)
+    assert one == again and not set(one) & set(other)
+
+
 def test_llmservingsim_refuses_sessions(write):
     session = {"session_id": "s", "arrival_time_ns": 0, "sub_requests": []}
     for records, line in (([session], 1), ([SIM[0], session], 2)):
@@ -276,6 +282,9 @@ def test_aiperf_nanoseconds_and_failures(write):
     w = read_trace(write("t.jsonl", AIPERF))
     assert w.arrival_s.tolist() == [0.0, 2.0] and w.input_tokens.tolist() == [100, 550]
     assert (w.provenance["num_rows"], w.provenance["num_dropped"]) == (3, 1)
+    start = 1759813207532900363  # float64 would be off by a hundred nanoseconds
+    close = write("close.jsonl", [record(start, 1, 1), record(start + 1, 1, 1)])
+    assert traces.READERS["aiperf"].read(close).arrival_s.tolist() == [0.0, 1e-9]
     with pytest.raises(InputError, match="line 1.*lacks output_sequence_length"):
         broken = {**AIPERF[0], "metrics": {"input_sequence_length": {"value": 3}}}
         read_trace(write("t.jsonl", [broken]))

@@ -161,6 +161,13 @@ def test_mmpp2_rate_and_dispersion(process):
     assert mean == pytest.approx(1.0, abs=5 * math.sqrt(mmpp_dispersion(process, 1e6) / (4 * N)))
 
 
+def test_mmpp2_starts_stationary():
+    process = MMPP2(math.inf, 10.0, 30.0)
+    early = [np.sum(process.unit_times(seed, 40) < 1.0) for seed in range(300)]
+    # A start in the burst (probability 1/4) brings 4 in the first mean gap: mean 1, standard deviation about 1.9.
+    assert np.mean(early) == pytest.approx(1.0, abs=4 * 1.9 / math.sqrt(300))
+
+
 def test_mmpp2_dwell_times_in_seconds():
     process = MMPP2.from_seconds(4.0, 3.0, 10.0, 20.0)
     assert (process.high_dwell_gaps, process.low_dwell_gaps) == (40.0, 80.0)

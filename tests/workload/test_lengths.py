@@ -102,7 +102,8 @@ def test_samples_are_resampled_evenly():
 def test_copula_has_the_rank_correlation_and_keeps_the_marginals(rho):
     first, second = LogNormal(mean_tokens=900.0, sigma=0.9), LogNormal(mean_tokens=200.0, sigma=0.7)
     inputs, outputs = GaussianCopula(first, second, rho).pairs(U)
-    assert spearman(inputs, outputs) == pytest.approx(rho, abs=5 / math.sqrt(N))
+    # Four standard errors, tight enough to tell rank from normal-score correlation (they differ by 0.017).
+    assert spearman(inputs, outputs) == pytest.approx(rho, abs=4 * (1 - rho**2) / math.sqrt(N) + 0.0015)
     np.testing.assert_array_equal(inputs, first.quantile(U[:, 0]))
     for level in (0.1, 0.5, 0.9):
         below = np.mean(outputs <= second.quantile(np.array([level]))[0])

@@ -19,14 +19,17 @@ from jaxsim.workload import (
     LogNormal,
     Paired,
     Poisson,
+    Stream,
     Tenant,
     Workload,
     fixed_lengths,
     generator,
     routing_uniforms,
+    stream_key,
 )
 from jaxsim.workload.arrivals import GRID_S
 from jaxsim.workload.named import class_name
+from jaxsim.workload.streams import uniforms
 
 TENANTS = (Tenant("batch", 3.0, 10), Tenant("chat", 1.0, 0))
 
@@ -175,6 +178,25 @@ def test_streams_are_separate(changes, may_change):
     )
     changed = {n for n in columns if not np.array_equal(getattr(one, n), getattr(other, n))}
     assert changed == may_change
+
+
+def test_streams_are_independent():
+    n = 20_000
+    w = Generator(Poisson(), GENERATOR.lengths, 1.0).sample(0, n)
+    columns = [
+        np.diff(w.unit_times, prepend=0.0),
+        np.log(w.input_tokens),
+        np.log(w.output_tokens),
+        *w.uniforms.T,
+    ]
+    correlations = np.corrcoef(columns) - np.eye(len(columns))
+    assert np.abs(correlations).max() < 5 / math.sqrt(n)
+    assert len({s.value for s in Stream.__members__.values()}) == len(Stream.__members__)
+
+
+def test_uniforms_never_touch_zero_or_one():
+    draws = uniforms(stream_key(0, Stream.LENGTHS), 1000)
+    np.testing.assert_array_equal(draws * 2.0**32 % 1.0, 0.5)
 
 
 def test_more_requests_do_not_move_the_first():

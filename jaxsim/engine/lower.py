@@ -1,0 +1,173 @@
+"""From what a user describes to what the loop runs: scenario -> sizes, policies, cost tables, requests."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxsim._core.errors import InputError
+from jaxsim.cost.base import AbstractIterationCost
+from jaxsim.cost.fitted import fitted
+from jaxsim.cost.roofline import roofline
+from jaxsim.engine.step import Params
+from jaxsim.policy.batching import Batching
+from jaxsim.policy.routing import router
+from jaxsim.spec.device import DeviceSpec, load_device
+from jaxsim.spec.memory import MemoryBudget, kv_blocks
+from jaxsim.spec.model import ModelSpec, load_model
+from jaxsim.spec.plan import Plan
+from jaxsim.spec.presets import NO_TOKEN_LIMIT, Scheduler, resolve
+from jaxsim.spec.scenario import FittedCost, Scenario
+from jaxsim.state.requests import Requests, pack_requests
+from jaxsim.traces import read_lengths, read_trace
+from jaxsim.workload.generator import Tenant
+from jaxsim.workload.lengths import Paired
+from jaxsim.workload.named import generator
+from jaxsim.workload.workload import Workload
+
+MAX_STEPS_A_TOKEN = 4
+"""A run that takes more steps than this for every token of its workload is going in circles."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A scenario resolved, except for its workload.
+
+    num_blocks: KV blocks of an instance; `memory` their arithmetic where they were derived.
+    """
+
+    scheduler: Scheduler
+    plan: Plan
+    model: ModelSpec | None
+    device: DeviceSpec | None
+    memory: MemoryBudget | None
+    num_blocks: int
+    max_model_len: int
+
+
+def resolve_system(scenario: Scenario) -> System:
+    """Look everything up, derive the KV pool. Raises `InputError` for whatever does not go together."""
+    engine = scenario.engine
+    plan = Plan(tensor_parallel_size=engine.tensor_parallel_size,
+                enable_expert_parallel=engine.enable_expert_parallel)
+    model = device = None
+    if scenario.model is not None:
+        given = scenario.model
+        model = ModelSpec.from_hf_config(given.config) if given.config else load_model(given.name)
+        plan = plan.check(model)
+    if scenario.device is not None:
+        device = load_device(scenario.device.name)
+    scheduler = resolve(
+        engine, device_name=device.name if device else "",
+        memory_bytes=device.memory_bytes if device else 0.0,
+        max_model_len=model.max_position if model else None)
+    max_model_len = scheduler.max_model_len
+    if model is not None and max_model_len > model.max_position:
+        raise InputError("engine.max_model_len", max_model_len,
+                         f"beyond the {model.max_position} positions of {model.name}", "lower it")
+    memory, num_blocks = None, engine.num_gpu_blocks_override
+    if num_blocks is None and scheduler.kv_accounting:
+        version = {"engine_version": scheduler.version} if scheduler.preset.startswith("vllm") else {}
+        memory = kv_blocks(
+            model, device, plan, dtype=scenario.dtype, kv_dtype=scenario.kv_dtype,
+            block_size=scheduler.block_size, gpu_memory_utilization=scheduler.gpu_memory_utilization,
+            max_num_batched_tokens=min(scheduler.max_num_batched_tokens, max_model_len),
+            max_num_seqs=scheduler.max_num_seqs, **version)
+        num_blocks = memory.num_blocks
+    return System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len)
+
+
+def make_workload(scenario: Scenario, seed: int) -> Workload:
+    """Draw or read the requests of one run."""
+    w = scenario.workload
+    tenants = tuple(Tenant(t.name, t.share, t.priority) for t in w.tenants)
+    if w.kind == "trace":
+        options = {name: value for name, value in (("rate_rps", w.rate_rps), ("num_requests", w.num_requests))
+                   if value is not None}
+        if w.slice is not None:
+            options |= {"start_s": w.slice.start_s, "keep": w.slice.keep}
+            options |= {"end_s": w.slice.end_s} if w.slice.end_s is not None else {}
+        return read_trace(w.trace, w.format, seed=seed, **options)
+    arguments = w.generator_arguments()
+    if tenants:
+        arguments["tenants"] = tenants
+    if w.lengths_from is not None:
+        arguments["lengths"] = Paired(*read_lengths(w.lengths_from))
+    return generator(**arguments).sample(seed, scenario.num_requests)
+
+
+def check_requests(system: System, workload: Workload) -> None:
+    """Refuse requests that no schedule can serve. Raises `InputError` for the first."""
+    s = system.scheduler
+    prompt = workload.input_tokens.astype(np.int64)
+    output, limit = workload.output_tokens.astype(np.int64), workload.max_tokens.astype(np.int64)
+
+    def refuse(is_bad, value, problem, remedy):
+        if is_bad.any():
+            i = int(np.argmax(is_bad))
+            raise InputError(f"workload request {i}", f"{prompt[i]} prompt + {limit[i]} output tokens",
+                             problem(int(value[i])), remedy)
+
+    refuse(prompt + limit > system.max_model_len, prompt + limit,
+           lambda n: f"{n} tokens exceed max_model_len = {system.max_model_len}",
+           "raise engine.max_model_len, cut outputs with workload.output_limit, or leave such requests out")
+    recomputed = prompt + output - 1 if s.reserve in ("none", "prompt", "expected") else prompt
+    if not s.chunked_prefill:
+        refuse(recomputed > s.max_num_batched_tokens, recomputed,
+               lambda n: f"{n} tokens in one iteration exceed max_num_batched_tokens ="
+                         f" {s.max_num_batched_tokens}, and prompts are not chunked",
+               "raise engine.max_num_batched_tokens, or set engine.enable_chunked_prefill = true")
+    if not s.kv_accounting:
+        return
+    held = {"max_tokens": prompt + limit, "max_model_len": np.full_like(prompt, system.max_model_len),
+            "expected": prompt + limit + s.retract_free_tokens}.get(s.reserve, prompt + output - 1)
+    blocks = -(-held // s.block_size)
+    room = system.num_blocks - s.watermark_blocks(system.num_blocks)
+    refuse(blocks > room, blocks,
+           lambda n: f"needs {n} KV blocks of {s.block_size} tokens, the pool has {room}",
+           "raise engine.gpu_memory_utilization or engine.num_gpu_blocks_override, or leave such requests out")
+
+
+def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int) -> AbstractIterationCost:
+    """The cost tables, for up to `num_slots` sequences of up to `longest` tokens."""
+    s = system.scheduler
+    if isinstance(scenario.cost, FittedCost):
+        return fitted(*(scenario.cost.rows(kind) for kind in ("prefill", "decode", "mixed")))
+    model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype, host=s.host,
+                     **scenario.cost.overrides)
+    most_tokens = min(s.max_num_batched_tokens + num_slots, num_slots * (longest + 1), NO_TOKEN_LIMIT)
+    return model.tabulate(most_tokens, num_slots, cuda_graphs=not scenario.engine.enforce_eager,
+                          async_scheduling=s.async_scheduling)
+
+
+def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost, max_steps: int) -> Params:
+    """Policies and numbers as the loop takes them."""
+    s = system.scheduler
+    integer, real = np.int32, np.float32
+    batching = Batching(
+        max_num_seqs=integer(s.max_num_seqs), max_num_batched_tokens=integer(s.max_num_batched_tokens),
+        max_model_len=integer(system.max_model_len), num_blocks=integer(system.num_blocks),
+        watermark_blocks=integer(s.watermark_blocks(system.num_blocks)),
+        decode_context_limit=integer(s.decode_context_limit or 0),
+        ratio_start=real(s.ratio_start), ratio_floor=real(s.ratio_floor), ratio_decay=real(s.ratio_decay),
+        reserve_clip_tokens=integer(s.reserve_clip_tokens), retract_free_tokens=integer(s.retract_free_tokens),
+        phase_mix=s.phase_mix, chunked_prefill=s.chunked_prefill, reserve=s.reserve,
+        decode_needs_free_block=s.decode_needs_free_block, victim=s.victim,
+        waiting_blocked_after_preempt=s.waiting_blocked_after_preempt, order=s.order, admit=s.admit,
+        async_scheduling=s.async_scheduling, kv_accounting=s.kv_accounting,
+        has_context_limit=s.decode_context_limit is not None)
+    return Params(batching, router(scenario.cluster.router, scenario.cluster.router_weights), cost,
+                  integer(max_steps))
+
+
+def make_requests(workload: Workload, num_requests: int) -> Requests:
+    """The workload as the loop reads it, padded."""
+    return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,
+                         workload.uniforms, num_requests)
+
+
+def step_limit(workload: Workload) -> int:
+    """Steps after which a run is stopped."""
+    tokens = int(workload.input_tokens.sum()) + int(workload.output_tokens.sum())
+    return int(min(1_000 + MAX_STEPS_A_TOKEN * tokens, 2**31 - 1))
+
+
