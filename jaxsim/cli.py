@@ -5,9 +5,9 @@ mistake of the user (one line on standard error), 3 for a simulation that a boun
 """
 
 import argparse
+import contextlib
 import json
 import os
-import re
 import sys
 import time
 import warnings
@@ -189,11 +189,18 @@ def _run(options: argparse.Namespace) -> int:
         return _fail(f"--out = {options.out!r}: cannot be written; give another folder")
 
     # Only now: what is wrong with the scenario is told before JAX is loaded.
+    from jaxsim._core.errors import InputError
     from jaxsim.engine.simulate import simulate
     from jaxsim.io import result as files
 
     start = time.perf_counter()
-    result = simulate([scenario], record_steps=True)
+    try:
+        result = simulate([scenario], record_steps=True)
+    except InputError:
+        # Nothing was simulated: leave no empty folders behind.
+        with contextlib.suppress(OSError):
+            os.removedirs(folder)
+        raise
     elapsed_s = time.perf_counter() - start
     written = [files.write_summary(result, folder / "summary.json"),
                files.write_requests(result, folder / "requests.parquet")]
@@ -280,10 +287,8 @@ def _policies() -> dict[str, list[dict[str, Any]]]:
     presets = [{"preset": p.name, "also": list(p.aliases), "imitates": f"{p.engine}, {p.version}",
                 "valid for": p.validity, "leaves out": list(p.leaves_out), "unconfirmed": list(p.unconfirmed)}
                for p in all_presets()]
-    # As for the engine: a router goes by its class's name, words joined by underscores.
-    routers = [{"router": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower(),
-                "rule": (cls.__doc__ or "").splitlines()[0]}
-               for cls in routing.AbstractRouting.__subclasses__()]
+    routers = [{"router": name, "rule": (cls.__doc__ or "").splitlines()[0]}
+               for name, cls in routing.routers().items()]
     return {"schedulers (engine.preset)": presets, "routers (cluster.router)": routers}
 
 

@@ -240,6 +240,7 @@ class Roofline(eqx.Module):
 
     # The engine's tables
 
+    @eqx.filter_jit
     def tabulate(self, max_tokens: int, max_sequences: int, *, cuda_graphs: bool = True,
                  async_scheduling: bool = False) -> TabulatedCost:
         """The tables the loop reads, up to `max_tokens` tokens and `max_sequences` sequences an iteration.

@@ -56,8 +56,8 @@ def rebase(dims: Dims, requests: Requests, world: World) -> World:
 @partial(jax.jit, static_argnums=0)
 def run(dims: Dims, params: Params, requests: Requests) -> World:
     """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
-    count = requests.count.shape[0]
-    world = jax.vmap(lambda _: w.initial_world(dims))(jnp.arange(count))
+    rules = params.batching
+    world = jax.vmap(lambda ratio: w.initial_world(dims, 5 if rules.scans_slots else 3, ratio))(rules.ratio_start)
     is_true = requests.count[0] >= 0 if jax.default_backend() == "cpu" else None
     # The writes of a step travel to the next packed, whatever their number.
     packing = packed.Packing()

@@ -74,8 +74,7 @@ class Placed(NamedTuple):
     request: Int[Array, ""]
     slot: Int[Array, ""]
     key: Int[Array, ""]
-    offset: Int[Array, ""]
-    reserved: Int[Array, ""]
+    entry: Int[Array, " entry_fields"]
 
 
 class Plan(NamedTuple):
@@ -252,16 +251,17 @@ def settle(dims: Dims, params: Params, event: Event, counts: Counts, times: Cloc
     if params.batching.is_unified:
         gap_s, gap_count = jnp.float32(0), jnp.int32(0)
         samples_s = jnp.stack([times.first_s, mean_s])
-        weights = jnp.stack([batch.count, decoding * ex.extra])
+        weights = jnp.stack([batch.count - batch.stalled, decoding * ex.extra])
     else:
         # Sequences kept waiting by prompt-only iterations see the whole gap as one time between tokens, at the
         # next decode iteration: this one, or the first of the jump behind a prompt-only one.
         is_decoding = ex.advance == 1
-        late = jnp.where(times.gap_s > 0, ex.gap_count, jnp.where(is_decoding, 0, batch.count))
+        late = jnp.where(times.gap_s > 0, jnp.minimum(ex.gap_count, batch.count - batch.stalled),
+                         jnp.where(is_decoding, 0, batch.count))
         gap_s = times.gap_s + times.first_s
         is_open = ~is_decoding & (ex.extra == 0)
         samples_s = jnp.stack([gap_s + jnp.where(is_decoding, 0.0, times.pace_s), times.first_s, mean_s])
-        weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, batch.count - late, 0),
+        weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, batch.count - batch.stalled - late, 0),
                              decoding * ex.extra - jnp.where(is_decoding | is_open, 0, late)])
         gap_s, gap_count = jnp.where(is_open, gap_s, 0.0), jnp.where(is_open, late, 0)
     weights = jnp.where(is_first_look, weights, 0)
@@ -269,6 +269,7 @@ def settle(dims: Dims, params: Params, event: Event, counts: Counts, times: Cloc
         batch, counter=after_first + ex.extra, count=decoding,
         offsets=batch.offsets + batch.joining_offsets,
         joining=jnp.int32(0), joining_offsets=jnp.int32(0), joining_first=jnp.int32(0),
+        stalled=jnp.int32(0), stalled_offsets=jnp.int32(0),
         num_chunks=jnp.int32(0), chunk_tokens=jnp.int32(0), chunk_context=jnp.int32(0),
         num_iterations=batch.num_iterations + 1 + ex.extra)
     settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used))
@@ -277,6 +278,9 @@ def settle(dims: Dims, params: Params, event: Event, counts: Counts, times: Cloc
         running=clock.add(times.running, total_s * rank.running),
         held=clock.add(times.held, total_s * (0.5 * (rank.used_blocks + used))),
         gap_s=gap_s, chunk_pairs=jnp.float32(0))
+    if params.batching.reserve == "expected":
+        faded = times.ratio - params.batching.ratio_decay * ex.extra.astype(jnp.float32)
+        settled_times = replace(settled_times, ratio=jnp.maximum(faded, params.batching.ratio_floor))
     settled_ex = replace(ex, is_committed=jnp.int32(1), extra=jnp.int32(0), gap_count=gap_count)
     new = Counts(settled_ex, settled_rank, settled_batch)
     return choose(is_first_look, new, counts), choose(is_first_look, settled_times, times), samples_s, weights
@@ -296,7 +300,7 @@ def retire(dims: Dims, params: Params, event: Event, counts: Counts, keys, entri
     index = jnp.arange(dims.slot_width, dtype=jnp.int32)
     next_key = packed.row_min(jnp.where(index == slot, packed.EMPTY, keys))
     has_more = is_any & (packed.unpack_key(next_key, bits)[0] == batch.counter)
-    request, offset, reserved = take(entries, slot)
+    request, offset, reserved = take(entries, slot)[:3]
     one = is_any.astype(jnp.int32)
     used = rank.used_blocks
     if params.batching.kv_accounting:
@@ -402,7 +406,7 @@ def decode_need(dims: Dims, params: Params, counts: Counts, residue_row, tail_of
 
 
 def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, times: Clocks, residue_row,
-          lengths, emitted, request, free_slot):
+          lengths, emitted, request, free_slot, slots: "Slots"):
     """Give the forming prompt its chunk, or admit the head of the queue if it fits.
 
     is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens);
@@ -438,6 +442,11 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     has_blocks = jnp.bool_(True)
     if rules.kv_accounting:
         has_blocks = rules.num_blocks - rank.used_blocks - reserved >= rules.watermark_blocks
+    if rules.reserve == "expected":
+        own = (reserved << dims.block_bits) + jnp.minimum(max_tokens - emitted, rules.reserve_clip_tokens)
+        free_tokens = ((rules.num_blocks - rank.used_blocks) << dims.block_bits).astype(jnp.float32)
+        others = slots.expected_tokens(dims, rules, counts).astype(jnp.float32) * times.ratio
+        has_blocks = has_blocks & (own.astype(jnp.float32) <= free_tokens - others)
     is_head_visible = (rank.visible > 0) if rules.async_scheduling else (rank.waiting > 0)
     is_closed = has(counts, w.CLOSED)
     if rules.admit == "when_empty":
@@ -476,7 +485,7 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     used = rank.used_blocks + jnp.where(is_placed, grown, 0)
     rank = replace(
         rank, waiting=rank.waiting - is_in, running=rank.running + is_in, used_blocks=used,
-        peak_blocks=jnp.maximum(rank.peak_blocks, used))
+        peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
     if rules.async_scheduling:
         rank = replace(rank, visible=rank.visible - is_in)
     if rules.chunked_prefill:
@@ -493,7 +502,11 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     left = (rank.visible if rules.async_scheduling else rank.waiting) > 0
     can_go_on = is_placed & left & (batch.budget > 0) & (rank.running < rules.max_num_seqs) & ~is_closed
     key = packed.pack_key(after_first + (output - emitted - 1), slot, dims.slot_bits)
-    placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, offset, reserved)
+    entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
+    if rules.scans_slots:
+        stamp = batch.num_iterations if rules.reserve == "expected" else rank.next_stamp
+        entry += [prompt, stamp]
+    placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
     is_held = (rank.running >= rules.max_num_seqs) | (is_head_tried & ~is_admitted & is_held)
     return counts, times, residue_row, placed, is_held, can_go_on
 
@@ -508,10 +521,11 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
     rules = params.batching
     rank, batch = counts.rank, counts.batch
     is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
-    decodes = jnp.where(is_prompt_only, 0, batch.count)
+    decodes = jnp.where(is_prompt_only, 0, batch.count - batch.stalled)
     advance = jnp.where(is_prompt_only, 0, 1)
     stats = BatchStats(
-        decodes, jnp.where(is_prompt_only, 0, batch.offsets + batch.count * (batch.counter + 1)),
+        decodes, jnp.where(is_prompt_only, 0, batch.offsets - batch.stalled_offsets
+                           + decodes * (batch.counter + 1)),
         batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.chunk_pairs, decodes + batch.joining)
     first_s = clock.on_grid(params.cost.iteration(stats))
     after_first = batch.counter + advance
@@ -527,7 +541,10 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
         extra = jnp.minimum(extra, residues.times_that_fit(residue_row, followers, after_first, room))
     slowest_s = jnp.maximum(pace.first_s + pace.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / slowest_s, 1e9).astype(jnp.int32))
-    may_follow = (followers > 0) & ((rank.waiting == 0) | is_held)
+    may_follow = (followers > 0) & ((rank.waiting == 0) | is_held) & (batch.stalled == 0)
+    if rules.has_context_limit:
+        room = rules.decode_context_limit - (batch.offsets + batch.joining_offsets + followers * after_first)
+        extra = jnp.minimum(extra, jnp.floor(room / jnp.maximum(followers, 1)).astype(jnp.int32))
     if rules.chunked_prefill:
         may_follow = may_follow & (rank.forming_slot == dims.null_slot)
     extra = jnp.where(may_follow, jnp.maximum(extra, 0), 0)
@@ -542,12 +559,12 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
     return counts, choose(is_starting, times_now, times), Plan(is_starting, first_end, end, stats)
 
 
-def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts, residue_row, slot, request,
-            offset, previous, known_prompt):
-    """Take the last admitted sequence off the batch: all its blocks, back to the front of the queue.
+def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts, residue_row, request, offset,
+            previous, known_prompt):
+    """Take a sequence off the batch: all its blocks, back to the front of the queue.
 
-    slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues and
-    the tokens it has emitted.
+    request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues and the
+    tokens it has emitted.
     """
     rank, batch = counts.rank, counts.batch
     null = jnp.int32(dims.null_slot)
@@ -575,6 +592,97 @@ def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts,
     return Counts(counts.executor, rank, batch), residue_row, emitted
 
 
+class Slots(eqx.Module):
+    """All slots of an executor, for policies that look at every running sequence: O(slots), and only there."""
+
+    keys: Int[Array, " slot_width"]
+    entries: Int[Array, "slot_width entry_fields"]
+    retired: Int[Array, ""]
+
+    @property
+    def is_decoding(self) -> Bool[Array, " slot_width"]:
+        """Slots of sequences past their prompt."""
+        return (self.keys != packed.EMPTY) & (jnp.arange(self.keys.shape[0]) != self.retired)
+
+    def emitted(self, counts: Counts) -> Int[Array, " slot_width"]:
+        """Output tokens of each; one less for those placed in this very pass."""
+        tokens = self.entries[:, w.OFFSET] + counts.batch.counter + 1 - self.entries[:, w.PROMPT]
+        is_new = self.entries[:, w.STAMP] == counts.batch.num_iterations
+        return tokens - is_new
+
+    def expected_tokens(self, dims: Dims, rules: Batching, counts: Counts) -> Int[Array, ""]:
+        """Output tokens the running sequences may yet ask for, each clipped, summed."""
+        is_forming = jnp.arange(dims.slot_width) == counts.rank.forming_slot
+        is_forming = is_forming & (counts.rank.forming_slot != dims.null_slot)
+        known_forming = counts.rank.forming_known - self.entries[:, w.PROMPT]
+        emitted = jnp.where(is_forming, known_forming, self.emitted(counts))
+        left = jnp.minimum(self.entries[:, w.RESERVED] - emitted, rules.reserve_clip_tokens)
+        return jnp.sum(jnp.where(self.is_decoding | is_forming, left, 0))
+
+    def fewest_outputs(self, dims: Dims, counts: Counts) -> Int[Array, ""]:
+        """Slot of the sequence with the fewest output tokens; then the longest prompt; then the latest."""
+        choice = self.is_decoding
+        for value in (self.emitted(counts), -self.entries[:, w.PROMPT], -self.entries[:, w.REQUEST]):
+            value = jnp.where(choice, value, packed.EMPTY)
+            choice = choice & (value == jnp.min(value))
+        return jnp.where(jnp.any(choice), jnp.argmax(choice), dims.null_slot).astype(jnp.int32)
+
+
+def is_retracting(dims: Dims, rules: Batching, counts: Counts) -> Bool[Array, ""]:
+    """Whether a retraction under way goes on: until every sequence left has room for some tokens more."""
+    free_tokens = (rules.num_blocks - counts.rank.used_blocks) << dims.block_bits
+    is_tight = free_tokens < rules.retract_free_tokens * counts.batch.count
+    return has(counts, w.PREEMPTED) & (counts.batch.count > 1) & is_tight
+
+
+def next_ratio(rules: Batching, counts: Counts, slots: Slots, ratio: Float[Array, ""]) -> Float[Array, ""]:
+    """The reserve ratio after a decode pass: a step down, or what the running need after a retraction."""
+    running = slots.is_decoding
+    emitted = jnp.sum(jnp.where(running, slots.emitted(counts), 0))
+    limit = jnp.sum(jnp.where(running, slots.entries[:, w.RESERVED], 0))
+    needed = (emitted + rules.retract_free_tokens * counts.batch.count) / jnp.maximum(limit, 1)
+    down = jnp.maximum(ratio - rules.ratio_decay, rules.ratio_floor)
+    return jnp.where(has(counts, w.PREEMPTED), jnp.minimum(needed, 1.0), down)
+
+
+def stall(counts: Counts, slots: Slots, is_stalled: Bool[Array, " slot_width"], bits: int):
+    """Let some sequences sit out the next iteration: they stand one token lower on the common clock.
+
+    Returns counts, and the executor's keys and entries.
+    """
+    batch = counts.batch
+    stalled = jnp.sum(is_stalled)
+    entries = slots.entries.at[:, w.OFFSET].add(-is_stalled.astype(jnp.int32))
+    keys = slots.keys + (is_stalled.astype(jnp.int32) << bits)
+    batch = replace(batch, offsets=batch.offsets - stalled, stalled=stalled,
+                    stalled_offsets=jnp.sum(jnp.where(is_stalled, entries[:, w.OFFSET], 0)))
+    return replace(counts, batch=batch), keys, entries
+
+
+def limit_context(dims: Dims, rules: Batching, is_any: Bool[Array, ""], counts: Counts, slots: Slots):
+    """Decodes as a queue: from its front while their context fits the limit; then those go to the back.
+
+    Returns counts, and the executor's keys and entries.
+
+    Source: the public DistServe simulator (simdistserve), decode batches of at most 50,000 tokens.
+    """
+    is_decoding = slots.is_decoding
+    context = slots.entries[:, w.OFFSET] + counts.batch.counter + 1
+    stamp = jnp.where(is_decoding, slots.entries[:, w.STAMP], packed.EMPTY)
+    order = jnp.argsort(stamp)
+    total = jnp.cumsum(jnp.where(is_decoding, context, 0)[order])
+    fits = jnp.zeros_like(is_decoding).at[order].set(total <= rules.decode_context_limit) & is_decoding
+    is_over = is_any & jnp.any(is_decoding & ~fits)
+    counts_now, keys, entries = stall(counts, slots, is_over & is_decoding & ~fits, dims.slot_bits)
+    # Keep their order, behind everybody else.
+    first = jnp.min(jnp.where(fits, stamp, packed.EMPTY))
+    last = jnp.max(jnp.where(fits, stamp, 0))
+    moved = jnp.where(is_over & fits, stamp - first + counts.rank.next_stamp + 1, entries[:, w.STAMP])
+    entries = entries.at[:, w.STAMP].set(moved)
+    rank = replace(counts.rank, next_stamp=counts.rank.next_stamp + jnp.where(is_over, last - first + 1, 0))
+    return choose(is_over, replace(counts_now, rank=rank), counts), keys, entries
+
+
 # --- The step ----------------------------------------------------------------------------------------------------
 
 
@@ -600,10 +708,12 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
 
     # An iteration ends.
     counts, times, itl_s, itl_weights = settle(dims, params, event, counts, times, residue_row)
+    keys, entries = take(world.slot_keys, e), take(world.slot_entries, e)
     counts, residue_row, retired, has_more, next_key = retire(
-        dims, params, event, counts, take(world.slot_keys, e), take(world.slot_entries, e), residue_row)
+        dims, params, event, counts, keys, entries, residue_row)
+    slots = Slots(keys, entries, retired.slot)
     tail = counts.rank.tail
-    if rules.grows:
+    if rules.keeps_running_list:
         before = take(world.slot_previous, e, retired.slot)
         after = take(world.slot_next, e, retired.slot)
         is_tail = retired.is_any & (retired.slot == tail)
@@ -635,9 +745,14 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
     is_passing = event.is_passing | (is_due & ~event.is_tied)
     counts = begin_pass(params, is_passing, counts)
     is_forming = counts.rank.forming_slot != null
-    tail_request, tail_offset, _ = take(world.slot_entries, e, tail)
+    tail_request, tail_offset = take(world.slot_entries, e, tail)[:2]
     was_closed = has(counts, w.CLOSED)
+    victim_slot = jnp.where(is_forming, counts.rank.forming_slot, tail)
     victim_request = jnp.where(is_forming, counts.rank.forming_request, tail_request)
+    victim_offset = tail_offset
+    if rules.victim == "fewest_outputs":
+        victim_slot = slots.fewest_outputs(dims, counts)
+        victim_request, victim_offset = take(world.slot_entries, e, victim_slot)[:2]
     candidate = counts.rank.head
     if rules.chunked_prefill:
         is_due_chunk = is_forming & ~has(counts, w.FORMED)
@@ -669,7 +784,7 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
     free = jnp.maximum(dims.num_slots - counts.rank.running - 1, 0)
     free_slot = jnp.where(retired.is_any, retired.slot, take(world.free_slots, e, free))
     counts, times, residue_row, placed, is_held, can_go_on = place(
-        dims, params, is_placing, counts, times, residue_row, lengths, emitted, candidate, free_slot)
+        dims, params, is_placing, counts, times, residue_row, lengths, emitted, candidate, free_slot, slots)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     log_row = jnp.where(opens_log, world.num_logged, counts.executor.log_row)
@@ -677,7 +792,7 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
     # The queue may have had one entry, the request that arrived in this very step.
     counts = replace(counts, rank=replace(
         counts.rank, head=jnp.where(placed.is_admitted, next_head, counts.rank.head)))
-    if rules.grows:
+    if rules.keeps_running_list:
         counts = replace(counts, rank=replace(
             counts.rank, tail=jnp.where(placed.is_completing, placed.slot, counts.rank.tail)))
 
@@ -686,22 +801,29 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
         if rules.grows:
             crossing, need = decode_need(dims, params, counts, residue_row, tail_offset)
             is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
+            if rules.reserve == "expected":
+                is_short = is_short | (wants_decode & is_retracting(dims, rules, counts))
             counts = mark(counts, is_short, w.CLOSED)
             is_preempting = is_short & was_closed & ~retired.is_any
             counts = take_blocks(counts, wants_decode & ~is_short, crossing)
+        if rules.reserve == "expected":
+            times = replace(times, ratio=jnp.where(
+                wants_decode & ~is_short, next_ratio(rules, counts, slots, times.ratio), times.ratio))
+        if rules.has_context_limit:
+            counts, keys_now, entries_now = limit_context(
+                dims, rules, wants_decode, counts, slots)
 
     if rules.grows:
-        victim_slot = jnp.where(is_forming, counts.rank.forming_slot, tail)
         victim_slot = jnp.where(is_preempting, victim_slot, null)
         counts = mark(counts, is_preempting, w.PREEMPTED)
         if rules.waiting_blocked_after_preempt:
             counts = mark(counts, is_preempting, w.CLOSED)
         link_from = jnp.where(is_preempting, victim_request, link_from)
         link_to = jnp.where(is_preempting, counts.rank.head, link_to)
-        before_tail = take(world.slot_previous, e, tail)
+        before_tail = take(world.slot_previous, e, tail) if rules.keeps_running_list else null
         counts, residue_row, victim_emitted = preempt(
-            dims, params, is_preempting, counts, residue_row, victim_slot, victim_request, tail_offset,
-            before_tail, lengths[PROMPT])
+            dims, params, is_preempting, counts, residue_row, victim_request, victim_offset, before_tail,
+            lengths[PROMPT])
 
     counts, times, residue_row, placed, is_held, can_go_on, is_short, log_row = fence(
         counts, times, residue_row, placed, is_held, can_go_on, is_short, log_row)
@@ -747,18 +869,19 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
         entering = jnp.where(is_preempting, victim_slot, entering)
         is_returned = is_returned | is_preempting
         returned = jnp.where(is_preempting, victim_slot, returned)
+        is_returning = placed.is_admitted & (preemptions > 0)
+        writes["progress"] = Put((jnp.where(is_preempting, victim_request, scratch),),
+                                 jnp.stack([victim_emitted, preemptions + 1]))
+        writes["stalled"] = Add((jnp.where(is_preempting | is_returning, candidate, scratch),),
+                                jnp.where(is_returning, stamp, jnp.where(is_preempting, -stamp, 0.0)))
+        writes["residues"] = Put((e,), residue_row)
+    if rules.keeps_running_list:
         is_inner = retired.is_any & ~is_tail
         after = jnp.where(is_inner, after, null)
         linked = jnp.where(placed.is_completing, placed.slot, null)
         writes["slot_previous"] = Pair((e, after, linked), (before, tail))
         writes["slot_next"] = Pair((e, jnp.where(is_inner, before, null),
                                     jnp.where(placed.is_completing, tail, null)), (after, linked))
-        writes["progress"] = Put((jnp.where(is_preempting, victim_request, scratch),),
-                                 jnp.stack([victim_emitted, preemptions + 1]))
-        is_returning = placed.is_admitted & (preemptions > 0)
-        writes["stalled"] = Add((jnp.where(is_preempting | is_returning, candidate, scratch),),
-                                jnp.where(is_returning, stamp, jnp.where(is_preempting, -stamp, 0.0)))
-        writes["residues"] = Put((e,), residue_row)
     stack_top = jnp.where(is_returned, dims.num_slots - counts.rank.running - 1, dims.slot_width - 1)
     if dims.num_records:
         writes |= record(dims, world, plan, e, stamp, counts)
@@ -767,7 +890,7 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
         "outstanding": Add((e,), event.is_arrival.astype(jnp.int32) - retired.is_any),
         "counts": Put((e,), packed.to_row(counts)), "clocks": Put((e,), packed.to_row(times)),
         "slot_keys": Pair((e, leaving, entering), (jnp.int32(packed.EMPTY), own_key)),
-        "slot_entries": Put((e, placed.slot), jnp.stack([placed.request, placed.offset, placed.reserved])),
+        "slot_entries": Put((e, placed.slot), placed.entry),
         "free_slots": Put((e, stack_top), returned),
         "next_waiting": Put((link_from,), link_to),
         "placed": Put((jnp.where(is_unplaced, candidate, scratch),),
@@ -778,6 +901,12 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
                             jnp.stack([epoch, plan.first_end.hi, plan.first_end.lo])),
         "itl": Add((itl_bin(itl_s),), itl_weights),
     }
+    if rules.has_context_limit:
+        index = jnp.arange(dims.slot_width)
+        is_leaving, is_entering = index == leaving, index == entering
+        keys_now = jnp.where(is_leaving, packed.EMPTY, jnp.where(is_entering, own_key, keys_now))
+        writes["slot_keys"] = Put((e,), keys_now.at[null].set(packed.EMPTY))
+        writes["slot_entries"] = Put((e,), jnp.where(is_entering[:, None], placed.entry, entries_now))
     progress = dict(
         steps=world.steps + is_active,
         next_arrival=world.next_arrival + event.is_arrival,

@@ -81,3 +81,13 @@ class Batching(eqx.Module):
     def grows(self) -> bool:
         """Running sequences take blocks as they decode (nothing but this can make blocks run short)."""
         return self.kv_accounting and self.reserve in ("none", "prompt", "expected")
+
+    @property
+    def keeps_running_list(self) -> bool:
+        """The engine must know who was admitted last."""
+        return self.grows and self.victim == "last_admitted"
+
+    @property
+    def scans_slots(self) -> bool:
+        """A pass looks at every running sequence of an instance, not only at their sums."""
+        return self.reserve == "expected" or self.order == "priority" or self.has_context_limit

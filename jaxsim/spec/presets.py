@@ -232,8 +232,6 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
         ("victim", victim, (victim == "lowest_priority") != (order == "priority"),
          f"does not go with scheduling_policy = {order!r}",
          "'lowest_priority' and scheduling_policy 'priority' belong together"),
-        ("scheduling_policy", order, order == "priority" and reserve == "expected",
-         "is not simulated with reserve = 'expected'", "use 'fcfs', or another preset"),
         ("reserve", reserve, reserve == "expected" and phase_mix != "prefill_first",
          f"does not go with phase_mix = {phase_mix!r}", "set engine.phase_mix = 'prefill_first'"),
         ("decode_needs_free_block", block_rule, block_rule == "always" and reserve != "prompt",

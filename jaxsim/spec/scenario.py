@@ -636,5 +636,5 @@ def json_schema() -> dict[str, Any]:
             field = {"allOf": [field]} if "$ref" in field else field
             node["properties"][name] = {"description": text, **field}
     root = definitions.pop("Scenario")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "jaxsim scenario, version 1",
-            **root, "$defs": definitions}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root,
+            "title": f"jaxsim scenario, version {SCHEMA_VERSION}", "$defs": definitions}

@@ -6,6 +6,8 @@ here an executor has one rank and a rank one batch. Arrays too large for a row (
 executor or request and touched one entry at a time. A record of `N` requests has row N for masked writes.
 """
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,12 @@ DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY = (1 << i for i in range(6
 """Progress of a scheduling pass: decodes have their blocks; the forming prompt has its chunk; a prompt is
 scheduled; something was preempted; admissions are over; nothing ran when the pass began."""
 
-STUCK, STEP_LIMIT, COUNTER_LIMIT = 1, 2, 4
-"""Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration
-counter about to overflow its packed key."""
+STUCK, STEP_LIMIT = 1, 2
+"""Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed."""
+
+REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
+"""Columns of `World.slot_entries`; the last two only where passes scan the slots. RESERVED: blocks, or under
+`reserve="expected"` max_tokens. STAMP: place in the running order, or the iteration count at admission."""
 
 
 class Executor(eqx.Module):
@@ -44,7 +49,7 @@ class Executor(eqx.Module):
 class Rank(eqx.Module):
     """A waiting queue (linked by request), a KV pool, and who runs. `forming_*` is the one partially computed
     prompt, `tail` the slot admitted last among those past their prompt, `visible` how many waiting requests a
-    pass may see under asynchronous scheduling."""
+    pass may see under asynchronous scheduling, `next_stamp` the next place in the order of running sequences."""
 
     head: Int[Array, ""]
     back: Int[Array, ""]
@@ -58,12 +63,14 @@ class Rank(eqx.Module):
     forming_computed: Int[Array, ""]
     forming_known: Int[Array, ""]
     tail: Int[Array, ""]
+    next_stamp: Int[Array, ""]
 
 
 class Batch(eqx.Module):
     """Sequences that decode together, on the lazy token clock: after `counter` iterations a sequence holds
     `d + counter` tokens, and only `count` and the sum of `d` are kept. `joining*` are those whose prompt
-    completes in the iteration being formed or in flight; `chunk_*` its prompt chunks."""
+    completes in the iteration being formed or in flight; `chunk_*` its prompt chunks; `stalled*` those that sit
+    it out (their offsets were lowered by one in advance, so that the common clock is right for them too)."""
 
     counter: Int[Array, ""]
     count: Int[Array, ""]
@@ -75,6 +82,8 @@ class Batch(eqx.Module):
     num_chunks: Int[Array, ""]
     chunk_tokens: Int[Array, ""]
     chunk_context: Int[Array, ""]
+    stalled: Int[Array, ""]
+    stalled_offsets: Int[Array, ""]
     num_iterations: Int[Array, ""]
 
 
@@ -90,7 +99,8 @@ class Clocks(eqx.Module):
     """The float half: start and pace of the iteration in flight, and integrals over time (two-float).
 
     first_s: the first iteration; then iteration j takes `pace_s + j * growth_s`. `gap_s`: time for which
-    sequences past their prompt have waited on prompt-only iterations. busy: seconds; running: sequence-seconds;
+    sequences past their prompt have waited on prompt-only iterations. `ratio` of expected outputs that admission
+    reserves for. busy: seconds; running: sequence-seconds;
     held: block-seconds.
     """
 
@@ -100,6 +110,7 @@ class Clocks(eqx.Module):
     growth_s: Float[Array, ""]
     chunk_pairs: Float[Array, ""]
     gap_s: Float[Array, ""]
+    ratio: Float[Array, ""]
     busy: Time
     running: Time
     held: Time
@@ -124,9 +135,9 @@ class World(eqx.Module):
     counts: Int[Array, "instances count_fields"]
     clocks: Float[Array, "instances clock_fields"]
     residues: Int[Array, "instances block_size"]
-    # Slots: packed completion keys, (request, offset, reserved blocks), the running list, free slots.
+    # Slots: packed completion keys, entries (columns above), the running list, free slots.
     slot_keys: Int[Array, "instances slot_width"]
-    slot_entries: Int[Array, "instances slot_width 3"]
+    slot_entries: Int[Array, "instances slot_width entry_fields"]
     slot_previous: Int[Array, "instances slot_width"]
     slot_next: Int[Array, "instances slot_width"]
     free_slots: Int[Array, "instances slot_width"]
@@ -162,11 +173,11 @@ def empty_clocks() -> Clocks:
     """An executor that has not run yet."""
     zero = jnp.float32(0)
     at_zero = Time(zero, zero)
-    return Clocks(at_zero, zero, zero, zero, zero, zero, at_zero, at_zero, at_zero)
+    return Clocks(at_zero, zero, zero, zero, zero, zero, zero, at_zero, at_zero, at_zero)
 
 
-def initial_world(dims: Dims) -> World:
-    """All queues empty, all pools free, time zero."""
+def initial_world(dims: Dims, entry_fields: int = 3, ratio_start: Float[Array, ""] | float = 0.0) -> World:
+    """All queues empty, all pools free, time zero. `entry_fields`: columns of `slot_entries` in use."""
     instances, width, rows = dims.num_instances, dims.slot_width, dims.num_requests + 1
 
     def ints(*shape, value=0):
@@ -183,9 +194,10 @@ def initial_world(dims: Dims) -> World:
         epoch=ints(), steps=ints(), next_arrival=ints(), num_finished=ints(), num_logged=ints(), fault=ints(),
         is_frozen=ints(),
         wake_hi=clock.never((instances,)).hi, wake_lo=floats(instances), phase=ints(instances, value=IDLE), outstanding=ints(instances),
-        counts=repeated(empty_counts(dims)), clocks=repeated(empty_clocks()),
+        counts=repeated(empty_counts(dims)),
+        clocks=repeated(replace(empty_clocks(), ratio=jnp.asarray(ratio_start, jnp.float32))),
         residues=ints(instances, dims.block_size),
-        slot_keys=ints(instances, width, value=packed.EMPTY), slot_entries=ints(instances, width, 3),
+        slot_keys=ints(instances, width, value=packed.EMPTY), slot_entries=ints(instances, width, entry_fields),
         slot_previous=ints(instances, width, value=dims.null_slot),
         slot_next=ints(instances, width, value=dims.null_slot),
         free_slots=jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[::-1] - (width - dims.num_slots),

@@ -82,7 +82,7 @@ def uniforms(key: PRNGKeyArray, count: int, width: int = 1) -> Float[np.ndarray,
     with _host_draws():
         bits = jax.random.bits(_on_host(key), (_padded(count), width), dtype=jnp.uint32)
         bits = np.asarray(bits)[:count]
-    return (bits.astype(np.float64) + 0.0) * 2.0**-32
+    return (bits.astype(np.float64) + 0.5) * 2.0**-32
 
 
 def routing_uniforms(seed: int | PRNGKeyArray, count: int) -> Float[np.ndarray, "requests 2"]:

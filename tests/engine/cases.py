@@ -55,7 +55,7 @@ def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size
     need = -(-(model_len if flags.reserve in ("max_model_len", "expected") else largest) // block_size)
     watermark = int(rng.integers(0, 3)) if flags.reserve == "prompt" else 0
     if flags.reserve == "expected":
-        need = need + 20 * seqs // block_size
+        need = need + flags.retract_free_tokens * seqs // block_size
     blocks = need + watermark + int(rng.integers(0, 2 * need * min(seqs, 4)))
     a, b = 2.0**-6, 2.0**-9
     c, d, e = 2.0**-12, 2.0**-8, 2.0**-14

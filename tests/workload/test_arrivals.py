@@ -1,5 +1,6 @@
 """Arrival processes against theory: gaps, dispersion, modulation, and the sharing of random numbers."""
 
+import contextlib
 import math
 
 import jax
@@ -89,7 +90,9 @@ def test_seeds_differ_and_keys_equal_seeds(name):
 
 def test_draws_ignore_session_flags():
     before = Gamma(2.0).unit_times(0, 1000)
-    with jax.enable_x64(True), jax.threefry_partitionable(False):
+    x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    sequential = getattr(jax, "threefry_partitionable", lambda _: contextlib.nullcontext())
+    with x64(True), sequential(False):
         after = Gamma(2.0).unit_times(0, 1000)
     np.testing.assert_array_equal(before, after)
 
@@ -164,7 +167,7 @@ def test_mmpp2_rate_and_dispersion(process):
 def test_mmpp2_starts_stationary():
     process = MMPP2(math.inf, 10.0, 30.0)
     early = [np.sum(process.unit_times(seed, 40) < 1.0) for seed in range(300)]
-    # A start in the burst (probability 1/4) brings 4 in the first mean gap: mean 1, standard deviation about 1.9.
+    # A start in the burst (probability 1/4) brings 4 in the first mean gap: mean 1, deviation about 1.9.
     assert np.mean(early) == pytest.approx(1.0, abs=4 * 1.9 / math.sqrt(300))
 
 

@@ -1,0 +1,95 @@
+"""`vllm serve` lines: taken over, ignored with a word, or refused."""
+
+import warnings
+
+import pytest
+
+from jaxsim._core.errors import InputError
+from jaxsim.spec.vllm import IgnoredFlagsWarning, import_vllm
+
+
+def imported(line, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scenario = import_vllm(line, device="h100", **options)
+    return scenario, " ".join(str(w.message) for w in caught if w.category is IgnoredFlagsWarning)
+
+
+def test_flags_are_taken_over():
+    scenario, ignored = imported(
+        "vllm serve meta-llama/Llama-3.1-8B-Instruct --tensor-parallel-size 2 --max-num-seqs=128"
+        " --max_num_batched_tokens 4096 --max-model-len 16k --block-size 32 --gpu-memory-utilization 0.85"
+        " --no-enable-prefix-caching --async-scheduling --scheduling-policy priority --kv-cache-dtype fp8"
+        " --num-gpu-blocks-override 5000 --enforce-eager --enable-expert-parallel --dtype auto")
+    engine = scenario.engine
+    assert scenario.model.name == "meta-llama/Llama-3.1-8B-Instruct" and scenario.device.name == "h100"
+    assert (engine.tensor_parallel_size, engine.max_num_seqs, engine.max_num_batched_tokens) == (2, 128, 4096)
+    assert (engine.max_model_len, engine.block_size, engine.gpu_memory_utilization) == (16000, 32, 0.85)
+    assert engine.async_scheduling and engine.enforce_eager and engine.enable_expert_parallel
+    assert (engine.scheduling_policy, engine.kv_cache_dtype, engine.num_gpu_blocks_override) == (
+        "priority", "fp8", 5000)
+    assert engine.dtype is None and ignored == ""
+
+
+def test_switches_can_be_off_or_spelled_out():
+    off, _ = imported("vllm serve m --no-enable-chunked-prefill --max-num-seqs 4")
+    assert off.engine.enable_chunked_prefill is False
+    spelled, _ = imported("vllm serve m --enable-chunked-prefill False --async-scheduling true -tp 4")
+    assert spelled.engine.enable_chunked_prefill is False and spelled.engine.async_scheduling is True
+    assert spelled.engine.tensor_parallel_size == 4
+
+
+def test_what_plays_no_part_is_listed():
+    _, ignored = imported("HF_HOME=/x vllm serve --trust-remote-code m --port 8000 --host 0.0.0.0"
+                          " --api-key k")
+    for flag in ("--trust-remote-code", "--port", "--host", "--api-key", "prefix caching"):
+        assert flag in ignored
+    scenario, _ = imported("vllm serve --trust-remote-code m")
+    assert scenario.model.name == "m"
+
+
+def test_other_ways_to_start_it():
+    assert imported("python -m vllm.entrypoints.openai.api_server --model a/b -q awq")[0].dtype == "int4"
+    wrapped = "docker run --gpus all image \\\n  vllm serve \\\n  a/b --max-num-seqs 7"
+    assert imported(wrapped)[0].engine.max_num_seqs == 7
+
+
+def test_data_parallel_ranks_are_replicas_unless_they_step_together():
+    assert imported("vllm serve m -dp 4")[0].cluster.replicas == 4
+    with pytest.raises(InputError, match="step together"):
+        imported("vllm serve m -dp 4 --enable-expert-parallel")
+
+
+@pytest.mark.parametrize("line, says", [
+    ("vllm serve m --speculative-config '{}'", "--speculative-config.*not simulated"),
+    ("vllm serve m --enable-lora", "--enable-lora = True: changes the timing"),
+    ("vllm serve m --cpu-offload-gb 10", "--cpu-offload-gb"),
+    ("vllm serve m --quantization bitsandbytes", "--quantization"),
+    ("vllm serve m --enable-prefix-caching", "prefix caching is not there yet"),
+    ("vllm serve m --pipeline-parallel-size 2", "pipeline_parallel_size.*not there yet"),
+    ("vllm serve m --max-num-seq 4", "did you mean 'max-num-seqs'"),
+    ("vllm serve m --max-num-seqs", "has no value"),
+    ("vllm serve m --max-num-seqs four", "engine.max_num_seqs = 'four'"),
+    ("vllm serve m --block-size 12", "engine.block_size = 12"),
+    ("vllm serve m n", "a second model"),
+    ("vllm serve --port 1", "names no model"),
+    ("vllm serve 'm", "cannot be split"),
+    ("ollama run m", "not a vLLM server"),
+])
+def test_refusals(line, says):
+    with pytest.raises(InputError, match=says):
+        imported(line)
+
+
+def test_harmless_values_of_refused_flags_pass():
+    imported("vllm serve m --cpu-offload-gb 0 --max-num-partial-prefills 1 --swap-space 8")
+
+
+def test_the_rest_comes_from_the_base():
+    base = {"workload": {"kind": "batch", "input": 9, "output": 9}, "slo": {"ttft_ms": 9.0},
+            "cluster": {"router": "random"}}
+    scenario, _ = imported("vllm serve m -dp 2", base=base, preset="vllm-v1@0.19")
+    assert scenario.slo.ttft_ms == 9.0 and scenario.workload.kind == "batch"
+    assert (scenario.cluster.replicas, scenario.cluster.router) == (2, "random")
+    assert scenario.engine.preset == "vllm-v1@0.19"
+    assert base["cluster"] == {"router": "random"}

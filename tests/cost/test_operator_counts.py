@@ -1,0 +1,107 @@
+"""Operator counts against published algebra: MLA and MoE tables, weights and FLOP of whole passes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsim.cost import operators
+from jaxsim.cost.operators import attention_work, distinct_experts, head_work, token_work
+from jaxsim.spec.model import ModelSpec, load_model
+from jaxsim.spec.plan import Plan, weight_format
+
+BF16 = weight_format("bfloat16")
+
+# Expected distinct experts under uniform top-k, for 1, 2, 4, ..., 256 tokens, to the printed digits.
+DISTINCT = {
+    (8, 2): "2.0 3.5 5.5 7.2 7.9 8.0 8.0 8.0 8.0",
+    (16, 4): "4.0 7.0 10.9 14.4 15.8 16.0 16 16 16",
+    (64, 6): "6.0 11.4 20.8 34.9 50.8 61.3 63.9 64 64",
+    (128, 8): "8.0 15.5 29.1 51.6 82.4 111.8 125.9 128 128",
+    (256, 8): "8.0 15.8 30.5 57.4 102 163 222 252 256",
+}
+
+
+def moe(experts, per_token):
+    return ModelSpec(name="moe", layers=1, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=0, vocab=100,
+                     max_position=64, experts=experts, experts_per_token=per_token, moe_ffn=32)
+
+
+@pytest.mark.parametrize("experts, per_token", DISTINCT)
+def test_distinct_experts(experts, per_token):
+    model, tokens = moe(experts, per_token), jnp.asarray([2.0 ** i for i in range(9)])
+    expected = DISTINCT[experts, per_token].split()
+    for value, printed in zip(distinct_experts(model, tokens), expected, strict=True):
+        assert abs(float(value) - float(printed)) <= 0.5 * 10.0 ** -len(printed.partition(".")[2]) * 1.02
+    assert np.all(distinct_experts(model, tokens, operators.TOPK) == per_token)
+    assert np.all(distinct_experts(model, tokens, operators.ALL) == experts)
+
+
+def test_latent_attention():
+    """Absorbed decode: 278,528 FLOP over 1,152 bytes; prefill: 81,920 FLOP a query-key pair (DeepSeek-V3)."""
+    work = attention_work(load_model("deepseek-v3"), Plan(), 2)
+    assert (work.decode_flops, work.decode_bytes) == (278528, 1152)
+    # A unit of prefill_pairs is half a pair.
+    assert 2 * work.pair_flops == 81920
+    assert work.chunk_flops == 2 * 512 * 128 * (128 + 128)
+    # The cache is not sharded, the heads are.
+    split = attention_work(load_model("deepseek-v3"), Plan(tensor_parallel_size=8), 2)
+    assert (split.decode_flops, split.decode_bytes) == (278528 / 8, 1152)
+
+
+def test_grouped_query_attention():
+    """Arithmetic intensity of decode is 2 (H / K) / b: 8 FLOP a byte for 8-way groups in 16 bits."""
+    work = attention_work(load_model("llama-3.1-70b"), Plan(), 2)
+    assert work.decode_flops / work.decode_bytes == 8
+    assert (work.full_layers, work.window_layers) == (80, 0)
+    oss = attention_work(load_model("gpt-oss-120b"), Plan(), 2)
+    assert (oss.full_layers, oss.window_layers) == (18, 18)
+    assert attention_work(load_model("llama-3.1-70b"), Plan(), 1).decode_bytes == work.decode_bytes / 2
+
+
+def all_work(model, plan, tokens):
+    return token_work(model, plan, BF16, jnp.asarray(tokens)) + head_work(model, plan, BF16,
+                                                                          jnp.asarray(tokens))
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-7b", "qwen3-32b", "opt-13b", "mixtral-8x7b",
+                                  "qwen3-30b-a3b", "deepseek-v3", "gpt-oss-120b", "dbrx"])
+def test_every_weight_is_read_once_and_multiplied_once(name):
+    model = load_model(name)
+    works = all_work(model, Plan(), 1.0)
+    # Embedding rows are looked up, biases and norms are not matrix products.
+    small = model.embedding_parameters - model.tie_embeddings * model.vocab * model.hidden
+    weights = model.num_active_parameters - small
+    read = sum(w.calls * float(w.weight_bytes) for w in works) / 2
+    assert read == pytest.approx(weights, rel=2e-3)
+    assert sum(w.calls * float(w.flops) for w in works) == pytest.approx(2 * read, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-70b", "mixtral-8x7b", "deepseek-v3"])
+def test_tensor_parallelism_shares_the_work(name):
+    model = load_model(name)
+    one = sum(w.calls * float(w.flops) for w in all_work(model, Plan(), 64.0))
+    four = sum(w.calls * float(w.flops) for w in all_work(model, Plan(tensor_parallel_size=4), 64.0))
+    assert one / 4 <= four < 1.25 * one / 4
+    reduced = [w for w in all_work(model, Plan(tensor_parallel_size=4), 64.0) if w.name == "all_reduce"]
+    assert reduced[0].calls == 2 * model.layers + 1
+    assert float(reduced[0].message_bytes) == 64 * model.hidden * 2
+
+
+def test_expert_parallelism_exchanges_tokens():
+    model = load_model("deepseek-v3")
+    plan = Plan(data_parallel_size=8, enable_expert_parallel=True)
+    works = {w.name: w for w in all_work(model, plan, 32.0)}
+    # Dispatch and combine: k copies of each token, there and back.
+    assert float(works["expert_exchange"].message_bytes) == 2 * 32 * 8 * 7168 * 2
+    assert "all_reduce" not in works
+    # 256 tokens over 8 ranks touch what 256 tokens touch in all, an eighth of it each.
+    alone = {w.name: w for w in all_work(model, Plan(), 256.0)}
+    assert float(works["experts"].weight_bytes) == pytest.approx(float(alone["experts"].weight_bytes) / 8)
+    # The busiest rank carries more than its share.
+    assert float(works["experts"].flops) > float(alone["experts"].flops) / 8
+
+
+def test_pipeline_hops():
+    works = {w.name: w for w in all_work(load_model("llama-3.1-70b"), Plan(pipeline_parallel_size=4), 10.0)}
+    assert works["stage_hop"].calls == 3
+    assert float(works["stage_hop"].message_bytes) == 2 * 10 * 8192 * 2

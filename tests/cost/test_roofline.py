@@ -1,0 +1,231 @@
+"""The roofline: limits, monotonicity, gradients, and figures of real systems."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsim._core.errors import InputError
+from jaxsim.cost.base import BatchStats
+from jaxsim.cost.roofline import CUDA_GRAPH_SIZES, PRIORS, pad_to_graph, roofline
+from jaxsim.spec.device import load_device
+from jaxsim.spec.model import load_model
+from jaxsim.spec.plan import Plan
+
+try:
+    from jax import enable_x64
+except ImportError:  # before JAX 0.8
+    from jax.experimental import enable_x64
+
+
+def make(model, device="h100", tensor_ranks=1, dtype="bfloat16", **rest):
+    return roofline(load_model(model), load_device(device), Plan(tensor_parallel_size=tensor_ranks), dtype,
+                    **rest)
+
+
+def prefill(tokens, history=0):
+    return BatchStats.of(num_prefill=1, prefill_tokens=tokens, prefill_context=history + tokens,
+                         prefill_pairs=float((history + tokens) ** 2 - history ** 2))
+
+
+# Figures of real systems: what a prior should hit before any calibration.
+
+@pytest.mark.parametrize("decode, context, measured_ms", [(1, 100, 11.3), (128, 128 * 1200, 27.3)])
+def test_decode_step_of_8b_on_an_rtx_pro_6000(decode, context, measured_ms):
+    """Source: sum of vLLM 0.19 layer timings (casys-kaist/LLMServingSim); device lane only."""
+    step = make("llama-3.1-8b", "rtx_pro_6000").explain(BatchStats.of(decode, context))
+    assert 1e3 * step.device_s == pytest.approx(measured_ms, rel=0.06)
+
+
+def test_prefill_of_70b_on_two_h100():
+    """Source: microsoft/apex_plus, vLLM 0.6: mean TTFT 373 ms at low load,
+    about 13 of them outside the step."""
+    step = make("llama-3.1-70b", tensor_ranks=2, host="vllm-v0").explain(prefill(3017))
+    assert 1e3 * step.seconds == pytest.approx(360, rel=0.08)
+    assert step.bound == "compute"
+    assert 2 * step.flops == pytest.approx(438e12, rel=0.04)
+
+
+@pytest.mark.parametrize("tensor_ranks, all_reduce_s, measured_ms", [(2, 8e-6, 31.8), (4, 11e-6, 20.1),
+                                                                     (8, 17e-6, 13.83)])
+def test_decode_step_of_70b_under_vllm_06(tensor_ranks, all_reduce_s, measured_ms):
+    """Source: microsoft/apex_plus, chat at 0.25 requests/s,
+    with the NCCL latencies of the same repository."""
+    step = make("llama-3.1-70b", tensor_ranks=tensor_ranks, host="vllm-v0",
+                collective_s=all_reduce_s).explain(
+        BatchStats.of(1, 150))
+    assert 1e3 * step.seconds == pytest.approx(measured_ms, rel=0.08)
+
+
+@pytest.mark.parametrize("model, device, tensor_ranks, batch, context, measured_ms", [
+    # Mean time per output token of vLLM 0.15 (inference-sim), batch = rate x end-to-end time.
+    ("llama-2-7b", "h100", 1, 9, 715, 7.23), ("llama-2-7b", "h100", 1, 22, 715, 8.89),
+    ("llama-2-7b", "h100", 1, 17, 1758, 11.75),
+    ("llama-3.1-8b", "h100", 1, 15, 671, 7.50), ("llama-3.1-8b", "h100", 1, 45, 671, 8.95),
+    ("qwen3-14b", "h100", 1, 8, 671, 12.06), ("mistral-nemo", "h100", 1, 12, 690, 9.83),
+    ("mistral-nemo", "h100", 2, 4, 671, 5.97), ("codellama-34b", "h100", 2, 9, 671, 13.95),
+    ("mixtral-8x7b", "h100", 2, 38, 671, 19.17), ("llama-3.1-8b", "a100", 1, 8, 671, 12.25),
+    ("codellama-34b", "a100", 2, 16, 671, 26.34),
+])
+def test_decode_steps_under_vllm_015(model, device, tensor_ranks, batch, context, measured_ms):
+    step = make(model, device, tensor_ranks).explain(BatchStats.of(batch, batch * context),
+                                                     async_scheduling=True)
+    assert 1e3 * step.seconds == pytest.approx(measured_ms, rel=0.12)
+
+
+@pytest.mark.parametrize("batch, measured_ms", [(8, 12.85), (16, 17.55), (32, 22.57), (64, 28.94)])
+def test_expert_reads_grow_with_the_batch(batch, measured_ms):
+    """Source: ML.ENERGY, Qwen3-30B-A3B on H100, vLLM 0.11, median inter-token time."""
+    step = make("qwen3-30b-a3b").explain(BatchStats.of(batch, batch * 560))
+    assert 1e3 * step.seconds == pytest.approx(measured_ms, rel=0.1)
+
+
+# Limits
+
+def test_small_batches_stream_weights():
+    cost = make("llama-3.1-70b", tensor_ranks=4)
+    weights = 2 * (load_model("llama-3.1-70b").num_parameters - 2 * 128256 * 8192) / 4
+    bandwidth = 3.35e12 * PRIORS["weight_read_efficiency"]
+    bare = make("llama-3.1-70b", tensor_ranks=4, kernel_floor_s=0, elementwise_floor_s=0, attention_floor_s=0,
+                collective_s=0)
+    assert float(bare.token_seconds(jnp.asarray(1.0))) == pytest.approx(weights / bandwidth, rel=0.01)
+    # Sixteen tokens cost hardly more than one.
+    assert float(cost.token_seconds(jnp.asarray(16.0)) / cost.token_seconds(jnp.asarray(1.0))) < 1.05
+    assert cost.explain(BatchStats.of(1, 10)).bound == "memory"
+
+
+def test_large_batches_are_compute_bound():
+    model = load_model("llama-3.1-70b")
+    bare = make("llama-3.1-70b", tensor_ranks=4, link_bytes_per_s=1e18, elementwise_efficiency=1e6)
+    one, two = (float(bare.token_seconds(jnp.asarray(t))) for t in (16384.0, 32768.0))
+    flops = 2 * (model.num_parameters - 2 * 128256 * 8192) / 4 * 16384
+    assert two - one == pytest.approx(flops / (989.4e12 * PRIORS["gemm_efficiency"]), rel=0.01)
+    assert make("llama-3.1-70b", tensor_ranks=4).explain(prefill(16384)).bound == "compute"
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "mixtral-8x7b", "deepseek-v3", "gpt-oss-120b",
+                                  "mistral-7b"])
+def test_monotone(name):
+    cost = make(name, dtype="auto")
+    counts = jnp.arange(1.0, 4097.0)
+    for seconds in (cost.token_seconds(counts), cost.sampled_seconds(counts)):
+        assert np.all(np.diff(np.asarray(seconds)) >= -1e-9)
+    table = cost.tabulate(4096, 256)
+    attention = np.asarray(table.attention)
+    assert np.all(attention >= 0) and attention[0] + attention[1] > 0 and attention[4] > 0
+    # Faster parts never make a step slower; slower ones never faster.
+    stats = BatchStats.of(17, 17 * 900, 1, 300, 800, 800.0 ** 2 - 500 ** 2)
+    base = float(table.iteration(stats))
+    for field, sign in (("peak_flops", -1), ("memory_bytes_per_s", -1), ("gemm_efficiency", -1),
+                        ("weight_read_efficiency", -1), ("prefill_efficiency", -1), ("kernel_floor_s", 1),
+                        ("host_step_s", 1), ("sweep_s", 1), ("gemm_half_tokens", 1)):
+        changed = make(name, dtype="auto", **{field: 1.3 * float(getattr(cost, field))})
+        assert sign * (float(changed.tabulate(4096, 256).iteration(stats)) - base) >= -1e-9, field
+
+
+def test_number_formats():
+    eight, sixteen = make("llama-3.1-8b", dtype="fp8"), make("llama-3.1-8b")
+    small, large = BatchStats.of(1, 10), prefill(8192)
+    assert eight.explain(small).device_s < 0.75 * sixteen.explain(small).device_s
+    assert eight.explain(large).device_s < sixteen.explain(large).device_s
+    # No fp8 arithmetic on an A100: half the bytes, the same FLOP rate.
+    ampere = make("llama-3.1-8b", "a100", dtype="fp8")
+    assert float(ampere.peak_flops) == pytest.approx(312e12)
+    assert ampere.explain(small).device_s < make("llama-3.1-8b", "a100").explain(small).device_s
+    assert make("llama-3.1-8b", kv_dtype="fp8").attention_slopes()[0] * 2 == pytest.approx(
+        float(sixteen.attention_slopes()[0]))
+
+
+def test_latent_decode_sits_at_the_ridge():
+    """DeepSeek-V3 on H100: 0.383 ns a context token and layer in vLLM 0.19 (aiconfigurator)."""
+    slope = float(make("deepseek-v3", dtype="auto").attention_slopes()[0]) / 61
+    assert slope == pytest.approx(0.383e-9, rel=0.1)
+
+
+def test_windows():
+    oss = make("gpt-oss-120b", dtype="auto")
+    full, windowed, *_ = (float(x) for x in oss.attention_slopes())
+    assert full == windowed > 0
+    assert float(make("llama-3.1-8b").attention_slopes()[1]) == 0
+    # A window of 128 does not grow with the prompt; one of 4,096 is priced as full attention.
+    assert float(make("mistral-7b").attention_slopes()[4]) == float(
+        make("mistralai/Mistral-7B-v0.3").attention_slopes()[4])
+
+
+def test_links():
+    inside, outside = make("llama-3.1-70b", tensor_ranks=8), make("llama-3.1-70b", tensor_ranks=16)
+    assert float(inside.link_bytes_per_s) == pytest.approx(450e9)
+    assert float(outside.link_bytes_per_s) == pytest.approx(50e9)
+    assert make("llama-3.1-70b", "l40s", 8).explain(prefill(4096)).bound == "network"
+
+
+def test_host_lane():
+    cost, stats = make("llama-3.2-1b"), BatchStats.of(1, 10)
+    graphs, eager = cost.explain(stats), cost.explain(stats, cuda_graphs=False)
+    assert eager.bound == "host" and eager.seconds > 2 * graphs.seconds and graphs.bound == "memory"
+    assert cost.explain(stats, async_scheduling=True).serial_s < graphs.serial_s
+    assert make("llama-3.2-1b", host="none").explain(stats).serial_s == 0
+    assert make("mixtral-8x22b", tensor_ranks=8).num_kernels > 56 * 20
+
+
+def test_cuda_graph_padding():
+    counts = np.arange(0, 600)
+    padded = pad_to_graph(counts)
+    assert np.all(padded >= counts) and padded[0] == 0 and padded[3] == 4 and padded[9] == 16
+    assert set(padded[1:513]) == set(CUDA_GRAPH_SIZES) and np.all(padded[513:] == counts[513:])
+
+
+def test_explain_adds_up():
+    for stats in (BatchStats.of(7, 7000), prefill(700, 300), BatchStats.of(20, 30000, 1, 512, 600, 3.5e5)):
+        for name, ranks in (("llama-3.1-70b", 2), ("deepseek-v3", 8), ("gpt-oss-20b", 1)):
+            step = make(name, "h200", ranks, "auto").explain(stats)
+            assert step.seconds == pytest.approx(step.serial_s + max(step.launch_s, step.device_s))
+            assert sum(o.seconds for o in step.operators) == pytest.approx(step.device_s)
+            assert all(o.seconds >= 0 and o.flops >= 0 and o.bytes >= 0 for o in step.operators)
+            assert 0 < step.flops < 989.4e12 * 2 * step.device_s
+            assert 0 < step.bytes < 4.8e12 * step.device_s
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="did you mean .*gemm_efficiency"):
+        make("llama-3.1-8b", gem_efficiency=0.5)
+    with pytest.raises(InputError, match="must be positive"):
+        make("llama-3.1-8b", memory_bytes_per_s=-1.0)
+    with pytest.raises(InputError, match="vllm-v1"):
+        make("llama-3.1-8b", host="vllm-v2")
+    with pytest.raises(InputError, match="distinct_experts"):
+        make("llama-3.1-8b", distinct_experts="some")
+    with pytest.raises(InputError, match="does not divide"):
+        make("llama-3.1-8b", tensor_ranks=3)
+
+
+# Gradients
+
+@pytest.mark.parametrize("name, tensor_ranks", [("llama-3.1-8b", 2), ("deepseek-v3", 8), ("gpt-oss-20b", 1)])
+def test_gradients_of_table_entries(name, tensor_ranks):
+    """Every leaf, against central differences in float64, at entries that do not sit on a kink."""
+    with enable_x64(True):
+        cost = make(name, tensor_ranks=tensor_ranks, dtype="auto")
+        leaves, structure = jax.tree.flatten(cost)
+        assert all(leaf.dtype == jnp.float64 for leaf in leaves)
+
+        @jax.jit
+        def entries(leaves):
+            table = jax.tree.unflatten(structure, leaves).tabulate(600, 40)
+            parts = (table.by_tokens[jnp.asarray([1, 20, 50])], table.by_sampled[jnp.asarray([1, 20])],
+                     table.by_sequences[jnp.asarray([1, 33])].ravel(), table.attention)
+            return jnp.concatenate(parts)
+
+        # Each entry in units of itself, mixed with random weights, so that small ones count too.
+        size = np.asarray(entries(leaves))
+        weights = np.random.default_rng(0).uniform(0.5, 1.5, size.shape) / np.where(size > 0, size, 1.0)
+        total = jax.jit(lambda leaves: jnp.sum(weights * entries(leaves)))
+        exact = jax.jit(jax.grad(total))(leaves)
+        moved = 0.0
+        for i, leaf in enumerate(leaves):
+            step = 1e-5 * max(float(leaf), 1e-6)
+            up, down = (float(total([*leaves[:i], leaf + s, *leaves[i + 1:]])) for s in (step, -step))
+            elasticity = float(exact[i]) * max(float(leaf), 1e-6)
+            assert elasticity == pytest.approx((up - down) / 2e-5, rel=1e-5, abs=1e-7), i
+            moved += abs(elasticity)
+        assert moved > 0.9 * np.sum(size > 0)
