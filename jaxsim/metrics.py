@@ -255,6 +255,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "slo": _slo_group(measured, slo, met),
         "queueing": _milliseconds(measured["queue_s"].to_numpy()),
         "preemptions": _preemption_group(measured),
+        "tenants": _tenants_group(lane, measured, met),
         "kv": _kv_group(lane),
         "utilisation": _utilisation_group(lane),
         "num_requests": len(measured),
@@ -316,6 +317,22 @@ def _preemption_group(frame: pd.DataFrame) -> dict[str, Any]:
             "mean_stall_ms": float(hit["stall_s"].mean() * 1e3) if len(hit) else None}
 
 
+def _tenants_group(lane: LaneResult, frame: pd.DataFrame, met: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The main figures of every class of requests, where there are several."""
+    if len(lane.tenant_names) < 2:
+        return {}
+    group: dict[str, Any] = {}
+    for name in lane.tenant_names:
+        is_mine = (frame["tenant"] == name).to_numpy()
+        mine = frame[is_mine & (frame["status"] == STATUS_NAMES[FINISHED]).to_numpy()]
+        group[name] = {"completed": len(mine), "failed": int(is_mine.sum()) - len(mine),
+                       "attainment": float(met["all"][is_mine].mean()) if met and is_mine.any() else None}
+        for latency, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("e2el", "e2e_s")):
+            summary = _distribution(mine[column].to_numpy())
+            group[name] |= {f"{s}_{latency}_ms": summary[s] for s in ("mean", "p50", "p99")}
+    return group
+
+
 def _kv_group(lane: LaneResult) -> dict[str, Any]:
     capacity, duration_s = lane.num_blocks, lane.duration_s
     if not capacity:
@@ -343,14 +360,6 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        group, _, name = key.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[name] = value
-    return nested
-
-
 def interval(values: Sequence[float | None], level: float = 0.95) -> Interval:
     """Student-t interval of a mean over independent runs; None from fewer than two values."""
     numbers = np.array([v for v in values if v is not None], np.float64)
@@ -366,11 +375,14 @@ def combine(runs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str
     A metric that some seeds lack is averaged over those that have it. `unstable` is what most seeds say,
     `fault` the first, `slo.separate_p90` what most say.
     """
-    flat = [flatten(run) for run in runs]
     means: dict[str, Any] = {}
     intervals: dict[str, Interval] = {}
-    for key in flat[0]:
-        values = [run[key] for run in flat if run[key] is not None]
+    for key, first in runs[0].items():
+        if isinstance(first, Mapping):
+            means[key], inner = combine([run[key] for run in runs])
+            intervals |= {f"{key}.{name}": ends for name, ends in inner.items()}
+            continue
+        values = [run[key] for run in runs if run[key] is not None]
         if not values:
             means[key] = None
         elif isinstance(values[0], bool):
@@ -382,7 +394,7 @@ def combine(runs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str
             is_count = all(isinstance(v, int) for v in values) and mean == int(mean)
             means[key] = int(mean) if is_count else mean
             intervals[key] = interval(values)
-    return _nest(means), intervals
+    return means, intervals
 
 
 class Result:

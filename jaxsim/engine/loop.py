@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsim.engine.step import Params, apply, next_arrival_time, step
-from jaxsim.kernels import clock, packed
+from jaxsim.kernels import bitmap, clock, packed
 from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
@@ -57,7 +57,9 @@ def rebase(dims: Dims, requests: Requests, world: World) -> World:
 def run(dims: Dims, params: Params, requests: Requests) -> World:
     """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
     rules = params.batching
-    world = jax.vmap(lambda ratio: w.initial_world(dims, 5 if rules.scans_slots else 3, ratio))(rules.ratio_start)
+    fields = 5 if rules.scans_slots else 3
+    words = bitmap.num_words(dims.num_requests) if rules.order == "priority" else 1
+    world = jax.vmap(lambda ratio: w.initial_world(dims, fields, words, ratio))(rules.ratio_start)
     is_true = requests.count[0] >= 0 if jax.default_backend() == "cpu" else None
     # The writes of a step travel to the next packed, whatever their number.
     packing = packed.Packing()

@@ -162,7 +162,7 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost,
 def make_requests(workload: Workload, num_requests: int) -> Requests:
     """The workload as the loop reads it, padded."""
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,
-                         workload.uniforms, num_requests)
+                         workload.uniforms, num_requests, workload.priority)
 
 
 def step_limit(workload: Workload) -> int:

@@ -20,14 +20,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats
-from jaxsim.kernels import clock, packed, residues
+from jaxsim.kernels import bitmap, clock, packed, residues
 from jaxsim.kernels.fence import Fence
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import AbstractRouting, View
 from jaxsim.spec.dims import NUM_ITL_BINS, Dims
 from jaxsim.state import world as w
-from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PROMPT, Requests
+from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PROMPT, RANK, Requests
 from jaxsim.state.world import Batch, Clocks, Counts, Executor, Rank, World
 
 FREEZE_S = 1.5 * clock.EPOCH_S
@@ -368,13 +368,11 @@ def begin_pass(params: Params, is_passing: Bool[Array, ""], counts: Counts) -> C
     if params.batching.async_scheduling:
         is_blind = is_fresh & (rank.running == 0) & (rank.visible == 0)
         rank = replace(rank, visible=jnp.where(is_blind, rank.waiting, rank.visible))
+    if params.batching.order == "priority":
+        rank = replace(rank, cursor=jnp.where(is_fresh, -1, rank.cursor))
     return Counts(
-        replace(ex, progress=jnp.where(is_fresh, _PASS | was_empty, ex.progress)), rank,
+        replace(ex, progress=jnp.where(is_fresh, w.PASS | was_empty, ex.progress)), rank,
         replace(batch, budget=jnp.where(is_fresh, params.batching.max_num_batched_tokens - decodes, batch.budget)))
-
-
-_PASS = 1 << 6
-"""Set while a pass is under way, so that its progress is never zero."""
 
 
 def has(counts: Counts, flag: int) -> Bool[Array, ""]:
@@ -424,6 +422,8 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     computed = jnp.where(is_forming, rank.forming_computed, 0)
     rest = known - computed
     chunk = jnp.minimum(rest, batch.budget) if rules.chunked_prefill else rest
+    if rules.order == "priority":
+        chunk = jnp.where(is_forming & has(counts, w.CHUNKED), rank.forming_chunk, chunk)
     reserved = {
         "none": blocks_for(chunk, dims), "prompt": blocks_for(known, dims),
         "expected": blocks_for(known, dims), "max_tokens": blocks_for(prompt + max_tokens, dims),
@@ -505,7 +505,7 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
     if rules.scans_slots:
         stamp = batch.num_iterations if rules.reserve == "expected" else rank.next_stamp
-        entry += [prompt, stamp]
+        entry += [lengths[RANK] if rules.order == "priority" else prompt, stamp]
     placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
     is_held = (rank.running >= rules.max_num_seqs) | (is_head_tried & ~is_admitted & is_held)
     return counts, times, residue_row, placed, is_held, can_go_on
@@ -559,16 +559,16 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
     return counts, choose(is_starting, times_now, times), Plan(is_starting, first_end, end, stats)
 
 
-def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts, residue_row, request, offset,
-            previous, known_prompt):
+def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts, residue_row, slot, request,
+            offset, previous, known_prompt):
     """Take a sequence off the batch: all its blocks, back to the front of the queue.
 
-    request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues and the
+    slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues and the
     tokens it has emitted.
     """
     rank, batch = counts.rank, counts.batch
     null = jnp.int32(dims.null_slot)
-    is_forming = rank.forming_slot != null if params.batching.chunked_prefill else jnp.bool_(False)
+    is_forming = (slot == rank.forming_slot) & (slot != null)
     held_tokens = jnp.where(is_forming, rank.forming_computed, offset + batch.counter)
     if params.batching.reserve != "none":
         held_tokens = jnp.where(is_forming, rank.forming_known, held_tokens)
@@ -659,6 +659,60 @@ def stall(counts: Counts, slots: Slots, is_stalled: Bool[Array, " slot_width"], 
     return replace(counts, batch=batch), keys, entries
 
 
+def walk(dims: Dims, params: Params, wants_decode, may_preempt, counts: Counts, slots: Slots, residue_row):
+    """vLLM V1's loop over running sequences under PRIORITY, one look a step, and only when blocks run short.
+
+    In the order of admission every sequence takes its block; where none is left the running sequence with the
+    largest (priority, arrival) is preempted and the same one tried again; if that is the very one, the loop ends
+    and those behind it sit out this iteration. The forming prompt comes last, with the chunk it had when it was
+    first tried.
+
+    Returns counts, residues, whether the pass must go on with another step, whether it preempts in this one and
+    whom, blocks the decodes take, the executor's keys and entries, and whether the loop ended early.
+    """
+    rank, batch = counts.rank, counts.batch
+    null = jnp.int32(dims.null_slot)
+    free = params.batching.num_blocks - rank.used_blocks
+    is_decoding = slots.is_decoding
+    stamp = slots.entries[:, w.STAMP]
+    crosses = is_decoding & (((slots.entries[:, w.OFFSET] + batch.counter) & (dims.block_size - 1)) == 0)
+    crossing = jnp.sum(crosses)
+    is_forming = rank.forming_slot != null
+    is_over = wants_decode & has(counts, w.ENDED)
+    # The forming prompt is reached once all others fit; from then on its chunk stays.
+    reaches_forming = wants_decode & is_forming & (crossing <= free) & ~has(counts, w.CHUNKED) & ~is_over
+    chunk = jnp.minimum(rank.forming_known - rank.forming_computed, batch.budget)
+    chunk = jnp.where(has(counts, w.CHUNKED), rank.forming_chunk, chunk)
+    rank = replace(rank, forming_chunk=jnp.where(reaches_forming, chunk, rank.forming_chunk))
+    grown = blocks_for(rank.forming_computed + chunk, dims) - blocks_for(rank.forming_computed, dims)
+    grown = jnp.where(is_forming, grown, 0)
+    is_short_of_decodes = crossing > free
+    is_short = wants_decode & ~is_over & (is_short_of_decodes | (crossing + grown > free))
+    # Who lacks a block: the next crossing sequence behind the cursor, once those before it used up the free ones.
+    before = jnp.sum(crosses & (stamp <= rank.cursor))
+    following = jnp.min(jnp.where(crosses & (stamp > rank.cursor), stamp, packed.EMPTY))
+    is_advancing = is_short & is_short_of_decodes & (before < free)
+    forming_stamp = stamp[rank.forming_slot]
+    lacking = jnp.where(is_short_of_decodes, following, forming_stamp)
+    is_candidate = is_decoding | ((jnp.arange(dims.slot_width) == rank.forming_slot) & is_forming)
+    victim = jnp.argmax(jnp.where(is_candidate, slots.entries[:, w.PROMPT], -1)).astype(jnp.int32)
+    is_preempting = is_short & ~is_advancing & may_preempt
+    ends = is_preempting & (stamp[victim] == lacking)
+    cursor = jnp.where(is_advancing, following, jnp.where(ends, lacking, rank.cursor))
+    counts = replace(counts, rank=replace(rank, cursor=cursor))
+    counts = mark(mark(counts, reaches_forming, w.CHUNKED), ends, w.ENDED)
+    # After an early end, those before the cursor go ahead.
+    goes = is_decoding & (stamp < rank.cursor)
+    is_stalling = is_over & jnp.any(goes)
+    stalled, keys, entries = stall(counts, slots, is_stalling & is_decoding & ~goes, dims.slot_bits)
+    residue = entries[:, w.OFFSET] & (dims.block_size - 1)
+    recounted = jnp.sum((residue[:, None] == jnp.arange(dims.block_size)) & is_decoding[:, None], axis=0)
+    residue_row = jnp.where(is_stalling, recounted.astype(jnp.int32), residue_row)
+    crossing = jnp.where(is_over, jnp.sum(crosses & goes), crossing)
+    return (choose(is_stalling, stalled, counts), residue_row, is_short, is_preempting, victim, crossing, keys,
+            entries, is_over)
+
+
 def limit_context(dims: Dims, rules: Batching, is_any: Bool[Array, ""], counts: Counts, slots: Slots):
     """Decodes as a queue: from its front while their context fits the limit; then those go to the back.
 
@@ -727,7 +781,16 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
     arriving = world.next_arrival
     is_queued_behind = event.is_arrival & (counts.rank.waiting > 0)
     link_from, link_to = jnp.where(is_queued_behind, counts.rank.back, scratch), arriving
-    is_cut = (event.is_arrival & (phase == w.ENDING) & (counts.executor.extra > 0) & (counts.rank.waiting == 0)
+    is_first_in_line = counts.rank.waiting == 0
+    if rules.order == "priority":
+        def read(position):
+            return take(world.waiting_set, e, position)
+
+        arriving_rank = take(requests.table, arriving)[RANK]
+        best = bitmap.smallest(read, dims.num_requests)
+        is_first_in_line = is_first_in_line | (arriving_rank < best)
+        best = jnp.where(event.is_arrival & is_first_in_line, arriving_rank, best)
+    is_cut = (event.is_arrival & (phase == w.ENDING) & (counts.executor.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
     counts = enqueue(params, event, counts, arriving)
     if rules.admit != "when_empty":
@@ -754,13 +817,22 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
         victim_slot = slots.fewest_outputs(dims, counts)
         victim_request, victim_offset = take(world.slot_entries, e, victim_slot)[:2]
     candidate = counts.rank.head
+    if rules.order == "priority":
+        candidate = take(requests.by_rank, jnp.where(counts.rank.waiting > 0, best, 0))
     if rules.chunked_prefill:
         is_due_chunk = is_forming & ~has(counts, w.FORMED)
         candidate = jnp.where(is_due_chunk, counts.rank.forming_request, candidate)
 
     is_short = jnp.bool_(False)
     wants_decode = is_passing & ~has(counts, w.DECODED)
-    if rules.grows and rules.is_unified:
+    keys_now, entries_now = keys, entries
+    if rules.order == "priority" and rules.grows:
+        (counts, residue_row, is_short, is_preempting, victim_slot, crossing, keys_now, entries_now,
+         is_over) = walk(dims, params, wants_decode, ~retired.is_any, counts, slots, residue_row)
+        victim_request, victim_offset = take(world.slot_entries, e, victim_slot)[:2]
+        counts = take_blocks(counts, wants_decode & ~is_short, crossing)
+        counts = mark(counts, is_over, w.FORMED)
+    elif rules.grows and rules.is_unified:
         crossing, need = decode_need(dims, params, counts, residue_row, tail_offset)
         is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
         is_preempting = is_short & ~retired.is_any
@@ -822,15 +894,18 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
         link_to = jnp.where(is_preempting, counts.rank.head, link_to)
         before_tail = take(world.slot_previous, e, tail) if rules.keeps_running_list else null
         counts, residue_row, victim_emitted = preempt(
-            dims, params, is_preempting, counts, residue_row, victim_request, victim_offset, before_tail,
-            lengths[PROMPT])
+            dims, params, is_preempting, counts, residue_row, victim_slot, victim_request, victim_offset,
+            before_tail, lengths[PROMPT])
 
     counts, times, residue_row, placed, is_held, can_go_on, is_short, log_row = fence(
         counts, times, residue_row, placed, is_held, can_go_on, is_short, log_row)
 
     # Start what was formed.
     is_formed = is_passing & ~is_short & ~can_go_on
-    has_batch = (counts.batch.count > 0) | has(counts, w.FILLED)
+    has_batch = (counts.batch.count > counts.batch.stalled) | has(counts, w.FILLED)
+    if rules.order == "priority":
+        has_batch = has_batch & ~(is_over & (counts.batch.stalled == 0) & (counts.batch.count > 0)
+                                  & ~has(counts, w.FILLED))
     is_starting = is_formed & has_batch
     is_idle_pass = is_formed & ~has_batch
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
@@ -901,7 +976,14 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
                             jnp.stack([epoch, plan.first_end.hi, plan.first_end.lo])),
         "itl": Add((itl_bin(itl_s),), itl_weights),
     }
-    if rules.has_context_limit:
+    if rules.order == "priority":
+        is_entering_set = is_preempting | (event.is_arrival & ~placed.is_admitted)
+        is_leaving_set = placed.is_admitted & ~event.is_arrival
+        member = jnp.where(event.is_arrival, arriving_rank, lengths[RANK])
+        positions, words = bitmap.change(read, dims.num_requests, member, is_entering_set,
+                                         is_entering_set | is_leaving_set)
+        writes["waiting_set"] = Put((e, positions), words)
+    if rules.stalls:
         index = jnp.arange(dims.slot_width)
         is_leaving, is_entering = index == leaving, index == entering
         keys_now = jnp.where(is_leaving, packed.EMPTY, jnp.where(is_entering, own_key, keys_now))

@@ -95,7 +95,8 @@ def _time_axis(axis: Any, values: np.ndarray, limit_ms: float | None) -> None:
     if high / low > 8:
         axis.set_xscale("log")
         axis.set_xlim(low / 1.15, high * 1.5)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0)))
+        wide = high / low
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide < 40 else (1, 3) if wide < 300 else (1,)))
         axis.xaxis.set_minor_formatter(NullFormatter())
     else:
         margin = 0.08 * (high - low) or 0.05 * high
@@ -130,6 +131,8 @@ def _mark_limit(axis: Any, limit_ms: float, met: float) -> None:
 
 def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
     """Running and waiting requests, and KV memory, over the time of the first run."""
+    from matplotlib.ticker import MaxNLocator
+
     path, lane = Path(path), result.lanes[index][0]
     curves = _curves(lane)
     num_instances = len(lane.busy_s)
@@ -142,8 +145,9 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
             axis.axvline(lane.arrival_s[-1], color=_FAINT, linestyle=(0, (1, 2)), linewidth=1.2)
             axis.set_title(title)
             if is_share:
-                axis.set_ylim(0, 1.05)
-                axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
+                peak = float(np.max(total if high is None else high))
+                axis.set_ylim(0, 1.05 if peak > 0.6 else max(1.4 * peak, 0.05))
+                axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
                 axis.set_ylabel("of the blocks")
                 if low is not None:
                     axis.fill_between(times, low, high, step="post", color=_INK, alpha=0.14, linewidth=0,
@@ -151,7 +155,11 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
                     axis.legend(loc="lower left", bbox_to_anchor=(0.2, 0.97), borderaxespad=0.2)
             else:
                 axis.set_ylim(0, max(float(np.max(total)), 1.0) * 1.12)
+                axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
                 axis.set_ylabel("requests")
+                if not np.any(total):
+                    axis.annotate("none after any scheduling pass", (0.5, 0.5), xycoords="axes fraction",
+                                  ha="center", va="center", color=_FAINT)
         axes[0].annotate("last arrival", (lane.arrival_s[-1], 1), xycoords=("data", "axes fraction"),
                          xytext=(4, -2), textcoords="offset points", va="top", fontsize=9, color=_FAINT)
         axes[-1].set_xlabel("seconds" + (f", {num_instances} instances" if num_instances > 1 else ""))

@@ -52,7 +52,7 @@ def with_interval(value: float | None, ends: Interval, scale: float = 1.0) -> st
     return f"{number(value * scale)} ± {number((ends[1] - ends[0]) / 2 * scale, 2)}"
 
 
-def describe(scenario: Scenario) -> list[str]:
+def describe(scenario: Scenario, num_requests: int) -> list[str]:
     """What was simulated, in two lines."""
     engine, cluster, workload = scenario.engine, scenario.cluster, scenario.workload
     model = (scenario.model.name or scenario.model.config) if scenario.model else "model of the fitted cost"
@@ -60,9 +60,9 @@ def describe(scenario: Scenario) -> list[str]:
     degree = f" x {engine.tensor_parallel_size}" if engine.tensor_parallel_size > 1 else ""
     many = f", {cluster.replicas} replicas ({cluster.router})" if cluster.replicas > 1 else ""
     rate = f" at {workload.rate_rps:g} requests/s" if workload.rate_rps else ""
-    count = f"{scenario.num_requests:,} requests" if scenario.num_requests else "all requests"
+    seeds = f" x {scenario.num_seeds} seeds" if scenario.num_seeds > 1 else ""
     return [f"{model}{device}{degree}{many}, {load_preset(engine.preset).name}",
-            f"{workload.kind}{rate}, {count} x {scenario.num_seeds} seeds"]
+            f"{workload.kind}{rate}, {num_requests:,} requests{seeds}"]
 
 
 def _latencies(metrics: Mapping[str, Any], intervals: Mapping[str, Interval], is_rich: bool) -> Table:
@@ -97,6 +97,10 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], num_runs: in
                            if slo[f"{name}_ms"] is not None)
         facts += [("goodput", f"{flat('request_goodput')} requests/s"),
                   ("limits met", f"{flat('slo.attainment', 100)} % of requests meet all; {limits}")]
+    for name, tenant in m["tenants"].items():
+        met = "" if tenant["attainment"] is None else f", limits met by {share(tenant['attainment'])}"
+        ttft = f"TTFT p50 {number(tenant['p50_ttft_ms'])} ms, p99 {number(tenant['p99_ttft_ms'])} ms"
+        facts.append((f"  {name}", f"{number(tenant['completed'])} requests, {ttft}{met}"))
     hit = m["preemptions"]
     stall = f", {number(hit['mean_stall_ms'])} ms stalled each" if hit["mean_stall_ms"] is not None else ""
     of = f" ({share(hit['requests_share'])} of requests{stall})" if hit["total"] else ""
@@ -140,7 +144,7 @@ def _print(result: Result, index: int, out: Console) -> None:
     scenario, metrics, intervals = result.scenarios[index], result.metrics[index], result.intervals[index]
     num_unstable = sum(run["unstable"] is True for run in result.runs[index])
     out.print(Text(scenario.name or "scenario", style="bold"))
-    for line in describe(scenario):
+    for line in describe(scenario, result.lanes[index][0].num_requests):
         out.print(Text(line))
     out.print()
     out.print(_latencies(metrics, intervals, out.is_terminal))

@@ -88,6 +88,11 @@ class Batching(eqx.Module):
         return self.grows and self.victim == "last_admitted"
 
     @property
+    def stalls(self) -> bool:
+        """A running sequence may sit out an iteration."""
+        return self.order == "priority" or self.has_context_limit
+
+    @property
     def scans_slots(self) -> bool:
         """A pass looks at every running sequence of an instance, not only at their sums."""
         return self.reserve == "expected" or self.order == "priority" or self.has_context_limit

@@ -1,39 +1,44 @@
 """A workload as the loop reads it."""
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsim.kernels import clock
 
-PROMPT, OUTPUT, MAX_TOKENS = range(3)
+PROMPT, OUTPUT, MAX_TOKENS, RANK = range(4)
 """Columns of `Requests.table`."""
 
 
 class Requests(eqx.Module):
     """Requests sorted by arrival, padded, with one scratch row at the end.
 
-    table: prompt, output and max_tokens, int32; arrival: epoch, hi, lo and whether the next request arrives at
+    table: prompt, output, max_tokens and place in the order of (priority, arrival); by_rank: requests in that
+    order; arrival: epoch, hi, lo and whether the next request arrives at
     the same instant; uniforms: the routers' random numbers; count: requests that are real.
     """
 
-    table: Int[Array, "rows 3"]
+    table: Int[Array, "rows 4"]
+    by_rank: Int[Array, " rows"]
     arrival: Float[Array, "rows 4"]
     uniforms: Float[Array, "rows 2"]
     count: Int[Array, ""]
 
 
 def pack_requests(arrival_s, input_tokens, output_tokens, max_tokens=None, uniforms=None,
-                  num_requests: int | None = None) -> Requests:
+                  num_requests: int | None = None, priority=None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.
+    priority: smaller is more urgent.
     """
     count = len(arrival_s)
     rows = (num_requests or count) + 1
     arrival_s = clock.round_arrivals_reference(arrival_s)
-    table = np.ones((rows, 3), np.int32)
+    table = np.ones((rows, 4), np.int32)
+    by_rank = np.arange(rows, dtype=np.int32)
+    by_rank[:count] = np.argsort(np.zeros(count) if priority is None else priority, kind="stable")
+    table[by_rank, RANK] = np.arange(rows)
     table[:count, PROMPT] = input_tokens
     table[:count, OUTPUT] = output_tokens
     table[:count, MAX_TOKENS] = output_tokens if max_tokens is None else max_tokens
@@ -44,10 +49,5 @@ def pack_requests(arrival_s, input_tokens, output_tokens, max_tokens=None, unifo
     padded = np.zeros((rows, 2), np.float32)
     if uniforms is not None:
         padded[:count] = uniforms
-    return Requests(table, arrival, padded, np.int32(count))
+    return Requests(table, by_rank, arrival, padded, np.int32(count))
 
-
-def as_device(requests: Requests) -> Requests:
-    """The same with JAX leaves."""
-    return Requests(*(jnp.asarray(x) for x in (requests.table, requests.arrival, requests.uniforms,
-                                               requests.count)))

@@ -21,16 +21,17 @@ ENDING, PASSING, IDLE = 0, 2, 3
 """What an executor's wake-up is: an iteration's end, a scheduling pass, or nothing. Arrivals rank between the
 first two at one instant."""
 
-DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY = (1 << i for i in range(6))
+DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY, PASS, CHUNKED, ENDED = (1 << i for i in range(9))
 """Progress of a scheduling pass: decodes have their blocks; the forming prompt has its chunk; a prompt is
-scheduled; something was preempted; admissions are over; nothing ran when the pass began."""
+scheduled; something was preempted; admissions are over; nothing ran when the pass began; a pass is under way at all; the
+forming prompt's chunk is settled; the walk over running sequences ended early."""
 
 STUCK, STEP_LIMIT = 1, 2
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed."""
 
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 """Columns of `World.slot_entries`; the last two only where passes scan the slots. RESERVED: blocks, or under
-`reserve="expected"` max_tokens. STAMP: place in the running order, or the iteration count at admission."""
+`reserve="expected"` max_tokens. PROMPT: tokens, or under `order="priority"` the request's rank. STAMP: place in the running order, or the iteration count at admission."""
 
 
 class Executor(eqx.Module):
@@ -49,7 +50,8 @@ class Executor(eqx.Module):
 class Rank(eqx.Module):
     """A waiting queue (linked by request), a KV pool, and who runs. `forming_*` is the one partially computed
     prompt, `tail` the slot admitted last among those past their prompt, `visible` how many waiting requests a
-    pass may see under asynchronous scheduling, `next_stamp` the next place in the order of running sequences."""
+    pass may see under asynchronous scheduling, `next_stamp` the next place in the order of running sequences.
+    `forming_chunk` and `cursor` belong to a pass that walks the running sequences one by one."""
 
     head: Int[Array, ""]
     back: Int[Array, ""]
@@ -64,6 +66,8 @@ class Rank(eqx.Module):
     forming_known: Int[Array, ""]
     tail: Int[Array, ""]
     next_stamp: Int[Array, ""]
+    forming_chunk: Int[Array, ""]
+    cursor: Int[Array, ""]
 
 
 class Batch(eqx.Module):
@@ -141,8 +145,9 @@ class World(eqx.Module):
     slot_previous: Int[Array, "instances slot_width"]
     slot_next: Int[Array, "instances slot_width"]
     free_slots: Int[Array, "instances slot_width"]
-    # Requests: the waiting queue's links, (emitted, preemptions), and what is written once each.
+    # Requests: the waiting queue's links, or its set of ranks, (emitted, preemptions), and what is written once each.
     next_waiting: Int[Array, " rows"]
+    waiting_set: Int[Array, "instances words"]
     progress: Int[Array, "rows 2"]
     placed: Int[Array, "rows 2"]
     scheduled: Float[Array, "rows 3"]
@@ -176,8 +181,10 @@ def empty_clocks() -> Clocks:
     return Clocks(at_zero, zero, zero, zero, zero, zero, zero, at_zero, at_zero, at_zero)
 
 
-def initial_world(dims: Dims, entry_fields: int = 3, ratio_start: Float[Array, ""] | float = 0.0) -> World:
-    """All queues empty, all pools free, time zero. `entry_fields`: columns of `slot_entries` in use."""
+def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,
+                  ratio_start: Float[Array, ""] | float = 0.0) -> World:
+    """All queues empty, all pools free, time zero. `entry_fields`: columns of `slot_entries` in use;
+    `waiting_words`: of a sorted waiting queue."""
     instances, width, rows = dims.num_instances, dims.slot_width, dims.num_requests + 1
 
     def ints(*shape, value=0):
@@ -202,7 +209,7 @@ def initial_world(dims: Dims, entry_fields: int = 3, ratio_start: Float[Array, "
         slot_next=ints(instances, width, value=dims.null_slot),
         free_slots=jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[::-1] - (width - dims.num_slots),
                                     (instances, width)),
-        next_waiting=ints(rows), progress=ints(rows, 2), placed=ints(rows, 2, value=-1),
+        next_waiting=ints(rows), waiting_set=ints(instances, waiting_words), progress=ints(rows, 2), placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=floats(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(NUM_ITL_BINS),
         tape_times=floats(dims.num_records + 1, 4), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints())

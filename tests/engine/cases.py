@@ -1,25 +1,68 @@
-"""Random scenarios with dyadic numbers, for the engine and the reference alike."""
+"""Random scenarios with dyadic numbers, for the engine and the reference alike.
 
-from dataclasses import dataclass, field
+A whole batch of them is one program: limits, costs and even the router are numbers of a lane. Tests share sizes
+(`dims_of`) and a batch width (`LANES`), so a preset and a number of instances compile once a session.
+"""
+
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxsim.kernels import clock, packed
+from jaxtyping import Array, Int
 
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop
 from jaxsim.engine.step import Params
-from jaxsim.kernels import clock
 from jaxsim.policy import routing
 from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims
+from jaxsim.state import world as w
 from jaxsim.state.requests import Requests, pack_requests
 from tests.reference import simulator
 
+LANES = 64
+"""Scenarios in one batch; fewer are padded with copies."""
+
+NUM_REQUESTS, NUM_SLOTS = 24, 8
+
 ROUTERS = {
-    "round_robin": routing.RoundRobin, "random": routing.Random, "least_outstanding": routing.LeastOutstanding,
-    "power_of_two": routing.PowerOfTwo, "least_kv": routing.LeastKV,
+    "round_robin": routing.RoundRobin, "random": routing.Random,
+    "least_outstanding": routing.LeastOutstanding, "power_of_two": routing.PowerOfTwo,
+    "least_kv": routing.LeastKV,
 }
+
+MIXED = [*ROUTERS, "score", "first"]
+"""Routers a lane may have in a batch of `AnyRouter`."""
+
+
+class AnyRouter(routing.AbstractRouting):
+    """Any router by number, so that one program compares them all: every rule is asked, one answer is taken."""
+
+    which: Int[Array, ""]
+    reads_kv = True
+    reads_waiting = True
+
+    def choose(self, view: routing.View) -> Int[Array, ""]:
+        if view.used_blocks is None:
+            view = replace(view, used_blocks=jnp.zeros_like(view.outstanding))
+        answers = [rule().choose(view) for rule in ROUTERS.values()]
+        answers += [routing.Score(*SCORE).choose(view), jnp.int32(0)]
+        return jnp.stack(answers)[self.which]
+
+
+SCORE = tuple(np.float32(x) for x in (0, 1, 1, 3, 1))
+"""Waiting requests and the share of used blocks, until the outstanding ones are more than 3 apart."""
+
+
+def score_reference(request, instances, num_routed) -> int:
+    """`Score(*SCORE)` in NumPy."""
+    load = [i.outstanding for i in instances]
+    if max(load) - min(load) > SCORE[3] and max(load) > SCORE[4] * min(load):
+        return int(np.argmin(load))
+    used = [np.float32(i.used_blocks) / np.float32(max(i.num_blocks, 1)) for i in instances]
+    return int(np.argmin([np.float32(len(i.waiting)) + share for i, share in zip(instances, used, strict=True)]))
 
 
 @dataclass
@@ -91,7 +134,7 @@ def simulate(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str)
     """Engine results of all cases, in one program."""
     params = stack([make_params(c, flags, router) for c in cases])
     requests = [pack_requests(c.arrival_s, c.prompt, c.output, c.max_tokens, c.uniforms,
-                              num_requests=dims.num_requests) for c in cases]
+                              num_requests=dims.num_requests, priority=c.priority) for c in cases]
     world = loop.run(dims, params, stack(requests))
     return [unpack(world, b, len(c.arrival_s)) for b, c in enumerate(cases)]
 

@@ -33,7 +33,7 @@ def test_table_says_what_happened(starved):
     assert f"{m['mean_ttft_ms']:,.0f} ± {half:,.0f}" in text
     for word in ("TTFT", "TPOT", "ITL", "end to end", "in the queue", "mean", "p50", "p90", "p95", "p99",
                  "200 completed, 0 failed", "TTFT <= 200 ms", "preemptions", "KV memory", "utilisation",
-                 "vllm-v1@0.9", "2 replicas (least_outstanding)", "300 requests x 3 seeds"):
+                 "vllm-v1@0.9", "2 replicas (least_outstanding)", "200 requests x 3 seeds"):
         assert word in text, word
     assert f"{100 * m['slo']['ttft_attainment']:.1f} %" in text
 

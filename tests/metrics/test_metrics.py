@@ -223,6 +223,16 @@ def test_seeds_are_combined_key_by_key():
     assert "unstable" not in intervals
 
 
+def test_tenants_are_told_apart():
+    tenant = np.array([0, 1, 1, 1])
+    lane = blank_lane(np.zeros(4), [1.0, 2.0, 3.0, np.nan], tenant=tenant, tenant_names=("a.b", "c"))
+    m = lane_metrics(lane, SloSection(e2e_ms=2500.0))["tenants"]
+    assert (m["a.b"]["completed"], m["c"]["completed"], m["c"]["failed"]) == (1, 2, 1)
+    assert m["c"]["attainment"] == pytest.approx(1 / 3) and m["c"]["mean_e2el_ms"] == 2500.0
+    assert combine([{"tenants": m}, {"tenants": m}])[0]["tenants"] == m
+    assert lane_metrics(blank_lane([0.0], [1.0]))["tenants"] == {}
+
+
 def test_result_frames(starved):
     lane, _ = starved
     result = Result([scenario(num_seeds=2), scenario(name="other", num_seeds=1)], [[lane, lane], [lane]])
