@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -184,9 +185,11 @@ def _run(options: argparse.Namespace) -> int:
         scenario = _chosen(options)
     for warning in caught:
         print(f"jaxsim: note: {warning.message}", file=sys.stderr)
-    folder = _folder(options.out or f"results/{scenario.name or 'scenario'}")
+    # A name is a label and may hold anything; its folder stays inside results.
+    label = "-".join(re.findall(r"[\w.-]*\w", scenario.name)) or "scenario"
+    folder = _folder(options.out or f"results/{label}")
     if folder is None:
-        return _fail(f"--out = {options.out!r}: cannot be written; give another folder")
+        return _fail(f"--out = {options.out or label!r}: cannot be written; give another folder")
 
     # Only now: what is wrong with the scenario is told before JAX is loaded.
     from jaxsim._core.errors import InputError

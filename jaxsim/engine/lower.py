@@ -60,6 +60,11 @@ def resolve_system(scenario: Scenario) -> System:
         engine, device_name=device.name if device else "",
         memory_bytes=device.memory_bytes if device else 0.0,
         max_model_len=model.max_position if model else None)
+    if scheduler.order == "priority" and (scheduler.async_scheduling or scheduler.phase_mix != "unified"
+                                          or scheduler.reserve != "none" or not scheduler.kv_accounting):
+        raise InputError("engine.scheduling_policy", "priority",
+                         f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
+                         "use preset = 'vllm-v1@0.9' with async_scheduling = false, or 'fcfs'")
     max_model_len = scheduler.max_model_len
     if model is not None and max_model_len > model.max_position:
         raise InputError("engine.max_model_len", max_model_len,

@@ -668,7 +668,8 @@ def walk(dims: Dims, params: Params, wants_decode, may_preempt, counts: Counts, 
     first tried.
 
     Returns counts, residues, whether the pass must go on with another step, whether it preempts in this one and
-    whom, blocks the decodes take, the executor's keys and entries, and whether the loop ended early.
+    whom, blocks the decodes take, the executor's keys and entries, whether the loop ended early, and
+    whether nobody goes ahead then.
     """
     rank, batch = counts.rank, counts.batch
     null = jnp.int32(dims.null_slot)
@@ -710,7 +711,7 @@ def walk(dims: Dims, params: Params, wants_decode, may_preempt, counts: Counts, 
     residue_row = jnp.where(is_stalling, recounted.astype(jnp.int32), residue_row)
     crossing = jnp.where(is_over, jnp.sum(crosses & goes), crossing)
     return (choose(is_stalling, stalled, counts), residue_row, is_short, is_preempting, victim, crossing, keys,
-            entries, is_over)
+            entries, is_over, is_over & ~jnp.any(goes))
 
 
 def limit_context(dims: Dims, rules: Batching, is_any: Bool[Array, ""], counts: Counts, slots: Slots):
@@ -828,7 +829,7 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
     keys_now, entries_now = keys, entries
     if rules.order == "priority" and rules.grows:
         (counts, residue_row, is_short, is_preempting, victim_slot, crossing, keys_now, entries_now,
-         is_over) = walk(dims, params, wants_decode, ~retired.is_any, counts, slots, residue_row)
+         is_over, is_empty) = walk(dims, params, wants_decode, ~retired.is_any, counts, slots, residue_row)
         victim_request, victim_offset = take(world.slot_entries, e, victim_slot)[:2]
         counts = take_blocks(counts, wants_decode & ~is_short, crossing)
         counts = mark(counts, is_over, w.FORMED)
@@ -904,8 +905,7 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
     is_formed = is_passing & ~is_short & ~can_go_on
     has_batch = (counts.batch.count > counts.batch.stalled) | has(counts, w.FILLED)
     if rules.order == "priority":
-        has_batch = has_batch & ~(is_over & (counts.batch.stalled == 0) & (counts.batch.count > 0)
-                                  & ~has(counts, w.FILLED))
+        has_batch = has_batch & ~is_empty
     is_starting = is_formed & has_batch
     is_idle_pass = is_formed & ~has_batch
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)

@@ -95,8 +95,9 @@ def _time_axis(axis: Any, values: np.ndarray, limit_ms: float | None) -> None:
     if high / low > 8:
         axis.set_xscale("log")
         axis.set_xlim(low / 1.15, high * 1.5)
-        wide = high / low
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide < 40 else (1, 3) if wide < 300 else (1,)))
+        ratio = high / low
+        ticks = (1, 2, 5) if ratio < 40 else (1, 3) if ratio < 300 else (1,)
+        axis.xaxis.set_major_locator(LogLocator(subs=ticks))
         axis.xaxis.set_minor_formatter(NullFormatter())
     else:
         margin = 0.08 * (high - low) or 0.05 * high

@@ -90,6 +90,13 @@ def test_table_and_files_by_default(tiny, simulations, capsys):
     assert not (tiny.parent / "results" / "tiny" / "timeline.json").exists()
 
 
+def test_a_name_never_leaves_the_results_folder(tiny, simulations):
+    for name, folder in (("../../up and away", "up-and-away"), ("...", "scenario"), ("", "scenario")):
+        cli.main(["run", "tiny.toml", "--no-plots", "--set", f'name="{name}"'])
+        assert (tiny.parent / "results" / folder / "summary.json").exists()
+    assert {p.name for p in tiny.parent.iterdir()} == {"tiny.toml", "results"}
+
+
 def test_fields_are_set(tiny, simulations):
     cli.main(["run", "tiny.toml", "--no-plots", "--set", "engine.max_num_seqs=64", "--set", "slo.ttft_ms=",
               "--set", "workload.kind=gamma", "--set", "workload.cv = 3", "--seeds", "3"])

@@ -1,9 +1,10 @@
 """Random scenarios with dyadic numbers, for the engine and the reference alike.
 
 A whole batch of them is one program: limits, costs and even the router are numbers of a lane. Tests share sizes
-(`dims_of`) and a batch width (`LANES`), so a preset and a number of instances compile once a session.
+and a batch width (`LANES`), so that a preset at a number of instances compiles once a session.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jaxsim.kernels import clock, packed
 from jaxtyping import Array, Int
 
+from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop
 from jaxsim.engine.step import Params
@@ -23,7 +25,7 @@ from jaxsim.state.requests import Requests, pack_requests
 from tests.reference import simulator
 
 LANES = 64
-"""Scenarios in one batch; fewer are padded with copies."""
+"""Scenarios in a batch; fewer are padded with copies of the first."""
 
 NUM_REQUESTS, NUM_SLOTS = 24, 8
 
@@ -33,12 +35,15 @@ ROUTERS = {
     "least_kv": routing.LeastKV,
 }
 
-MIXED = [*ROUTERS, "score", "first"]
-"""Routers a lane may have in a batch of `AnyRouter`."""
+SCORE = tuple(np.float32(x) for x in (0, 1, 1, 3, 1))
+"""Waiting requests and the share of used blocks, until the outstanding ones are more than 3 apart."""
+
+MIXED = (*ROUTERS, "score", "first")
+"""Routers of the lanes of a batch whose router is "mixed", by `Case.router`."""
 
 
 class AnyRouter(routing.AbstractRouting):
-    """Any router by number, so that one program compares them all: every rule is asked, one answer is taken."""
+    """Any router by number: every rule is asked, one answer is taken."""
 
     which: Int[Array, ""]
     reads_kv = True
@@ -52,22 +57,12 @@ class AnyRouter(routing.AbstractRouting):
         return jnp.stack(answers)[self.which]
 
 
-SCORE = tuple(np.float32(x) for x in (0, 1, 1, 3, 1))
-"""Waiting requests and the share of used blocks, until the outstanding ones are more than 3 apart."""
-
-
-def score_reference(request, instances, num_routed) -> int:
-    """`Score(*SCORE)` in NumPy."""
-    load = [i.outstanding for i in instances]
-    if max(load) - min(load) > SCORE[3] and max(load) > SCORE[4] * min(load):
-        return int(np.argmin(load))
-    used = [np.float32(i.used_blocks) / np.float32(max(i.num_blocks, 1)) for i in instances]
-    return int(np.argmin([np.float32(len(i.waiting)) + share for i, share in zip(instances, used, strict=True)]))
-
-
 @dataclass
 class Case:
-    """One scenario: requests (arrival, prompt, output, max_tokens, priority), limits, cost coefficients."""
+    """One scenario: requests (arrival, prompt, output, max_tokens, priority), limits, cost coefficients.
+
+    router: index into `MIXED`, for batches whose router is "mixed".
+    """
 
     arrival_s: np.ndarray
     prompt: np.ndarray
@@ -77,10 +72,20 @@ class Case:
     uniforms: np.ndarray
     limits: dict
     coefficients: tuple  # rows (a, b, c, d, e) for prefill, decode, mixed
+    router: int = 0
     extra: dict = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        return len(self.arrival_s)
 
-def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size: int, flags: simulator.Flags) -> Case:
+    def kept(self, mask: np.ndarray) -> "Case":
+        """The same with fewer requests."""
+        rows = ("arrival_s", "prompt", "output", "max_tokens", "priority", "uniforms")
+        return replace(self, **{name: getattr(self, name)[mask] for name in rows})
+
+
+def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size: int,
+         flags: simulator.Flags) -> Case:
     """A small, crowded scenario: ties, memory pressure, budgets that bind."""
     count = int(rng.integers(1, num_requests + 1))
     grid = 2.0 ** -int(rng.integers(0, 6))
@@ -92,80 +97,171 @@ def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size
     seqs = int(rng.integers(1, num_slots + 1))
     largest = int(np.max(prompt + max_tokens))
     model_len = largest + int(rng.integers(0, 10))
-    budget = int(rng.integers(seqs, seqs + 40)) if flags.chunked_prefill else largest + seqs + int(rng.integers(0, 60))
-    if flags.phase_mix == "unified" and not flags.chunked_prefill:
-        budget = simulator.UNLIMITED if flags.max_num_batched_tokens == simulator.UNLIMITED else budget
+    if flags.max_num_batched_tokens == simulator.UNLIMITED:
+        budget = simulator.UNLIMITED
+    elif flags.chunked_prefill:
+        budget = int(rng.integers(seqs, seqs + 40))
+    else:
+        budget = largest + seqs + int(rng.integers(0, 60))
     need = -(-(model_len if flags.reserve in ("max_model_len", "expected") else largest) // block_size)
     watermark = int(rng.integers(0, 3)) if flags.reserve == "prompt" else 0
     if flags.reserve == "expected":
         need = need + flags.retract_free_tokens * seqs // block_size
-    blocks = need + watermark + int(rng.integers(0, 2 * need * min(seqs, 4)))
+    blocks = need + watermark + int(rng.integers(0, rng.choice([max(need, 1), 2 * need * min(seqs, 4)])))
     a, b = 2.0**-6, 2.0**-9
     c, d, e = 2.0**-12, 2.0**-8, 2.0**-14
     scale = 2.0 ** int(rng.integers(-3, 3))
     rows = tuple(tuple(scale * m * x for x in (a, b, c, d, e)) for m in rng.integers(1, 5, 3))
     if rng.random() < 0.3:
         rows = tuple((scale, 0.0, 0.0, 0.0, 0.0) for _ in range(3))
-    return Case(arrival, prompt, output, max_tokens, rng.integers(0, 3, count), rng.random((count, 2)).astype(np.float32),
-                dict(max_num_seqs=seqs, max_num_batched_tokens=budget, watermark_blocks=watermark, num_blocks=blocks,
-                     max_model_len=model_len), rows)
+    return Case(arrival, prompt, output, max_tokens, rng.integers(0, 3, count),
+                rng.random((count, 2)).astype(np.float32),
+                dict(max_num_seqs=seqs, max_num_batched_tokens=budget, watermark_blocks=watermark,
+                     num_blocks=blocks, max_model_len=model_len),
+                rows, int(rng.integers(len(MIXED))))
 
 
-def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int = 1_000_000) -> Params:
-    i, x = jnp.int32, jnp.float32
+def draw_many(seed: int, flags: simulator.Flags, dims: Dims, count: int = LANES) -> list[Case]:
+    """A batch of cases from one seed."""
+    rng = np.random.default_rng(seed)
+    return [draw(rng, dims.num_requests, dims.num_slots, dims.block_size, flags) for _ in range(count)]
+
+
+# --- the engine ---------------------------------------------------------------------------------------------
+
+
+def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int = 1_000_000,
+                cost: AbstractIterationCost | None = None) -> Params:
+    """What the engine is told of a case. Leaves are NumPy's: a batch is stacked on the host."""
+    i, x, limits = np.int32, np.float32, case.limits
     batching = Batching(
-        i(case.limits["max_num_seqs"]), i(case.limits["max_num_batched_tokens"]), i(case.limits["max_model_len"]),
-        i(case.limits["num_blocks"]), i(case.limits["watermark_blocks"]), i(flags.decode_context_limit or 0),
+        i(limits["max_num_seqs"]), i(limits["max_num_batched_tokens"]), i(limits["max_model_len"]),
+        i(limits["num_blocks"]), i(limits["watermark_blocks"]), i(flags.decode_context_limit or 0),
         x(flags.new_token_ratio_init), x(flags.new_token_ratio_floor), x(flags.new_token_ratio_decay),
         i(flags.expected_clip), i(flags.retract_free_tokens),
         phase_mix=flags.phase_mix, chunked_prefill=flags.chunked_prefill, reserve=flags.reserve,
         decode_needs_free_block=flags.decode_needs_free_block, victim=flags.victim,
-        waiting_blocked_after_preempt=flags.waiting_blocked_after_preempt, order=flags.order, admit=flags.admit,
-        async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
+        waiting_blocked_after_preempt=flags.waiting_blocked_after_preempt, order=flags.order,
+        admit=flags.admit, async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
         has_context_limit=flags.decode_context_limit is not None)
-    return Params(batching, ROUTERS[router](), fitted(*case.coefficients), i(max_steps))
+    chosen = AnyRouter(i(case.router)) if router == "mixed" else ROUTERS[router]()
+    return Params(batching, chosen, fitted(*case.coefficients) if cost is None else cost, i(max_steps))
 
 
 def stack(trees):
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *trees)
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack([np.asarray(x) for x in leaves])), *trees)
 
 
-def simulate(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str) -> list[dict]:
-    """Engine results of all cases, in one program."""
-    params = stack([make_params(c, flags, router) for c in cases])
+def inputs(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str,
+           cost: AbstractIterationCost | None = None) -> tuple[Params, Requests]:
+    """Arguments of `loop.run` for a batch."""
+    params = stack([make_params(c, flags, router, cost=cost) for c in cases])
     requests = [pack_requests(c.arrival_s, c.prompt, c.output, c.max_tokens, c.uniforms,
                               num_requests=dims.num_requests, priority=c.priority) for c in cases]
-    world = loop.run(dims, params, stack(requests))
-    return [unpack(world, b, len(c.arrival_s)) for b, c in enumerate(cases)]
+    return params, stack(requests)
 
 
-def unpack(world, lane: int, count: int) -> dict:
+def simulate(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str, *,
+             cost: AbstractIterationCost | None = None, lanes: int | None = None) -> list[dict]:
+    """Engine results of all cases, in one program; padded to `lanes` if given."""
+    padded = cases + cases[:1] * ((lanes or 0) - len(cases))
+    world = jax.device_get(loop.run(dims, *inputs(padded, flags, dims, router, cost)))
+    return [unpack(dims, world, lane, len(c)) for lane, c in enumerate(cases)]
+
+
+def unpack(dims: Dims, world: w.World, lane: int, count: int) -> dict:
+    """What a lane says about its requests and its instances (`world` on the host)."""
     def times(array):
         return clock.join_reference(*np.asarray(array[lane]).T)
 
-    placed = np.asarray(world.placed[lane, :count])
+    counts = packed.from_row(w.row_templates(dims)[0], world.counts[lane].T)
+    clocks = packed.from_row(w.row_templates(dims)[1], world.clocks[lane].T)
+    placed = world.placed[lane, :count]
     return dict(
         instance=placed[:, 1], scheduled_s=times(world.scheduled)[:count],
         first_token_s=times(world.first_tokens)[placed[:, 0]], finish_s=times(world.finished)[:count],
-        stalled_s=times(world.stalled)[:count], preemptions=np.asarray(world.progress[lane, :count, 1]),
-        fault=int(world.fault[lane]), steps=int(world.steps[lane]), finished=int(world.num_finished[lane]))
+        stalled_s=times(world.stalled)[:count], preemptions=world.progress[lane, :count, 1],
+        busy_s=clocks.busy.hi.astype(float) + clocks.busy.lo, num_iterations=counts.batch.num_iterations,
+        running_s=clocks.running.hi.astype(float) + clocks.running.lo,
+        held_block_s=clocks.held.hi.astype(float) + clocks.held.lo,
+        peak_blocks=counts.rank.peak_blocks, used_blocks=counts.rank.used_blocks,
+        itl=world.itl[lane], fault=int(world.fault[lane]), steps=int(world.steps[lane]),
+        finished=int(world.num_finished[lane]))
 
 
-def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str) -> simulator.ReferenceResult:
-    """The reference's answer, with the fitted form in float64."""
-    from dataclasses import replace
+# --- the reference ------------------------------------------------------------------------------------------
 
+
+def dyadic_cost(case: Case) -> Callable[[simulator.BatchStatsRef], float]:
+    """The fitted form in float64."""
     prefill, decode, mixed = case.coefficients
 
-    def cost(s):
+    def cost(s: simulator.BatchStatsRef) -> float:
         a, b, c, d, e = decode if not s.num_prefill else prefill if not s.num_decode else mixed
-        return a + b * s.prefill_tokens + c * s.decode_context + d * (s.num_decode + s.num_prefill) + e * s.prefill_pairs
+        return (a + b * s.prefill_tokens + c * s.decode_context + d * (s.num_decode + s.num_prefill)
+                + e * s.prefill_pairs)
 
+    return cost
+
+
+def score_reference(num_blocks: int) -> simulator.Router:
+    """`Score(*SCORE)` in NumPy."""
+    def choose(request, instances, num_routed) -> int:
+        load = [i.outstanding for i in instances]
+        if max(load) - min(load) > SCORE[3] and max(load) > SCORE[4] * min(load):
+            return int(np.argmin(load))
+        waiting = [np.float32(len(i.waiting)) for i in instances]
+        used = [np.float32(num_blocks - i.free_blocks) / np.float32(num_blocks) for i in instances]
+        return int(np.argmin([queue + share for queue, share in zip(waiting, used, strict=True)]))
+
+    return choose
+
+
+def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
+              cost: Callable[[simulator.BatchStatsRef], float] | None = None) -> simulator.ReferenceResult:
+    """The reference's answer. Raises ValueError where a request can never be served."""
     requests = [simulator.Request(i, float(case.arrival_s[i]), int(case.prompt[i]), int(case.output[i]),
                                   int(case.max_tokens[i]), int(case.priority[i]),
-                                  tuple(float(u) for u in case.uniforms[i])) for i in range(len(case.arrival_s))]
+                                  tuple(float(u) for u in case.uniforms[i])) for i in range(len(case))]
     flags = replace(flags, **case.limits, block_size=dims.block_size)
-    return simulator.simulate(requests, flags, dims.num_instances, router, cost)
+    if router == "mixed":
+        router = MIXED[case.router]
+    rule = {"score": score_reference(flags.num_blocks), "first": lambda *_: 0}.get(router, router)
+    return simulator.simulate(requests, flags, dims.num_instances, rule, cost or dyadic_cost(case))
 
 
-__all__ = ["Case", "Requests", "draw", "make_params", "reference", "simulate", "stack", "unpack"]
+def answer(result: simulator.ReferenceResult, num_instances: int, num_blocks: int) -> dict:
+    """The reference's answer in the form of `unpack`, as far as both know it exactly."""
+    fields = ("instance", "scheduled_s", "first_token_s", "finish_s", "preemptions")
+    columns = {name: np.array([getattr(r, name) for r in result.requests]) for name in fields}
+    stalled, since = np.zeros(len(result.requests)), {}
+    busy, peak = np.zeros(num_instances), np.zeros(num_instances, int)
+    num_iterations = np.zeros(num_instances, int)
+    for record in result.iterations:
+        for request in record.preempted:
+            since[request] = record.start_s
+        for request in record.batch:
+            if request in since:
+                stalled[request] += record.start_s - since.pop(request)
+        busy[record.instance] += record.duration_s
+        num_iterations[record.instance] += 1
+        peak[record.instance] = max(peak[record.instance], num_blocks - record.free_blocks)
+    return columns | dict(stalled_s=stalled, busy_s=busy, num_iterations=num_iterations, peak_blocks=peak)
+
+
+def differences(ours: dict, theirs: dict) -> list[str]:
+    """Names of what is not exactly equal."""
+    names = [name for name, value in theirs.items() if not np.array_equal(value, ours[name])]
+    return (["fault"] if ours["fault"] else []) + names
+
+
+def smallest(case: Case, are_failing: Callable[[list[Case]], list[bool]]) -> Case:
+    """A failing case with as few requests as taking them away one at a time leads to, a batch at a time."""
+    while len(case) > 1:
+        keep = ~np.eye(len(case), dtype=bool)
+        smaller = [case.kept(mask) for mask in keep]
+        failing = are_failing(smaller)
+        if not any(failing):
+            return case
+        case = smaller[int(np.argmax(failing))]
+    return case
