@@ -137,7 +137,8 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int) 
     s = system.scheduler
     if isinstance(scenario.cost, FittedCost):
         return fitted(*(scenario.cost.rows(kind) for kind in ("prefill", "decode", "mixed")))
-    model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype, host=s.host,
+    model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
+                     host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
                      **scenario.cost.overrides)
     most_tokens = min(s.max_num_batched_tokens + num_slots, num_slots * (longest + 1), NO_TOKEN_LIMIT)
     return model.tabulate(most_tokens, num_slots, cuda_graphs=not scenario.engine.enforce_eager,

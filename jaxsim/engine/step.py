@@ -19,16 +19,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats
+from jaxsim.cost.base import AbstractIterationCost, BatchStats
 from jaxsim.kernels import bitmap, clock, packed, residues
-from jaxsim.kernels.fence import Fence
 from jaxsim.kernels.clock import Time
+from jaxsim.kernels.fence import Fence
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import AbstractRouting, View
 from jaxsim.spec.dims import NUM_ITL_BINS, Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PROMPT, RANK, Requests
-from jaxsim.state.world import Batch, Clocks, Counts, Executor, Rank, World
+from jaxsim.state.world import Clocks, Counts, Executor, World
 
 FREEZE_S = 1.5 * clock.EPOCH_S
 """A scenario whose next event lies beyond this waits for the outer loop to move its epoch."""

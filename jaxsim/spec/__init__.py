@@ -1,0 +1,1 @@
+"""What a user describes: models, devices, plans, engines, scenarios; all checked here."""

@@ -23,15 +23,16 @@ first two at one instant."""
 
 DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY, PASS, CHUNKED, ENDED = (1 << i for i in range(9))
 """Progress of a scheduling pass: decodes have their blocks; the forming prompt has its chunk; a prompt is
-scheduled; something was preempted; admissions are over; nothing ran when the pass began; a pass is under way at all; the
-forming prompt's chunk is settled; the walk over running sequences ended early."""
+scheduled; something was preempted; admissions are over; nothing ran when the pass began; a pass is under way at
+all; the forming prompt's chunk is settled; the walk over running sequences ended early."""
 
 STUCK, STEP_LIMIT = 1, 2
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed."""
 
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 """Columns of `World.slot_entries`; the last two only where passes scan the slots. RESERVED: blocks, or under
-`reserve="expected"` max_tokens. PROMPT: tokens, or under `order="priority"` the request's rank. STAMP: place in the running order, or the iteration count at admission."""
+`reserve="expected"` max_tokens. PROMPT: tokens, or under `order="priority"` the request's rank. STAMP: place in
+the running order, or the iteration count at admission."""
 
 
 class Executor(eqx.Module):
@@ -200,7 +201,8 @@ def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,
     return World(
         epoch=ints(), steps=ints(), next_arrival=ints(), num_finished=ints(), num_logged=ints(), fault=ints(),
         is_frozen=ints(),
-        wake_hi=clock.never((instances,)).hi, wake_lo=floats(instances), phase=ints(instances, value=IDLE), outstanding=ints(instances),
+        wake_hi=clock.never((instances,)).hi, wake_lo=floats(instances), phase=ints(instances, value=IDLE),
+        outstanding=ints(instances),
         counts=repeated(empty_counts(dims)),
         clocks=repeated(replace(empty_clocks(), ratio=jnp.asarray(ratio_start, jnp.float32))),
         residues=ints(instances, dims.block_size),
@@ -209,7 +211,8 @@ def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,
         slot_next=ints(instances, width, value=dims.null_slot),
         free_slots=jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[::-1] - (width - dims.num_slots),
                                     (instances, width)),
-        next_waiting=ints(rows), waiting_set=ints(instances, waiting_words), progress=ints(rows, 2), placed=ints(rows, 2, value=-1),
+        next_waiting=ints(rows), waiting_set=ints(instances, waiting_words), progress=ints(rows, 2),
+        placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=floats(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(NUM_ITL_BINS),
         tape_times=floats(dims.num_records + 1, 4), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints())

@@ -1,7 +1,7 @@
 """Random scenarios with dyadic numbers, for the engine and the reference alike.
 
-A whole batch of them is one program: limits, costs and even the router are numbers of a lane. Tests share sizes
-and a batch width (`LANES`), so that a preset at a number of instances compiles once a session.
+A whole batch of them is one program: limits, costs and even the router are numbers of a lane. Tests share
+sizes and a batch width (`LANES`), so that a preset at a number of instances compiles once a session.
 """
 
 from collections.abc import Callable
