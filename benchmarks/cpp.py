@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxsim.bench import checksum
+
 SOURCES = Path(__file__).resolve().parent / "cpp"
 COMMON = ("-O3", "-std=c++17", "-ffp-contract=off")
 """No contraction into fused multiply-adds beyond those written: durations round where the source says."""
@@ -41,12 +43,7 @@ class Answers:
 
     def checksum(self) -> str:
         """The same as the programs print; requests in the order of the file."""
-        with np.errstate(over="ignore"):
-            one = (self.finish.ravel().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-                   + self.first.ravel().astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
-                   + self.preemptions.ravel().astype(np.uint64))
-            total = np.sum(one * (2 * np.arange(one.size, dtype=np.uint64) + np.uint64(1)), dtype=np.uint64)
-        return f"{int(total):016x}"
+        return checksum(self.first, self.finish, self.preemptions)
 
 
 def find_compiler() -> str | None:

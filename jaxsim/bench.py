@@ -19,7 +19,6 @@ import math
 import os
 import platform
 import queue
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,11 @@ from jaxsim.policy import routing
 from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims
 from jaxsim.state.requests import pack_requests
+
+try:
+    import resource
+except ImportError:  # Windows has neither this nor load averages
+    resource = None
 
 COEFFICIENTS = (
     (6.0e-3, 2.5e-5, 0.0, 2.0e-5, 6.6e-10),
@@ -170,6 +174,15 @@ def engine_answers(world, num_requests: int) -> tuple[np.ndarray, np.ndarray, np
     return first, finish, np.asarray(world.progress)[:, :num_requests, 1]
 
 
+def checksum(first: np.ndarray, finish: np.ndarray, preemptions: np.ndarray) -> str:
+    """One number for all answers, requests in order; the C++ programs print the same for the same answers."""
+    columns = [np.asarray(a).ravel().astype(np.uint64) for a in (first, finish, preemptions)]
+    weights = (np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x9E3779B97F4A7C15), np.uint64(1))
+    one = sum(column * weight for column, weight in zip(columns, weights, strict=True))
+    odd = 2 * np.arange(one.size, dtype=np.uint64) + np.uint64(1)
+    return f"{int(np.sum(one * odd, dtype=np.uint64)):016x}"
+
+
 # --- The worker: one process, one core, one program -------------------------------------------
 
 
@@ -238,7 +251,9 @@ def _time_case(case: Case, drawn: Drawn, inputs, program, job: Job, limit_s: flo
         for name, (binary, workload) in programs.items():
             timed = cpp.run(binary, workload, 3)
             others[name].append(timed["requests"] / timed["median_s"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
+    peak = None
+    if resource is not None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
     if len(wall_s) > 1:
         wall_s, cpu_s, others = wall_s[1:], cpu_s[1:], {name: rates[1:] for name, rates in others.items()}
 
@@ -248,6 +263,7 @@ def _time_case(case: Case, drawn: Drawn, inputs, program, job: Job, limit_s: flo
     result = {
         "name": case.name,
         "requests_per_s_per_core": statistics.median(rates), "best_requests_per_s_per_core": max(rates),
+        "requests_per_cpu_s": statistics.median(case.total / s for s in cpu_s),
         "ratio_to_cpp": None, "ratio_to_cpp_native": None, "ratio_to_twin": None, "compile_s": None,
         "peak_mib": peak,
         "program_mib": (memory.temp_size_in_bytes + memory.argument_size_in_bytes
@@ -258,20 +274,19 @@ def _time_case(case: Case, drawn: Drawn, inputs, program, job: Job, limit_s: flo
         "faults": int(np.count_nonzero(np.asarray(world.fault))),
         "mean_ttft_s": float(np.mean(first / TICKS_PER_S - drawn.arrival_s)),
         "mean_e2e_s": float(np.mean(finish / TICKS_PER_S - drawn.arrival_s)),
-        "checksum": None, "agreement": None,
+        "checksum": checksum(first, finish, preemptions), "agreement": None,
     }
     for name, key in RATIOS.items():
         if name in others:
             result[f"{name}_requests_per_s"] = statistics.median(others[name])
             result[key] = statistics.median(a / b for a, b in zip(rates, others[name], strict=True))
-    if cpp is not None:
-        result["checksum"] = cpp.Answers(first, finish, preemptions).checksum()
     if "twin" in programs:
         cpp.run(*programs["twin"], 1, folder / "answers")
         theirs = cpp.read_answers(folder / "answers", first.shape)
         off = np.maximum(np.abs(theirs.first - first), np.abs(theirs.finish - finish))
         result["agreement"] = {
-            "with": "C++ simulator with the same rules", "checksum": theirs.checksum(),
+            "with": "C++ simulator with the same rules",
+            "checksum": checksum(theirs.first, theirs.finish, theirs.preemptions),
             "exact_share": float(np.mean((off == 0) & (theirs.preemptions == preemptions))),
             "within_10us_share": float(np.mean(off <= 1e-5 * TICKS_PER_S)),
             "same_preemptions_share": float(np.mean(theirs.preemptions == preemptions))}
@@ -303,8 +318,8 @@ def _time_reference(case: Case) -> dict:
 
 def _checkout(relative: str) -> Path | None:
     """A file of the repository this package runs from, if it does."""
-    path = Path(__file__).resolve().parents[1] / relative
-    return path if path.is_file() else None
+    root = Path(__file__).resolve().parents[1]
+    return root / relative if (root / "pyproject.toml").is_file() and (root / relative).is_file() else None
 
 
 def _load(relative: str):
@@ -375,8 +390,8 @@ class _Worker:
 
 def _empty(case: Case, problem: str) -> dict:
     """The entry of a case that was not measured."""
-    figures = ("requests_per_s_per_core", "best_requests_per_s_per_core", *RATIOS.values(), "compile_s",
-               "peak_mib", "checksum", "agreement")
+    figures = ("requests_per_s_per_core", "best_requests_per_s_per_core", "requests_per_cpu_s",
+               *RATIOS.values(), "compile_s", "peak_mib", "checksum", "agreement")
     return dict.fromkeys(figures) | asdict(case) | {"error": problem}
 
 
@@ -425,7 +440,7 @@ def main(quick: bool = False, only: list[str] | None = None,
 
     Returns `results` (one entry a case: name, requests_per_s_per_core (median of the runs), ratio_to_cpp,
     compile_s, peak_mib, ...), `ratios` (`vs_cpp`, `vs_python`: of `replicas_1` to the bare C++ loop and to
-    the plain-Python reference), `scaling` (largest over smallest time a request), `machine` and `notes`.
+    the plain-Python reference), `scaling` (largest over smallest CPU time a request), `machine` and `notes`.
     What could not be measured is None, with a note.
     """
     known = {c.name for c in (*MAIN_CASES, *REQUEST_CASES, *SLOT_CASES)}
@@ -434,7 +449,7 @@ def main(quick: bool = False, only: list[str] | None = None,
         raise ValueError(f"only = {unknown}: no such case; choose from {', '.join(sorted(known))}")
     began = time.monotonic()
     notes: list[str] = []
-    load_before = os.getloadavg()
+    load_before = _load_average()
     results: list[dict] = []
 
     def report(result: dict) -> None:
@@ -479,7 +494,7 @@ def main(quick: bool = False, only: list[str] | None = None,
         "machine": {
             "device": _cpu_name(), "cores": os.cpu_count(), "is_pinned": hasattr(os, "sched_setaffinity"),
             "platform": platform.platform(), "python": platform.python_version(), "jax": jax.__version__,
-            "load_average": {"before": load_before, "after": os.getloadavg()}},
+            "load_average": {"before": load_before, "after": _load_average()}},
         "cost": {"kind": COST_NOTE, "coefficients": COEFFICIENTS},
         "cpp": {"ratio_to_cpp": "bare loop, -O3", "ratio_to_cpp_native": "bare loop, -O3 -march=native",
                 "ratio_to_twin": "simulator with the same rules, -O3 -march=native"} if binaries else None,
@@ -574,10 +589,14 @@ def _python_rate(folder: Path, notes: list[str]) -> float | None:
 
 
 def _spread(by_name: dict[str, dict], cases: tuple[Case, ...]) -> float | None:
-    """Largest over smallest time a request among the cases measured; None below two."""
+    """Largest over smallest CPU time a request among the cases measured; None below two."""
     measured = (by_name.get(ALIASES.get(case.name, case.name), {}) for case in cases)
-    rates = [r["requests_per_s_per_core"] for r in measured if r.get("requests_per_s_per_core")]
+    rates = [r["requests_per_cpu_s"] for r in measured if r.get("requests_per_cpu_s")]
     return max(rates) / min(rates) if len(rates) > 1 else None
+
+
+def _load_average() -> tuple[float, ...] | None:
+    return os.getloadavg() if hasattr(os, "getloadavg") else None
 
 
 def _cpu_name() -> str:
@@ -615,33 +634,35 @@ def show(report: dict, console: Console | None = None) -> None:
     ratios, scaling, machine = report["ratios"], report["scaling"], report["machine"]
     console.print(f"replicas_1: {text(ratios['vs_cpp'])} of the bare C++ loop, "
                   f"{text(ratios['vs_python'], '{:,.0f}')} times the plain-Python reference")
-    console.print(f"time a request, largest over smallest: {text(scaling['requests'], '{:.2f}')} over "
+    console.print(f"CPU time a request, largest over smallest: {text(scaling['requests'], '{:.2f}')} over "
                   f"requests, {text(scaling['slots'], '{:.2f}')} over slots")
-    before, after = machine["load_average"]["before"][0], machine["load_average"]["after"][0]
-    console.print(f"{machine['device']}, JAX {machine['jax']}, Python {machine['python']}, load {before:.1f} "
-                  f"before, {after:.1f} after; cost: {report['cost']['kind']}; {report['duration_s']:.0f} s")
+    before, after = ((load or [None])[0] for load in machine["load_average"].values())
+    console.print(f"{machine['device']}, JAX {machine['jax']}, Python {machine['python']}, load "
+                  f"{text(before, '{:.1f}')} before, {text(after, '{:.1f}')} after; {report['duration_s']:.0f} s\n"
+                  f"cost: {report['cost']['kind']}")
     for note in report["notes"]:
         console.print(f"note: {note}")
 
 
-def _main() -> None:
+def command(quick: bool = False, as_json: bool = False, only: list[str] | None = None) -> int:
+    """What `jaxsim bench` does: measure and print, the table or JSON; progress on standard error. Exit status."""
+    def progress(result: dict) -> None:
+        rate = result["requests_per_s_per_core"]
+        figure = result.get("error") if rate is None else f"{rate / 1e6:.3f} M requests/s"
+        print(f"{result['name']}: {figure}", file=sys.stderr, flush=True)
+
+    report = main(quick, only, progress)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+    return 0
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m jaxsim.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="within 90 s")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="only these cases")
     options = parser.parse_args()
-
-    def progress(result):
-        rate = result["requests_per_s_per_core"]
-        figure = result.get("error") if rate is None else f"{rate / 1e6:.3f} M requests/s"
-        print(f"{result['name']}: {figure}", file=sys.stderr, flush=True)
-
-    report = main(options.quick, options.only, progress)
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        show(report)
-
-
-if __name__ == "__main__":
-    _main()
+    sys.exit(command(options.quick, options.json, options.only))
