@@ -39,7 +39,7 @@ from rich.table import Table
 
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop
-from jaxsim.engine.step import Params
+from jaxsim.engine.common import Params
 from jaxsim.kernels import clock
 from jaxsim.policy import routing
 from jaxsim.policy.batching import Batching
@@ -629,7 +629,7 @@ def show(report: dict, console: Console | None = None) -> None:
             text(r.get("preemptions_per_request"), "{:.2f}"),
             text((r["agreement"] or {}).get("exact_share"), "{:.2%}"))
     console.print(table)
-    console.print("/bare, /twin: ratios to the bare C++ loop and to a C++ simulator with the same rules;\n"
+    console.print("/bare, /twin: ratios to the bare C++ loop, to a C++ simulator of the same rules;\n"
                   "preempted: times a request; =twin: requests with bit-equal answers\n")
     ratios, scaling, machine = report["ratios"], report["scaling"], report["machine"]
     console.print(f"replicas_1: {text(ratios['vs_cpp'])} of the bare C++ loop, "

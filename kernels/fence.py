@@ -1,9 +1,11 @@
-"""Make XLA compute shared values once.
+"""Make XLA compute shared values once, by running the phases of a computation as separate computations.
 
-XLA on CPU fuses every producer into each of its consumers and computes it again there. A step is one deep graph
-with some hundred outputs, so most of it would be computed dozens of times (measured: 17,700 fused instructions for
-2,000 distinct ones). A value that passes through a conditional is stored instead.
+XLA on CPU fuses every producer into each of its consumers and computes it again there. A step of the engine is one
+deep graph with some hundred outputs, so most of it would be computed dozens of times (measured: 17,700 fused
+instructions for 2,000 distinct ones). What happens inside a conditional stays there, and what comes out is stored.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,35 +13,32 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 
-class Fence:
-    """Stores values on the way through a step; what was stored before is passed by.
+def stage(is_true: Bool[Array, ""] | None, function: Callable, inputs):
+    """`function(inputs)`, its results stored before anything that follows.
 
     is_true: a scalar that is true at run time and that the compiler cannot know to be, the same for the whole
-    batch (so that `vmap` keeps the conditional); None leaves the compiler free.
+    batch (so that `vmap` keeps the conditional); None leaves the compiler free. Results that are inputs passed
+    through, by identity, cost nothing.
     """
+    if is_true is None:
+        return function(inputs)
+    known = {id(leaf): leaf for leaf in jax.tree.leaves(inputs)}
+    plan = {}
 
-    def __init__(self, is_true: Bool[Array, ""] | None):
-        """A fence for one trace of one step."""
-        self._is_true = is_true
-        self._stored = {}
+    def fresh():
+        leaves, plan["structure"] = jax.tree.flatten(function(inputs))
+        new = list({id(leaf): leaf for leaf in leaves if id(leaf) not in known}.values())
+        place = {id(leaf): at for at, leaf in enumerate(new)}
+        plan["leaves"] = [place.get(id(leaf), known.get(id(leaf))) for leaf in leaves]
+        return [jnp.asarray(leaf) for leaf in new]
 
-    def __call__(self, *trees):
-        """`trees`, unchanged, computed before anything that follows."""
-        if self._is_true is None:
-            return trees
-        leaves, treedef = jax.tree.flatten(trees)
-        new = list({id(x): x for x in leaves if id(x) not in self._stored}.values())
-        if new:
-            stored = lax.cond(self._is_true, lambda *xs: xs, _scrambled, *new)
-            # Keep the old value alive too: an id is only good while its object lives.
-            by_id = {id(x): y for x, y in zip(new, stored, strict=True)}
-            self._stored |= {id(y): y for y in stored}
-            self._kept = (getattr(self, "_kept", ()), new)
-            leaves = [by_id.get(id(x), x) for x in leaves]
-        return jax.tree.unflatten(treedef, leaves)
+    shapes = jax.eval_shape(fresh)
 
+    def never():
+        # One operation that is not element-wise, or XLA would make selects of the conditional.
+        odd = jnp.flip(jnp.stack([is_true, ~is_true]))[0]
+        return [jnp.full(x.shape, odd).astype(x.dtype) for x in shapes]
 
-def _scrambled(*leaves):
-    odd = jnp.flip(lax.optimization_barrier(jnp.stack([jnp.ravel(leaves[0])[0]] * 2)))[0]
-    first = jnp.full_like(leaves[0], odd)
-    return (first, *(jnp.zeros_like(x) for x in leaves[1:]))
+    stored = lax.cond(is_true, fresh, never)
+    leaves = [stored[at] if isinstance(at, int) else at for at in plan["leaves"]]
+    return jax.tree.unflatten(plan["structure"], leaves)

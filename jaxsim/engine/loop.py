@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsim.engine.step import Params, apply, next_arrival_time, step
+from jaxsim.engine.common import Params
+from jaxsim.engine.events import next_arrival_time
+from jaxsim.engine.step import apply, step
 from jaxsim.kernels import bitmap, clock, packed
 from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims

@@ -8,7 +8,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.cost.roofline import roofline
-from jaxsim.engine.step import Params
+from jaxsim.engine.common import Params
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import router
 from jaxsim.spec.device import DeviceSpec, load_device

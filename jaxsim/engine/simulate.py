@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsim.engine import loop, lower
-from jaxsim.engine.step import Params
+from jaxsim.engine.common import Params
 from jaxsim.kernels import clock, packed
 from jaxsim.metrics import LaneResult, Result
 from jaxsim.spec.dims import Dims

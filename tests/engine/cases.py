@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop
-from jaxsim.engine.step import Params
+from jaxsim.engine.common import Params
 from jaxsim.policy import routing
 from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims
@@ -28,6 +28,19 @@ LANES = 64
 """Scenarios in a batch; fewer are padded with copies of the first."""
 
 NUM_REQUESTS, NUM_SLOTS = 24, 8
+
+PRESETS = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi", "orca", "static", "tensorrt-llm",
+           "sglang", "simdistserve-vllm")
+"""Presets of the reference that the engine has too."""
+
+INSTANCES = (1, 3)
+
+
+def dims_of(preset: str, num_instances: int, **changes) -> Dims:
+    """Sizes that tests share: blocks of 16 on one instance, so that the golden traces fit in, and of 4 on more."""
+    block_size = 16 if num_instances == 1 else simulator.PRESETS[preset].get("block_size", 4)
+    return replace(Dims(NUM_REQUESTS, num_instances, NUM_SLOTS, block_size), **changes)
+
 
 ROUTERS = {
     "round_robin": routing.RoundRobin, "random": routing.Random,
@@ -105,8 +118,15 @@ def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size
         budget = largest + seqs + int(rng.integers(0, 60))
     need = -(-(model_len if flags.reserve in ("max_model_len", "expected") else largest) // block_size)
     watermark = int(rng.integers(0, 3)) if flags.reserve == "prompt" else 0
+    extra = {}
     if flags.reserve == "expected":
-        need = need + flags.retract_free_tokens * seqs // block_size
+        # Dyadic ratios, small enough that admission is too hopeful and running sequences are retracted.
+        need += block_size > 1
+        extra = dict(new_token_ratio_init=float(rng.choice([0.0, 0.25, 0.75])), new_token_ratio_floor=0.0,
+                     new_token_ratio_decay=float(rng.choice([0.0, 2.0**-6])),
+                     retract_free_tokens=int(rng.integers(0, 5)), expected_clip=int(rng.choice([8, 4096])))
+    if flags.decode_context_limit is not None:
+        extra = dict(decode_context_limit=largest + int(rng.integers(0, 3 * largest)))
     blocks = need + watermark + int(rng.integers(0, rng.choice([max(need, 1), 2 * need * min(seqs, 4)])))
     a, b = 2.0**-6, 2.0**-9
     c, d, e = 2.0**-12, 2.0**-8, 2.0**-14
@@ -117,7 +137,7 @@ def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size
     return Case(arrival, prompt, output, max_tokens, rng.integers(0, 3, count),
                 rng.random((count, 2)).astype(np.float32),
                 dict(max_num_seqs=seqs, max_num_batched_tokens=budget, watermark_blocks=watermark,
-                     num_blocks=blocks, max_model_len=model_len),
+                     num_blocks=blocks, max_model_len=model_len, **extra),
                 rows, int(rng.integers(len(MIXED))))
 
 
@@ -133,10 +153,10 @@ def draw_many(seed: int, flags: simulator.Flags, dims: Dims, count: int = LANES)
 def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int = 1_000_000,
                 cost: AbstractIterationCost | None = None) -> Params:
     """What the engine is told of a case. Leaves are NumPy's: a batch is stacked on the host."""
-    i, x, limits = np.int32, np.float32, case.limits
+    i, x, flags = np.int32, np.float32, replace(flags, **case.limits)
     batching = Batching(
-        i(limits["max_num_seqs"]), i(limits["max_num_batched_tokens"]), i(limits["max_model_len"]),
-        i(limits["num_blocks"]), i(limits["watermark_blocks"]), i(flags.decode_context_limit or 0),
+        i(flags.max_num_seqs), i(flags.max_num_batched_tokens), i(flags.max_model_len),
+        i(flags.num_blocks), i(flags.watermark_blocks), i(flags.decode_context_limit or 0),
         x(flags.new_token_ratio_init), x(flags.new_token_ratio_floor), x(flags.new_token_ratio_decay),
         i(flags.expected_clip), i(flags.retract_free_tokens),
         phase_mix=flags.phase_mix, chunked_prefill=flags.chunked_prefill, reserve=flags.reserve,

@@ -1,0 +1,280 @@
+"""A scheduling pass: decodes take their blocks, prompts are placed, victims go, an iteration starts."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxsim.cost.base import BatchStats
+from jaxsim.engine.common import MAX_SPAN_S, Params, blocks_for, choose, has, mark, span_s
+from jaxsim.engine.events import Event
+from jaxsim.engine.slots import Slots
+from jaxsim.kernels import clock, packed, residues
+from jaxsim.kernels.clock import Time
+from jaxsim.spec.dims import Dims
+from jaxsim.state import world as w
+from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PROMPT, RANK
+from jaxsim.state.world import Clocks, Counts, Executor
+
+
+class Placed(NamedTuple):
+    """The prompt placed in this step, if any: a new admission, or the forming prompt's next chunk."""
+
+    is_admitted: Bool[Array, ""]
+    is_completing: Bool[Array, ""]
+    is_first_token: Bool[Array, ""]
+    request: Int[Array, ""]
+    slot: Int[Array, ""]
+    key: Int[Array, ""]
+    entry: Int[Array, " entry_fields"]
+
+
+class Plan(NamedTuple):
+    """The iteration (or jump) started in this step, if any."""
+
+    is_any: Bool[Array, ""]
+    first_end: Time
+    end: Time
+    num_decode: Int[Array, ""]
+
+
+def begin_pass(params: Params, is_passing: Bool[Array, ""], counts: Counts) -> Counts:
+    """Fresh token budget and progress flags, unless a pass is already under way."""
+    ex, batch, rank = counts.executor, counts.batch, counts.rank
+    is_fresh = is_passing & (ex.progress == 0)
+    decodes = batch.count if params.batching.is_unified else 0
+    was_empty = jnp.where(rank.running == 0, w.WAS_EMPTY, 0)
+    if params.batching.async_scheduling:
+        is_blind = is_fresh & (rank.running == 0) & (rank.visible == 0)
+        rank = replace(rank, visible=jnp.where(is_blind, rank.waiting, rank.visible))
+    if params.batching.order == "priority":
+        rank = replace(rank, cursor=jnp.where(is_fresh, -1, rank.cursor))
+    return Counts(
+        replace(ex, progress=jnp.where(is_fresh, w.PASS | was_empty, ex.progress)), rank,
+        replace(batch, budget=jnp.where(is_fresh, params.batching.max_num_batched_tokens - decodes, batch.budget)))
+
+
+def decode_need(dims: Dims, params: Params, counts: Counts, residue_row, tail_offset):
+    """Blocks the decodes of this pass take, and blocks that must be free for them (and the forming prompt's
+    next chunk) to go ahead."""
+    rank, batch = counts.rank, counts.batch
+    crossing = residues.crossing_at(residue_row, batch.counter)
+    if params.batching.decode_needs_free_block == "always":
+        tail_crosses = ((tail_offset + batch.counter) & (dims.block_size - 1)) == 0
+        need = jnp.where(batch.count > 0, crossing - tail_crosses + 1, 0)
+    else:
+        need = crossing
+    if params.batching.reserve == "none" and params.batching.chunked_prefill and params.batching.is_unified:
+        chunk = jnp.minimum(rank.forming_known - rank.forming_computed, batch.budget)
+        grown = blocks_for(rank.forming_computed + chunk, dims) - blocks_for(rank.forming_computed, dims)
+        need = need + jnp.where(rank.forming_slot != dims.null_slot, grown, 0)
+    return crossing, need
+
+
+def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, times: Clocks, residue_row,
+          lengths, emitted, request, free_slot, slots: Slots | None):
+    """Give the forming prompt its chunk, or admit the head of the queue if it fits.
+
+    is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens);
+    emitted: its output tokens so far. Returns counts, times, residues, what was placed, whether the queue's head
+    is blocked by something that only an event can lift, and whether more may be placed at this instant.
+    """
+    rules = params.batching
+    ex, rank, batch = counts.executor, counts.rank, counts.batch
+    prompt, output, max_tokens = lengths[PROMPT], lengths[OUTPUT], lengths[MAX_TOKENS]
+    known = prompt + emitted
+    null = jnp.int32(dims.null_slot)
+    is_forming = jnp.bool_(False)
+    if rules.chunked_prefill:
+        is_forming = (rank.forming_slot != null) & ~has(counts, w.FORMED)
+    computed = jnp.where(is_forming, rank.forming_computed, 0)
+    rest = known - computed
+    chunk = jnp.minimum(rest, batch.budget) if rules.chunked_prefill else rest
+    if rules.order == "priority":
+        chunk = jnp.where(is_forming & has(counts, w.CHUNKED), rank.forming_chunk, chunk)
+    reserved = {
+        "none": blocks_for(chunk, dims), "prompt": blocks_for(known, dims),
+        "expected": blocks_for(known, dims), "max_tokens": blocks_for(prompt + max_tokens, dims),
+        "max_model_len": blocks_for(rules.max_model_len, dims)}[rules.reserve]
+    if not rules.kv_accounting:
+        reserved = jnp.int32(0)
+    grown = reserved
+    if rules.chunked_prefill:
+        more = 0
+        if rules.reserve == "none" and rules.kv_accounting:
+            more = blocks_for(computed + chunk, dims) - blocks_for(computed, dims)
+        grown = jnp.where(is_forming, more, reserved)
+
+    has_budget = (batch.budget > 0) if rules.chunked_prefill else (rest <= batch.budget)
+    has_slot = rank.running < rules.max_num_seqs
+    has_blocks = jnp.bool_(True)
+    if rules.kv_accounting:
+        has_blocks = rules.num_blocks - rank.used_blocks - reserved >= rules.watermark_blocks
+    if rules.reserve == "expected":
+        own = (reserved << dims.block_bits) + jnp.minimum(max_tokens - emitted, rules.reserve_clip_tokens)
+        free_tokens = ((rules.num_blocks - rank.used_blocks) << dims.block_bits).astype(jnp.float32)
+        others = slots.expected_tokens(dims, rules, counts).astype(jnp.float32) * times.ratio
+        has_blocks = has_blocks & (own.astype(jnp.float32) <= free_tokens - others)
+    is_head_visible = (rank.visible > 0) if rules.async_scheduling else (rank.waiting > 0)
+    is_closed = has(counts, w.CLOSED)
+    if rules.admit == "when_empty":
+        is_closed = is_closed | ~has(counts, w.WAS_EMPTY)
+    is_head_tried = is_open & ~is_forming & is_head_visible & ~is_closed
+    is_admitted = is_head_tried & has_budget & has_slot & has_blocks
+    is_forming = is_open & is_forming
+    is_placed = is_admitted | is_forming
+    # What keeps the head waiting until a sequence leaves, rather than only for this iteration.
+    is_held = ~has_slot | ~has_blocks
+    if rules.reserve == "expected":
+        is_held = jnp.bool_(False)
+    if rules.admit == "when_empty":
+        is_held = jnp.bool_(True)
+
+    is_completing = is_placed & (computed + chunk == known)
+    is_partial = is_placed & ~is_completing
+    slot = jnp.where(is_forming, rank.forming_slot, jnp.where(is_admitted, free_slot, null))
+    # The first iteration advances the token clock in a unified batch; beside a prompt-only one, decodes wait.
+    after_first = batch.counter + (1 if rules.is_unified else 0)
+    offset = known - after_first
+    is_first_token = is_completing & (emitted == 0)
+    one = is_completing.astype(jnp.int32)
+    tokens = jnp.where(is_placed, chunk, 0)
+    start, end = computed.astype(jnp.float32), (computed + tokens).astype(jnp.float32)
+    batch = replace(
+        batch, budget=batch.budget - tokens, joining=batch.joining + one,
+        joining_offsets=batch.joining_offsets + one * offset,
+        joining_first=batch.joining_first + is_first_token,
+        num_chunks=batch.num_chunks + (tokens > 0),
+        chunk_tokens=batch.chunk_tokens + tokens,
+        chunk_context=batch.chunk_context + jnp.where(tokens > 0, computed + tokens, 0))
+    times = replace(times, chunk_pairs=times.chunk_pairs
+                    + jnp.where(tokens > 0, (end - start) * (end + start), 0.0))
+    is_in = is_admitted.astype(jnp.int32)
+    used = rank.used_blocks + jnp.where(is_placed, grown, 0)
+    rank = replace(
+        rank, waiting=rank.waiting - is_in, running=rank.running + is_in, used_blocks=used,
+        peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
+    if rules.async_scheduling:
+        rank = replace(rank, visible=rank.visible - is_in)
+    if rules.chunked_prefill:
+        rank = replace(
+            rank, forming_slot=jnp.where(is_partial, slot, jnp.where(is_completing, null, rank.forming_slot)),
+            forming_request=jnp.where(is_partial, request, rank.forming_request),
+            forming_computed=jnp.where(is_partial, computed + tokens, rank.forming_computed),
+            forming_known=jnp.where(is_partial, known, rank.forming_known))
+    if rules.grows:
+        residue_row = residue_row + one * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
+    counts = Counts(ex, rank, batch)
+    counts = mark(counts, is_forming, w.FORMED)
+    counts = mark(counts, is_placed & (tokens > 0), w.FILLED)
+    left = (rank.visible if rules.async_scheduling else rank.waiting) > 0
+    can_go_on = is_placed & left & (batch.budget > 0) & (rank.running < rules.max_num_seqs) & ~is_closed
+    key = packed.pack_key(after_first + (output - emitted - 1), slot, dims.slot_bits)
+    entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
+    if rules.scans_slots:
+        stamp = batch.num_iterations if rules.reserve == "expected" else rank.next_stamp
+        entry += [lengths[RANK] if rules.order == "priority" else prompt, stamp]
+    placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
+    is_held = (rank.running >= rules.max_num_seqs) | (is_head_tried & ~is_admitted & is_held)
+    return counts, times, residue_row, placed, is_held, can_go_on
+
+
+def price(params: Params, counts: Counts, times: Clocks):
+    """Seconds of the iteration that was formed, and the pace of the decode iterations that can follow it.
+
+    Returns first_s, then pace_s, growth_s and horizon as `DecodePace` has them.
+    """
+    rules, batch = params.batching, counts.batch
+    is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
+    decodes = jnp.where(is_prompt_only, 0, batch.count - batch.stalled)
+    stats = BatchStats(
+        decodes, jnp.where(is_prompt_only, 0, batch.offsets - batch.stalled_offsets
+                           + decodes * (batch.counter + 1)),
+        batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.chunk_pairs, decodes + batch.joining)
+    after_first = batch.counter + jnp.where(is_prompt_only, 0, 1)
+    followers = batch.count + batch.joining
+    pace = params.cost.decode(
+        followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1))
+    return clock.on_grid(params.cost.iteration(stats)), pace.first_s, pace.growth_s, pace.horizon
+
+
+def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
+          residue_row, next_key, is_held, first_s, pace_s, growth_s, horizon):
+    """Start the iteration that was formed, and the decode iterations that can follow it undisturbed.
+
+    next_key: smallest completion key of the executor, the joining sequences included. is_held: the queue's head,
+    if any, can join only after an event. The last four are from `price`.
+    """
+    rules = params.batching
+    rank, batch = counts.rank, counts.batch
+    is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
+    advance = jnp.where(is_prompt_only, 0, 1)
+    after_first = batch.counter + advance
+    followers = batch.count + batch.joining
+    to_completion = packed.unpack_key(next_key, dims.slot_bits)[0] - after_first
+    extra = jnp.minimum(jnp.minimum(to_completion, horizon), dims.max_jump - 1)
+    if rules.grows:
+        room = rules.num_blocks - rank.used_blocks
+        if rules.decode_needs_free_block == "always":
+            room = room - 1
+        extra = jnp.minimum(extra, residues.times_that_fit(residue_row, followers, after_first, room))
+    slowest_s = jnp.maximum(pace_s + growth_s * extra.astype(jnp.float32), 1e-9)
+    extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / slowest_s, 1e9).astype(jnp.int32))
+    may_follow = (followers > 0) & ((rank.waiting == 0) | is_held) & (batch.stalled == 0)
+    if rules.has_context_limit:
+        room = rules.decode_context_limit - (batch.offsets + batch.joining_offsets + followers * after_first)
+        extra = jnp.minimum(extra, jnp.floor(room / jnp.maximum(followers, 1)).astype(jnp.int32))
+    if rules.chunked_prefill:
+        may_follow = may_follow & (rank.forming_slot == dims.null_slot)
+    extra = jnp.where(may_follow, jnp.maximum(extra, 0), 0)
+    first_end = clock.add(event.now, first_s)
+    end = clock.add(first_end, span_s(pace_s, growth_s, extra))
+    ex = Executor(extra=extra, advance=advance, is_committed=jnp.int32(0), progress=jnp.int32(0),
+                  gap_count=counts.executor.gap_count, log_row=counts.executor.log_row)
+    if rules.async_scheduling:
+        rank = replace(rank, visible=rank.waiting)
+    times_now = replace(times, start=event.now, first_s=first_s, pace_s=pace_s, growth_s=growth_s)
+    counts = choose(is_starting, Counts(ex, rank, batch), counts)
+    decodes = jnp.where(is_prompt_only, 0, batch.count - batch.stalled)
+    return counts, choose(is_starting, times_now, times), Plan(is_starting, first_end, end, decodes)
+
+
+def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts, residue_row, slot, request,
+            offset, previous, known_prompt):
+    """Take a sequence off the batch: all its blocks, back to the front of the queue.
+
+    slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues and the
+    tokens it has emitted.
+    """
+    rank, batch = counts.rank, counts.batch
+    null = jnp.int32(dims.null_slot)
+    is_forming = (slot == rank.forming_slot) & (slot != null)
+    held_tokens = jnp.where(is_forming, rank.forming_computed, offset + batch.counter)
+    if params.batching.reserve != "none":
+        held_tokens = jnp.where(is_forming, rank.forming_known, held_tokens)
+    emitted = jnp.where(is_forming, rank.forming_known, offset + batch.counter + 1) - known_prompt
+    one = is_any.astype(jnp.int32)
+    is_decoding = is_any & ~is_forming
+    gone = is_decoding.astype(jnp.int32)
+    residue_row = residue_row - gone * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
+    is_alone = rank.waiting == 0
+    rank = replace(
+        rank, head=jnp.where(is_any, request, rank.head),
+        back=jnp.where(is_any & is_alone, request, rank.back), waiting=rank.waiting + one,
+        running=rank.running - one, used_blocks=rank.used_blocks - one * blocks_for(held_tokens, dims),
+        forming_slot=jnp.where(is_any & is_forming, null, rank.forming_slot),
+        tail=jnp.where(is_decoding, previous, rank.tail))
+    if params.batching.async_scheduling:
+        rank = replace(rank, visible=rank.visible + one)
+    batch = replace(batch, count=batch.count - gone, offsets=batch.offsets - gone * offset)
+    if params.batching.is_unified:
+        batch = replace(batch, budget=batch.budget + gone)
+    return Counts(counts.executor, rank, batch), residue_row, emitted
+
+
+def take_blocks(counts: Counts, condition: Bool[Array, ""], blocks: Int[Array, ""]) -> Counts:
+    """The decodes of this pass take their blocks."""
+    used = counts.rank.used_blocks + jnp.where(condition, blocks, 0)
+    rank = replace(counts.rank, used_blocks=used, peak_blocks=jnp.maximum(counts.rank.peak_blocks, used))
+    return mark(replace(counts, rank=rank), condition, w.DECODED)

@@ -1,0 +1,135 @@
+"""The engine against the reference simulator, bit for bit, ties included.
+
+Coefficients, arrivals and limits are dyadic and small, so that float32 is exact and both must agree on every time,
+place, stall and preemption. Every preset, on one instance and on three, every router mixed in one batch.
+
+`JAXSIM_EXPLORE=N` in the environment draws N fresh seeds a program instead of the same few each time.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from jaxsim.engine import loop
+from tests.engine import cases as c
+from tests.reference import simulator
+
+EXPLORE = int(os.environ.get("JAXSIM_EXPLORE", "0"))
+SEEDS = settings(max_examples=EXPLORE or 6, derandomize=not EXPLORE, deadline=None, database=None,
+                 phases=(Phase.explicit, Phase.generate))  # a seed has no smaller one; `smallest` reduces
+
+PROGRAMS = [pytest.param(name, n, id=f"{name}-{n}") for name in c.PRESETS for n in c.INSTANCES]
+
+PREEMPTING = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi", "sglang")
+
+
+def compare(batch: list[c.Case], flags: simulator.Flags, dims, router: str = "mixed"):
+    """Reference results, and for every case what differs (None where the reference refuses it)."""
+    ours = c.simulate(batch, flags, dims, router, lanes=c.LANES)
+    results, wrong = [], []
+    for case, lane in zip(batch, ours, strict=True):
+        try:
+            result = c.reference(case, flags, dims, router)
+        except ValueError:
+            results.append(None)
+            wrong.append(None)
+            continue
+        results.append(result)
+        wrong.append(c.differences(lane, c.answer(result, dims.num_instances, case.limits["num_blocks"])))
+    return results, wrong
+
+
+def check(seed: int, flags: simulator.Flags, dims) -> list[simulator.ReferenceResult]:
+    """All cases of a seed agree; else fails with the smallest case that does not."""
+    batch = c.draw_many(seed, flags, dims)
+    results, wrong = compare(batch, flags, dims)
+    failing = [case for case, names in zip(batch, wrong, strict=True) if names]
+    if failing:
+        def are_failing(smaller):
+            return [bool(names) for names in compare(smaller, flags, dims)[1]]
+
+        case = c.smallest(min(failing, key=len), are_failing)
+        names = compare([case], flags, dims)[1][0]
+        pytest.fail(f"seed {seed}: {len(failing)} of {len(batch)} differ; the smallest in {names}: {case}")
+    results = [result for result in results if result is not None]
+    assert len(results) >= 0.9 * len(batch), "too many cases that nobody could serve"
+    return results
+
+
+@pytest.mark.parametrize("name, num_instances", PROGRAMS)
+def test_engine_equals_reference(name, num_instances):
+    flags, dims = simulator.preset(name), c.dims_of(name, num_instances)
+    seen = dict(preemptions=0, ties=0, requests=0, batches=0)
+
+    @SEEDS
+    @given(st.integers(0, 2**32))
+    def agree(seed):
+        for result in check(seed, flags, dims):
+            seen["preemptions"] += sum(r.preemptions for r in result.requests)
+            seen["ties"] += result.num_exact_ties
+            seen["requests"] += len(result.requests)
+            seen["batches"] += sum(len(record.batch) > 1 for record in result.iterations)
+
+    agree()
+    # The scenarios must be hard, or agreement says little.
+    assert seen["ties"] > seen["requests"] / 20
+    assert seen["batches"] > seen["requests"]
+    assert (seen["preemptions"] > seen["requests"] / 200) == (name in PREEMPTING)
+
+
+@pytest.mark.parametrize("name", ["vllm-v1", "vllm-v0"])
+def test_jumps_change_nothing(name):
+    """One iteration at a time gives what jumps give, the histogram of token gaps but for its rounding too."""
+    flags, dims = simulator.preset(name), c.dims_of(name, 3)
+    batch = c.draw_many(11, flags, dims)
+    jumping = c.simulate(batch, flags, dims, "mixed", lanes=c.LANES)
+    single = c.simulate(batch, flags, c.dims_of(name, 3, max_jump=1), "mixed", lanes=c.LANES)
+    for one, other in zip(jumping, single, strict=True):
+        exact = {k: v for k, v in one.items() if k not in ("itl", "held_block_s", "steps")}
+        assert c.differences(other, exact) == []
+        assert one["itl"].sum() == other["itl"].sum()
+    assert sum(lane["steps"] for lane in single) > 1.5 * sum(lane["steps"] for lane in jumping)
+
+
+TRACE = c.Case(
+    arrival_s=np.array([0.0, 0.0, 3.0]), prompt=np.array([40, 50, 30]), output=np.array([30, 20, 40]),
+    max_tokens=np.array([30, 20, 40]), priority=np.zeros(3, int), uniforms=np.zeros((3, 2), np.float32),
+    limits=dict(max_num_seqs=4, max_num_batched_tokens=0, watermark_blocks=0, num_blocks=10, max_model_len=128),
+    coefficients=((1.0, 0, 0, 0, 0),) * 3)
+"""Ten blocks of 16 tokens, an iteration a second."""
+
+
+@pytest.mark.parametrize("name, budget, preemptions, last_step", [
+    ("vllm-v1", 64, [0, 0, 1], 54), ("vllm-v0", 128, [0, 0, 4], 56)])
+def test_golden_trace(name, budget, preemptions, last_step):
+    """Traces derived by hand from the schedulers of vLLM V1 and V0."""
+    TRACE.limits["max_num_batched_tokens"] = budget
+    flags, dims = simulator.preset(name), c.dims_of(name, 1)
+    (lane,) = c.simulate([TRACE], flags, dims, "mixed", lanes=c.LANES)
+    assert lane["fault"] == 0
+    assert lane["preemptions"].tolist() == preemptions
+    assert lane["finish_s"].max() == last_step + 1
+    assert lane["num_iterations"].tolist() == [last_step + 1]
+    # Request 0 is never disturbed by the other two.
+    assert lane["first_token_s"][0] == 1 and lane["peak_blocks"].tolist() == [10]
+
+
+def test_a_wrong_answer_is_found(monkeypatch):
+    """The comparison can fail: one block more in the pool of every lane shows."""
+    flags, dims = simulator.preset("vllm-v1"), c.dims_of("vllm-v1", 3)
+    run = loop.run
+
+    def richer(dims, params, requests):
+        rules = c.replace(params.batching, num_blocks=params.batching.num_blocks + 1)
+        return run(dims, c.replace(params, batching=rules), requests)
+
+    batch = c.draw_many(5, flags, dims)
+    assert not any(compare(batch, flags, dims)[1])
+    monkeypatch.setattr(loop, "run", richer)
+    _, wrong = compare(batch, flags, dims)
+    assert sum(map(bool, wrong)) >= 3
+    with pytest.raises(pytest.fail.Exception, match="the smallest in"):
+        check(5, flags, dims)
