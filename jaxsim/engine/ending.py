@@ -1,4 +1,4 @@
-"""An iteration ends: its effects are applied, sequences that are done leave. A request arrives."""
+"""A request arrives. An iteration ends: its effects are applied, sequences that are done leave."""
 
 from dataclasses import replace
 from typing import NamedTuple

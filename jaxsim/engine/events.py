@@ -20,22 +20,35 @@ FREEZE_S = 1.5 * clock.EPOCH_S
 
 
 class Event(NamedTuple):
-    """What happens next, where, and when. `is_tied`: an arrival at this very instant comes before any pass."""
+    """What happens next, where, and when; `following` is the arrival after it.
+
+    An arrival may bring the end of an iteration along: where the executor it meets stops before the following
+    arrival, both are one step, and `now` is the time of the later one.
+    """
 
     now: Time
+    following: Time
     executor: Int[Array, ""]
     is_arrival: Bool[Array, ""]
     is_ending: Bool[Array, ""]
     is_passing: Bool[Array, ""]
-    is_tied: Bool[Array, ""]
+
+    @property
+    def is_tied(self) -> Bool[Array, ""]:
+        """An arrival at this very instant comes before any pass."""
+        return self.following.equals(self.now)
 
 
-def next_arrival_time(world: World, requests: Requests) -> tuple[Time, Bool[Array, ""]]:
-    """Time of the next arrival relative to the world's epoch, and whether the one after it is simultaneous."""
-    epoch, hi, lo, is_tied = take(requests.arrival, world.next_arrival)
-    distance = (epoch - world.epoch.astype(jnp.float32)) * clock.EPOCH_S
-    moved = clock.add(clock.two_sum(jnp.where(jnp.isinf(hi), 0.0, hi), lo), distance)
-    return clock.select(jnp.isinf(hi), clock.never(), moved), is_tied > 0
+def next_arrivals(world: World, requests: Requests) -> tuple[Time, Time]:
+    """The next two arrivals, relative to the world's epoch."""
+    row = take(requests.arrival, world.next_arrival)
+
+    def relative(epoch, hi, lo):
+        distance = (epoch - world.epoch.astype(jnp.float32)) * clock.EPOCH_S
+        moved = clock.add(clock.two_sum(jnp.where(jnp.isinf(hi), 0.0, hi), lo), distance)
+        return clock.select(jnp.isinf(hi), clock.never(), moved)
+
+    return relative(*row[:3]), relative(*row[3:])
 
 
 def earliest_wake(world: World) -> tuple[Time, Int[Array, ""], Int[Array, ""]]:
@@ -93,7 +106,7 @@ def route(context: Context, now: Time) -> Int[Array, ""]:
 def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     """The next event of a live scenario, and whether it lies too far ahead for the current epoch."""
     requests, world = context.requests, context.world
-    arrival, next_is_tied = next_arrival_time(world, requests)
+    arrival, after_it = next_arrivals(world, requests)
     wake, phase, executor = earliest_wake(world)
     is_arrival = (arrival < wake) | (arrival.equals(wake) & (phase == w.PASSING))
     now = clock.select(is_arrival, arrival, wake)
@@ -102,6 +115,7 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     is_arrival = is_arrival & is_live
     is_wake = ~is_arrival & is_live
     executor = jnp.where(is_arrival, route(context, now), executor)
-    is_tied = jnp.where(is_arrival, next_is_tied, arrival.equals(now))
-    event = Event(now, executor, is_arrival, is_wake & (phase == w.ENDING), is_wake & (phase == w.PASSING), is_tied)
+    following = clock.select(is_arrival, after_it, arrival)
+    event = Event(now, following, executor, is_arrival, is_wake & (phase == w.ENDING),
+                  is_wake & (phase == w.PASSING))
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsim.engine.common import Params
-from jaxsim.engine.events import next_arrival_time
+from jaxsim.engine.events import next_arrivals
 from jaxsim.engine.step import apply, step
 from jaxsim.kernels import bitmap, clock, packed
 from jaxsim.kernels.clock import Time
@@ -43,7 +43,7 @@ def rebase(dims: Dims, requests: Requests, world: World) -> World:
     keys = jnp.where(is_used, world.slot_keys - (turns << dims.slot_bits)[:, None], packed.EMPTY)
     entries = world.slot_entries.at[:, :, 1].add(turns[:, None])
     # Clocks: so that the earliest wake-up or arrival lies in the first epoch.
-    arrival, _ = next_arrival_time(world, requests)
+    arrival, _ = next_arrivals(world, requests)
     ahead = jnp.minimum(arrival.hi, jnp.min(world.wake_hi))
     epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
     back = -epochs * clock.EPOCH_S

@@ -1,9 +1,10 @@
 """One step of one scenario: gather what one event touches, fire the phases in order, say what to write back.
 
 A step takes the earliest event (an iteration's end, an arrival, or a scheduling pass still under way), works on
-that executor alone, and fires each phase at most once: settle the iteration that ended, retire one sequence,
-enqueue one arrival, and, in the pass, preempt one victim or place one prompt, then start the next iteration.
-Work in bulk is several steps at the same instant. Written for one scenario; the loop runs it under `vmap`.
+that executor alone, and fires each phase at most once: enqueue one arrival, settle the iteration that ended, retire
+one sequence, and, in the pass, preempt one victim or place one prompt, then start the next iteration. Work in bulk
+is several steps at the same instant. An arrival at a busy executor and the end of the iteration it must wait for are
+one step, if no other arrival comes between. Written for one scenario; the loop runs it under `vmap`.
 
 A step reads arrays and returns writes; the next step applies them first. So every array is read after its last
 write, which is what lets the compiled loop update it in place: a read that could be ordered after a write would
@@ -77,7 +78,8 @@ def apply(world: World, writes: Writes) -> World:
 class Touched(eqx.Module):
     """What one step works on, filled in by its phases.
 
-    From the event: the executor's row (counts, times), its block residues, and what woke it. From the end of an
+    From the event: the executor's row (counts, times), its block residues, and what woke it. From an arrival: the
+    link of the queue it changes, or its rank and the smallest rank that waits. From the end of an
     iteration: who retired, the smallest completion key left, the last of the running list (and of the retired
     sequence: its neighbours there). From the pass: who could be placed, who must go, what was started.
     """
@@ -90,6 +92,9 @@ class Touched(eqx.Module):
     phase: Int[Array, ""]
     wake: Time
 
+    link: tuple[Array, Array] | None = None
+    ranks: tuple[Array, Array] | None = None
+
     slots: Slots | None = None
     itl_s: Float[Array, " samples"] | None = None
     itl_weights: Int[Array, " samples"] | None = None
@@ -99,7 +104,6 @@ class Touched(eqx.Module):
     tail: Int[Array, ""] | None = None
     neighbours: tuple[Array, Array, Array] | None = None
 
-    link: tuple[Array, Array] | None = None
     is_due: Bool[Array, ""] | None = None
     has_ended: Bool[Array, ""] | None = None
     has_work: Bool[Array, ""] | None = None
@@ -111,7 +115,6 @@ class Touched(eqx.Module):
     is_empty: Bool[Array, ""] | None = None
     victim: tuple[Array, Array, Array] | None = None
     victim_emitted: Int[Array, ""] | None = None
-    arriving_rank: Int[Array, ""] | None = None
     candidate: Int[Array, ""] | None = None
     lengths: Int[Array, " 4"] | None = None
     emitted: Int[Array, ""] | None = None
@@ -136,6 +139,7 @@ def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) 
     """
     context = Context(dims, params, requests, world)
     t = stage(is_true, lambda _: look(context), ())
+    t = stage(is_true, lambda t: receive(context, t), t)
     t = stage(is_true, lambda t: end(context, t), t)
     t = stage(is_true, lambda t: open_pass(context, t), t)
     t = stage(is_true, lambda t: fill(context, t), t)
@@ -154,6 +158,37 @@ def look(context: Context) -> Touched:
         event, is_frozen, packed.from_row(count_template, take(world.counts, e)),
         packed.from_row(clock_template, take(world.clocks, e)), take(world.residues, e), take(world.phase, e),
         Time(take(world.wake_hi, e), take(world.wake_lo, e)))
+
+
+def receive(context: Context, t: Touched) -> Touched:
+    """Enqueue an arrival. If its executor stops before the following one, go on to that stop."""
+    params, requests, world = context.params, context.requests, context.world
+    rules, event, counts, wake = params.batching, t.event, t.counts, t.wake
+    arriving = world.next_arrival
+    is_queued_behind = event.is_arrival & (counts.rank.waiting > 0)
+    link = (jnp.where(is_queued_behind, counts.rank.back, context.dims.num_requests), arriving)
+    is_first_in_line = counts.rank.waiting == 0
+    ranks = None
+    if rules.order == "priority":
+        arriving_rank = take(requests.table, arriving)[RANK]
+        best = bitmap.smallest(lambda at: take(world.waiting_set, event.executor, at), context.dims.num_requests)
+        is_first_in_line = is_first_in_line | (arriving_rank < best)
+        ranks = (arriving_rank, jnp.where(event.is_arrival & is_first_in_line, arriving_rank, best))
+    is_running = event.is_arrival & (t.phase == w.ENDING)
+    is_cut = (is_running & (counts.executor.extra > 0) & is_first_in_line
+              & (counts.rank.running < rules.max_num_seqs))
+    counts = ending.enqueue(event, counts, arriving)
+    if rules.admit != "when_empty":
+        cut, cut_end = ending.cut_jump(event, counts, t.times)
+        counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
+    if rules.async_scheduling:
+        is_seen = event.is_arrival & ending.is_before_last(event, counts, t.times)
+        counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
+    # A sorted queue changes once a step, and the pass may change it too.
+    if rules.order != "priority":
+        goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S)
+        event = event._replace(now=clock.select(goes_on, wake, event.now), is_ending=event.is_ending | goes_on)
+    return replace(t, event=event, counts=counts, wake=wake, link=link, ranks=ranks)
 
 
 def end(context: Context, t: Touched) -> Touched:
@@ -179,29 +214,10 @@ def end(context: Context, t: Touched) -> Touched:
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
-    """Enqueue an arrival; begin or resume a scheduling pass; decodes take their blocks; find the candidate."""
+    """Begin or resume a scheduling pass; decodes take their blocks; find the candidate."""
     dims, params, requests, world = context
-    rules, event, counts, wake = params.batching, t.event, t.counts, t.wake
+    rules, event, counts = params.batching, t.event, t.counts
     e, null, scratch = event.executor, jnp.int32(dims.null_slot), dims.num_requests
-    arriving = world.next_arrival
-    is_queued_behind = event.is_arrival & (counts.rank.waiting > 0)
-    link = (jnp.where(is_queued_behind, counts.rank.back, scratch), arriving)
-    is_first_in_line = counts.rank.waiting == 0
-    arriving_rank = best = None
-    if rules.order == "priority":
-        arriving_rank = take(requests.table, arriving)[RANK]
-        best = bitmap.smallest(lambda at: take(world.waiting_set, e, at), dims.num_requests)
-        is_first_in_line = is_first_in_line | (arriving_rank < best)
-        best = jnp.where(event.is_arrival & is_first_in_line, arriving_rank, best)
-    is_cut = (event.is_arrival & (t.phase == w.ENDING) & (counts.executor.extra > 0) & is_first_in_line
-              & (counts.rank.running < rules.max_num_seqs))
-    counts = ending.enqueue(event, counts, arriving)
-    if rules.admit != "when_empty":
-        cut, cut_end = ending.cut_jump(event, counts, t.times)
-        counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
-    if rules.async_scheduling:
-        is_seen = event.is_arrival & ending.is_before_last(event, counts, t.times)
-        counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
 
     # A scheduling pass, unless something at this instant comes before it.
     has_ended = event.is_ending & ~t.has_more
@@ -212,7 +228,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
     was_closed = has(counts, w.CLOSED)
     candidate = counts.rank.head
     if rules.order == "priority":
-        candidate = take(requests.by_rank, jnp.where(counts.rank.waiting > 0, best, 0))
+        candidate = take(requests.by_rank, jnp.where(counts.rank.waiting > 0, t.ranks[1], 0))
     is_forming = counts.rank.forming_slot != null
     if rules.chunked_prefill:
         candidate = jnp.where(is_forming & ~has(counts, w.FORMED), counts.rank.forming_request, candidate)
@@ -222,7 +238,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
     victim = is_preempting = is_empty = None
     if rules.grows:
         wants_decode = is_passing & ~has(counts, w.DECODED)
-        may_preempt = ~t.retired.is_any
+        # One sequence may leave or one link may change in a step.
+        may_preempt = ~t.retired.is_any & ~event.is_arrival
         if rules.order == "priority":
             counts, residue_row, slots, walked = walk(
                 dims, params, wants_decode, may_preempt, counts, slots, residue_row)
@@ -250,11 +267,12 @@ def open_pass(context: Context, t: Touched) -> Touched:
     candidate = jnp.where(is_passing, candidate, scratch)
     emitted, preemptions = take(world.progress, candidate) if rules.grows else (jnp.int32(0), jnp.int32(0))
     return replace(
-        t, counts=counts, residue_row=residue_row, wake=wake, slots=slots, link=link, is_due=is_due,
+        t, counts=counts, residue_row=residue_row, slots=slots, is_due=is_due,
         has_ended=has_ended, has_work=has_work, is_passing=is_passing, is_placing=is_placing, is_short=is_short,
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
-        arriving_rank=arriving_rank, candidate=candidate, lengths=take(requests.table, candidate),
-        emitted=emitted, preemptions=preemptions, next_head=take(world.next_waiting, candidate))
+        candidate=candidate, lengths=take(requests.table, candidate), emitted=emitted, preemptions=preemptions,
+        # The link behind the candidate may be the one the arrival has just made.
+        next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
 
 
 def fill(context: Context, t: Touched) -> Touched:
@@ -285,7 +303,7 @@ def fill(context: Context, t: Touched) -> Touched:
             if rules.reserve == "expected":
                 is_short = is_short | (wants_decode & is_retracting(dims, rules, counts))
             counts = mark(counts, is_short, w.CLOSED)
-            is_preempting = is_short & t.was_closed & ~t.retired.is_any
+            is_preempting = is_short & t.was_closed & ~t.retired.is_any & ~t.event.is_arrival
             counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
         if rules.reserve == "expected":
             times = replace(times, ratio=jnp.where(
@@ -400,7 +418,7 @@ def note(context: Context, t: Touched) -> tuple[World, Writes]:
     if rules.order == "priority":
         is_entering = t.is_preempting | (event.is_arrival & ~placed.is_admitted)
         is_leaving = placed.is_admitted & ~event.is_arrival
-        member = jnp.where(event.is_arrival, t.arriving_rank, t.lengths[RANK])
+        member = jnp.where(event.is_arrival, t.ranks[0], t.lengths[RANK])
         at, words = bitmap.change(lambda at: take(world.waiting_set, e, at), dims.num_requests, member,
                                   is_entering, is_entering | is_leaving)
         writes["waiting_set"] = Put((e, at), words)

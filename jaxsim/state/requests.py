@@ -14,13 +14,13 @@ class Requests(eqx.Module):
     """Requests sorted by arrival, padded, with one scratch row at the end.
 
     table: prompt, output, max_tokens and place in the order of (priority, arrival); by_rank: requests in that
-    order; arrival: epoch, hi, lo and whether the next request arrives at
-    the same instant; uniforms: the routers' random numbers; count: requests that are real.
+    order; arrival: epoch, hi and lo of this request's arrival, then of the next one's; uniforms: the routers'
+    random numbers; count: requests that are real.
     """
 
     table: Int[Array, "rows 4"]
     by_rank: Int[Array, " rows"]
-    arrival: Float[Array, "rows 4"]
+    arrival: Float[Array, "rows 6"]
     uniforms: Float[Array, "rows 2"]
     count: Int[Array, ""]
 
@@ -42,10 +42,10 @@ def pack_requests(arrival_s, input_tokens, output_tokens, max_tokens=None, unifo
     table[:count, PROMPT] = input_tokens
     table[:count, OUTPUT] = output_tokens
     table[:count, MAX_TOKENS] = output_tokens if max_tokens is None else max_tokens
-    arrival = np.zeros((rows, 4), np.float32)
+    arrival = np.zeros((rows + 1, 3), np.float32)
     arrival[count:, 1] = np.inf
-    arrival[:count, 0], arrival[:count, 1], arrival[:count, 2] = clock.split_reference(arrival_s)
-    arrival[: count - 1, 3] = arrival_s[1:] == arrival_s[:-1]
+    arrival[:count] = np.stack(clock.split_reference(arrival_s), axis=1)
+    arrival = np.hstack([arrival[:-1], arrival[1:]])
     padded = np.zeros((rows, 2), np.float32)
     if uniforms is not None:
         padded[:count] = uniforms
