@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from importlib import metadata, resources, util
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +231,13 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _keep_programs() -> None:
+    """Keep compiled programs between runs, in the user's cache folder, unless JAX was told where to."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(home) / "jaxsim"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
 def _folder(name: str) -> Path | None:
     """The folder, made if need be; None where that or writing into it is impossible."""
     folder = Path(name)
@@ -319,12 +326,9 @@ def _import_vllm(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    # Kept apart so that the package works without its benchmarks.
-    if util.find_spec("jaxsim.bench") is None:
-        return _fail("bench: the benchmarks are not part of this installation; run it from a source checkout")
-    from jaxsim.bench import main as bench
+    from jaxsim.bench import command
 
-    return bench(quick=options.quick, as_json=options.json)
+    return command(options.quick, options.json)
 
 
 def _schema(_: argparse.Namespace) -> int:
