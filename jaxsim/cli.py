@@ -192,6 +192,7 @@ def _run(options: argparse.Namespace) -> int:
         return _fail(f"--out = {options.out or label!r}: cannot be written; give another folder")
 
     # Only now: what is wrong with the scenario is told before JAX is loaded.
+    _keep_programs()
     from jaxsim._core.errors import InputError
     from jaxsim.engine.simulate import simulate
     from jaxsim.io import result as files
@@ -236,6 +237,8 @@ def _keep_programs() -> None:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(home) / "jaxsim"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    # XLA takes two tuning hints for processor features and calls every program it loads foreign.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def _folder(name: str) -> Path | None:
