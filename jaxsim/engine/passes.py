@@ -114,8 +114,8 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     if rules.reserve == "expected":
         own = (reserved << dims.block_bits) + jnp.minimum(max_tokens - emitted, rules.reserve_clip_tokens)
         free_tokens = ((rules.num_blocks - rank.used_blocks) << dims.block_bits).astype(jnp.float32)
-        others = slots.expected_tokens(dims, rules, counts).astype(jnp.float32) * times.ratio
-        has_blocks = has_blocks & (own.astype(jnp.float32) <= free_tokens - others)
+        others = slots.expected_tokens(dims, rules, counts, times.ratio)
+        has_blocks = has_blocks & (own.astype(jnp.float32) < free_tokens - others)
     is_head_visible = (rank.visible > 0) if rules.async_scheduling else (rank.waiting > 0)
     is_closed = has(counts, w.CLOSED)
     if rules.admit == "when_empty":
@@ -242,7 +242,7 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
 
 def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts, residue_row, slot, request,
             offset, previous, known_prompt):
-    """Take a sequence off the batch: all its blocks, back to the front of the queue.
+    """Take a sequence off the batch: all its blocks, back to the front of the queue (SGLang: to its end).
 
     slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues and the
     tokens it has emitted.
@@ -259,9 +259,10 @@ def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts,
     gone = is_decoding.astype(jnp.int32)
     residue_row = residue_row - gone * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
     is_alone = rank.waiting == 0
+    is_last = params.batching.reserve == "expected"
     rank = replace(
-        rank, head=jnp.where(is_any, request, rank.head),
-        back=jnp.where(is_any & is_alone, request, rank.back), waiting=rank.waiting + one,
+        rank, head=jnp.where(is_any & (is_alone | (not is_last)), request, rank.head),
+        back=jnp.where(is_any & (is_alone | is_last), request, rank.back), waiting=rank.waiting + one,
         running=rank.running - one, used_blocks=rank.used_blocks - one * blocks_for(held_tokens, dims),
         forming_slot=jnp.where(is_any & is_forming, null, rank.forming_slot),
         tail=jnp.where(is_decoding, previous, rank.tail))

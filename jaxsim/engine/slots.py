@@ -33,14 +33,19 @@ class Slots(eqx.Module):
         is_new = self.entries[:, w.STAMP] == counts.batch.num_iterations
         return tokens - is_new
 
-    def expected_tokens(self, dims: Dims, rules: Batching, counts: Counts) -> Int[Array, ""]:
-        """Output tokens the running sequences may yet ask for, each clipped, summed."""
+    def expected_tokens(self, dims: Dims, rules: Batching, counts: Counts, ratio: Float[Array, ""]
+                        ) -> Float[Array, ""]:
+        """Output tokens reserved for running sequences: what each may yet ask for, clipped; of those that ran
+        before, only the share `ratio`."""
         is_forming = jnp.arange(dims.slot_width) == counts.rank.forming_slot
         is_forming = is_forming & (counts.rank.forming_slot != dims.null_slot)
         known_forming = counts.rank.forming_known - self.entries[:, w.PROMPT]
         emitted = jnp.where(is_forming, known_forming, self.emitted(counts))
         left = jnp.minimum(self.entries[:, w.RESERVED] - emitted, rules.reserve_clip_tokens)
-        return jnp.sum(jnp.where(self.is_decoding | is_forming, left, 0))
+        left = jnp.where(self.is_decoding | is_forming, left, 0)
+        is_new = self.entries[:, w.STAMP] == counts.batch.num_iterations
+        old, new = jnp.sum(jnp.where(is_new, 0, left)), jnp.sum(jnp.where(is_new, left, 0))
+        return old.astype(jnp.float32) * ratio + new.astype(jnp.float32)
 
     def fewest_outputs(self, dims: Dims, counts: Counts) -> Int[Array, ""]:
         """Slot of the sequence with the fewest output tokens; then the longest prompt; then the latest."""

@@ -316,7 +316,12 @@ def fill(context: Context, t: Touched) -> Touched:
         counts = mark(counts, is_preempting, w.PREEMPTED)
         if rules.waiting_blocked_after_preempt:
             counts = mark(counts, is_preempting, w.CLOSED)
-        link = (jnp.where(is_preempting, victim[1], link[0]), jnp.where(is_preempting, counts.rank.head, link[1]))
+        if rules.reserve == "expected":
+            back = jnp.where(counts.rank.waiting > 0, counts.rank.back, dims.num_requests)
+            ours = (back, victim[1])
+        else:
+            ours = (victim[1], counts.rank.head)
+        link = tuple(jnp.where(is_preempting, own, other) for own, other in zip(ours, link, strict=True))
         before_tail = take(world.slot_previous, e, t.tail) if rules.keeps_running_list else null
         counts, residue_row, victim_emitted = passes.preempt(
             dims, params, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT])
@@ -354,6 +359,8 @@ def launch(context: Context, t: Touched) -> Touched:
     wake = clock.select(t.has_more | is_waiting_pass, event.now, t.wake)
     wake = clock.select(t.is_starting, plan.end, wake)
     wake = clock.select(is_resting, clock.never(), wake)
+    if context.params.batching.reserve == "expected":
+        times = replace(times, ratio=jnp.where(is_resting, context.params.batching.ratio_start, times.ratio))
     phase = jnp.where(is_waiting_pass, w.PASSING, t.phase)
     phase = jnp.where(t.is_starting, w.ENDING, phase)
     phase = jnp.where(is_resting, w.IDLE, phase)

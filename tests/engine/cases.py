@@ -33,8 +33,6 @@ PRESETS = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi",
            "sglang", "simdistserve-vllm")
 """Presets of the reference that the engine has too."""
 
-INSTANCES = (1, 3)
-
 
 def dims_of(preset: str, num_instances: int, **changes) -> Dims:
     """Sizes that tests share: blocks of 16 on one instance, so that the golden traces fit in, and of 4 on more."""

@@ -14,7 +14,7 @@ Source: the schedulers of vLLM (V0 and V1), SGLang, TensorRT-LLM, Sarathi-Serve 
 Vidur), and LLMServe/DistServe `simdistserve` (`decode_context_limit`).
 
 Known gaps: no prefix cache, no swapping, no speculation, no pipeline or data parallelism, one chunked prefill
-at a time; SGLang without its radix tree and without the reset of its estimate on an idle engine.
+at a time; SGLang without its radix tree.
 """
 
 import heapq
@@ -52,7 +52,8 @@ class Flags:
     - track_blocks: False switches all accounting of KV blocks off.
     - retract_to, expected_new_admissions: where SGLang's retracted requests go (`front` or `back` of the
       queue), and whether a request admitted in this same pass is charged by the estimate (`ratio`) or fully
-      (`full`).
+      (`full`); is_expected_strict, resets_ratio_when_idle: whether what it asks for must be less than what is
+      left, and whether an engine that falls idle starts from the first ratio again.
     """
 
     phase_mix: str = "unified"
@@ -79,6 +80,8 @@ class Flags:
     expected_clip: int = 4096
     retract_to: str = "front"
     expected_new_admissions: str = "ratio"
+    is_expected_strict: bool = False
+    resets_ratio_when_idle: bool = False
 
     def __post_init__(self):
         for name, allowed in (
@@ -144,6 +147,10 @@ PRESETS: dict[str, dict] = {
         "reserve": "expected",
         "victim": "fewest_outputs",
         "block_size": 1,
+        "retract_to": "back",
+        "expected_new_admissions": "full",
+        "is_expected_strict": True,
+        "resets_ratio_when_idle": True,
     },
     # The public DistServe simulator, colocated: no memory, whole prompts first, 50000 tokens a decode batch.
     "simdistserve-vllm": {
@@ -449,7 +456,8 @@ def is_expected_to_fit(instance: Instance, job: Job, admitted_now: list[Job], fl
         is_full = flags.expected_new_admissions == "full" and other in admitted_now
         ratio = 1.0 if is_full else instance.new_token_ratio
         expected += min(other.tokens_left, flags.expected_clip) * ratio
-    return wanted <= free_tokens - expected
+    left = free_tokens - expected
+    return wanted < left or (wanted == left and not flags.is_expected_strict)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -555,7 +563,8 @@ def schedule_limited_decodes(instance: Instance, plan: Plan, flags: Flags) -> No
 
 def admit(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | None) -> None:
     """Admits from the front of the queue until one does not fit; only ids in `visible` exist (None: all)."""
-    admitted: list[Job] = []
+    # A prompt that was begun earlier and goes on here counts as admitted here.
+    admitted = [job for job, _ in plan.entries if not job.is_prefilled]
     while len(instance.running) < flags.max_num_seqs and plan.budget > 0:
         heads = (job for job in instance.waiting if visible is None or job.request.id in visible)
         job = next(heads, None)
@@ -775,6 +784,8 @@ def simulate(
         ask_for_pass(instance)
         if not instance.is_pass_due:
             instance.waiting_at_start = None  # idle: whoever comes next is seen at once
+            if flags.resets_ratio_when_idle:
+                instance.new_token_ratio = flags.new_token_ratio_init
 
     def arrive(job: Job) -> None:
         nonlocal num_routed
