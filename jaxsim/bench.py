@@ -51,11 +51,11 @@ try:
 except ImportError:  # Windows has neither this nor load averages
     resource = None
 
-COEFFICIENTS = (
+COEFFICIENTS = tuple(tuple(float(np.float32(x)) for x in row) for row in (
     (6.0e-3, 2.5e-5, 0.0, 2.0e-5, 6.6e-10),
     (6.0e-3, 0.0, 5.0e-8, 2.0e-5, 0.0),
     (6.0e-3, 2.5e-5, 5.0e-8, 2.0e-5, 6.6e-10),
-)
+))
 """Fitted cost of an 8-billion-parameter Llama 3 on one H100 SXM in bf16: seconds of prefill-only,
 decode-only and mixed iterations, as (a, b, c, d, e). a: 16 GB of weights at 80 % of 3.35 TB/s, rounded; b:
 16 GFLOP a token at 65 % of 989 TFLOP/s; c: 131,072 bytes of KV a token (8 heads of 128, 32 layers, bf16) at

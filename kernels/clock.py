@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 GRID_S = 2.0**-30
 """Resolution of simulated time."""
@@ -52,12 +52,28 @@ def two_sum(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Time:
     return Time(s, (a - (s - v)) + (b - v))
 
 
-def add(t: Time, duration_s: Float[Array, "*shape"]) -> Time:
-    """`t + duration`, exact on the grid."""
-    s = two_sum(t.hi, duration_s)
-    tail = s.lo + t.lo
+def add(t: Time, duration: "Time | Float[Array, '*shape']") -> Time:
+    """`t + duration`, exact on the grid; the duration is seconds or a pair."""
+    hi, lo = duration if isinstance(duration, Time) else (duration, 0.0)
+    s = two_sum(t.hi, hi)
+    tail = s.lo + (t.lo + lo)
     hi = s.hi + tail
     return Time(hi, tail - (hi - s.hi))
+
+
+def multiply(count: Int[Array, "*shape"], duration_s: Float[Array, "*shape"]) -> Time:
+    """`count * duration` to about 2^-40 of itself, on the grid, for counts below 2^12.
+
+    Single float32 products would lose a microsecond over a run of iterations of twenty seconds.
+    """
+    count = count.astype(jnp.float32)
+    product = on_grid(count * duration_s)
+    # What the product lost, exactly: half a mantissa at a time. The select inside `on_grid` keeps the compiler
+    # from fusing the product into the subtraction, where it would not be rounded and nothing be left.
+    exact = lax.stop_gradient(duration_s)
+    upper = lax.bitcast_convert_type(lax.bitcast_convert_type(exact, jnp.int32) & ~0xFFF, jnp.float32)
+    lost = (count * upper - lax.stop_gradient(product)) + count * (exact - upper)
+    return Time(product, on_grid(lost))
 
 
 def shift(t: Time, amount_s: Float[Array, "*shape"]) -> Time:

@@ -178,7 +178,11 @@ static void simulate(const Workload& w, size_t base, Answers& answers, Counters&
             const float growth = d[2] * float(decoding);
             auto span = [&](int32_t count) {
                 const float j = float(count);
-                return to_ticks(std::fmaf(j,pace,growth * (j * (j - 1.0f) * 0.5f)));
+                const float product = j * pace;
+                const int64_t kept = to_ticks(product);
+                // What the product lost, exactly: 12 bits of count times 24 of pace fit a double.
+                const double lost = double(j) * double(pace) - double(kept) / TICKS_PER_S;
+                return kept + std::llrint(lost * TICKS_PER_S) + to_ticks(growth * (j * (j - 1.0f) * 0.5f));
             };
             // Whole turns of the block size take a block of each sequence; the rest is counted out.
             const int32_t room = h.num_blocks - used, turns = room / decoding;

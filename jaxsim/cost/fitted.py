@@ -14,31 +14,43 @@ class FittedCost(AbstractIterationCost):
 
     Three rows of coefficients, for prefill-only, decode-only and mixed iterations; each may change at batch
     sizes given by `thresholds` (the last piece whose threshold is at or below the number of sequences applies).
+    `remainders` is what rounding the coefficients to float32 left.
 
     Source: the form of DistServe's simulator (arXiv 2401.09670, appendix A) and of most published linear fits.
     """
 
     coefficients: Float[Array, "kinds pieces 5"]
+    remainders: Float[Array, "kinds pieces 5"]
     thresholds: Int[Array, "kinds pieces"]
 
-    def _row(self, kind: Int[Array, ""], num_sequences: Int[Array, ""]) -> Float[Array, " 5"]:
-        if self.thresholds.shape[1] == 1:
-            return self.coefficients[kind, 0]
-        piece = jnp.sum(self.thresholds[kind] <= num_sequences) - 1
-        return self.coefficients[kind, jnp.maximum(piece, 0)]
+    def _seconds(self, kind: Int[Array, ""], num_sequences: Int[Array, ""], *statistics) -> Float[Array, ""]:
+        """The form's value; `statistics` go with the coefficients in order, None where one does not occur.
+
+        What float32 leaves of a coefficient is added apart: the same rounding in every iteration would grow into
+        microseconds over a run.
+        """
+        piece = 0
+        if self.thresholds.shape[1] > 1:
+            piece = jnp.maximum(jnp.sum(self.thresholds[kind] <= num_sequences) - 1, 0)
+        totals = []
+        for row in (self.coefficients[kind, piece], self.remainders[kind, piece]):
+            terms = [row[i] * x for i, x in enumerate(statistics) if x is not None]
+            totals.append(sum(terms[1:], terms[0]))
+        return totals[0] + totals[1]
 
     def iteration(self, stats: BatchStats) -> Float[Array, ""]:
         """Seconds of one iteration."""
         kind = jnp.where(stats.num_prefill == 0, DECODE, jnp.where(stats.num_decode == 0, PREFILL, MIXED))
         num_sequences = stats.num_decode + stats.num_prefill
-        a, b, c, d, e = self._row(kind, num_sequences)
-        return (a + b * stats.prefill_tokens + c * stats.decode_context + d * num_sequences
-                + e * stats.prefill_pairs)
+        return self._seconds(kind, num_sequences, 1.0, stats.prefill_tokens, stats.decode_context, num_sequences,
+                             stats.prefill_pairs)
 
     def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> DecodePace:
         """Decode-only pace: the context grows by one token a sequence, so seconds grow by c a sequence."""
-        a, _, c, d, _ = self._row(jnp.int32(DECODE), num_sequences)
-        return DecodePace(a + c * context + d * num_sequences, c * num_sequences, jnp.int32(UNBOUNDED))
+        kind = jnp.int32(DECODE)
+        first_s = self._seconds(kind, num_sequences, 1.0, None, context, num_sequences)
+        growth_s = self._seconds(kind, num_sequences, None, None, num_sequences)
+        return DecodePace(first_s, growth_s, jnp.int32(UNBOUNDED))
 
 
 def fitted(prefill, decode, mixed=None) -> FittedCost:
@@ -60,6 +72,8 @@ def fitted(prefill, decode, mixed=None) -> FittedCost:
     width = max(len(k) for k in kinds)
     kinds = [np.vstack([k, np.repeat(k[-1:], width - len(k), 0)]) for k in kinds]
     stacked = np.stack(kinds)
-    return FittedCost(jnp.asarray(stacked[:, :, 1:], jnp.float32), jnp.asarray(stacked[:, :, 0], jnp.int32))
+    rounded = stacked[:, :, 1:].astype(np.float32)
+    remainders = (stacked[:, :, 1:] - rounded).astype(np.float32)
+    return FittedCost(jnp.asarray(rounded), jnp.asarray(remainders), jnp.asarray(stacked[:, :, 0], jnp.int32))
 
 

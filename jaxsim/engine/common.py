@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.kernels import clock
+from jaxsim.kernels.clock import Time
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
@@ -49,14 +50,15 @@ def take(array, *index):
     return array.at[index].get(mode="promise_in_bounds")
 
 
-def span_s(pace_s: Float[Array, ""], growth_s: Float[Array, ""], count: Int[Array, ""]) -> Float[Array, ""]:
-    """Seconds of the first `count` iterations of a run: `count pace + growth count (count - 1) / 2`, on the grid."""
+def span(pace_s: Float[Array, ""], growth_s: Float[Array, ""], count: Int[Array, ""]) -> Time:
+    """Time of the first `count` iterations of a run: `count pace + growth count (count - 1) / 2`, on the grid."""
     j = count.astype(jnp.float32)
-    return clock.on_grid(j * pace_s + growth_s * (j * (j - 1) * 0.5))
+    base = clock.multiply(count, pace_s)
+    return clock.add(base, clock.on_grid(growth_s * (j * (j - 1) * 0.5)))
 
 
 def iterations_to_reach(pace_s, growth_s, distance_s) -> Int[Array, ""]:
-    """The smallest count whose `span_s` is about `distance_s`; at most one off, which the caller mends."""
+    """The smallest count whose `span` is about `distance_s`; at most one off, which the caller mends."""
     linear = pace_s - 0.5 * growth_s
     root = jnp.sqrt(linear * linear + 2.0 * growth_s * jnp.maximum(distance_s, 0.0))
     count = 2.0 * jnp.maximum(distance_s, 0.0) / jnp.maximum(linear + root, 1e-30)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxsim.engine.common import Params, blocks_for, choose, iterations_to_reach, span_s
+from jaxsim.engine.common import Params, blocks_for, choose, iterations_to_reach, span
 from jaxsim.engine.events import Event
 from jaxsim.kernels import clock, packed, residues
 from jaxsim.kernels.clock import Time
@@ -35,7 +35,7 @@ def settle(dims: Dims, params: Params, event: Event, counts: Counts, times: Cloc
     used = rank.used_blocks
     if params.batching.grows:
         used = used + residues.crossings_between(counts_by_residue, decoding, after_first, ex.extra)
-    jump_s = span_s(times.pace_s, times.growth_s, ex.extra)
+    jump_s = span(times.pace_s, times.growth_s, ex.extra).hi
     total_s = times.first_s + jump_s
     mean_s = times.pace_s + times.growth_s * (0.5 * (ex.extra - 1))
     if params.batching.is_unified:
@@ -113,10 +113,10 @@ def cut_jump(event: Event, counts: Counts, times: Clocks) -> tuple[Counts, Time]
     guess = iterations_to_reach(times.pace_s, times.growth_s, clock.elapsed(after_first, event.now))
     extra = counts.executor.extra
     for j in (guess + 1, guess, guess - 1):
-        reaches = event.now <= clock.add(after_first, span_s(times.pace_s, times.growth_s, j))
+        reaches = event.now <= clock.add(after_first, span(times.pace_s, times.growth_s, j))
         extra = jnp.where(reaches & (j >= 0), jnp.minimum(extra, j), extra)
     extra = jnp.where(event.now <= after_first, 0, extra)
-    end = clock.add(after_first, span_s(times.pace_s, times.growth_s, extra))
+    end = clock.add(after_first, span(times.pace_s, times.growth_s, extra))
     return replace(counts, executor=replace(counts.executor, extra=extra)), end
 
 
@@ -124,7 +124,7 @@ def is_before_last(event: Event, counts: Counts, times: Clocks) -> Bool[Array, "
     """Whether the last iteration of the jump in flight starts at or after now."""
     extra = counts.executor.extra
     start_of_last = clock.add(clock.add(times.start, times.first_s),
-                              span_s(times.pace_s, times.growth_s, jnp.maximum(extra - 1, 0)))
+                              span(times.pace_s, times.growth_s, jnp.maximum(extra - 1, 0)))
     return (extra > 0) & (event.now <= start_of_last)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxsim.engine.common import Context, iterations_to_reach, span_s, take
+from jaxsim.engine.common import Context, iterations_to_reach, span, take
 from jaxsim.kernels import clock, packed, residues
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.routing import View
@@ -74,7 +74,7 @@ def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " instanc
         guess = iterations_to_reach(t.pace_s, t.growth_s, clock.elapsed(after_first, now))
         done = jnp.int32(0)
         for j in (guess - 1, guess, guess + 1):
-            reached = clock.add(after_first, span_s(t.pace_s, t.growth_s, jnp.maximum(j, 0))) < now
+            reached = clock.add(after_first, span(t.pace_s, t.growth_s, jnp.maximum(j, 0))) < now
             done = jnp.where(reached & (j > done), j, done)
         # The pass at each boundary behind us has taken its blocks; one at this very instant comes after arrivals.
         passes = jnp.where(after_first < now, jnp.minimum(done + 1, c.executor.extra), 0)
@@ -92,8 +92,10 @@ def route(context: Context, now: Time) -> Int[Array, ""]:
     if dims.num_instances == 1:
         return jnp.int32(0)
     used = None
-    if params.routing.reads_kv and params.batching.kv_accounting:
+    if params.routing.reads_kv and params.batching.grows:
         used = used_blocks_now(dims, world, now)
+    elif params.routing.reads_kv:
+        used = packed.from_row(w.row_templates(dims)[0], world.counts.T).rank.used_blocks
     waiting = None
     if params.routing.reads_waiting:
         template = w.row_templates(dims)[0]

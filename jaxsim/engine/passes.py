@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxsim.cost.base import BatchStats
-from jaxsim.engine.common import MAX_SPAN_S, Params, blocks_for, choose, has, mark, span_s
+from jaxsim.engine.common import MAX_SPAN_S, Params, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
 from jaxsim.engine.slots import Slots
 from jaxsim.kernels import clock, packed, residues
@@ -229,7 +229,7 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
         may_follow = may_follow & (rank.forming_slot == dims.null_slot)
     extra = jnp.where(may_follow, jnp.maximum(extra, 0), 0)
     first_end = clock.add(event.now, first_s)
-    end = clock.add(first_end, span_s(pace_s, growth_s, extra))
+    end = clock.add(first_end, span(pace_s, growth_s, extra))
     ex = Executor(extra=extra, advance=advance, is_committed=jnp.int32(0), progress=jnp.int32(0),
                   gap_count=counts.executor.gap_count, log_row=counts.executor.log_row)
     if rules.async_scheduling:

@@ -5,7 +5,7 @@ sizes and a batch width (`LANES`), so that a preset at a number of instances com
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class AnyRouter(routing.AbstractRouting):
 class Case:
     """One scenario: requests (arrival, prompt, output, max_tokens, priority), limits, cost coefficients.
 
-    router: index into `MIXED`, for batches whose router is "mixed".
+    router: index into `MIXED`, for batches whose router is "mixed". cost: instead of the coefficients.
     """
 
     arrival_s: np.ndarray
@@ -84,7 +84,7 @@ class Case:
     limits: dict
     coefficients: tuple  # rows (a, b, c, d, e) for prefill, decode, mixed
     router: int = 0
-    extra: dict = field(default_factory=dict)
+    cost: AbstractIterationCost | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -148,8 +148,7 @@ def draw_many(seed: int, flags: simulator.Flags, dims: Dims, count: int = LANES)
 # --- the engine ---------------------------------------------------------------------------------------------
 
 
-def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int = 1_000_000,
-                cost: AbstractIterationCost | None = None) -> Params:
+def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int = 1_000_000) -> Params:
     """What the engine is told of a case. Leaves are NumPy's: a batch is stacked on the host."""
     i, x, flags = np.int32, np.float32, replace(flags, **case.limits)
     batching = Batching(
@@ -163,27 +162,26 @@ def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int 
         admit=flags.admit, async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
         has_context_limit=flags.decode_context_limit is not None)
     chosen = AnyRouter(i(case.router)) if router == "mixed" else ROUTERS[router]()
-    return Params(batching, chosen, fitted(*case.coefficients) if cost is None else cost, i(max_steps))
+    return Params(batching, chosen, case.cost or fitted(*case.coefficients), i(max_steps))
 
 
 def stack(trees):
     return jax.tree.map(lambda *leaves: jnp.asarray(np.stack([np.asarray(x) for x in leaves])), *trees)
 
 
-def inputs(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str,
-           cost: AbstractIterationCost | None = None) -> tuple[Params, Requests]:
+def inputs(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str) -> tuple[Params, Requests]:
     """Arguments of `loop.run` for a batch."""
-    params = stack([make_params(c, flags, router, cost=cost) for c in cases])
+    params = stack([make_params(c, flags, router) for c in cases])
     requests = [pack_requests(c.arrival_s, c.prompt, c.output, c.max_tokens, c.uniforms,
                               num_requests=dims.num_requests, priority=c.priority) for c in cases]
     return params, stack(requests)
 
 
 def simulate(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str, *,
-             cost: AbstractIterationCost | None = None, lanes: int | None = None) -> list[dict]:
+             lanes: int | None = None) -> list[dict]:
     """Engine results of all cases, in one program; padded to `lanes` if given."""
     padded = cases + cases[:1] * ((lanes or 0) - len(cases))
-    world = jax.device_get(loop.run(dims, *inputs(padded, flags, dims, router, cost)))
+    world = jax.device_get(loop.run(dims, *inputs(padded, flags, dims, router)))
     return [unpack(dims, world, lane, len(c)) for lane, c in enumerate(cases)]
 
 
@@ -202,7 +200,7 @@ def unpack(dims: Dims, world: w.World, lane: int, count: int) -> dict:
         busy_s=clocks.busy.hi.astype(float) + clocks.busy.lo, num_iterations=counts.batch.num_iterations,
         running_s=clocks.running.hi.astype(float) + clocks.running.lo,
         held_block_s=clocks.held.hi.astype(float) + clocks.held.lo,
-        peak_blocks=counts.rank.peak_blocks, used_blocks=counts.rank.used_blocks,
+        peak_blocks=counts.rank.peak_blocks, used_blocks=counts.rank.used_blocks, counter=counts.batch.counter,
         itl=world.itl[lane], fault=int(world.fault[lane]), steps=int(world.steps[lane]),
         finished=int(world.num_finished[lane]))
 

@@ -1,0 +1,105 @@
+"""Scenarios with the costs of a real system: Llama-3.1-8B on H100 behind vLLM V1, as tables.
+
+Some lanes have other numbers in the same tables (a sliding window, a slow host, a device that overtakes it), so that
+one program meets every edge of the cost model.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxsim.kernels import ladder
+
+from jaxsim.cost import tabulated as t
+from jaxsim.engine import lower
+from jaxsim.spec.dims import Dims
+from jaxsim.spec.scenario import Scenario
+from tests.engine.cases import LANES, Case
+from tests.reference import simulator
+
+FLAGS = simulator.preset("vllm-v1")
+DIMS = Dims(num_requests=40, num_instances=2, num_slots=16, block_size=16)
+LONGEST = 1024
+ROUTER = "least_outstanding"
+
+
+def tables() -> t.TabulatedCost:
+    """Cost tables of the system, on the host."""
+    scenario = Scenario.from_dict({
+        "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+        "workload": {"kind": "poisson", "rate_rps": 1.0, "input": 512, "output": 128}})
+    return jax.device_get(lower.make_cost(scenario, lower.resolve_system(scenario), DIMS.num_slots, LONGEST))
+
+
+def varied(rng: np.random.Generator, cost: t.TabulatedCost) -> t.TabulatedCost:
+    """The same tables with a window, or a host that sometimes is slower than the device."""
+    kind = rng.integers(3)
+    if kind == 1:
+        attention = cost.attention.copy()
+        attention[t.DECODE_WINDOW] = 3 * attention[t.DECODE_CONTEXT]
+        window = np.int32(rng.integers(50, 600))
+        return eqx.tree_at(lambda c: (c.attention, c.window), cost, (attention, window))
+    if kind == 2:
+        rows = cost.by_sequences.copy()
+        # Just above the device's time without context: it overtakes in the middle of a run.
+        rows[:, t.DECODE_LAUNCH] = rows[:, t.DECODE_DEVICE] + rng.uniform(0, 2e-4)
+        attention = cost.attention * np.float32(20)
+        return eqx.tree_at(lambda c: (c.by_sequences, c.attention), cost, (rows, attention))
+    return cost
+
+
+def draw_real(rng: np.random.Generator, cost: t.TabulatedCost, count: int | None = None) -> Case:
+    """Poisson arrivals, log-normal lengths, in half of the cases a pool that is too small."""
+    count = count or int(rng.integers(DIMS.num_requests // 2, DIMS.num_requests + 1))
+    rate = np.exp(rng.uniform(np.log(4), np.log(60)))
+    arrival = np.round(np.cumsum(rng.exponential(1 / rate, count)) * 2**20) / 2**20
+    prompt = np.clip(np.round(np.exp(rng.normal(5.0, 0.9, count))), 1, 800).astype(int)
+    output = np.clip(np.round(np.exp(rng.normal(4.0, 0.8, count))), 1, LONGEST - prompt).astype(int)
+    seqs = int(rng.integers(4, DIMS.num_slots + 1))
+    need = LONGEST // DIMS.block_size
+    limits = dict(max_num_seqs=seqs, max_num_batched_tokens=int(rng.choice([64, 256, 2048])), watermark_blocks=0,
+                  num_blocks=need + int(rng.integers(0, 20 if rng.random() < 0.5 else 2000)), max_model_len=LONGEST)
+    return Case(arrival, prompt, output, output, np.zeros(count, int), rng.random((count, 2)).astype(np.float32),
+                limits, (), cost=varied(rng, cost))
+
+
+def draw_batch(seed: int, cost: t.TabulatedCost, count: int = LANES) -> list[Case]:
+    """A batch from one seed."""
+    rng = np.random.default_rng(seed)
+    return [draw_real(rng, cost) for _ in range(count)]
+
+
+def exact_cost(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], float]:
+    """The same tables read in float64 NumPy: seconds of an iteration, written apart from the engine's."""
+    by_sequences, attention = cost.by_sequences.astype(np.float64), cost.attention.astype(np.float64)
+    by_tokens, by_sampled = cost.by_tokens.astype(np.float64), cost.by_sampled.astype(np.float64)
+
+    def knots_of(table):
+        return next(k for n in range(1, 1 << 20, 8) if len(k := ladder.knots(n)) >= len(table))[: len(table)]
+
+    token_knots, sampled_knots = knots_of(by_tokens), knots_of(by_sampled)
+    window = int(cost.window)
+
+    def seconds(s: simulator.BatchStatsRef) -> float:
+        row = by_sequences[min(s.num_decode + s.num_prefill, len(by_sequences) - 1)]
+        if s.num_prefill:
+            device = np.interp(s.prefill_tokens + s.num_decode, token_knots, by_tokens)
+            device += np.interp(s.num_sampled, sampled_knots, by_sampled)
+            launch = row[t.MIXED_LAUNCH]
+        else:
+            device, launch = row[t.DECODE_DEVICE], row[t.DECODE_LAUNCH]
+        inside = min(s.decode_context, s.num_decode * window)
+        device += np.dot(attention, [s.decode_context, inside, s.num_prefill, s.prefill_context, s.prefill_pairs])
+        return float(row[t.SERIAL] + max(launch, device))
+
+    return seconds
+
+
+def without_requests(case: Case, keep: slice, shift_s: float = 0.0) -> Case:
+    """Part of a case's requests, earlier by `shift_s`."""
+    mask = np.zeros(len(case), bool)
+    mask[keep] = True
+    part = case.kept(mask)
+    return replace(part, arrival_s=part.arrival_s - shift_s)
