@@ -52,6 +52,19 @@ def two_sum(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Time:
     return Time(s, (a - (s - v)) + (b - v))
 
 
+def _upper(a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The upper half of the mantissa."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.int32) & ~0xFFF, jnp.float32)
+
+
+def two_product(a: Float[Array, "*shape"], b: Float[Array, "*shape"], zero: Int[Array, ""]) -> Time:
+    """The exact product of two floats as a pair (Dekker). `zero` is a zero the compiler does not know of."""
+    product = lax.bitcast_convert_type(lax.bitcast_convert_type(a * b, jnp.int32) ^ zero, jnp.float32)
+    a_upper, b_upper = _upper(a), _upper(b)
+    a_lower, b_lower = a - a_upper, b - b_upper
+    return Time(product, ((a_upper * b_upper - product) + a_upper * b_lower + a_lower * b_upper) + a_lower * b_lower)
+
+
 def add(t: Time, duration: "Time | Float[Array, '*shape']") -> Time:
     """`t + duration`, exact on the grid; the duration is seconds or a pair."""
     hi, lo = duration if isinstance(duration, Time) else (duration, 0.0)
@@ -71,7 +84,7 @@ def multiply(count: Int[Array, "*shape"], duration_s: Float[Array, "*shape"]) ->
     # What the product lost, exactly: half a mantissa at a time. The select inside `on_grid` keeps the compiler
     # from fusing the product into the subtraction, where it would not be rounded and nothing be left.
     exact = lax.stop_gradient(duration_s)
-    upper = lax.bitcast_convert_type(lax.bitcast_convert_type(exact, jnp.int32) & ~0xFFF, jnp.float32)
+    upper = _upper(exact)
     lost = (count * upper - lax.stop_gradient(product)) + count * (exact - upper)
     return Time(product, on_grid(lost))
 

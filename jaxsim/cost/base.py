@@ -66,3 +66,12 @@ class AbstractIterationCost(eqx.Module):
     @abc.abstractmethod
     def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> DecodePace:
         """Pace of decode-only iterations; `context` is the first iteration's `decode_context`."""
+
+    def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
+        """What float32 left of `seconds = iteration(stats)`, where the model is known better than that."""
+        return jnp.float32(0)
+
+    def decode_remainder(self, num_sequences: Int[Array, ""], context: Int[Array, ""],
+                         first_s: Float[Array, ""]) -> Float[Array, ""]:
+        """The same for `first_s` of `decode(num_sequences, context)`."""
+        return jnp.float32(0)

@@ -50,10 +50,10 @@ def take(array, *index):
     return array.at[index].get(mode="promise_in_bounds")
 
 
-def span(pace_s: Float[Array, ""], growth_s: Float[Array, ""], count: Int[Array, ""]) -> Time:
+def span(pace: Time, growth_s: Float[Array, ""], count: Int[Array, ""]) -> Time:
     """Time of the first `count` iterations of a run: `count pace + growth count (count - 1) / 2`, on the grid."""
     j = count.astype(jnp.float32)
-    base = clock.multiply(count, pace_s)
+    base = clock.add(clock.multiply(count, pace.hi), clock.on_grid(j * pace.lo))
     return clock.add(base, clock.on_grid(growth_s * (j * (j - 1) * 0.5)))
 
 

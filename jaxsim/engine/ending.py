@@ -35,12 +35,12 @@ def settle(dims: Dims, params: Params, event: Event, counts: Counts, times: Cloc
     used = rank.used_blocks
     if params.batching.grows:
         used = used + residues.crossings_between(counts_by_residue, decoding, after_first, ex.extra)
-    jump_s = span(times.pace_s, times.growth_s, ex.extra).hi
-    total_s = times.first_s + jump_s
-    mean_s = times.pace_s + times.growth_s * (0.5 * (ex.extra - 1))
+    jump_s = span(times.pace, times.growth_s, ex.extra).hi
+    total_s = times.first.hi + jump_s
+    mean_s = times.pace.hi + times.growth_s * (0.5 * (ex.extra - 1))
     if params.batching.is_unified:
         gap_s, gap_count = jnp.float32(0), jnp.int32(0)
-        samples_s = jnp.stack([times.first_s, mean_s])
+        samples_s = jnp.stack([times.first.hi, mean_s])
         weights = jnp.stack([batch.count - batch.stalled, decoding * ex.extra])
     else:
         # Sequences kept waiting by prompt-only iterations see the whole gap as one time between tokens, at the
@@ -48,9 +48,9 @@ def settle(dims: Dims, params: Params, event: Event, counts: Counts, times: Cloc
         is_decoding = ex.advance == 1
         late = jnp.where(times.gap_s > 0, jnp.minimum(ex.gap_count, batch.count - batch.stalled),
                          jnp.where(is_decoding, 0, batch.count))
-        gap_s = times.gap_s + times.first_s
+        gap_s = times.gap_s + times.first.hi
         is_open = ~is_decoding & (ex.extra == 0)
-        samples_s = jnp.stack([gap_s + jnp.where(is_decoding, 0.0, times.pace_s), times.first_s, mean_s])
+        samples_s = jnp.stack([gap_s + jnp.where(is_decoding, 0.0, times.pace.hi), times.first.hi, mean_s])
         weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, batch.count - batch.stalled - late, 0),
                              decoding * ex.extra - jnp.where(is_decoding | is_open, 0, late)])
         gap_s, gap_count = jnp.where(is_open, gap_s, 0.0), jnp.where(is_open, late, 0)
@@ -109,22 +109,22 @@ def cut_jump(event: Event, counts: Counts, times: Clocks) -> tuple[Counts, Time]
 
     Returns the counts and the executor's wake-up time.
     """
-    after_first = clock.add(times.start, times.first_s)
-    guess = iterations_to_reach(times.pace_s, times.growth_s, clock.elapsed(after_first, event.now))
+    after_first = clock.add(times.start, times.first)
+    guess = iterations_to_reach(times.pace.hi, times.growth_s, clock.elapsed(after_first, event.now))
     extra = counts.executor.extra
     for j in (guess + 1, guess, guess - 1):
-        reaches = event.now <= clock.add(after_first, span(times.pace_s, times.growth_s, j))
+        reaches = event.now <= clock.add(after_first, span(times.pace, times.growth_s, j))
         extra = jnp.where(reaches & (j >= 0), jnp.minimum(extra, j), extra)
     extra = jnp.where(event.now <= after_first, 0, extra)
-    end = clock.add(after_first, span(times.pace_s, times.growth_s, extra))
+    end = clock.add(after_first, span(times.pace, times.growth_s, extra))
     return replace(counts, executor=replace(counts.executor, extra=extra)), end
 
 
 def is_before_last(event: Event, counts: Counts, times: Clocks) -> Bool[Array, ""]:
     """Whether the last iteration of the jump in flight starts at or after now."""
     extra = counts.executor.extra
-    start_of_last = clock.add(clock.add(times.start, times.first_s),
-                              span(times.pace_s, times.growth_s, jnp.maximum(extra - 1, 0)))
+    start_of_last = clock.add(clock.add(times.start, times.first),
+                              span(times.pace, times.growth_s, jnp.maximum(extra - 1, 0)))
     return (extra > 0) & (event.now <= start_of_last)
 
 

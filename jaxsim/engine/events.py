@@ -70,11 +70,11 @@ def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " instanc
     def one(row, times, counts):
         c = packed.from_row(w.row_templates(dims)[0], row)
         t = packed.from_row(w.row_templates(dims)[1], times)
-        after_first = clock.add(t.start, t.first_s)
-        guess = iterations_to_reach(t.pace_s, t.growth_s, clock.elapsed(after_first, now))
+        after_first = clock.add(t.start, t.first)
+        guess = iterations_to_reach(t.pace.hi, t.growth_s, clock.elapsed(after_first, now))
         done = jnp.int32(0)
         for j in (guess - 1, guess, guess + 1):
-            reached = clock.add(after_first, span(t.pace_s, t.growth_s, jnp.maximum(j, 0))) < now
+            reached = clock.add(after_first, span(t.pace, t.growth_s, jnp.maximum(j, 0))) < now
             done = jnp.where(reached & (j > done), j, done)
         # The pass at each boundary behind us has taken its blocks; one at this very instant comes after arrivals.
         passes = jnp.where(after_first < now, jnp.minimum(done + 1, c.executor.extra), 0)

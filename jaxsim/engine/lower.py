@@ -136,7 +136,8 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int) 
     """The cost tables, for up to `num_slots` sequences of up to `longest` tokens."""
     s = system.scheduler
     if isinstance(scenario.cost, FittedCost):
-        return fitted(*(scenario.cost.rows(kind) for kind in ("prefill", "decode", "mixed")))
+        return fitted(*(scenario.cost.rows(kind) for kind in ("prefill", "decode", "mixed")),
+                      exact=scenario.cost.exact)
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
                      **scenario.cost.overrides)

@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.cost.base import BatchStats
+from jaxsim.cost.base import BatchStats, DecodePace
 from jaxsim.engine.common import MAX_SPAN_S, Params, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
 from jaxsim.engine.slots import Slots
@@ -180,11 +180,8 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     return counts, times, residue_row, placed, is_held, can_go_on
 
 
-def price(params: Params, counts: Counts, times: Clocks):
-    """Seconds of the iteration that was formed, and the pace of the decode iterations that can follow it.
-
-    Returns first_s, then pace_s, growth_s and horizon as `DecodePace` has them.
-    """
+def statistics(params: Params, counts: Counts, times: Clocks) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
+    """What the iteration that was formed does; then the sequences that decode behind it, and their context."""
     rules, batch = params.batching, counts.batch
     is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
     decodes = jnp.where(is_prompt_only, 0, batch.count - batch.stalled)
@@ -194,17 +191,21 @@ def price(params: Params, counts: Counts, times: Clocks):
         batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.chunk_pairs, decodes + batch.joining)
     after_first = batch.counter + jnp.where(is_prompt_only, 0, 1)
     followers = batch.count + batch.joining
-    pace = params.cost.decode(
-        followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1))
-    return clock.on_grid(params.cost.iteration(stats)), pace.first_s, pace.growth_s, pace.horizon
+    return stats, followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1)
+
+
+def price(params: Params, counts: Counts, times: Clocks) -> tuple[Float[Array, ""], DecodePace]:
+    """Seconds of the iteration that was formed, and the pace of the decode iterations that can follow it."""
+    stats, followers, context = statistics(params, counts, times)
+    return params.cost.iteration(stats), params.cost.decode(followers, context)
 
 
 def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
-          residue_row, next_key, is_held, first_s, pace_s, growth_s, horizon):
+          residue_row, next_key, is_held, first_s: Float[Array, ""], pace: DecodePace):
     """Start the iteration that was formed, and the decode iterations that can follow it undisturbed.
 
     next_key: smallest completion key of the executor, the joining sequences included. is_held: the queue's head,
-    if any, can join only after an event. The last four are from `price`.
+    if any, can join only after an event. The last two are from `price`.
     """
     rules = params.batching
     rank, batch = counts.rank, counts.batch
@@ -213,13 +214,13 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
     after_first = batch.counter + advance
     followers = batch.count + batch.joining
     to_completion = packed.unpack_key(next_key, dims.slot_bits)[0] - after_first
-    extra = jnp.minimum(jnp.minimum(to_completion, horizon), dims.max_jump - 1)
+    extra = jnp.minimum(jnp.minimum(to_completion, pace.horizon), dims.max_jump - 1)
     if rules.grows:
         room = rules.num_blocks - rank.used_blocks
         if rules.decode_needs_free_block == "always":
             room = room - 1
         extra = jnp.minimum(extra, residues.times_that_fit(residue_row, followers, after_first, room))
-    slowest_s = jnp.maximum(pace_s + growth_s * extra.astype(jnp.float32), 1e-9)
+    slowest_s = jnp.maximum(pace.first_s + pace.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / slowest_s, 1e9).astype(jnp.int32))
     may_follow = (followers > 0) & ((rank.waiting == 0) | is_held) & (batch.stalled == 0)
     if rules.has_context_limit:
@@ -228,16 +229,20 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
     if rules.chunked_prefill:
         may_follow = may_follow & (rank.forming_slot == dims.null_slot)
     extra = jnp.where(may_follow, jnp.maximum(extra, 0), 0)
-    first_end = clock.add(event.now, first_s)
-    end = clock.add(first_end, span(pace_s, growth_s, extra))
+    # What float32 left of the prices, now that they are stored values.
+    stats, followers, context = statistics(params, counts, times)
+    first = Time(clock.on_grid(first_s), clock.on_grid(
+        params.cost.iteration_remainder(stats, first_s) + (first_s - clock.on_grid(first_s))))
+    run = Time(pace.first_s, params.cost.decode_remainder(followers, context, pace.first_s))
+    first_end = clock.add(event.now, first)
+    end = clock.add(first_end, span(run, pace.growth_s, extra))
     ex = Executor(extra=extra, advance=advance, is_committed=jnp.int32(0), progress=jnp.int32(0),
                   gap_count=counts.executor.gap_count, log_row=counts.executor.log_row)
     if rules.async_scheduling:
         rank = replace(rank, visible=rank.waiting)
-    times_now = replace(times, start=event.now, first_s=first_s, pace_s=pace_s, growth_s=growth_s)
+    times_now = replace(times, start=event.now, first=first, pace=run, growth_s=pace.growth_s)
     counts = choose(is_starting, Counts(ex, rank, batch), counts)
-    decodes = jnp.where(is_prompt_only, 0, batch.count - batch.stalled)
-    return counts, choose(is_starting, times_now, times), Plan(is_starting, first_end, end, decodes)
+    return counts, choose(is_starting, times_now, times), Plan(is_starting, first_end, end, stats.num_decode)
 
 
 def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts, residue_row, slot, request,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsim.cost.base import DecodePace
 from jaxsim.engine import ending, events, passes
 from jaxsim.engine.common import Context, Params, choose, has, mark, take
 from jaxsim.engine.ending import Retired
@@ -126,7 +127,7 @@ class Touched(eqx.Module):
     is_held: Bool[Array, ""] | None = None
     can_go_on: Bool[Array, ""] | None = None
     is_stuck: Bool[Array, ""] | None = None
-    pace: tuple[Array, Array, Array, Array] | None = None
+    price: tuple[Array, DecodePace] | None = None
     is_starting: Bool[Array, ""] | None = None
     plan: Plan | None = None
 
@@ -342,9 +343,9 @@ def price(context: Context, t: Touched) -> Touched:
     is_idle = is_formed & ~has_batch
     progress = jnp.where(is_idle, 0, counts.executor.progress)
     is_stuck = is_idle & ~has(counts, w.PREEMPTED)
-    pace = passes.price(context.params, counts, t.times)
     counts = replace(counts, executor=replace(counts.executor, progress=progress))
-    return replace(t, counts=counts, is_starting=is_formed & has_batch, is_stuck=is_stuck, pace=pace)
+    return replace(t, counts=counts, is_starting=is_formed & has_batch, is_stuck=is_stuck,
+                   price=passes.price(context.params, t.counts, t.times))
 
 
 def launch(context: Context, t: Touched) -> Touched:
@@ -353,7 +354,7 @@ def launch(context: Context, t: Touched) -> Touched:
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     counts, times, plan = passes.start(
         context.dims, context.params, t.is_starting, event, t.counts, t.times, t.residue_row,
-        jnp.minimum(t.next_key, own_key), t.is_held, *t.pace)
+        jnp.minimum(t.next_key, own_key), t.is_held, *t.price)
     is_waiting_pass = (t.is_passing & ~t.is_starting) | (t.is_due & event.is_tied)
     is_resting = t.has_ended & ~t.has_work
     wake = clock.select(t.has_more | is_waiting_pass, event.now, t.wake)

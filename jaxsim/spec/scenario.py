@@ -276,11 +276,13 @@ class FittedCost(_Section, frozen=True, tag_field="kind", tag="fitted"):
         prefill: iterations of prompt chunks only.
         decode: iterations of decodes only.
         mixed: iterations of both; made from the other two if left out.
+        exact: keep what float32 rounds off, to compare long runs with another simulator's to the microsecond.
     """
 
     prefill: Pieces
     decode: Pieces
     mixed: Pieces | None = None
+    exact: bool = False
 
     def rows(self, kind: str) -> list[tuple[float, ...]] | None:
         """Rows (min_sequences, a, b, c, d, e) of `prefill`, `decode` or `mixed`; None where left out."""

@@ -103,15 +103,14 @@ class Counts(eqx.Module):
 class Clocks(eqx.Module):
     """The float half: start and pace of the iteration in flight, and integrals over time (two-float).
 
-    first_s: the first iteration; then iteration j takes `pace_s + j * growth_s`. `gap_s`: time for which
-    sequences past their prompt have waited on prompt-only iterations. `ratio` of expected outputs that admission
-    reserves for. busy: seconds; running: sequence-seconds;
-    held: block-seconds.
+    first: the first iteration's duration; then iteration j takes `pace + j * growth_s`, durations as exact pairs.
+    `gap_s`: time for which sequences past their prompt have waited on prompt-only iterations. `ratio` of expected
+    outputs that admission reserves for. busy: seconds; running: sequence-seconds; held: block-seconds.
     """
 
     start: Time
-    first_s: Float[Array, ""]
-    pace_s: Float[Array, ""]
+    first: Time
+    pace: Time
     growth_s: Float[Array, ""]
     chunk_pairs: Float[Array, ""]
     gap_s: Float[Array, ""]
@@ -179,7 +178,7 @@ def empty_clocks() -> Clocks:
     """An executor that has not run yet."""
     zero = jnp.float32(0)
     at_zero = Time(zero, zero)
-    return Clocks(at_zero, zero, zero, zero, zero, zero, zero, at_zero, at_zero, at_zero)
+    return Clocks(at_zero, at_zero, at_zero, zero, zero, zero, zero, at_zero, at_zero, at_zero)
 
 
 def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,

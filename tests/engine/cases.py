@@ -27,7 +27,7 @@ from tests.reference import simulator
 LANES = 64
 """Scenarios in a batch; fewer are padded with copies of the first."""
 
-NUM_REQUESTS, NUM_SLOTS = 24, 8
+NUM_REQUESTS, NUM_SLOTS = 24, 20
 
 PRESETS = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi", "orca", "static", "tensorrt-llm",
            "sglang", "simdistserve-vllm")

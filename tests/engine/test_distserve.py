@@ -1,7 +1,7 @@
 """Golden cases of the public DistServe simulator (its colocated vLLM rows), through scenarios and the engine.
 
-The numbers are from serving simulations published by others: TTFT and decode time in milliseconds, OPT-13B on one
-A100. The first token is not counted as output there, so an output of n tokens is n + 1 here.
+The numbers are from serving simulations published by others: TTFT, decode time, TPOT and makespan in milliseconds,
+OPT-13B on one A100. The first token is not counted as output there, so an output of n tokens is n + 1 here.
 """
 
 import numpy as np
@@ -29,21 +29,34 @@ def simulate(folder, arrivals_ms, prompts, outputs):
         "engine": {"preset": "distserve-sim-vllm", "num_gpu_blocks_override": 1, "max_model_len": 4096,
                    "max_num_batched_tokens": capacity},
         "workload": {"kind": "trace", "trace": str(trace)},
-        "cost": {"kind": "fitted", "decode": pieces,
+        "cost": {"kind": "fitted", "exact": True, "decode": pieces,
                  "prefill": {"a": (a + head + 1.0) / 1e3, "b": (b + context) / 1e3, "e": c / 1e3}}})
     lane = jaxsim.simulate(scenario).lanes[0][0]
     decode_ms = 1e3 * (lane.finish_s - lane.first_token_s)
-    return 1e3 * (lane.first_token_s - lane.arrival_s), decode_ms
+    return (1e3 * (lane.first_token_s - lane.arrival_s), decode_ms, decode_ms / np.asarray(outputs),
+            1e3 * lane.finish_s.max())
 
 
 def test_one_request(tmp_path):
-    ttft, decode = simulate(tmp_path, [0], [512], [4])
+    ttft, decode, *_ = simulate(tmp_path, [0], [512], [4])
     assert ttft[0] == pytest.approx(99.1614, abs=TOLERANCE_MS)
     assert decode[0] == pytest.approx(103.5687, abs=TOLERANCE_MS)
 
 
 def test_eight_requests(tmp_path):
-    ttft, _ = simulate(tmp_path, np.arange(8) * 40.0, [128, 1024] * 4, [16] * 8)
+    ttft, *_ = simulate(tmp_path, np.arange(8) * 40.0, [128, 1024] * 4, [16] * 8)
     # Arrivals are rounded to 2^-20 s, about 1e-3 ms, half of which may show.
     assert ttft == pytest.approx([43.1825, 180.6875, 506.9059, 466.9059, 426.9059, 386.9059, 542.5412, 502.5412],
                                  abs=TOLERANCE_MS)
+
+
+@pytest.mark.parametrize("rate, golden", [
+    (2, (205.033, 329.545, 89.476, 96.061, 165358.145)),
+    (4, (205.345, 333.301, 376.598, 600.502, 151850.783)),
+])
+def test_three_hundred_requests(tmp_path, rate, golden):
+    """At 4 requests/s the batches hit the limit of 50,000 context tokens and decodes take turns."""
+    i = np.arange(300)
+    ttft, _, tpot, makespan = simulate(tmp_path, 1e3 * i / rate, 64 + (397 * i) % 1900, 16 + (131 * i) % 400)
+    got = (*np.percentile(ttft, (50, 90)), *np.percentile(tpot, (50, 90)), makespan)
+    assert got == pytest.approx(golden, abs=TOLERANCE_MS)

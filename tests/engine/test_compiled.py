@@ -1,0 +1,217 @@
+"""What does not flicker: the compiled loop body, and how many programs a study takes.
+
+The text of the compiled program is read as computations of instructions; the inner loop's body is followed through
+fusions and conditionals. XLA on CPU only: other backends schedule differently.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from jaxsim.engine import loop
+from jaxsim.engine import simulate as engine
+from jaxsim.spec.scenario import Scenario
+from jaxsim.state.world import World
+from tests.engine import cases as c
+from tests.reference import simulator
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the text of a CPU program")
+
+RUN = loop.run
+
+TRANSCENDENTAL = {"exponential", "exponential-minus-one", "log", "log-plus-one", "sine", "cosine", "tan", "tanh",
+                  "power", "logistic", "erf", "atan2", "cbrt"}
+
+PASSING = {"parameter", "get-tuple-element", "tuple", "bitcast", "scatter", "dynamic-update-slice", "conditional",
+           "while", "call", "optimization-barrier"}
+"""Operations that may give a large array: they alias it, or write a few of its entries in place."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str
+    op: str
+    calls: tuple[str, ...]
+    is_root: bool
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+    """The computations of a compiled program's text."""
+    found, current = {}, None
+    for line in text.splitlines():
+        head = re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if head:
+            current = found.setdefault(head[1], [])
+        elif line.startswith("}"):
+            current = None
+        elif current is not None:
+            match = re.match(r"\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z\-]+)\(", line)
+            if match is None:
+                continue
+            named = re.findall(r"(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)", line)
+            for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                named += [name.strip().lstrip("%") for name in group.split(",")]
+            current.append(Instruction(match[2], match[3], match[4], tuple(named), bool(match[1])))
+    return found
+
+
+def inner_body(found: dict[str, list[Instruction]]) -> str:
+    """The body of the loop that holds no other loop."""
+    def has_loop(name):
+        return any(i.op == "while" or any(map(has_loop, i.calls)) for i in found[name])
+
+    bodies = {i.calls[-1] if has_loop(i.calls[0]) else max(i.calls, key=lambda n: len(found[n]))
+              for instructions in found.values() for i in instructions if i.op == "while"}
+    innermost = [name for name in bodies if not has_loop(name)]
+    return max(innermost, key=lambda name: len(found[name]))
+
+
+def reached(found: dict[str, list[Instruction]], start: str) -> Iterator[tuple[str, bool, Instruction]]:
+    """Instructions run by a computation: (computation, whether inside a fusion, instruction)."""
+    seen, todo = set(), [(start, False)]
+    while todo:
+        name, is_fused = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for instruction in found[name]:
+            yield name, is_fused, instruction
+            todo += [(called, is_fused or instruction.op == "fusion") for called in instruction.calls]
+
+
+def dimensions(shape: str) -> list[tuple[int, ...]]:
+    """Sizes of an array, or of every array of a tuple, each in rising order: layouts may differ."""
+    return [tuple(sorted(int(n) for n in sizes.split(",") if n)) for sizes in re.findall(r"\w+\[([\d,]*)\]", shape)]
+
+
+def problems(text: str, large: set[tuple[int, ...]]) -> list[str]:
+    """Copies of large arrays, and operations that must not be in the inner loop."""
+    found = computations(text)
+    wrong = []
+    for name, is_fused, instruction in reached(found, inner_body(found)):
+        if instruction.op in TRANSCENDENTAL:
+            wrong.append(f"{instruction.op} in {name}")
+        if is_fused or instruction.op in PASSING or not large.intersection(dimensions(instruction.shape)):
+            continue
+        root = next((i for called in instruction.calls for i in found[called] if i.is_root), None)
+        if instruction.op != "fusion" or root is None or root.op not in PASSING:
+            wrong.append(f"{instruction.op} gives {instruction.shape} in {name}")
+    return wrong
+
+
+def large_shapes(dims, lanes: int) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+    """Shapes of the world's arrays over requests or slots in a batch, and those of all others."""
+    shapes = jax.eval_shape(lambda: c.w.initial_world(dims))
+    large, small = set(), set()
+    for name, annotation in World.__annotations__.items():
+        axes = annotation.dim_str.split()
+        shape = tuple(sorted((lanes, *getattr(shapes, name).shape)))
+        (large if {"rows", "slot_width"} & set(axes) else small).add(shape)
+    return large, small
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(f"{name}-3"))
+                                  for name in c.PRESETS])
+def test_the_loop_body_copies_nothing_large(name):
+    """No copy of an array over requests or slots, no transcendental, in the body of the inner loop."""
+    flags, dims = simulator.preset(name), c.dims_of(name, 3)
+    large, small = large_shapes(dims, c.LANES)
+    assert len(large) >= 5 and not large & small, "other sizes are needed to tell arrays apart by their shapes"
+    arguments = c.inputs(c.draw_many(1, flags, dims), flags, dims, "mixed")
+    text = loop.run.lower(dims, *arguments).compile().as_text()
+    found = computations(text)
+    body = {i.op for _, _, i in reached(found, inner_body(found))}
+    assert {"scatter", "gather", "fusion"} <= body, "this is not the loop body"
+    assert problems(text, large) == []
+
+
+def toy(violation: str):
+    """A loop over an array of 64 x 25 that writes an entry a lane, and breaks a rule."""
+    def body(carry):
+        i, array, total = carry
+        at = (i + jnp.arange(64)) % 25
+        if violation == "copy":
+            # Read after the write: the old array must be kept.
+            new = array.at[jnp.arange(64), at].set(total)
+            return i + 1, new, total + array[jnp.arange(64), (at + 1) % 25] + new[:, 0]
+        if violation == "dense":
+            array = jnp.where(array > 0, array * 0.5, total[:, None])
+        if violation == "exp":
+            total = jnp.exp(total)
+        seen = array[jnp.arange(64), at]
+        return i + 1, array.at[jnp.arange(64), at].set(total), total + seen
+
+    start = (jnp.int32(0), jnp.zeros((64, 25)), jnp.ones(64))
+    return jax.jit(lambda start: lax.while_loop(lambda carry: carry[0] < 100, body, start)).lower(start)
+
+
+@pytest.mark.parametrize("violation, says", [("copy", "copy"), ("dense", "gives f32[64,25]"), ("exp", "exponential"),
+                                             ("", None)])
+def test_a_violation_is_found(violation, says):
+    found = problems(toy(violation).compile().as_text(), {(25, 64)})
+    assert (found == []) if says is None else any(says in line for line in found)
+
+
+# --- programs -----------------------------------------------------------------------------------------------
+
+
+def scenario(rate_rps: float = 4.0, max_num_seqs: int = 8, **engine_fields) -> Scenario:
+    """A small system with a fitted cost."""
+    form = {"a": 0.01, "b": 1e-5, "c": 1e-7, "d": 1e-5}
+    return Scenario.from_dict({
+        "schema_version": 1, "num_seeds": 2,
+        "engine": {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": 256, "max_model_len": 512,
+                   "num_gpu_blocks_override": 64, **engine_fields},
+        "workload": {"kind": "poisson", "rate_rps": rate_rps, "num_requests": c.NUM_REQUESTS, "input": 100,
+                     "output": {"kind": "uniform", "min_tokens": 1, "max_tokens": 40}},
+        "cost": {"kind": "fitted", "prefill": form, "decode": form}})
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Arguments of every call of the compiled loop."""
+    seen, run = [], loop.run
+
+    def spy(dims, params, requests):
+        seen.append((dims, params.batching.max_num_seqs.shape[0]))
+        return run(dims, params, requests)
+
+    monkeypatch.setattr(engine.loop, "run", spy)
+    return seen
+
+
+def test_numbers_share_a_program(launches):
+    """Three rates and two limits under two seeds are one batch of one program; other numbers compile nothing."""
+    grid = [scenario(rate, seqs) for rate in (1.0, 5.0, 20.0) for seqs in (5, 8)]
+    before = RUN._cache_size()
+    result = engine.simulate(grid)
+    assert [lanes for _, lanes in launches] == [12]
+    assert RUN._cache_size() <= before + 1
+    compiled = RUN._cache_size()
+    other = engine.simulate([scenario(rate, seqs, num_gpu_blocks_override=blocks, max_num_batched_tokens=128)
+                             for rate in (2.0, 3.0, 30.0) for seqs, blocks in ((6, 40), (7, 99))])
+    assert len(launches) == 2 and RUN._cache_size() == compiled
+    assert result.faults == other.faults == ()
+    # Answers are those of each scenario alone, in the order given.
+    rates = [m["mean_e2el_ms"] for m in result.metrics]
+    assert rates[0] < rates[4] and rates[1] < rates[5] and len({round(x, 6) for x in rates}) > 4
+
+
+def test_structure_makes_programs(launches, monkeypatch):
+    """Another scheduler, block size or number of replicas is another program, a number is not."""
+    class Enough(Exception):
+        """Nothing needs to run here."""
+
+    tree = scenario().to_dict()
+    replicas = Scenario.from_dict(tree | {"cluster": {"replicas": 2}})
+    mixed = [scenario(1.0), replicas, scenario(block_size=32), scenario(preset="orca"), scenario(9.0)]
+    monkeypatch.setattr(engine, "_stack", count)
+    monkeypatch.setattr(engine.loop, "run", lambda dims, params, requests: (_ for _ in ()).throw(Enough))
+    with pytest.raises(Enough):
+        engine.simulate(mixed)
