@@ -114,6 +114,24 @@ def on_grid(duration_s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return duration_s + lax.stop_gradient(jnp.where(duration_s < 2.0**-5, rounded, duration_s) - duration_s)
 
 
+def to_integers(epoch: Int[Array, ""], t: Time) -> Int[Array, " 3"]:
+    """A time as whole seconds, units of 2^-15 s and units of 2^-30 s, none of them rounded.
+
+    Differences of times, summed part by part in integers, stay exact where floats of the time of day would not.
+    """
+    seconds = jnp.floor(t.hi)
+    fine = (t.hi - seconds) * 2.0**15
+    units = jnp.floor(fine)
+    ticks = (fine - units) * 2.0**15 + t.lo * 2.0**30
+    parts = jnp.stack([seconds, units, ticks]).astype(jnp.int32)
+    return parts.at[0].add(epoch * int(EPOCH_S))
+
+
+def from_integers_reference(parts: Int[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape"]:
+    """Host: the seconds of (sums of) such parts."""
+    return np.asarray(parts, np.float64) @ np.array([1.0, 2.0**-15, 2.0**-30])
+
+
 def split_reference(seconds: Float[np.ndarray, "*shape"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Host: float64 seconds to (epoch, hi, lo); exact for multiples of the grid below 2^22 s."""
     seconds = np.asarray(seconds, np.float64)

@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Known without pytest-xdist too: with `-n 2 --dist loadgroup` a group runs in one process and compiles once."""
+    config.addinivalue_line("markers", "xdist_group(name): tests that share a compiled program")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of measured data: $JAXSIM_SHARED_DATA, or ../shared/data beside the repository."""

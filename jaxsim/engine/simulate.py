@@ -116,7 +116,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: _Lane) -> LaneResult:
         scheduled_s=np.where(instance >= 0, scheduled_s, np.nan),
         first_token_s=np.where(log_row >= 0, first_s[log_row], np.nan),
         finish_s=np.where(is_finished, finish_s, np.nan),
-        stall_s=seconds(world.stalled)[:count], preemptions=world.progress[lane, :count, 1],
+        stall_s=clock.from_integers_reference(world.stalled[lane, :count]), preemptions=world.progress[lane, :count, 1],
         instance=np.maximum(instance, 0), priority=workload.priority, tenant=workload.tenant,
         tenant_names=workload.tenant_names, status=np.where(is_finished, 0, 1).astype(np.int8),
         itl_counts=world.itl[lane], busy_s=joined(times.busy), kv_block_s=joined(times.held),

@@ -391,10 +391,11 @@ def note(context: Context, t: Touched) -> tuple[World, Writes]:
         is_returned = is_returned | t.is_preempting
         returned = jnp.where(t.is_preempting, t.victim[0], returned)
         is_returning = placed.is_admitted & (t.preemptions > 0)
+        parts = clock.to_integers(world.epoch, now)
         writes["progress"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),),
                                  jnp.stack([t.victim_emitted, t.preemptions + 1]))
         writes["stalled"] = Add((jnp.where(t.is_preempting | is_returning, t.candidate, scratch),),
-                                jnp.where(is_returning, stamp, jnp.where(t.is_preempting, -stamp, 0.0)))
+                                jnp.where(is_returning, parts, jnp.where(t.is_preempting, -parts, 0)))
         writes["residues"] = Put((e,), t.residue_row)
     if rules.keeps_running_list:
         before, after, is_tail = t.neighbours

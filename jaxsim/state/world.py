@@ -152,7 +152,7 @@ class World(eqx.Module):
     placed: Int[Array, "rows 2"]
     scheduled: Float[Array, "rows 3"]
     finished: Float[Array, "rows 3"]
-    stalled: Float[Array, "rows 3"]
+    stalled: Int[Array, "rows 3"]
     first_tokens: Float[Array, "rows 3"]
     # Time between tokens, and the tape: a row a started iteration (or jump) of times (epoch, hi, lo, seconds) and
     # counts (executor, running, waiting, used blocks, iterations, prompt tokens, decoding).
@@ -212,7 +212,7 @@ def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,
                                     (instances, width)),
         next_waiting=ints(rows), waiting_set=ints(instances, waiting_words), progress=ints(rows, 2),
         placed=ints(rows, 2, value=-1),
-        scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=floats(rows, 3),
+        scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(NUM_ITL_BINS),
         tape_times=floats(dims.num_records + 1, 4), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints())
 
