@@ -54,11 +54,16 @@ def settle(dims: Dims, params: Params, event: Event, counts: Counts, times: Cloc
         weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, batch.count - batch.stalled - late, 0),
                              decoding * ex.extra - jnp.where(is_decoding | is_open, 0, late)])
         gap_s, gap_count = jnp.where(is_open, gap_s, 0.0), jnp.where(is_open, late, 0)
+    if params.batching.grows:
+        # Sequences recomputed after a preemption: one gap each, at their mean where several end together.
+        resumed_s = times.resume_s / jnp.maximum(batch.resuming, 1) + times.first.hi
+        samples_s, weights = jnp.append(samples_s, resumed_s), jnp.append(weights, batch.resuming)
+        times = replace(times, resume_s=jnp.where(is_first_look, 0.0, times.resume_s))
     weights = jnp.where(is_first_look, weights, 0)
     settled_batch = replace(
         batch, counter=after_first + ex.extra, count=decoding,
         offsets=batch.offsets + batch.joining_offsets,
-        joining=jnp.int32(0), joining_offsets=jnp.int32(0), joining_first=jnp.int32(0),
+        joining=jnp.int32(0), joining_offsets=jnp.int32(0), joining_first=jnp.int32(0), resuming=jnp.int32(0),
         stalled=jnp.int32(0), stalled_offsets=jnp.int32(0),
         num_chunks=jnp.int32(0), chunk_tokens=jnp.int32(0), chunk_context=jnp.int32(0),
         num_iterations=batch.num_iterations + 1 + ex.extra)

@@ -120,6 +120,7 @@ class Touched(eqx.Module):
     lengths: Int[Array, " 4"] | None = None
     emitted: Int[Array, ""] | None = None
     preemptions: Int[Array, ""] | None = None
+    preempted_s: Float[Array, ""] | None = None
     next_head: Int[Array, ""] | None = None
 
     placed: Placed | None = None
@@ -266,12 +267,17 @@ def open_pass(context: Context, t: Touched) -> Touched:
             is_placing = is_placing & ~was_closed
         candidate = jnp.where(is_preempting, victim[1], candidate)
     candidate = jnp.where(is_passing, candidate, scratch)
-    emitted, preemptions = take(world.progress, candidate) if rules.grows else (jnp.int32(0), jnp.int32(0))
+    emitted, preemptions, preempted_s = jnp.int32(0), jnp.int32(0), None
+    if rules.grows:
+        emitted, preemptions = take(world.progress, candidate)
+        epoch, hi, lo = take(world.preempted, candidate)
+        preempted_s = clock.elapsed(Time(hi, lo), event.now) + (world.epoch - epoch) * clock.EPOCH_S
     return replace(
         t, counts=counts, residue_row=residue_row, slots=slots, is_due=is_due,
         has_ended=has_ended, has_work=has_work, is_passing=is_passing, is_placing=is_placing, is_short=is_short,
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
         candidate=candidate, lengths=take(requests.table, candidate), emitted=emitted, preemptions=preemptions,
+        preempted_s=preempted_s,
         # The link behind the candidate may be the one the arrival has just made.
         next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
 
@@ -293,7 +299,12 @@ def fill(context: Context, t: Touched) -> Touched:
     rank = replace(counts.rank, head=head)
     if rules.keeps_running_list:
         rank = replace(rank, tail=jnp.where(placed.is_completing, placed.slot, rank.tail))
-    counts = Counts(replace(counts.executor, log_row=log_row), rank, counts.batch)
+    batch = counts.batch
+    if rules.grows:
+        is_resuming = placed.is_completing & (t.emitted > 0)
+        batch = replace(batch, resuming=batch.resuming + is_resuming)
+        times = replace(times, resume_s=times.resume_s + jnp.where(is_resuming, t.preempted_s, 0.0))
+    counts = Counts(replace(counts.executor, log_row=log_row), rank, batch)
 
     is_short, is_preempting, slots, link, victim = t.is_short, t.is_preempting, t.slots, t.link, t.victim
     if not rules.is_unified:
@@ -396,6 +407,7 @@ def note(context: Context, t: Touched) -> tuple[World, Writes]:
                                  jnp.stack([t.victim_emitted, t.preemptions + 1]))
         writes["stalled"] = Add((jnp.where(t.is_preempting | is_returning, t.candidate, scratch),),
                                 jnp.where(is_returning, parts, jnp.where(t.is_preempting, -parts, 0)))
+        writes["preempted"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),), stamp)
         writes["residues"] = Put((e,), t.residue_row)
     if rules.keeps_running_list:
         before, after, is_tail = t.neighbours

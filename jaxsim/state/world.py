@@ -74,7 +74,7 @@ class Rank(eqx.Module):
 class Batch(eqx.Module):
     """Sequences that decode together, on the lazy token clock: after `counter` iterations a sequence holds
     `d + counter` tokens, and only `count` and the sum of `d` are kept. `joining*` are those whose prompt
-    completes in the iteration being formed or in flight; `chunk_*` its prompt chunks; `stalled*` those that sit
+    completes in the iteration being formed or in flight, `resuming` of them after a preemption; `chunk_*` its prompt chunks; `stalled*` those that sit
     it out (their offsets were lowered by one in advance, so that the common clock is right for them too)."""
 
     counter: Int[Array, ""]
@@ -83,6 +83,7 @@ class Batch(eqx.Module):
     joining: Int[Array, ""]
     joining_offsets: Int[Array, ""]
     joining_first: Int[Array, ""]
+    resuming: Int[Array, ""]
     budget: Int[Array, ""]
     num_chunks: Int[Array, ""]
     chunk_tokens: Int[Array, ""]
@@ -104,7 +105,8 @@ class Clocks(eqx.Module):
     """The float half: start and pace of the iteration in flight, and integrals over time (two-float).
 
     first: the first iteration's duration; then iteration j takes `pace + j * growth_s`, durations as exact pairs.
-    `gap_s`: time for which sequences past their prompt have waited on prompt-only iterations. `ratio` of expected
+    `gap_s`: time for which sequences past their prompt have waited on prompt-only iterations; `resume_s`: time since
+    their preemption, summed over resuming sequences. `ratio` of expected
     outputs that admission reserves for. busy: seconds; running: sequence-seconds; held: block-seconds.
     """
 
@@ -114,6 +116,7 @@ class Clocks(eqx.Module):
     growth_s: Float[Array, ""]
     chunk_pairs: Float[Array, ""]
     gap_s: Float[Array, ""]
+    resume_s: Float[Array, ""]
     ratio: Float[Array, ""]
     busy: Time
     running: Time
@@ -153,6 +156,7 @@ class World(eqx.Module):
     scheduled: Float[Array, "rows 3"]
     finished: Float[Array, "rows 3"]
     stalled: Int[Array, "rows 3"]
+    preempted: Float[Array, "rows 3"]
     first_tokens: Float[Array, "rows 3"]
     # Time between tokens, and the tape: a row a started iteration (or jump) of times (epoch, hi, lo, seconds) and
     # counts (executor, running, waiting, used blocks, iterations, prompt tokens, decoding).
@@ -178,7 +182,7 @@ def empty_clocks() -> Clocks:
     """An executor that has not run yet."""
     zero = jnp.float32(0)
     at_zero = Time(zero, zero)
-    return Clocks(at_zero, at_zero, at_zero, zero, zero, zero, zero, at_zero, at_zero, at_zero)
+    return Clocks(at_zero, at_zero, at_zero, zero, zero, zero, zero, zero, at_zero, at_zero, at_zero)
 
 
 def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,
@@ -212,7 +216,7 @@ def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,
                                     (instances, width)),
         next_waiting=ints(rows), waiting_set=ints(instances, waiting_words), progress=ints(rows, 2),
         placed=ints(rows, 2, value=-1),
-        scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3),
+        scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(NUM_ITL_BINS),
         tape_times=floats(dims.num_records + 1, 4), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints())
 

