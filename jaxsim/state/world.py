@@ -74,8 +74,9 @@ class Rank(eqx.Module):
 class Batch(eqx.Module):
     """Sequences that decode together, on the lazy token clock: after `counter` iterations a sequence holds
     `d + counter` tokens, and only `count` and the sum of `d` are kept. `joining*` are those whose prompt
-    completes in the iteration being formed or in flight, `resuming` of them after a preemption; `chunk_*` its prompt chunks; `stalled*` those that sit
-    it out (their offsets were lowered by one in advance, so that the common clock is right for them too)."""
+    completes in the iteration being formed or in flight, `resuming` of them after a preemption; `chunk_*` its prompt
+    chunks; `stalled*` those that sit it out (their offsets were lowered by one in advance, so that the common clock is
+    right for them too)."""
 
     counter: Int[Array, ""]
     count: Int[Array, ""]

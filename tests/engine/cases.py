@@ -196,7 +196,8 @@ def unpack(dims: Dims, world: w.World, lane: int, count: int) -> dict:
     return dict(
         instance=placed[:, 1], scheduled_s=times(world.scheduled)[:count],
         first_token_s=times(world.first_tokens)[placed[:, 0]], finish_s=times(world.finished)[:count],
-        stalled_s=clock.from_integers_reference(world.stalled[lane, :count]), preemptions=world.progress[lane, :count, 1],
+        stalled_s=clock.from_integers_reference(world.stalled[lane, :count]),
+        preemptions=world.progress[lane, :count, 1],
         busy_s=clocks.busy.hi.astype(float) + clocks.busy.lo, num_iterations=counts.batch.num_iterations,
         running_s=clocks.running.hi.astype(float) + clocks.running.lo,
         held_block_s=clocks.held.hi.astype(float) + clocks.held.lo,

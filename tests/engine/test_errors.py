@@ -154,6 +154,16 @@ def test_missing_columns_are_named_with_those_found(nothing_runs, tmp_path):
         assert word in str(error)
 
 
+def test_outputs_beyond_the_counters_are_refused(nothing_runs, tmp_path):
+    """A completion key holds a slot and an iteration in 32 bits: with 1024 slots, about half a million tokens."""
+    path = tmp_path / "t.csv"
+    path.write_text(HEADER + "0.0,10,2000000\n" + "1.0,10,2\n" * 1023, encoding="utf-8")
+    tree = changed(FITTED, workload={"kind": "trace", "trace": str(path)}, engine__max_num_seqs=1024,
+                   engine__max_num_batched_tokens=2048, engine__max_model_len=4_000_000,
+                   engine__num_gpu_blocks_override=250_000)
+    assert "2000000" in str(refused(lambda: Scenario.from_dict(tree)))
+
+
 @pytest.mark.parametrize("text, line", [
     ("schema_version = 1\n[workload]\nkind = poisson\n", 3),
     ("schema_version = 1\n\n[workload\nkind = 'poisson'\n", 3),
