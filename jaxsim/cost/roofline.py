@@ -464,7 +464,7 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
     for name, value in values.items():
         if not np.all(np.asarray(value) >= 0) or (name.endswith(("flops", "bytes_per_s", "efficiency"))
                                                   and not np.all(np.asarray(value) > 0)):
-            raise InputError("cost." + name, value, "must be positive")
+            raise InputError("cost." + name, value, "must be positive", "give a positive number, or leave it out")
     leaves = {name: jnp.asarray(value, float) for name, value in values.items()}
     return Roofline(**leaves, model=model, plan=plan, weights=fmt,
                     kv_bytes=kv_cache_bytes(kv_dtype, dtype, model), distinct_experts=distinct_experts)

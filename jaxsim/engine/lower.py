@@ -9,9 +9,11 @@ from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.cost.roofline import roofline
 from jaxsim.engine.common import Params
+from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import router
 from jaxsim.spec.device import DeviceSpec, load_device
+from jaxsim.spec.dims import Dims
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
 from jaxsim.spec.model import ModelSpec, load_model
 from jaxsim.spec.plan import Plan
@@ -130,6 +132,16 @@ def check_requests(system: System, workload: Workload) -> None:
     refuse(blocks > room, blocks,
            lambda n: f"needs {n} KV blocks of {s.block_size} tokens, the pool has {room}",
            "raise engine.gpu_memory_utilization or engine.num_gpu_blocks_override, or leave such requests out")
+
+
+def check_counters(dims: Dims, workloads: list[Workload]) -> None:
+    """Refuse outputs that the packed completion keys cannot hold. Raises `InputError`."""
+    # A counter runs on for so long before it is wound back.
+    room = (1 << (31 - dims.slot_bits)) - STEPS_BETWEEN_REBASES * dims.max_jump - 2 * REBASE_COUNTER
+    longest = max(int(workload.output_tokens.max()) for workload in workloads)
+    if longest > room:
+        raise InputError("workload.output", longest, f"output tokens are more than the {room} that {dims.num_slots}"
+                         " sequences at once leave room for", "shorten outputs, or lower engine.max_num_seqs")
 
 
 def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int) -> AbstractIterationCost:

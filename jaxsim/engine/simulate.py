@@ -84,6 +84,7 @@ def _prepare(index: int, scenario: Scenario, record_steps: bool) -> list[_Lane]:
     dims = Dims(num_requests=most, num_instances=scenario.cluster.replicas,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
                 num_records=RECORDS_A_REQUEST * most + 1000 if record_steps else 0)
+    lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [_Lane(index, system, workload, dims,
                   lower.make_params(scenario, system, cost, lower.step_limit(workload)))

@@ -241,11 +241,11 @@ class FittedForm(_Section, frozen=True):
     """
 
     min_sequences: Annotated[int, Meta(ge=0)] = 0
-    a: float = 0.0
-    b: float = 0.0
-    c: float = 0.0
-    d: float = 0.0
-    e: float = 0.0
+    a: NotNegative = 0.0
+    b: NotNegative = 0.0
+    c: NotNegative = 0.0
+    d: NotNegative = 0.0
+    e: NotNegative = 0.0
 
     @property
     def row(self) -> tuple[float, ...]:

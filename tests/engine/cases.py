@@ -27,7 +27,10 @@ from tests.reference import simulator
 LANES = 64
 """Scenarios in a batch; fewer are padded with copies of the first."""
 
-NUM_REQUESTS, NUM_SLOTS = 24, 20
+MOST_REQUESTS = 24
+"""Requests of a drawn case; programs have room for more, a number that is the size of nothing else."""
+
+NUM_REQUESTS, NUM_SLOTS = 56, 20
 
 PRESETS = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi", "orca", "static", "tensorrt-llm",
            "sglang", "simdistserve-vllm")
@@ -142,7 +145,7 @@ def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size
 def draw_many(seed: int, flags: simulator.Flags, dims: Dims, count: int = LANES) -> list[Case]:
     """A batch of cases from one seed."""
     rng = np.random.default_rng(seed)
-    return [draw(rng, dims.num_requests, dims.num_slots, dims.block_size, flags) for _ in range(count)]
+    return [draw(rng, MOST_REQUESTS, dims.num_slots, dims.block_size, flags) for _ in range(count)]
 
 
 # --- the engine ---------------------------------------------------------------------------------------------

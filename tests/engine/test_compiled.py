@@ -116,12 +116,10 @@ def large_shapes(dims, lanes: int) -> tuple[set[tuple[int, ...]], set[tuple[int,
     return large, small
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(f"{name}-3"))
-                                  for name in c.PRESETS])
+@pytest.mark.parametrize("name", c.PRESETS, ids=lambda name: f"{name}-3")
 def test_the_loop_body_copies_nothing_large(name):
     """No copy of an array over requests or slots, no transcendental, in the body of the inner loop."""
-    # A number of requests that is the size of nothing else, such as the scalars a step writes.
-    flags, dims = simulator.preset(name), c.dims_of(name, 3, num_requests=57)
+    flags, dims = simulator.preset(name), c.dims_of(name, 3)
     large, small = large_shapes(dims, c.LANES)
     assert len(large) >= 5 and not large & small, "other sizes are needed to tell arrays apart by their shapes"
     arguments = c.inputs(c.draw_many(1, flags, dims), flags, dims, "mixed")
@@ -167,7 +165,7 @@ def scenario(rate_rps: float = 4.0, max_num_seqs: int = 8, **engine_fields) -> S
         "schema_version": 1, "num_seeds": 2,
         "engine": {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": 256, "max_model_len": 512,
                    "num_gpu_blocks_override": 64, **engine_fields},
-        "workload": {"kind": "poisson", "rate_rps": rate_rps, "num_requests": c.NUM_REQUESTS, "input": 100,
+        "workload": {"kind": "poisson", "rate_rps": rate_rps, "num_requests": 24, "input": 100,
                      "output": {"kind": "uniform", "min_tokens": 1, "max_tokens": 40}},
         "cost": {"kind": "fitted", "prefill": form, "decode": form}})
 
@@ -185,7 +183,6 @@ def launches(monkeypatch):
     return seen
 
 
-@pytest.mark.xdist_group("simulate")
 def test_numbers_share_a_program(launches):
     """Three rates and two limits under two seeds are one batch of one program; other numbers compile nothing."""
     grid = [scenario(rate, seqs) for rate in (1.0, 5.0, 20.0) for seqs in (5, 8)]

@@ -17,15 +17,17 @@ from jaxsim.engine import loop, lower
 from jaxsim.engine import simulate as engine
 from tests.engine import cases as c
 
+NUM_REQUESTS = 24
+
 FORM = {"a": 0.01, "b": 1e-5, "c": 1e-7, "d": 1e-5}
 
 REAL = {"schema_version": 1, "num_seeds": 2, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
-        "workload": {"kind": "poisson", "rate_rps": 2.0, "num_requests": c.NUM_REQUESTS, "input": 100, "output": 20}}
+        "workload": {"kind": "poisson", "rate_rps": 2.0, "num_requests": NUM_REQUESTS, "input": 100, "output": 20}}
 
 FITTED = {"schema_version": 1, "num_seeds": 2,
           "engine": {"max_num_seqs": 8, "max_num_batched_tokens": 256, "max_model_len": 512,
                      "num_gpu_blocks_override": 64},
-          "workload": {"kind": "poisson", "rate_rps": 4.0, "num_requests": c.NUM_REQUESTS, "input": 100,
+          "workload": {"kind": "poisson", "rate_rps": 4.0, "num_requests": NUM_REQUESTS, "input": 100,
                        "output": {"kind": "uniform", "min_tokens": 1, "max_tokens": 40}},
           "cost": {"kind": "fitted", "prefill": FORM, "decode": FORM}}
 
@@ -193,7 +195,6 @@ def no_nan(node) -> bool:
     return True
 
 
-@pytest.mark.xdist_group("simulate")
 def test_a_run_that_is_stopped_says_which_bound(monkeypatch):
     """The step limit, its name in the result, numbers only where there are any."""
     monkeypatch.setattr(lower, "step_limit", lambda workload: 30)
@@ -201,13 +202,12 @@ def test_a_run_that_is_stopped_says_which_bound(monkeypatch):
     assert len(result.faults) == 1 and "steps" in result.faults[0]
     (metrics,) = result.metrics
     assert metrics["fault"] == result.faults[0]
-    assert 0 < metrics["failed"] < c.NUM_REQUESTS and metrics["completed"] + metrics["failed"] == c.NUM_REQUESTS
+    assert 0 < metrics["failed"] < NUM_REQUESTS and metrics["completed"] + metrics["failed"] == NUM_REQUESTS
     assert all(no_nan(run) for run in (*result.metrics, *result.runs[0]))
     for lane in result.lanes[0]:
         assert np.all(np.isnan(lane.finish_s) == ~lane.is_finished)
 
 
-@pytest.mark.xdist_group("simulate")
 def test_a_run_that_never_got_anywhere_has_no_nan(monkeypatch):
     monkeypatch.setattr(lower, "step_limit", lambda workload: 0)
     result = jaxsim.simulate(Scenario.from_dict(FITTED))
@@ -216,14 +216,13 @@ def test_a_run_that_never_got_anywhere_has_no_nan(monkeypatch):
     assert no_nan(metrics)
 
 
-@pytest.mark.xdist_group("simulate")
 def test_a_good_run_has_no_fault_and_no_nan():
     result = jaxsim.simulate(Scenario.from_dict(FITTED))
     assert result.faults == ()
     (metrics,) = result.metrics
     assert metrics["fault"] is None and metrics["failed"] == 0 and no_nan(metrics)
     frame = result.requests
-    assert len(frame) == 2 * c.NUM_REQUESTS
+    assert len(frame) == 2 * NUM_REQUESTS
     assert not frame.drop(columns=["tpot_s"]).isna().any().any()
     assert (frame["tpot_s"].isna() == (frame["output_tokens"] == 1)).all()
 

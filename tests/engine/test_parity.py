@@ -24,7 +24,7 @@ EXPLORE = int(os.environ.get("JAXSIM_EXPLORE", "0"))
 SEEDS = settings(max_examples=EXPLORE or 5, derandomize=not EXPLORE, deadline=None, database=None,
                  phases=(Phase.explicit, Phase.generate))  # a seed has no smaller one; `smallest` reduces
 
-PROGRAMS = [pytest.param(name, n, id=f"{name}-{n}", marks=pytest.mark.xdist_group(f"{name}-{n}"))
+PROGRAMS = [pytest.param(name, n, id=f"{name}-{n}")
             for name in c.PRESETS for n in (1, 3) if n > 1 or EXPLORE or name in ("vllm-v1", "vllm-v0")]
 
 PREEMPTING = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi", "sglang")
@@ -84,10 +84,10 @@ def test_engine_equals_reference(name, num_instances):
     assert (seen["preemptions"] > seen["requests"] / 200) == (name in PREEMPTING)
 
 
-@pytest.mark.xdist_group("vllm-v1-3")
-def test_jumps_change_nothing():
+@pytest.mark.parametrize("name", ["vllm-v1"], ids=["vllm-v1-3"])
+def test_jumps_change_nothing(name):
     """One iteration at a time gives what jumps give; gaps between tokens are as many, if not in the same bins."""
-    flags, dims = simulator.preset("vllm-v1"), c.dims_of("vllm-v1", 3)
+    flags, dims = simulator.preset(name), c.dims_of(name, 3)
     batch = c.draw_many(11, flags, dims)
     jumping = c.simulate(batch, flags, dims, "mixed", lanes=c.LANES)
     single = c.simulate(batch, flags, replace(dims, max_jump=1), "mixed", lanes=c.LANES)
@@ -107,8 +107,8 @@ TRACE = c.Case(
 
 
 @pytest.mark.parametrize("name, budget, preemptions, last_step", [
-    pytest.param("vllm-v1", 64, [0, 0, 1], 54, marks=pytest.mark.xdist_group("vllm-v1-1"), id="vllm-v1"),
-    pytest.param("vllm-v0", 128, [0, 0, 4], 56, marks=pytest.mark.xdist_group("vllm-v0-1"), id="vllm-v0")])
+    pytest.param("vllm-v1", 64, [0, 0, 1], 54, id="vllm-v1-1"),
+    pytest.param("vllm-v0", 128, [0, 0, 4], 56, id="vllm-v0-1")])
 def test_golden_trace(name, budget, preemptions, last_step):
     """Traces derived by hand from the schedulers of vLLM V1 and V0."""
     flags, dims = simulator.preset(name), c.dims_of(name, 1)
@@ -122,10 +122,10 @@ def test_golden_trace(name, budget, preemptions, last_step):
     assert lane["first_token_s"][0] == 1 and lane["peak_blocks"].tolist() == [10]
 
 
-@pytest.mark.xdist_group("vllm-v1-3")
-def test_a_wrong_answer_is_found(monkeypatch):
+@pytest.mark.parametrize("name", ["vllm-v1"], ids=["vllm-v1-3"])
+def test_a_wrong_answer_is_found(monkeypatch, name):
     """The comparison can fail: one block more in the pool of every lane shows."""
-    flags, dims = simulator.preset("vllm-v1"), c.dims_of("vllm-v1", 3)
+    flags, dims = simulator.preset(name), c.dims_of(name, 3)
     run = loop.run
 
     def richer(dims, params, requests):

@@ -12,8 +12,6 @@ from jaxsim.spec.dims import Dims
 from tests.engine import cases as c
 from tests.reference import simulator
 
-pytestmark = pytest.mark.xdist_group("queueing")
-
 FLAGS = simulator.preset("vllm-v1")
 DIMS = Dims(num_requests=4000, num_instances=1, num_slots=c.NUM_SLOTS, block_size=16)
 SEEDS = 16

@@ -15,8 +15,6 @@ from tests.engine import real
 NEAR_S, AGREES_S = 1e-5, 1e-4
 STAMPS = ("scheduled_s", "first_token_s", "finish_s")
 
-pytestmark = pytest.mark.xdist_group("real")
-
 
 @pytest.fixture(scope="module")
 def pairs():
