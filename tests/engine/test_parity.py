@@ -21,7 +21,7 @@ from tests.engine import cases as c
 from tests.reference import simulator
 
 EXPLORE = int(os.environ.get("JAXSIM_EXPLORE", "0"))
-SEEDS = settings(max_examples=EXPLORE or 5, derandomize=not EXPLORE, deadline=None, database=None,
+SEEDS = settings(max_examples=EXPLORE or 4, derandomize=not EXPLORE, deadline=None, database=None,
                  phases=(Phase.explicit, Phase.generate))  # a seed has no smaller one; `smallest` reduces
 
 PROGRAMS = [pytest.param(name, n, id=f"{name}-{n}")
