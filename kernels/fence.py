@@ -1,26 +1,26 @@
-"""Make XLA compute shared values once, by running the phases of a computation as separate computations.
+"""A deep computation as one kernel in which shared values are computed once.
 
-XLA on CPU fuses every producer into each of its consumers and computes it again there. A step of the engine is one
-deep graph with some hundred outputs, so most of it would be computed dozens of times (measured: 17,700 fused
-instructions for 2,000 distinct ones). What happens inside a conditional stays there, and what comes out is stored.
+XLA on CPU fuses every producer into each of its consumers and computes it again there, and starts a kernel for each
+fusion. A step of the engine is one graph with some hundred outputs: most of it would be computed dozens of times
+(measured: 17,700 fused instructions for 2,000 distinct ones), by hundreds of kernels of some 30 ns overhead each. A
+computation that is called is not fused with its surroundings, and one marked `xla_cpu_small_call`, the mark that XLA
+gives to small loops, is compiled as a single function. On other backends the compiler is left free.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool
+from jax.experimental.xla_metadata import set_xla_metadata
 
 
-def stage(is_true: Bool[Array, ""] | None, function: Callable, inputs):
+def stage(function: Callable, inputs, name: str = "stage"):
     """`function(inputs)`, its results stored before anything that follows.
 
-    is_true: a scalar that is true at run time and that the compiler cannot know to be, the same for the whole
-    batch (so that `vmap` keeps the conditional); None leaves the compiler free. Results that are inputs passed
-    through, by identity, cost nothing.
+    Not to be called under `vmap`: the function works on the whole batch. Results that are inputs passed through, by
+    identity, cost nothing. `name` shows in the compiled program.
     """
-    if is_true is None:
+    if jax.default_backend() != "cpu":
         return function(inputs)
     known = {id(leaf): leaf for leaf in jax.tree.leaves(inputs)}
     plan = {}
@@ -32,13 +32,54 @@ def stage(is_true: Bool[Array, ""] | None, function: Callable, inputs):
         plan["leaves"] = [place.get(id(leaf), known.get(id(leaf))) for leaf in leaves]
         return [jnp.asarray(leaf) for leaf in new]
 
-    shapes = jax.eval_shape(fresh)
-
-    def never():
-        # One operation that is not element-wise, or XLA would make selects of the conditional.
-        odd = jnp.flip(jnp.stack([is_true, ~is_true]))[0]
-        return [jnp.full(x.shape, odd).astype(x.dtype) for x in shapes]
-
-    stored = lax.cond(is_true, fresh, never)
+    stored = _call(fresh, name)
     leaves = [stored[at] if isinstance(at, int) else at for at in plan["leaves"]]
     return jax.tree.unflatten(plan["structure"], leaves)
+
+
+def kernel(function: Callable, name: str = "kernel"):
+    """`function()`, a computation made of stages, compiled as one kernel.
+
+    If it has operations other than `POSSIBLE` (a sort, a scatter), it runs as it would without this. Everything it
+    reads has to be read by a stage: XLA aborts on a kernel with an argument that its simplifications have left
+    without a reader, but never takes one from a call.
+    """
+    if jax.default_backend() != "cpu":
+        return function()
+    return _call(function, name, xla_cpu_small_call="true")
+
+
+POSSIBLE = frozenset("""
+    abs add and argmax argmin atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp clz concatenate
+    convert_element_type copy cos custom_jvp_call custom_vjp_call div dynamic_slice dynamic_update_slice eq exp
+    exp2 expm1 floor gather ge gt integer_pow iota is_finite jit le log log1p logistic lt max min mul ne neg not or pad
+    pjit population_count pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum rem reshape rev round
+    rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin slice split sqrt square squeeze stack
+    stop_gradient sub tan tanh transpose xla_metadata_value xor
+""".split())
+"""Operations that XLA can compile into a kernel of many."""
+
+
+def _operations(jaxpr) -> Iterator[str]:
+    """Names of all operations, also of called functions."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _operations(inner)
+
+
+def _call(function: Callable, name: str, **marks: str):
+    """Call a function of no arguments that is not to be inlined."""
+    def called():
+        return function()
+
+    called.__name__ = name
+    called = jax.jit(called)
+    if marks and not POSSIBLE.issuperset(_operations(called.trace().jaxpr.jaxpr)):
+        marks = {}
+    leaves, structure = jax.tree.flatten(called())
+    # The marks of one result are those of the call that gives it.
+    leaves[0] = set_xla_metadata(leaves[0], inlineable="false", **marks)
+    return jax.tree.unflatten(structure, leaves)

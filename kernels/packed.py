@@ -9,6 +9,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int, Shaped
 
 EMPTY = np.int32(2**31 - 1)
@@ -32,17 +33,19 @@ def unpack_key(packed: Int[Array, ""], bits: int) -> tuple[Int[Array, ""], Int[A
     return packed >> bits, packed & ((1 << bits) - 1)
 
 
-def row_min(row: Int[Array, " width"]) -> Int[Array, ""]:
-    """Minimum of a row whose width is a multiple of 16.
+def two_smallest(row: Int[Array, " width"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The two smallest entries of a row whose width is a multiple of 16; entries are distinct, but for `EMPTY`.
 
-    Sixteen partial minima, taken over slices, then one reduction: a plain minimum over the row is split by XLA on
-    CPU into windows and costs seven times as much.
+    Sixteen partial pairs, taken over slices in one pass, then one reduction: a plain minimum over the row is split by
+    XLA on CPU into windows and costs seven times as much.
     """
     parts = row.reshape(-1, 16)
-    smallest = parts[0]
+    first, second = parts[0], jnp.full(16, EMPTY)
     for i in range(1, parts.shape[0]):
-        smallest = jnp.minimum(smallest, parts[i])
-    return jnp.min(smallest)
+        second = jnp.minimum(second, jnp.maximum(first, parts[i]))
+        first = jnp.minimum(first, parts[i])
+    smallest = jnp.min(first)
+    return smallest, jnp.min(jnp.where(first == smallest, second, first))
 
 
 def to_row(record) -> Shaped[Array, " fields"]:
@@ -57,36 +60,26 @@ def from_row(like: T, row: Shaped[Array, " fields"]) -> T:
 
 
 class Packing:
-    """How a batch of records travels through a loop: integer scalars side by side, the rest as it is, all once.
+    """How a batch of records travels through a loop: scalars of 32 bits side by side, the rest as it is.
 
     Carrying many scalars costs a copy each. They are laid out as `scalars batch`, each contiguous over the batch:
-    `batch scalars` would cost a cache miss a lane at every use. Floats stay apart, because XLA on CPU fuses a
-    short concatenation with everything that leads to it and computes shared parts again for every operand
-    (measured: 4x on the whole step).
+    `batch scalars` would cost a cache miss a lane at every use.
     """
 
-    def __init__(self):
-        """Empty; `pack` learns the structure."""
-        self._slots, self._treedef = None, None
+    def __init__(self, like):
+        """like: the record of one scenario, its arrays or their shapes and dtypes."""
+        leaves, self._structure = jax.tree.flatten(like)
+        self._dtypes = [leaf.dtype if leaf.shape == () and leaf.dtype.itemsize == 4 else None for leaf in leaves]
 
-    def pack(self, tree) -> tuple[Int[Array, "scalars batch"], list[Array]]:
-        """Batched leaves to the stacked integer scalars and the list of everything else."""
-        leaves, treedef = jax.tree.flatten(tree)
-        places, slots, scalars, others = {}, [], [], []
-        for leaf in leaves:
-            if id(leaf) not in places:
-                is_scalar = leaf.ndim == 1 and leaf.dtype == jnp.int32
-                group = scalars if is_scalar else others
-                places[id(leaf)] = (is_scalar, len(group))
-                group.append(leaf)
-            slots.append(places[id(leaf)])
-        if self._slots not in (None, slots):
-            raise AssertionError("a packing changed between two traces of one function")
-        self._slots, self._treedef = slots, treedef
-        return jnp.stack(scalars), others
+    def pack(self, records) -> tuple[Int[Array, "scalars batch"], list[Array]]:
+        """The bits of a batch's scalars, and the list of everything else."""
+        leaves = list(zip(self._structure.flatten_up_to(records), self._dtypes, strict=True))
+        scalars = [lax.bitcast_convert_type(leaf, jnp.int32) for leaf, dtype in leaves if dtype is not None]
+        return jnp.stack(scalars), [leaf for leaf, dtype in leaves if dtype is None]
 
     def unpack(self, packed):
         """The records again."""
-        scalars, others = packed
-        return jax.tree.unflatten(
-            self._treedef, [scalars[at] if is_scalar else others[at] for is_scalar, at in self._slots])
+        scalars, others = iter(packed[0]), iter(packed[1])
+        return self._structure.unflatten(
+            [next(others) if dtype is None else lax.bitcast_convert_type(next(scalars), dtype)
+             for dtype in self._dtypes])

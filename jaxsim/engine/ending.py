@@ -89,11 +89,11 @@ def retire(dims: Dims, params: Params, event: Event, counts: Counts, keys, entry
     """
     rank, batch = counts.rank, counts.batch
     bits = dims.slot_bits
-    counter, slot = packed.unpack_key(packed.row_min(keys), bits)
+    smallest, second = packed.two_smallest(keys)
+    counter, slot = packed.unpack_key(smallest, bits)
     is_any = event.is_ending & (counter == batch.counter)
     slot = jnp.where(is_any, slot, dims.null_slot)
-    index = jnp.arange(dims.slot_width, dtype=jnp.int32)
-    next_key = packed.row_min(jnp.where(index == slot, packed.EMPTY, keys))
+    next_key = jnp.where(is_any, second, smallest)
     has_more = is_any & (packed.unpack_key(next_key, bits)[0] == batch.counter)
     request, offset, reserved = entry_of(slot)[:3]
     one = is_any.astype(jnp.int32)

@@ -9,7 +9,8 @@ from jax import lax
 
 from jaxsim.engine.common import Params
 from jaxsim.engine.events import next_arrivals
-from jaxsim.engine.step import apply, step
+from jaxsim.engine.step import step, writes_of_a_step
+from jaxsim.engine.writes import apply, forget, recall, rewrites
 from jaxsim.kernels import bitmap, clock, packed
 from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims
@@ -62,32 +63,25 @@ def run(dims: Dims, params: Params, requests: Requests) -> World:
     fields = 5 if rules.scans_slots else 3
     words = bitmap.num_words(dims.num_requests) if rules.order == "priority" else 1
     world = jax.vmap(lambda ratio: w.initial_world(dims, fields, words, ratio))(rules.ratio_start)
-    is_true = requests.count[0] >= 0 if jax.default_backend() == "cpu" else None
     # The writes of a step travel to the next packed, whatever their number.
-    packing = packed.Packing()
-
-    def batched_step(params, requests, world):
-        world, writes = jax.vmap(partial(step, dims, is_true))(params, requests, world)
-        return world, packing.pack(writes)
-
-    def batched_apply(world, writes):
-        return jax.vmap(apply)(world, packing.unpack(writes))
-
-    def has_time(requests, world):
-        return is_live(requests, world) & (world.is_frozen == 0)
+    like = writes_of_a_step(dims, params, requests, world)
+    packing = packed.Packing(like)
+    advance = partial(step, dims, packing, params, requests)
 
     def inner_continues(carry):
         i, world, _ = carry
-        return (i < STEPS_BETWEEN_REBASES) & jnp.any(has_time(requests, world))
+        return (i < STEPS_BETWEEN_REBASES) & jnp.any(is_live(requests, world) & (world.is_frozen == 0))
 
     def inner(carry):
         i, world, writes = carry
-        return i + 1, *batched_step(params, requests, batched_apply(world, writes))
+        return i + 1, *advance(world, writes)
 
     def outer(world):
         world = jax.vmap(partial(rebase, dims))(requests, world)
-        world, writes = batched_step(params, requests, world)
-        _, world, writes = lax.while_loop(inner_continues, inner, (jnp.int32(1), world, writes))
-        return batched_apply(world, writes)
+        nothing = jax.vmap(partial(rewrites, dims, like=like))(world)
+        carry = jnp.int32(0), forget(world, nothing), packing.pack(nothing)
+        _, world, writes = lax.while_loop(inner_continues, inner, carry)
+        world = jax.vmap(recall)(world, packing.unpack(writes))
+        return apply(dims, world, packing, writes)
 
     return lax.while_loop(lambda world: jnp.any(is_live(requests, world)), outer, world)

@@ -160,9 +160,9 @@ def limit_context(dims: Dims, rules: Batching, is_any: Bool[Array, ""], counts: 
     is_decoding = slots.is_decoding
     context = slots.entries[:, w.OFFSET] + counts.batch.counter + 1
     stamp = jnp.where(is_decoding, slots.entries[:, w.STAMP], packed.EMPTY)
-    order = jnp.argsort(stamp)
-    total = jnp.cumsum(jnp.where(is_decoding, context, 0)[order])
-    fits = jnp.zeros_like(is_decoding).at[order].set(total <= rules.decode_context_limit) & is_decoding
+    is_before = stamp[None, :] <= stamp[:, None]
+    total = jnp.sum(jnp.where(is_before & is_decoding, context, 0), axis=1)
+    fits = is_decoding & (total <= rules.decode_context_limit)
     is_over = is_any & jnp.any(is_decoding & ~fits)
     counts_now, slots = stall(counts, slots, is_over & is_decoding & ~fits, dims.slot_bits)
     # Keep their order, behind everybody else.

@@ -1,20 +1,17 @@
-"""One step of one scenario: gather what one event touches, fire the phases in order, say what to write back.
+"""One step of every scenario: gather what one event touches, fire the phases in order, say what to write back.
 
 A step takes the earliest event (an iteration's end, an arrival, or a scheduling pass still under way), works on
 that executor alone, and fires each phase at most once: enqueue one arrival, settle the iteration that ended, retire
 one sequence, and, in the pass, preempt one victim or place one prompt, then start the next iteration. Work in bulk
 is several steps at the same instant. An arrival at a busy executor and the end of the iteration it must wait for are
-one step, if no other arrival comes between. Written for one scenario; the loop runs it under `vmap`.
-
-A step reads arrays and returns writes; the next step applies them first. So every array is read after its last
-write, which is what lets the compiled loop update it in place: a read that could be ordered after a write would
-make XLA copy the array in every step.
+one step, if no other arrival comes between. The phases are written for one scenario.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -26,54 +23,14 @@ from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
 from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
+from jaxsim.engine.writes import Add, Put, Writes, apply, at_executor, recall
 from jaxsim.kernels import bitmap, clock, packed
 from jaxsim.kernels.clock import Time
-from jaxsim.kernels.fence import stage
+from jaxsim.kernels.fence import kernel, stage
 from jaxsim.spec.dims import NUM_ITL_BINS, Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import PROMPT, RANK, Requests
 from jaxsim.state.world import Clocks, Counts, World
-
-
-class Put(NamedTuple):
-    """Overwrite one entry."""
-
-    index: tuple[Int[Array, "..."], ...]
-    value: Array
-
-
-class Add(NamedTuple):
-    """Add to one entry, or to several."""
-
-    index: tuple[Int[Array, "..."], ...]
-    value: Array
-
-
-class Pair(NamedTuple):
-    """Overwrite two slots of an executor's row, distinct unless both are the scratch slot."""
-
-    index: tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]
-    value: tuple[Array, Array]
-
-
-Writes = dict[str, Put | Add | Pair]
-"""What a step changes in the large arrays, by name. The next step applies it before it reads anything."""
-
-
-def apply(world: World, writes: Writes) -> World:
-    """Write what a step decided."""
-    arrays = {}
-    for name, write in writes.items():
-        array = getattr(world, name)
-        if isinstance(write, Pair):
-            e, first, second = write.index
-            arrays[name] = array.at[jnp.stack([e, e]), jnp.stack([first, second])].set(
-                jnp.stack(write.value), mode="promise_in_bounds")
-        elif isinstance(write, Put):
-            arrays[name] = array.at[write.index].set(write.value, mode="promise_in_bounds", unique_indices=True)
-        else:
-            arrays[name] = array.at[write.index].add(write.value, mode="promise_in_bounds")
-    return replace(world, **arrays)
 
 
 class Touched(eqx.Module):
@@ -133,24 +90,48 @@ class Touched(eqx.Module):
     plan: Plan | None = None
 
 
-def step(dims: Dims, is_true, params: Params, requests: Requests, world: World) -> tuple[World, Writes]:
-    """Advance one scenario by one step; a scenario with nothing left to do steps to itself.
+def step(dims: Dims, packing: packed.Packing, params: Params, requests: Requests, world: World, writes
+         ) -> tuple[World, tuple]:
+    """Advance every scenario of a batch by one step; one with nothing left to do steps to itself.
 
-    is_true: see `jaxsim.kernels.fence.stage`. Returns the world with its scalars advanced, and the writes to its
-    arrays.
+    writes: of the step before, packed. Returns the world with them, its scalars advanced, and what to write next.
     """
-    context = Context(dims, params, requests, world)
-    t = stage(is_true, lambda _: look(context), ())
-    t = stage(is_true, lambda t: receive(context, t), t)
-    t = stage(is_true, lambda t: end(context, t), t)
-    t = stage(is_true, lambda t: open_pass(context, t), t)
-    t = stage(is_true, lambda t: fill(context, t), t)
-    t = stage(is_true, lambda t: price(context, t), t)
-    t = stage(is_true, lambda t: launch(context, t), t)
-    return note(context, t)
+    def vmapped(phase, world, t):
+        return jax.vmap(lambda *args: phase(Context(dims, *args[:3]), args[3]))(params, requests, world, t)
+
+    def first(_):
+        return vmapped(look, jax.vmap(recall)(world, packing.unpack(writes)), None)
+
+    def last(t):
+        progress, to_write = vmapped(note, world, t)
+        return progress, packing.pack(to_write)
+
+    def phases():
+        t = stage(first, None, "look")
+        for phase in PHASES:
+            t = stage(partial(vmapped, phase, world), t, phase.__name__)
+        return stage(last, t, "note")
+
+    world = apply(dims, world, packing, writes)
+    progress, to_write = kernel(phases, "step")
+    return replace(world, **progress), to_write
 
 
-def look(context: Context) -> Touched:
+def writes_of_a_step(dims: Dims, params: Params, requests: Requests, world: World) -> Writes:
+    """What a step of one scenario would write: shapes, nothing is computed."""
+    def plain(params, requests, world):
+        context, t = Context(dims, params, requests, world), None
+        for phase in (look, *PHASES):
+            t = phase(context, t)
+        return note(context, t)[1]
+
+    def one(tree):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
+
+    return jax.eval_shape(plain, one(params), one(requests), one(world))
+
+
+def look(context: Context, _) -> Touched:
     """Find the next event and gather the row of its executor."""
     dims, world = context.dims, context.world
     event, is_frozen = events.next_event(context)
@@ -193,11 +174,17 @@ def receive(context: Context, t: Touched) -> Touched:
     return replace(t, event=event, counts=counts, wake=wake, link=link, ranks=ranks)
 
 
-def end(context: Context, t: Touched) -> Touched:
-    """Settle the iteration that ended, retire one sequence."""
+def settle(context: Context, t: Touched) -> Touched:
+    """Settle the iteration that ended."""
+    counts, times, itl_s, itl_weights = ending.settle(
+        context.dims, context.params, t.event, t.counts, t.times, t.residue_row)
+    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights)
+
+
+def retire(context: Context, t: Touched) -> Touched:
+    """Retire one sequence whose last token the iteration produced."""
     dims, params, _, world = context
-    e = t.event.executor
-    counts, times, itl_s, itl_weights = ending.settle(dims, params, t.event, t.counts, t.times, t.residue_row)
+    counts, e = t.counts, t.event.executor
     keys = take(world.slot_keys, e)
     counts, residue_row, retired, has_more, next_key = ending.retire(
         dims, params, t.event, counts, keys, lambda slot: take(world.slot_entries, e, slot), t.residue_row)
@@ -210,9 +197,8 @@ def end(context: Context, t: Touched) -> Touched:
         counts = replace(counts, rank=replace(counts.rank, tail=tail))
     if params.batching.scans_slots:
         slots = Slots(keys, take(world.slot_entries, e), retired.slot)
-    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights, residue_row=residue_row,
-                   retired=retired, has_more=has_more, next_key=next_key, tail=tail, neighbours=neighbours,
-                   slots=slots)
+    return replace(t, counts=counts, residue_row=residue_row, retired=retired, has_more=has_more, next_key=next_key,
+                   tail=tail, neighbours=neighbours, slots=slots)
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
@@ -379,8 +365,8 @@ def launch(context: Context, t: Touched) -> Touched:
     return replace(t, counts=counts, times=times, plan=plan, wake=wake, phase=phase)
 
 
-def note(context: Context, t: Touched) -> tuple[World, Writes]:
-    """What to write back."""
+def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
+    """The world's scalars by name, and what to write to its arrays."""
     dims, params, _, world = context
     rules, event, counts, placed, retired = params.batching, t.event, t.counts, t.placed, t.retired
     e, now = event.executor, event.now
@@ -396,6 +382,8 @@ def note(context: Context, t: Touched) -> tuple[World, Writes]:
     is_unplaced = (placed.is_admitted | placed.is_completing) & (t.emitted == 0)
     is_returned = retired.is_any & ~placed.is_admitted
     returned = retired.slot
+    own = partial(at_executor, dims, e)
+    row = (lambda record: record) if dims.num_instances == 1 else packed.to_row
     writes = {}
     if rules.grows:
         entering = jnp.where(t.is_preempting, t.victim[0], entering)
@@ -408,25 +396,24 @@ def note(context: Context, t: Touched) -> tuple[World, Writes]:
         writes["stalled"] = Add((jnp.where(t.is_preempting | is_returning, t.candidate, scratch),),
                                 jnp.where(is_returning, parts, jnp.where(t.is_preempting, -parts, 0)))
         writes["preempted"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),), stamp)
-        writes["residues"] = Put((e,), t.residue_row)
+        writes["residues"] = Put(own(), t.residue_row)
     if rules.keeps_running_list:
         before, after, is_tail = t.neighbours
         is_inner = retired.is_any & ~is_tail
         after = jnp.where(is_inner, after, null)
         linked = jnp.where(placed.is_completing, placed.slot, null)
-        writes["slot_previous"] = Pair((e, after, linked), (before, t.tail))
-        writes["slot_next"] = Pair((e, jnp.where(is_inner, before, null),
-                                    jnp.where(placed.is_completing, t.tail, null)), (after, linked))
+        writes["slot_previous"] = Put(own((after, linked)), (before, t.tail))
+        writes["slot_next"] = Put(own((jnp.where(is_inner, before, null),
+                                       jnp.where(placed.is_completing, t.tail, null))), (after, linked))
     stack_top = jnp.where(is_returned, dims.num_slots - counts.rank.running - 1, dims.slot_width - 1)
     if dims.num_records:
         writes |= record(dims, world, t.plan, e, stamp, counts)
     writes |= {
-        "wake_hi": Put((e,), t.wake.hi), "wake_lo": Put((e,), t.wake.lo), "phase": Put((e,), t.phase),
-        "outstanding": Add((e,), event.is_arrival.astype(jnp.int32) - retired.is_any),
-        "counts": Put((e,), packed.to_row(counts)), "clocks": Put((e,), packed.to_row(t.times)),
-        "slot_keys": Pair((e, leaving, entering), (jnp.int32(packed.EMPTY), own_key)),
-        "slot_entries": Put((e, placed.slot), placed.entry),
-        "free_slots": Put((e, stack_top), returned),
+        "wake_hi": Put(own(), t.wake.hi), "wake_lo": Put(own(), t.wake.lo), "phase": Put(own(), t.phase),
+        "counts": Put(own(), row(counts)), "clocks": Put(own(), row(t.times)),
+        "slot_keys": Put(own((leaving, entering)), (jnp.int32(packed.EMPTY), own_key)),
+        "slot_entries": Put(own(placed.slot), placed.entry),
+        "free_slots": Put(own(stack_top), returned),
         "next_waiting": Put(t.link[:1], t.link[1]),
         "placed": Put((jnp.where(is_unplaced, t.candidate, scratch),),
                       jnp.stack([jnp.where(placed.is_first_token, counts.executor.log_row, -1), e])),
@@ -436,19 +423,21 @@ def note(context: Context, t: Touched) -> tuple[World, Writes]:
                             jnp.stack([epoch, t.plan.first_end.hi, t.plan.first_end.lo])),
         "itl": Add((itl_bin(t.itl_s),), t.itl_weights),
     }
+    if dims.num_instances > 1:
+        writes["outstanding"] = Add((e,), event.is_arrival.astype(jnp.int32) - retired.is_any)
     if rules.order == "priority":
         is_entering = t.is_preempting | (event.is_arrival & ~placed.is_admitted)
         is_leaving = placed.is_admitted & ~event.is_arrival
         member = jnp.where(event.is_arrival, t.ranks[0], t.lengths[RANK])
         at, words = bitmap.change(lambda at: take(world.waiting_set, e, at), dims.num_requests, member,
                                   is_entering, is_entering | is_leaving)
-        writes["waiting_set"] = Put((e, at), words)
+        writes["waiting_set"] = Put(own(at), words)
     if rules.stalls:
         index = jnp.arange(dims.slot_width)
         keys = jnp.where(index == leaving, packed.EMPTY, jnp.where(index == entering, own_key, t.slots.keys))
-        writes["slot_keys"] = Put((e,), keys.at[null].set(packed.EMPTY))
+        writes["slot_keys"] = Put(own(), keys.at[null].set(packed.EMPTY))
         is_entering = (index == entering)[:, None]
-        writes["slot_entries"] = Put((e,), jnp.where(is_entering, placed.entry, t.slots.entries))
+        writes["slot_entries"] = Put(own(), jnp.where(is_entering, placed.entry, t.slots.entries))
     progress = dict(
         steps=world.steps + is_active,
         next_arrival=world.next_arrival + event.is_arrival,
@@ -459,7 +448,11 @@ def note(context: Context, t: Touched) -> tuple[World, Writes]:
         is_frozen=t.is_frozen.astype(jnp.int32))
     if dims.num_records:
         progress["num_recorded"] = world.num_recorded + t.plan.is_any
-    return replace(world, **progress), writes
+    return progress, writes
+
+
+PHASES = (receive, settle, retire, open_pass, fill, price, launch)
+"""In this order between `look` and `note`."""
 
 
 def itl_bin(seconds: Float[Array, " samples"]) -> Int[Array, " samples"]:

@@ -34,6 +34,13 @@ REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 `reserve="expected"` max_tokens. PROMPT: tokens, or under `order="priority"` the request's rank. STAMP: place in
 the running order, or the iteration count at admission."""
 
+EXECUTOR_ROWS = ("wake_hi", "wake_lo", "phase", "counts", "clocks", "residues")
+"""Arrays of which a step writes the whole row of its executor."""
+
+EXECUTOR_ARRAYS = (*EXECUTOR_ROWS, "outstanding", "slot_keys", "slot_entries", "slot_previous", "slot_next",
+                   "free_slots", "waiting_set")
+"""Arrays that have an axis of executors."""
+
 
 class Executor(eqx.Module):
     """The iteration in flight: `extra` decode iterations follow the first; the first advances the token clock by

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxsim.kernels import ladder
 
 from jaxsim.cost.base import BatchStats
 from jaxsim.cost.roofline import roofline
+from jaxsim.kernels import ladder
 from jaxsim.spec.device import load_device
 from jaxsim.spec.model import load_model
 from jaxsim.spec.plan import Plan

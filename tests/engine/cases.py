@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxsim.kernels import clock, packed
 from jaxtyping import Array, Int
 
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop
 from jaxsim.engine.common import Params
+from jaxsim.kernels import clock, packed
 from jaxsim.policy import routing
 from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims

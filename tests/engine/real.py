@@ -10,10 +10,10 @@ from dataclasses import replace
 import equinox as eqx
 import jax
 import numpy as np
-from jaxsim.kernels import ladder
 
 from jaxsim.cost import tabulated as t
 from jaxsim.engine import lower
+from jaxsim.kernels import ladder
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
 from tests.engine.cases import LANES, Case

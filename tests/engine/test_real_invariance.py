@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from jaxsim.kernels import clock
 
+from jaxsim.kernels import clock
 from tests.engine import cases as c
 from tests.engine import real
 from tests.engine.laws import broken_laws

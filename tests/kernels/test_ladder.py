@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jaxsim.kernels import ladder
 
 SEEDS = settings(max_examples=25, deadline=None, derandomize=True)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jaxsim.kernels import residues
 
 SEEDS = settings(max_examples=20, deadline=None, derandomize=True)
