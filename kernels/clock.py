@@ -123,8 +123,8 @@ def to_integers(epoch: Int[Array, ""], t: Time) -> Int[Array, " 3"]:
     fine = (t.hi - seconds) * 2.0**15
     units = jnp.floor(fine)
     ticks = (fine - units) * 2.0**15 + t.lo * 2.0**30
-    parts = jnp.stack([seconds, units, ticks]).astype(jnp.int32)
-    return parts.at[0].add(epoch * int(EPOCH_S))
+    return jnp.stack([seconds.astype(jnp.int32) + epoch * int(EPOCH_S), units.astype(jnp.int32),
+                      ticks.astype(jnp.int32)])
 
 
 def from_integers_reference(parts: Int[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape"]:

@@ -27,6 +27,11 @@ class Slots(eqx.Module):
         """Slots of sequences past their prompt."""
         return (self.keys != packed.EMPTY) & (jnp.arange(self.keys.shape[0]) != self.retired)
 
+    def with_column(self, column: int, values: Int[Array, " slot_width"]) -> "Slots":
+        """The slots with another column of their entries."""
+        is_column = jnp.arange(self.entries.shape[1]) == column
+        return replace(self, entries=jnp.where(is_column, values[:, None], self.entries))
+
     def emitted(self, counts: Counts) -> Int[Array, " slot_width"]:
         """Output tokens of each; one less for those placed in this very pass."""
         tokens = self.entries[:, w.OFFSET] + counts.batch.counter + 1 - self.entries[:, w.PROMPT]
@@ -77,7 +82,7 @@ def stall(counts: Counts, slots: Slots, is_stalled: Bool[Array, " slot_width"], 
     """Let some sequences sit out the next iteration: they stand one token lower on the common clock."""
     batch = counts.batch
     stalled = jnp.sum(is_stalled)
-    entries = slots.entries.at[:, w.OFFSET].add(-is_stalled.astype(jnp.int32))
+    entries = slots.with_column(w.OFFSET, slots.entries[:, w.OFFSET] - is_stalled).entries
     keys = slots.keys + (is_stalled.astype(jnp.int32) << bits)
     batch = replace(batch, offsets=batch.offsets - stalled, stalled=stalled,
                     stalled_offsets=jnp.sum(jnp.where(is_stalled, entries[:, w.OFFSET], 0)))
@@ -170,6 +175,6 @@ def limit_context(dims: Dims, rules: Batching, is_any: Bool[Array, ""], counts: 
     last = jnp.max(jnp.where(fits, stamp, 0))
     moved = jnp.where(is_over & fits, stamp - first + counts.rank.next_stamp + 1,
                       slots.entries[:, w.STAMP])
-    slots = replace(slots, entries=slots.entries.at[:, w.STAMP].set(moved))
+    slots = slots.with_column(w.STAMP, moved)
     rank = replace(counts.rank, next_stamp=counts.rank.next_stamp + jnp.where(is_over, last - first + 1, 0))
     return choose(is_over, replace(counts_now, rank=rank), counts), slots

@@ -434,8 +434,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes["waiting_set"] = Put(own(at), words)
     if rules.stalls:
         index = jnp.arange(dims.slot_width)
-        keys = jnp.where(index == leaving, packed.EMPTY, jnp.where(index == entering, own_key, t.slots.keys))
-        writes["slot_keys"] = Put(own(), keys.at[null].set(packed.EMPTY))
+        keys = jnp.where(index == entering, own_key, t.slots.keys)
+        writes["slot_keys"] = Put(own(), jnp.where((index == leaving) | (index == null), packed.EMPTY, keys))
         is_entering = (index == entering)[:, None]
         writes["slot_entries"] = Put(own(), jnp.where(is_entering, placed.entry, t.slots.entries))
     progress = dict(

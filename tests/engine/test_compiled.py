@@ -128,6 +128,12 @@ def test_the_loop_body_copies_nothing_large(name):
     body = {i.op for _, _, i in reached(found, inner_body(found))}
     assert {"scatter", "gather", "fusion"} <= body, "this is not the loop body"
     assert problems(text, large) == []
+    # Phases and the aiming of writes are a kernel each; beside them only the writes, and what the loop itself needs.
+    body = found[inner_body(found)]
+    kernels = re.findall(r" call\(.*?to_apply=%?([a-z]+)\S*,.*xla_cpu_small_call", text)
+    assert sorted(kernels) == ["aim", "aim", "step"], "aim once more behind the loop"
+    assert sum(i.op == "call" for i in body) == 2
+    assert sum(i.op not in ("parameter", "tuple", "get-tuple-element", "bitcast", "constant") for i in body) < 60
 
 
 def toy(violation: str):
