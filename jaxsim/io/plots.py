@@ -159,8 +159,7 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
                 axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
                 axis.set_ylabel("requests")
                 if not np.any(total):
-                    axis.annotate("none after any scheduling pass", (0.5, 0.5), xycoords="axes fraction",
-                                  ha="center", va="center", color=_FAINT)
+                    axis.annotate("none", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=_FAINT)
         axes[0].annotate("last arrival", (lane.arrival_s[-1], 1), xycoords=("data", "axes fraction"),
                          xytext=(4, -2), textcoords="offset points", va="top", fontsize=9, color=_FAINT)
         axes[-1].set_xlabel("seconds" + (f", {num_instances} instances" if num_instances > 1 else ""))
@@ -174,10 +173,10 @@ def _curves(lane: LaneResult) -> list[tuple[str, tuple, str, bool]]:
         # Without a tape the requests still tell how many were where; a preempted one counts as running.
         return [("Running", _count(lane.scheduled_s, lane.finish_s), PHASES["prefill"], False),
                 ("Waiting", _count(lane.arrival_s, lane.scheduled_s), PHASES["queue"], False)]
-    curves = [("Running", _over_time(lane, "running"), PHASES["prefill"], False),
-              ("Waiting", _over_time(lane, "waiting"), PHASES["queue"], False)]
+    curves = [("Running", _over_time(lane, lane.steps["running"]), PHASES["prefill"], False),
+              ("Waiting", _waiting(lane), PHASES["queue"], False)]
     if lane.num_blocks:
-        times, total, low, high = _over_time(lane, "used_blocks")
+        times, total, low, high = _over_time(lane, lane.steps["used_blocks"])
         bands = (None, None) if low is None else (low / lane.num_blocks, high / lane.num_blocks)
         shares = total / (lane.num_blocks * len(lane.busy_s))
         curves.append(("KV memory in use", (times, shares, *bands), "#009E73", True))
@@ -192,12 +191,30 @@ def _count(start_s: np.ndarray, end_s: np.ndarray) -> tuple:
     return _thin(times[known][order], np.cumsum(change[known][order])[None])
 
 
-def _over_time(lane: LaneResult, column: str) -> tuple:
+def _waiting(lane: LaneResult) -> tuple:
+    """Requests not scheduled yet, at any time, and preempted ones that wait again, as every step leaves them."""
+    times, first, _, _ = _count(lane.arrival_s, lane.scheduled_s)
+    if not np.any(lane.preemptions):
+        return times, first, None, None
+    when, instance = np.asarray(lane.steps["time_s"]), np.asarray(lane.steps["instance"])
+    again = np.array(lane.steps["waiting"], np.float64)
+    for i in range(len(lane.busy_s)):
+        here, rows = lane.instance == i, instance == i
+        scheduled = lane.scheduled_s[here & ~np.isnan(lane.scheduled_s)]
+        again[rows] -= (np.searchsorted(np.sort(lane.arrival_s[here]), when[rows], side="right")
+                        - np.searchsorted(np.sort(scheduled), when[rows], side="right"))
+    held, total, _, _ = _over_time(lane, np.maximum(again, 0))
+    both = np.union1d(times, held)
+    at = [np.searchsorted(x, both, side="right") - 1 for x in (times, held)]
+    return both, np.where(at[0] >= 0, first[at[0]], 0) + np.where(at[1] >= 0, total[at[1]], 0), None, None
+
+
+def _over_time(lane: LaneResult, column: np.ndarray) -> tuple:
     """Sum, least and most over instances of a count, which holds from one step's start to the next."""
     steps, num_instances = lane.steps, len(lane.busy_s)
     order = np.argsort(steps["time_s"], kind="stable")
     times = np.asarray(steps["time_s"], np.float64)[order]
-    instance, value = np.asarray(steps["instance"])[order], np.asarray(steps[column], np.float64)[order]
+    instance, value = np.asarray(steps["instance"])[order], np.asarray(column, np.float64)[order]
     end = float((np.asarray(steps["time_s"]) + np.asarray(steps["duration_s"])).max())
     held = np.zeros((num_instances, len(times) + 1))
     for i in range(num_instances):

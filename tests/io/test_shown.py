@@ -120,11 +120,20 @@ def test_plots_survive_a_run_that_was_stopped(tmp_path):
 def test_curves_add_up_to_the_integrals(starved):
     lane = starved.lanes[0][0]
     for column, integral in (("used_blocks", lane.kv_block_s.sum()), ("running", lane.running_s.sum())):
-        times, total, low, high = plots._over_time(lane, column)
+        times, total, low, high = plots._over_time(lane, lane.steps[column])
         # Between an iteration's end and the next start nothing is counted, and the curve is thinned to a
         # plot's resolution: a few per cent.
         assert (np.diff(times) * total[:-1]).sum() == pytest.approx(integral, rel=0.08)
         assert (low <= high).all() and (high <= total + 1e-9).all()
+
+
+def test_waiting_adds_up_to_queues_and_stalls(starved):
+    lane = starved.lanes[0][0]
+    frame = request_frame(lane)
+    assert lane.preemptions.sum() > 0
+    times, total, _, _ = plots._waiting(lane)
+    waited = frame["queue_s"].sum() + frame["stall_s"].sum()
+    assert (np.diff(times) * total[:-1]).sum() == pytest.approx(waited, rel=0.02)
 
 
 def test_distribution_keeps_its_ends_when_thinned():
