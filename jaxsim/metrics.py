@@ -6,7 +6,8 @@ Definitions (all seconds inside, milliseconds in keys that end in `_ms`):
 * TPOT: (finish - first token) / (output tokens - 1). A one-token output has none: it stays outside
   percentiles and meets its limit.
 * e2e: from arrival to the last token. ITL: gaps between tokens, those of a preemption included.
-* duration: from the first arrival to the last completion. Percentiles are linear between order statistics.
+* duration: from the first arrival to the last completion, so the drain after the last arrival is part of it and
+  of every rate. Percentiles are linear between order statistics.
 * attainment and goodput: requests that meet all limits given at once, over all requests that arrived.
 * requests that arrive in the first `warmup_s` seconds are left out of request metrics, never out of the
   simulation.
@@ -26,12 +27,8 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int, Int8
 from scipy.special import stdtrit
 
+from jaxsim.kernels import histogram
 from jaxsim.spec.scenario import Scenario, SloSection
-
-BINS_PER_OCTAVE = 64
-LOWEST_OCTAVE = -20
-NUM_OCTAVES = 32
-"""The ITL histogram: 64 bins an octave, equal inside it, from 2^-20 s to 2^12 s."""
 
 FINISHED, UNFINISHED = 0, 1
 STATUS_NAMES = ("finished", "unfinished")
@@ -47,7 +44,8 @@ Interval = tuple[float, float] | None
 _TREND_BATCHES = 8
 _TREND_SCORE = 18
 _GROWING_SHARE = 0.05
-_FEWEST_FOR_TREND = 64
+FEWEST_FOR_TREND = 64
+"""Requests below which nothing is said about stability."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,12 +57,13 @@ class LaneResult:
     stall_s: time between tokens in which the request was not computed (preempted and waiting again).
     prefill_stall_s: the part of `stall_s` before the first token; None where the engine does not tell.
     max_tokens: the limit the engine knew. tenant: index into tenant_names. status: FINISHED or UNFINISHED.
-    itl_counts: tokens after the first, by gap, in the bins of `itl_edges`; the outer bins take what lies
-        beyond.
+    itl_counts: tokens after the first, by gap, in the bins of `jaxsim.kernels.histogram`; the outer bins take
+        what lies beyond.
     busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
         KV blocks in use times seconds, running sequences times seconds. kv_peak_blocks: the most in use.
     num_blocks: KV blocks of one instance (0 where memory is no limit). num_iterations: of all instances.
     fault: the bound that stopped the simulation, empty if none did.
+    num_prefix_blocks: ids of shared prefix blocks that the workload carries.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs.
     """
@@ -93,6 +92,7 @@ class LaneResult:
     steps: Mapping[str, np.ndarray] | None = None
     prefill_stall_s: Float[np.ndarray, " requests"] | None = None
     tenant_names: tuple[str, ...] = ("default",)
+    num_prefix_blocks: int = 0
 
     @property
     def num_requests(self) -> int:
@@ -110,36 +110,6 @@ class LaneResult:
         if not self.is_finished.any():
             return None
         return float(self.finish_s[self.is_finished].max() - self.arrival_s[0])
-
-
-def itl_edges() -> Float[np.ndarray, " edges"]:
-    """Edges of the ITL histogram in seconds: 2^(k div 64 - 20) (1 + (k mod 64)/64)."""
-    octave, part = np.divmod(np.arange(NUM_OCTAVES * BINS_PER_OCTAVE + 1), BINS_PER_OCTAVE)
-    return np.ldexp(1.0 + part / BINS_PER_OCTAVE, octave + LOWEST_OCTAVE)
-
-
-def histogram_percentiles(
-    counts: Int[np.ndarray, " bins"], percentiles: Sequence[float]
-) -> list[float | None]:
-    """Percentiles of binned gaps in seconds; the gaps of a bin are taken as spread evenly over it."""
-    counts = np.asarray(counts, np.int64)
-    total = int(counts.sum())
-    if total == 0:
-        return [None] * len(percentiles)
-    edges, ends = itl_edges(), np.cumsum(counts)
-
-    def order_statistic(rank: float) -> float:
-        index = int(np.searchsorted(ends, rank, side="right"))
-        inside = (rank - (ends[index] - counts[index]) + 0.5) / counts[index]
-        return float(edges[index] + inside * (edges[index + 1] - edges[index]))
-
-    values = []
-    for percentile in percentiles:
-        rank = percentile / 100 * (total - 1)
-        low, part = math.floor(rank), rank - math.floor(rank)
-        high = min(low + 1, total - 1)
-        values.append((1 - part) * order_statistic(low) + part * order_statistic(high))
-    return values
 
 
 def request_frame(lane: LaneResult) -> pd.DataFrame:
@@ -197,26 +167,35 @@ def meets(frame: pd.DataFrame, slo: SloSection) -> dict[str, Bool[np.ndarray, " 
 
 
 def is_unstable(lane: LaneResult) -> bool | None:
-    """Whether the backlog was still growing when arrivals ended; None where there is too little to tell.
+    """Whether more and more requests were waiting when arrivals ended; None where it is too early to tell.
 
-    Backlog: requests that have arrived and not finished, at each arrival. Its means over 8 equal batches of
-    the second half of the arrivals must (1) rise by a one-sided Mann-Kendall trend test at 1.6 % (score >=
-    18 of 28) and (2) grow by at least 5 % of the arrivals in between, that is, the system serves less than
-    95 % of what arrives. (1) alone would flag a trend too small to matter, (2) alone a random excursion. A
-    flagged run is either overloaded or too short to reach its steady state: in both cases its latencies
-    depend on how long it runs.
+    Waiting: arrived and never scheduled yet, at each arrival. The means over 8 equal batches of the second
+    half of the arrivals must (1) rise by a one-sided Mann-Kendall trend test at 1.6 % (score >= 18 of 28) and
+    (2) grow by at least 5 % of the arrivals in between, that is, the system takes up less than 95 % of what
+    arrives. (1) alone would flag a trend too small to matter, (2) alone a random excursion.
 
-    Measured on 200 runs of an M/M/1 queue, 1000 requests each: flagged in 0, 2, 25, 58, 96 and 100 % of
-    them at loads 0.8, 0.9, 1, 1.1, 1.2 and 1.5; over several seeds the majority decides (`combine`). Fewer
-    than 64 requests, or all at one instant, tell nothing.
+    Where not those waiting but those running rise so, the run is still filling up: it may settle or not, and
+    the answer is None. So it is for fewer than 64 requests, or all at one instant.
+
+    Measured on 200 runs of an M/M/1 queue, 1000 requests each: flagged in 1, 5, 22, 72, 94 and 100 % of
+    them at loads 0.8, 0.9, 1, 1.1, 1.2 and 1.5; over several seeds the majority decides (`combine`).
+    Known gaps: preempted requests that wait again are not counted, only those that wait behind them.
     """
     arrival_s = lane.arrival_s
-    if lane.num_requests < _FEWEST_FOR_TREND or arrival_s[-1] <= arrival_s[0]:
+    if lane.num_requests < FEWEST_FOR_TREND or arrival_s[-1] <= arrival_s[0]:
         return None
-    finish_s = np.sort(np.where(lane.is_finished, lane.finish_s, np.inf))
-    backlog = np.arange(1, lane.num_requests + 1) - np.searchsorted(finish_s, arrival_s, side="right")
-    size = lane.num_requests // 2 // _TREND_BATCHES
-    means = backlog[-size * _TREND_BATCHES:].reshape(_TREND_BATCHES, size).mean(axis=1)
+    finished = np.searchsorted(np.sort(np.where(lane.is_finished, lane.finish_s, np.inf)), arrival_s, side="right")
+    # NaN, never scheduled, sorts last.
+    scheduled = np.searchsorted(np.sort(lane.scheduled_s), arrival_s, side="right")
+    if _keeps_growing(np.arange(1, lane.num_requests + 1) - scheduled):
+        return True
+    return None if _keeps_growing(scheduled - finished) else False
+
+
+def _keeps_growing(level: Int[np.ndarray, " requests"]) -> bool:
+    """Whether a number of requests, at each arrival, rises over the second half of the arrivals."""
+    size = len(level) // 2 // _TREND_BATCHES
+    means = level[-size * _TREND_BATCHES:].reshape(_TREND_BATCHES, size).mean(axis=1)
     score = sum(np.sign(means[j] - means[i]) for j in range(_TREND_BATCHES) for i in range(j))
     growth = (means[-1] - means[0]) / (size * (_TREND_BATCHES - 1))
     return bool(score >= _TREND_SCORE and growth >= _GROWING_SHARE)
@@ -281,12 +260,12 @@ def _gaps(lane: LaneResult, done: pd.DataFrame) -> dict[str, float | None]:
     gaps = int((done["output_tokens"] - 1).sum())
     if total == 0 or gaps == 0:
         return dict.fromkeys(("mean", "median", "std", *(f"p{p}" for p in PERCENTILES)))
-    edges = itl_edges()
+    edges = histogram.edges()
     middles = 0.5 * (edges[1:] + edges[:-1])
     binned_mean = float(counts @ middles / total)
     std = math.sqrt(float(counts @ (middles - binned_mean) ** 2 / total))
     mean = float((done["e2e_s"] - done["ttft_s"]).sum() / gaps)
-    percentiles = [value * 1e3 for value in histogram_percentiles(lane.itl_counts, PERCENTILES)]
+    percentiles = [value * 1e3 for value in histogram.percentiles(lane.itl_counts, PERCENTILES)]
     return {"mean": mean * 1e3, "median": percentiles[0], "std": std * 1e3,
             **{f"p{p}": value for p, value in zip(PERCENTILES, percentiles, strict=True)}}
 
@@ -372,8 +351,8 @@ def interval(values: Sequence[float | None], level: float = 0.95) -> Interval:
 def combine(runs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Interval]]:
     """Metrics of several seeds as their mean, and a 95 % interval of each by dotted key.
 
-    A metric that some seeds lack is averaged over those that have it. `unstable` is what most seeds say,
-    `fault` the first, `slo.separate_p90` what most say.
+    A metric that some seeds lack is averaged over those that have it. `unstable` and `slo.separate_p90` are
+    what most seeds say, and None where most say nothing; `fault` is the first.
     """
     means: dict[str, Any] = {}
     intervals: dict[str, Interval] = {}
@@ -386,7 +365,7 @@ def combine(runs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str
         if not values:
             means[key] = None
         elif isinstance(values[0], bool):
-            means[key] = 2 * sum(values) > len(values)
+            means[key] = 2 * sum(values) > len(values) if 2 * len(values) >= len(runs) else None
         elif isinstance(values[0], str):
             means[key] = values[0]
         else:

@@ -27,13 +27,13 @@ class InputError(ValueError):
         return " ".join(f"{self.field} = {_SHORT.repr(self.value)}: {self.problem}{tail}".split())
 
 
-def suggest(name: str, names: Iterable[str]) -> str:
-    """The names nearest to `name`, as text: "did you mean 'x'?", or the list of them where none is near."""
+def suggest(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The names nearest to `name`, as text: "did you mean 'x'?"; where none is near `otherwise`, or the list of them."""
     known = sorted({str(n) for n in names})
-    if not known:
+    if not known and not otherwise:
         return "there is nothing to choose from"
     folded = {n.casefold(): n for n in known}
     near = difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(repr(folded[n]) for n in near) + "?"
-    return "choose from " + ", ".join(known)
+    return otherwise or "choose from " + ", ".join(known)

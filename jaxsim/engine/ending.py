@@ -131,13 +131,3 @@ def is_before_last(event: Event, counts: Counts, times: Clocks) -> Bool[Array, "
     start_of_last = clock.add(clock.add(times.start, times.first),
                               span(times.pace, times.growth_s, jnp.maximum(extra - 1, 0)))
     return (extra > 0) & (event.now <= start_of_last)
-
-
-def enqueue(event: Event, counts: Counts, request: Int[Array, ""]) -> Counts:
-    """Put the arriving request at the back of its instance's queue."""
-    rank = counts.rank
-    one = event.is_arrival.astype(jnp.int32)
-    is_alone = rank.waiting == 0
-    return replace(counts, rank=replace(
-        rank, head=jnp.where(event.is_arrival & is_alone, request, rank.head),
-        back=jnp.where(event.is_arrival, request, rank.back), waiting=rank.waiting + one))

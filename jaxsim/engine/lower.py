@@ -105,6 +105,9 @@ def make_workload(scenario: Scenario, seed: int) -> Workload:
 def check_requests(system: System, workload: Workload) -> None:
     """Refuse requests that no schedule can serve. Raises `InputError` for the first."""
     s = system.scheduler
+    if not workload.arrival_s[-1] <= MAX_ARRIVAL_S:
+        raise InputError("workload", f"last arrival at {workload.arrival_s[-1]:.3g} s",
+                         f"is beyond the {MAX_ARRIVAL_S:.0g} s that are simulated", "raise the rate, or replay less")
     prompt = workload.input_tokens.astype(np.int64)
     output, limit = workload.output_tokens.astype(np.int64), workload.max_tokens.astype(np.int64)
 
@@ -132,6 +135,10 @@ def check_requests(system: System, workload: Workload) -> None:
     refuse(blocks > room, blocks,
            lambda n: f"needs {n} KV blocks of {s.block_size} tokens, the pool has {room}",
            "raise engine.gpu_memory_utilization or engine.num_gpu_blocks_override, or leave such requests out")
+
+
+MAX_ARRIVAL_S = 1e9
+"""Thirty years."""
 
 
 def check_counters(dims: Dims, workloads: list[Workload]) -> None:

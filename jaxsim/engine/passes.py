@@ -10,7 +10,7 @@ from jaxsim.cost.base import BatchStats, DecodePace
 from jaxsim.engine.common import MAX_SPAN_S, Params, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
 from jaxsim.engine.slots import Slots
-from jaxsim.kernels import clock, packed, residues
+from jaxsim.kernels import clock, packed, queues, residues
 from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
@@ -73,12 +73,13 @@ def decode_need(dims: Dims, params: Params, counts: Counts, residue_row, tail_of
 
 
 def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, times: Clocks, residue_row,
-          lengths, emitted, request, free_slot, slots: Slots | None):
+          lengths, emitted, request, following, free_slot, slots: Slots | None):
     """Give the forming prompt its chunk, or admit the head of the queue if it fits.
 
     is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens);
-    emitted: its output tokens so far. Returns counts, times, residues, what was placed, whether the queue's head
-    is blocked by something that only an event can lift, and whether more may be placed at this instant.
+    emitted: its output tokens so far; following: the request behind it in the queue. Returns counts, times,
+    residues, what was placed, whether the queue's head is blocked by something that only an event can lift, and
+    whether more may be placed at this instant.
     """
     rules = params.batching
     ex, rank, batch = counts.executor, counts.rank, counts.batch
@@ -153,8 +154,8 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     is_in = is_admitted.astype(jnp.int32)
     used = rank.used_blocks + jnp.where(is_placed, grown, 0)
     rank = replace(
-        rank, waiting=rank.waiting - is_in, running=rank.running + is_in, used_blocks=used,
-        peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
+        rank, queue=queues.pop_front(rank.queue, following, is_admitted), running=rank.running + is_in,
+        used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
     if rules.async_scheduling:
         rank = replace(rank, visible=rank.visible - is_in)
     if rules.chunked_prefill:
@@ -249,8 +250,8 @@ def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts,
             offset, previous, known_prompt):
     """Take a sequence off the batch: all its blocks, back to the front of the queue (SGLang: to its end).
 
-    slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues and the
-    tokens it has emitted.
+    slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues, the
+    tokens it has emitted and the link of the queue that changes.
     """
     rank, batch = counts.rank, counts.batch
     null = jnp.int32(dims.null_slot)
@@ -263,12 +264,11 @@ def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts,
     is_decoding = is_any & ~is_forming
     gone = is_decoding.astype(jnp.int32)
     residue_row = residue_row - gone * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
-    is_alone = rank.waiting == 0
-    is_last = params.batching.reserve == "expected"
+    push = queues.push_back if params.batching.reserve == "expected" else queues.push_front
+    queue, link = push(rank.queue, request, is_any, dims.num_requests)
     rank = replace(
-        rank, head=jnp.where(is_any & (is_alone | (not is_last)), request, rank.head),
-        back=jnp.where(is_any & (is_alone | is_last), request, rank.back), waiting=rank.waiting + one,
-        running=rank.running - one, used_blocks=rank.used_blocks - one * blocks_for(held_tokens, dims),
+        rank, queue=queue, running=rank.running - one,
+        used_blocks=rank.used_blocks - one * blocks_for(held_tokens, dims),
         forming_slot=jnp.where(is_any & is_forming, null, rank.forming_slot),
         tail=jnp.where(is_decoding, previous, rank.tail))
     if params.batching.async_scheduling:
@@ -276,7 +276,7 @@ def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts,
     batch = replace(batch, count=batch.count - gone, offsets=batch.offsets - gone * offset)
     if params.batching.is_unified:
         batch = replace(batch, budget=batch.budget + gone)
-    return Counts(counts.executor, rank, batch), residue_row, emitted
+    return Counts(counts.executor, rank, batch), residue_row, emitted, link
 
 
 def take_blocks(counts: Counts, condition: Bool[Array, ""], blocks: Int[Array, ""]) -> Counts:

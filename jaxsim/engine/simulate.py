@@ -1,14 +1,17 @@
 """Simulate scenarios: group those of one structure, run each group as one program, hand back host arrays."""
 
-from collections.abc import Sequence
+import functools
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsim._core.errors import InputError
 from jaxsim.engine import loop, lower
-from jaxsim.engine.common import Params
+from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock, packed
 from jaxsim.metrics import LaneResult, Result
 from jaxsim.spec.dims import Dims
@@ -22,10 +25,14 @@ RECORDS_A_REQUEST = 8
 
 SMALLEST_SLOTS = 8
 
+REQUEST_BYTES = 60
+"""Of a request as the loop reads it: arrivals, lengths, uniforms."""
+
 FAULTS = {
     w.STUCK: "a scheduling pass could place nothing and never would: a request needs more than the engine has",
     w.STEP_LIMIT: f"more than {lower.MAX_STEPS_A_TOKEN} steps for every token of the workload: the scheduler is"
                   " going in circles (the KV pool is too small for the preemption rule)",
+    w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
 }
 
 
@@ -48,9 +55,17 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     Returns host arrays a run and pandas frames made from them. Raises `InputError` for whatever is wrong with a
     scenario, before anything is compiled. A run that a bound stopped says so in its `fault`.
     """
-    scenarios = [scenarios] if isinstance(scenarios, Scenario) else list(scenarios)
-    lanes = [lane for index, scenario in enumerate(scenarios)
-             for lane in _prepare(index, scenario.checked(), record_steps)]
+    scenarios = _listed(scenarios)
+    lanes = []
+    for index, scenario in enumerate(scenarios):
+        try:
+            lanes += _prepare(index, scenario.checked(), record_steps)
+        except InputError as error:
+            if len(scenarios) == 1:
+                raise
+            where = " ".join(filter(None, (f"scenarios[{index}]", scenario.name)))
+            raise InputError(f"{where}: {error.field}", error.value, error.problem, error.remedy) from None
+    _check_memory([(lane.dims, 1) for lane in lanes])
     results: list[list[LaneResult]] = [[] for _ in scenarios]
     groups: dict = {}
     for lane in lanes:
@@ -68,27 +83,79 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     return Result(scenarios, results)
 
 
+def _listed(scenarios) -> list[Scenario]:
+    listed = [scenarios] if isinstance(scenarios, Scenario) else scenarios
+    if isinstance(listed, (str, bytes, dict)) or not isinstance(listed, Iterable):
+        raise InputError("scenarios", scenarios, "is not a Scenario or a list of them",
+                         "make one with Scenario.from_toml(path) or Scenario.from_dict(fields)")
+    listed = list(listed)
+    for index, scenario in enumerate(listed):
+        if not isinstance(scenario, Scenario):
+            raise InputError(f"scenarios[{index}]", scenario, "is not a Scenario",
+                             "make one with Scenario.from_toml(path) or Scenario.from_dict(fields)")
+    return listed
+
+
+def _check_memory(runs: Sequence[tuple[Dims, int]]) -> None:
+    """Refuse a batch that this machine cannot hold, before anything is allocated for it.
+
+    runs: sizes, and how many of them.
+    """
+    # As drawn and as the loop reads it; the carry, and the results on the host.
+    needed, room = 2 * sum(_run_bytes(dims) * count for dims, count in runs), _memory_bytes()
+    if room and needed > room:
+        most = max((dims for dims, _ in runs), key=_run_bytes)
+        raise InputError(
+            "workload.num_requests", most.num_requests,
+            f"{sum(count for _, count in runs):,} runs of up to {most.num_requests:,} requests, {most.num_instances}"
+            f" replicas and {most.num_slots} sequences need about {needed / 2**30:,.0f} GiB, this machine has"
+            f" {room / 2**30:,.0f} GiB",
+            "lower it, num_seeds, cluster.replicas or engine.max_num_seqs, or simulate in parts")
+
+
+@functools.lru_cache(maxsize=1024)
+def _run_bytes(dims: Dims) -> int:
+    state = jax.eval_shape(lambda: w.initial_world(dims, entry_fields=5))
+    arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return arrays + REQUEST_BYTES * dims.num_requests
+
+
+def _memory_bytes() -> int:
+    """Memory of the default device, of the host where it does not tell; 0 if unknown."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    try:
+        return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
 def _stack(trees):
     return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
 
 
 def _prepare(index: int, scenario: Scenario, record_steps: bool) -> list[_Lane]:
     system = lower.resolve_system(scenario)
+    if scenario.num_requests is not None:
+        _check_memory([(_dims(scenario, system, scenario.num_requests, record_steps), scenario.num_seeds)])
     workloads = [lower.make_workload(scenario, seed) for seed in scenario.seeds]
     for workload in workloads:
         lower.check_requests(system, workload)
     most = max(len(workload) for workload in workloads)
     longest = max(int((workload.input_tokens + workload.output_tokens).max()) for workload in workloads)
-    # Never more slots than could be filled; powers of two, so that scenarios share programs.
-    slots = max(min(system.scheduler.max_num_seqs, most), SMALLEST_SLOTS)
-    dims = Dims(num_requests=most, num_instances=scenario.cluster.replicas,
-                num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
-                num_records=RECORDS_A_REQUEST * most + 1000 if record_steps else 0)
+    dims = _dims(scenario, system, most, record_steps)
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [_Lane(index, system, workload, dims,
                   lower.make_params(scenario, system, cost, lower.step_limit(workload)))
             for workload in workloads]
+
+
+def _dims(scenario: Scenario, system: lower.System, num_requests: int, record_steps: bool) -> Dims:
+    # Never more slots than could be filled; powers of two, so that scenarios share programs.
+    slots = max(min(system.scheduler.max_num_seqs, num_requests), SMALLEST_SLOTS)
+    return Dims(num_requests=num_requests, num_instances=scenario.cluster.replicas,
+                num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
+                num_records=RECORDS_A_REQUEST * num_requests + 1000 if record_steps else 0)
 
 
 def _unpack(dims: Dims, world: World, lane: int, made: _Lane) -> LaneResult:
@@ -128,8 +195,23 @@ def _unpack(dims: Dims, world: World, lane: int, made: _Lane) -> LaneResult:
 
 
 def _tape(dims: Dims, world: World, lane: int) -> dict[str, np.ndarray]:
+    """Iterations as they went: a plan that an arrival cut short ends where its instance goes on."""
     length = min(int(world.num_recorded[lane]), dims.num_records)
-    epoch, hi, lo, duration = world.tape_times[lane, :length].T
+    epoch, hi, lo, *rest = world.tape_times[lane, :length].T
+    first_s, pace_s, growth_s = (x.astype(np.float64) for x in rest)
     names = ("instance", "running", "waiting", "used_blocks", "iterations", "prefill_tokens", "decode_seqs")
-    columns = dict(zip(names, world.tape_counts[lane, :length].T, strict=True))
-    return {"time_s": clock.join_reference(epoch, hi, lo), "duration_s": duration.astype(np.float64), **columns}
+    steps = dict(zip(names, world.tape_counts[lane, :length].T.copy(), strict=True))
+    start_s, extra = clock.join_reference(epoch, hi, lo), steps["iterations"] - 1.0
+    duration_s = first_s + extra * pace_s + growth_s * extra * (extra - 1) / 2
+    for instance in range(dims.num_instances):
+        rows = np.flatnonzero(steps["instance"] == instance)
+        lasts_s = np.diff(start_s[rows], append=np.inf)
+        # A cut takes away whole iterations; less than half of one is rounding.
+        slack_s = 0.5 * np.where(extra[rows] > 0, pace_s[rows], first_s[rows])
+        is_cut = lasts_s < duration_s[rows] - slack_s
+        cut, behind_s = rows[is_cut], lasts_s[is_cut] - first_s[rows[is_cut]]
+        linear = pace_s[cut] - growth_s[cut] / 2
+        left = 2 * behind_s / (linear + np.sqrt(linear**2 + 2 * growth_s[cut] * np.maximum(behind_s, 0)))
+        steps["iterations"][cut] = 1 + np.rint(np.maximum(left, 0))
+        duration_s[cut] = lasts_s[is_cut]
+    return {"time_s": start_s, "duration_s": duration_s, "first_s": np.minimum(first_s, duration_s), **steps}

@@ -13,21 +13,20 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import DecodePace
 from jaxsim.engine import ending, events, passes
-from jaxsim.engine.common import Context, Params, choose, has, mark, take
+from jaxsim.engine.common import MAX_SPAN_S, Context, Params, choose, has, mark, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
 from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
 from jaxsim.engine.writes import Add, Put, Writes, apply, at_executor, recall
-from jaxsim.kernels import bitmap, clock, packed
+from jaxsim.kernels import bitmap, clock, histogram, packed, queues, stack
 from jaxsim.kernels.clock import Time
 from jaxsim.kernels.fence import kernel, stage
-from jaxsim.spec.dims import NUM_ITL_BINS, Dims
+from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import PROMPT, RANK, Requests
 from jaxsim.state.world import Clocks, Counts, World
@@ -38,8 +37,8 @@ class Touched(eqx.Module):
 
     From the event: the executor's row (counts, times), its block residues, and what woke it. From an arrival: the
     link of the queue it changes, or its rank and the smallest rank that waits. From the end of an
-    iteration: who retired, the smallest completion key left, the last of the running list (and of the retired
-    sequence: its neighbours there). From the pass: who could be placed, who must go, what was started.
+    iteration: who retired, the smallest completion key left, the last of the running list (and the links that
+    change where the retired sequence leaves it). From the pass: who could be placed, who must go, what was started.
     """
 
     event: Event
@@ -60,7 +59,7 @@ class Touched(eqx.Module):
     has_more: Bool[Array, ""] | None = None
     next_key: Int[Array, ""] | None = None
     tail: Int[Array, ""] | None = None
-    neighbours: tuple[Array, Array, Array] | None = None
+    unlinked: list[queues.Link] | None = None
 
     is_due: Bool[Array, ""] | None = None
     has_ended: Bool[Array, ""] | None = None
@@ -148,9 +147,8 @@ def receive(context: Context, t: Touched) -> Touched:
     params, requests, world = context.params, context.requests, context.world
     rules, event, counts, wake = params.batching, t.event, t.counts, t.wake
     arriving = world.next_arrival
-    is_queued_behind = event.is_arrival & (counts.rank.waiting > 0)
-    link = (jnp.where(is_queued_behind, counts.rank.back, context.dims.num_requests), arriving)
     is_first_in_line = counts.rank.waiting == 0
+    queue, link = queues.push_back(counts.rank.queue, arriving, event.is_arrival, context.dims.num_requests)
     ranks = None
     if rules.order == "priority":
         arriving_rank = take(requests.table, arriving)[RANK]
@@ -160,7 +158,7 @@ def receive(context: Context, t: Touched) -> Touched:
     is_running = event.is_arrival & (t.phase == w.ENDING)
     is_cut = (is_running & (counts.executor.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
-    counts = ending.enqueue(event, counts, arriving)
+    counts = replace(counts, rank=replace(counts.rank, queue=queue))
     if rules.admit != "when_empty":
         cut, cut_end = ending.cut_jump(event, counts, t.times)
         counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
@@ -188,17 +186,16 @@ def retire(context: Context, t: Touched) -> Touched:
     keys = take(world.slot_keys, e)
     counts, residue_row, retired, has_more, next_key = ending.retire(
         dims, params, t.event, counts, keys, lambda slot: take(world.slot_entries, e, slot), t.residue_row)
-    tail, neighbours, slots = counts.rank.tail, None, None
+    tail, unlinked, slots = counts.rank.tail, None, None
     if params.batching.keeps_running_list:
-        before = take(world.slot_previous, e, retired.slot)
-        is_tail = retired.is_any & (retired.slot == tail)
-        neighbours = (before, take(world.slot_next, e, retired.slot), is_tail)
-        tail = jnp.where(is_tail, before, tail)
+        tail, *unlinked = queues.unlink(
+            tail, retired.slot, take(world.slot_previous, e, retired.slot), take(world.slot_next, e, retired.slot),
+            retired.is_any, dims.null_slot)
         counts = replace(counts, rank=replace(counts.rank, tail=tail))
     if params.batching.scans_slots:
         slots = Slots(keys, take(world.slot_entries, e), retired.slot)
     return replace(t, counts=counts, residue_row=residue_row, retired=retired, has_more=has_more, next_key=next_key,
-                   tail=tail, neighbours=neighbours, slots=slots)
+                   tail=tail, unlinked=unlinked, slots=slots)
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
@@ -214,7 +211,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
     is_passing = event.is_passing | (is_due & ~event.is_tied)
     counts = passes.begin_pass(params, is_passing, counts)
     was_closed = has(counts, w.CLOSED)
-    candidate = counts.rank.head
+    candidate = counts.rank.queue.front
     if rules.order == "priority":
         candidate = take(requests.by_rank, jnp.where(counts.rank.waiting > 0, t.ranks[1], 0))
     is_forming = counts.rank.forming_slot != null
@@ -273,16 +270,15 @@ def fill(context: Context, t: Touched) -> Touched:
     dims, params, _, world = context
     rules, counts, times, e = params.batching, t.counts, t.times, t.event.executor
     null = jnp.int32(dims.null_slot)
-    free = jnp.maximum(dims.num_slots - counts.rank.running - 1, 0)
-    free_slot = jnp.where(t.retired.is_any, t.retired.slot, take(world.free_slots, e, free))
+    free_slot = stack.top(lambda at: take(world.free_slots, e, at), dims.num_slots - counts.rank.running)
+    free_slot = jnp.where(t.retired.is_any, t.retired.slot, free_slot)
     counts, times, residue_row, placed, is_held, can_go_on = passes.place(
-        dims, params, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, free_slot,
-        t.slots)
+        dims, params, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
+        free_slot, t.slots)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     log_row = jnp.where(opens_log, world.num_logged, counts.executor.log_row)
-    head = jnp.where(placed.is_admitted, t.next_head, counts.rank.head)
-    rank = replace(counts.rank, head=head)
+    rank = counts.rank
     if rules.keeps_running_list:
         rank = replace(rank, tail=jnp.where(placed.is_completing, placed.slot, rank.tail))
     batch = counts.batch
@@ -314,15 +310,10 @@ def fill(context: Context, t: Touched) -> Touched:
         counts = mark(counts, is_preempting, w.PREEMPTED)
         if rules.waiting_blocked_after_preempt:
             counts = mark(counts, is_preempting, w.CLOSED)
-        if rules.reserve == "expected":
-            back = jnp.where(counts.rank.waiting > 0, counts.rank.back, dims.num_requests)
-            ours = (back, victim[1])
-        else:
-            ours = (victim[1], counts.rank.head)
-        link = tuple(jnp.where(is_preempting, own, other) for own, other in zip(ours, link, strict=True))
         before_tail = take(world.slot_previous, e, t.tail) if rules.keeps_running_list else null
-        counts, residue_row, victim_emitted = passes.preempt(
+        counts, residue_row, victim_emitted, own_link = passes.preempt(
             dims, params, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT])
+        link = choose(is_preempting, own_link, link)
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
@@ -398,16 +389,13 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes["preempted"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),), stamp)
         writes["residues"] = Put(own(), t.residue_row)
     if rules.keeps_running_list:
-        before, after, is_tail = t.neighbours
-        is_inner = retired.is_any & ~is_tail
-        after = jnp.where(is_inner, after, null)
-        linked = jnp.where(placed.is_completing, placed.slot, null)
-        writes["slot_previous"] = Put(own((after, linked)), (before, t.tail))
-        writes["slot_next"] = Put(own((jnp.where(is_inner, before, null),
-                                       jnp.where(placed.is_completing, t.tail, null))), (after, linked))
-    stack_top = jnp.where(is_returned, dims.num_slots - counts.rank.running - 1, dims.slot_width - 1)
+        _, *appended = queues.append(t.tail, placed.slot, placed.is_completing, dims.null_slot)
+        for name, *links in zip(("slot_previous", "slot_next"), t.unlinked, appended, strict=True):
+            indices, values = zip(*links, strict=True)
+            writes[name] = Put(own(indices), values)
+    stack_top = stack.push_at(dims.num_slots - counts.rank.running - 1, is_returned, dims.slot_width - 1)
     if dims.num_records:
-        writes |= record(dims, world, t.plan, e, stamp, counts)
+        writes |= record(dims, world, t.plan, e, stamp, counts, t.times)
     writes |= {
         "wake_hi": Put(own(), t.wake.hi), "wake_lo": Put(own(), t.wake.lo), "phase": Put(own(), t.phase),
         "counts": Put(own(), row(counts)), "clocks": Put(own(), row(t.times)),
@@ -421,7 +409,7 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         "finished": Put((jnp.where(retired.is_any, retired.request, scratch),), stamp),
         "first_tokens": Put((jnp.where(logs, counts.executor.log_row, scratch),),
                             jnp.stack([epoch, t.plan.first_end.hi, t.plan.first_end.lo])),
-        "itl": Add((itl_bin(t.itl_s),), t.itl_weights),
+        "itl": Add((histogram.bin_of(t.itl_s),), t.itl_weights),
     }
     if dims.num_instances > 1:
         writes["outstanding"] = Add((e,), event.is_arrival.astype(jnp.int32) - retired.is_any)
@@ -438,12 +426,13 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes["slot_keys"] = Put(own(), jnp.where((index == leaving) | (index == null), packed.EMPTY, keys))
         is_entering = (index == entering)[:, None]
         writes["slot_entries"] = Put(own(), jnp.where(is_entering, placed.entry, t.slots.entries))
+    is_possible = (t.times.first.hi <= MAX_SPAN_S) & (t.times.pace.hi <= MAX_SPAN_S)
     progress = dict(
         steps=world.steps + is_active,
         next_arrival=world.next_arrival + event.is_arrival,
         num_finished=world.num_finished + retired.is_any,
         num_logged=world.num_logged + t.opens_log,
-        fault=world.fault | jnp.where(t.is_stuck, w.STUCK, 0)
+        fault=world.fault | jnp.where(t.is_stuck, w.STUCK, 0) | jnp.where(t.is_starting & ~is_possible, w.TOO_SLOW, 0)
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=t.is_frozen.astype(jnp.int32))
     if dims.num_records:
@@ -455,17 +444,11 @@ PHASES = (receive, settle, retire, open_pass, fill, price, launch)
 """In this order between `look` and `note`."""
 
 
-def itl_bin(seconds: Float[Array, " samples"]) -> Int[Array, " samples"]:
-    """Histogram bin of a duration: exponent and the top six bits of its mantissa."""
-    bits = lax.bitcast_convert_type(lax.stop_gradient(seconds), jnp.int32)
-    return jnp.clip((bits >> 17) - ((127 - 20) << 6), 0, NUM_ITL_BINS - 1)
-
-
-def record(dims: Dims, world: World, plan: Plan, executor, stamp, counts: Counts) -> Writes:
-    """Append the iteration that starts to the tape; past its end, to the scratch row."""
+def record(dims: Dims, world: World, plan: Plan, executor, stamp, counts: Counts, times: Clocks) -> Writes:
+    """Append the iteration that starts, and the jump planned behind it, to the tape; past its end, to the scratch."""
     index = jnp.where(plan.is_any, jnp.minimum(world.num_recorded, dims.num_records), dims.num_records)
-    seconds = clock.elapsed(Time(stamp[1], stamp[2]), plan.end)
+    seconds = jnp.stack([times.first.hi, times.pace.hi, times.growth_s])
     rank, batch = counts.rank, counts.batch
     row = jnp.stack([executor, rank.running, rank.waiting, rank.used_blocks, counts.executor.extra + 1,
                      batch.chunk_tokens, plan.num_decode])
-    return {"tape_times": Put((index,), jnp.append(stamp, seconds)), "tape_counts": Put((index,), row)}
+    return {"tape_times": Put((index,), jnp.concatenate([stamp, seconds])), "tape_counts": Put((index,), row)}

@@ -17,6 +17,17 @@ from jaxsim.spec.presets import load_preset
 FORMAT = "jaxsim summary 1"
 """Changes when a key changes its meaning; new keys do not change it."""
 
+FILES = ("summary.json", "requests.parquet", "timeline.json", "latency.png", "load.png", "requests.png")
+"""Everything a run may leave in its folder."""
+
+
+def clear(folder: str | Path) -> None:
+    """Removes what a former run left in a folder, so that no file tells of another run; nothing else is touched."""
+    for name in FILES:
+        path = Path(folder) / name
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+
 
 def version() -> str:
     """Version of the installed distribution."""

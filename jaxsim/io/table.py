@@ -1,18 +1,24 @@
 """The table that `jaxsim run` prints: at most 100 columns, plain text where it is piped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxsim.metrics import PERCENTILES, Interval, Result, flatten
+from jaxsim.metrics import FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
 from jaxsim.spec.presets import load_preset
-from jaxsim.spec.scenario import Scenario
+from jaxsim.spec.scenario import RooflineCost, Scenario
 
 WIDTH = 100
+
+_USUAL_HOST = "vllm-v1"
+_LONGEST_LABEL = 24
+_STYLES = {"UNSTABLE": "bold red", "stopped by": "bold red", "TOO SHORT": "bold"}
 
 
 def console(file: TextIO | None = None) -> Console:
@@ -52,48 +58,93 @@ def with_interval(value: float | None, ends: Interval, scale: float = 1.0) -> st
     return f"{number(value * scale)} ± {number((ends[1] - ends[0]) / 2 * scale, 2)}"
 
 
-def describe(scenario: Scenario, num_requests: int) -> list[str]:
-    """What was simulated, in two lines."""
+def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
+    """What was simulated: the system, the workload, and what else a comparison has to know."""
     engine, cluster, workload = scenario.engine, scenario.cluster, scenario.workload
+    preset = load_preset(engine.preset)
     model = (scenario.model.name or scenario.model.config) if scenario.model else "model of the fitted cost"
     device = f" on {scenario.device.name}" if scenario.device else ""
     degree = f" x {engine.tensor_parallel_size}" if engine.tensor_parallel_size > 1 else ""
     many = f", {cluster.replicas} replicas ({cluster.router})" if cluster.replicas > 1 else ""
+    kind = f"{workload.kind} {Path(workload.trace).name}" if workload.trace else workload.kind
+    lengths = f" with lengths from {Path(workload.lengths_from).name}" if workload.lengths_from else ""
     rate = f" at {workload.rate_rps:g} requests/s" if workload.rate_rps else ""
     seeds = f" x {scenario.num_seeds} seeds" if scenario.num_seeds > 1 else ""
-    return [f"{model}{device}{degree}{many}, {load_preset(engine.preset).name}",
-            f"{workload.kind}{rate}, {num_requests:,} requests{seeds}"]
+    lines = [f"{model}{device}{degree}{many}, {preset.name}",
+             f"{kind}{lengths}{rate}, {lane.num_requests:,} requests{seeds}"]
+    cost = _unusual_cost(scenario, preset.host)
+    if cost:
+        lines.append(cost)
+    if lane.num_prefix_blocks:
+        lines.append("the trace names shared prefixes, but prefix caching is not simulated: every prompt is"
+                     " computed in full")
+    return lines
 
 
-def _latencies(metrics: Mapping[str, Any], intervals: Mapping[str, Interval], is_rich: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD if is_rich else box.ASCII2, padding=(0, 1), show_edge=False)
-    table.add_column("milliseconds", style="bold")
-    for name in ("mean", *(f"p{p}" for p in PERCENTILES)):
-        table.add_column(name, justify="right", no_wrap=True)
+def _unusual_cost(scenario: Scenario, preset_host: str) -> str:
+    """How iterations are priced, where it is not the usual way: only equal prices make schedulers comparable."""
+    cost = scenario.cost
+    if not isinstance(cost, RooflineCost):
+        return "cost: fitted coefficients"
+    host = cost.host or preset_host
+    overheads = "no host overhead" if host == "none" else f"host overhead of {host}"
+    parts = [overheads] if host != _USUAL_HOST else []
+    if cost.overrides:
+        parts.append(f"{', '.join(sorted(cost.overrides))} overridden")
+    if cost.distinct_experts != "expected":
+        parts.append(f"distinct experts: {cost.distinct_experts}")
+    return f"cost: roofline, {', '.join(parts)}" if parts else ""
+
+
+def _latencies(metrics: Mapping[str, Any], intervals: Mapping[str, Interval], out: Console) -> Table:
+    """The widest form that fits: with intervals, without, in seconds, with powers of ten."""
+    def plain(value: float | None, _: Interval) -> str:
+        return number(value)
+
+    def seconds(value: float | None, _: Interval) -> str:
+        return number(None if value is None else value * 1e-3)
+
+    def powers(value: float | None, _: Interval) -> str:
+        return "-" if value is None else f"{value * 1e-3:.3g}"
+
     flat = flatten(metrics)
-    rows = (("TTFT", "{}_ttft_ms"), ("TPOT", "{}_tpot_ms"), ("ITL", "{}_itl_ms"),
-            ("end to end", "{}_e2el_ms"), ("in the queue", "queueing.{}_ms"))
-    for label, key in rows:
-        keys = [key.format(name) for name in ("mean", *(f"p{p}" for p in PERCENTILES))]
-        table.add_row(label, *(with_interval(flat[k], intervals.get(k)) for k in keys))
+    forms: list[tuple[str, Callable[[float | None, Interval], str]]] = [
+        ("ms", with_interval), ("ms", plain), ("s", seconds), ("s", powers)]
+    for unit, text in forms:
+        table = _latency_table(flat, intervals, unit, text, out.is_terminal)
+        if out.measure(table, options=out.options.update(width=1000)).maximum <= out.width:
+            break
     return table
 
 
-def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], num_runs: int,
-           num_unstable: int) -> list[tuple[str, str]]:
+def _latency_table(flat: Mapping[str, Any], intervals: Mapping[str, Interval], unit: str,
+                   text: Callable[[float | None, Interval], str], is_rich: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD if is_rich else box.ASCII2, padding=(0, 1), show_edge=False)
+    table.add_column(unit, style="bold", no_wrap=True)
+    for name in ("mean", *(f"p{p}" for p in PERCENTILES)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, key in (("TTFT", "{}_ttft_ms"), ("TPOT", "{}_tpot_ms"), ("ITL", "{}_itl_ms"), ("E2E", "{}_e2el_ms"),
+                       ("queue", "queueing.{}_ms")):
+        keys = [key.format(name) for name in ("mean", *(f"p{p}" for p in PERCENTILES))]
+        table.add_row(label, *(text(flat[k], intervals.get(k)) for k in keys))
+    return table
+
+
+def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequence[Mapping[str, Any]],
+           lanes: Sequence[LaneResult]) -> list[tuple[str, str]]:
     def flat(key: str, scale: float = 1.0) -> str:
         return with_interval(flatten(m)[key], intervals.get(key), scale)
 
     facts = [
         ("requests", f"{number(m['completed'])} completed, {number(m['failed'])} failed,"
-                     f" in {flat('duration')} s"),
+                     f" {flat('duration')} s from first arrival to last token"),
         ("throughput", f"{flat('request_throughput')} requests/s, {flat('output_throughput')} output"
-                       f" tokens/s, {flat('total_token_throughput')} tokens/s"),
+                       f" tokens/s, {flat('total_token_throughput')} tokens/s (drain included)"),
     ]
     slo = m["slo"]
     if slo["attainment"] is not None:
         limits = ", ".join(f"{label} <= {slo[f'{name}_ms']:g} ms: {share(slo[f'{name}_attainment'])}"
-                           for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "end to end"))
+                           for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E"))
                            if slo[f"{name}_ms"] is not None)
         facts += [("goodput", f"{flat('request_goodput')} requests/s"),
                   ("limits met", f"{flat('slo.attainment', 100)} % of requests meet all; {limits}")]
@@ -113,14 +164,30 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], num_runs: in
     if use["busy_share"] is not None:
         spread = "" if use["least_busy_share"] == use["most_busy_share"] else (
             f" (instances {share(use['least_busy_share'])} to {share(use['most_busy_share'])})")
-        facts.append(("utilisation", f"busy {share(use['busy_share'])}{spread},"
-                                     f" {number(use['mean_running'])} running on average"))
+        facts += [("with work", f"{share(use['busy_share'])} of the time{spread}"),
+                  ("running", f"{number(use['mean_running'])} requests an instance on average")]
     if m["unstable"]:
-        facts.append(("UNSTABLE", f"in {num_unstable} of {num_runs} runs the backlog still grew when arrivals"
+        told = sum(run["unstable"] is True for run in runs)
+        facts.append(("UNSTABLE", f"in {told} of {len(runs)} runs more and more requests were waiting when arrivals"
                                   " ended, so these latencies depend on the length of the run"))
+    elif m["unstable"] is None:
+        facts += _too_short(runs, lanes)
     if m["fault"]:
         facts.append(("stopped by", str(m["fault"])))
     return facts
+
+
+def _too_short(runs: Sequence[Mapping[str, Any]], lanes: Sequence[LaneResult]) -> list[tuple[str, str]]:
+    """Says so where runs ended before they could settle; nothing about a handful of requests, or a single burst."""
+    spans_s = [lane.arrival_s[-1] - lane.arrival_s[0] for lane in lanes]
+    done = [lane.finish_s - lane.scheduled_s for lane in lanes if lane.is_finished.any()]
+    if lanes[0].num_requests < FEWEST_FOR_TREND or not min(spans_s) > 0 or not done:
+        return []
+    told = sum(run["unstable"] is None for run in runs)
+    each_s = float(np.mean([np.nanmean(lasts_s) for lasts_s in done]))
+    return [("TOO SHORT", f"in {told} of {len(runs)} runs more and more requests were running when arrivals ended:"
+                          f" too early to tell whether the load can be served (arrivals last"
+                          f" {number(float(np.mean(spans_s)))} s, a request runs for {number(each_s)} s)")]
 
 
 def printed(draw: Callable[[Console], None], file: TextIO | None = None) -> None:
@@ -142,18 +209,18 @@ def print_summary(result: Result, index: int = 0, file: TextIO | None = None) ->
 
 def _print(result: Result, index: int, out: Console) -> None:
     scenario, metrics, intervals = result.scenarios[index], result.metrics[index], result.intervals[index]
-    num_unstable = sum(run["unstable"] is True for run in result.runs[index])
+    lanes = result.lanes[index]
     out.print(Text(scenario.name or "scenario", style="bold"))
-    for line in describe(scenario, result.lanes[index][0].num_requests):
+    for line in describe(scenario, lanes[0]):
         out.print(Text(line))
     out.print()
-    out.print(_latencies(metrics, intervals, out.is_terminal))
+    out.print(_latencies(metrics, intervals, out))
     out.print()
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 1), pad_edge=False)
-    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(style="bold", no_wrap=True, max_width=_LONGEST_LABEL)
     facts.add_column(overflow="fold")
-    for name, text in _facts(metrics, intervals, len(result.runs[index]), num_unstable):
-        facts.add_row(name, Text(text, style="bold red" if name in ("UNSTABLE", "stopped by") else ""))
+    for name, text in _facts(metrics, intervals, result.runs[index], lanes):
+        facts.add_row(name, Text(text, style=_STYLES.get(name, "")))
     out.print(facts)
     if any(ends is not None for ends in intervals.values()):
         out.print(Text("±: half of a 95 % interval over the seeds", style="dim"))

@@ -44,9 +44,16 @@ def _iterations(steps: Any) -> list[dict[str, Any]]:
             "prefill" if step["prefill_tokens"] else "decode")
         count = int(step["iterations"])
         counts = {n: int(step[n]) for n in _COUNTS}
+        end = start + step["duration_s"] * MICROSECONDS
+        pieces = [(kind, count, start, end)]
+        if kind != "decode" and count > 1:
+            middle = start + step["first_s"] * MICROSECONDS
+            pieces = [(kind, 1, start, middle), ("decode", count - 1, middle, end)]
         events += [
-            {"ph": "X", "pid": pid, "tid": 1, "name": kind if count == 1 else f"{kind} x {count}",
-             "cat": "iteration", "ts": start, "dur": step["duration_s"] * MICROSECONDS, "args": counts},
+            {"ph": "X", "pid": pid, "tid": 1, "name": name if many == 1 else f"{name} x {many}", "cat": "iteration",
+             "ts": begin, "dur": stop - begin, "args": counts | {"iterations": many}}
+            for name, many, begin, stop in pieces]
+        events += [
             {"ph": "C", "pid": pid, "name": "sequences", "ts": start,
              "args": {"running": counts["running"], "waiting": counts["waiting"]}},
             {"ph": "C", "pid": pid, "name": "KV blocks", "ts": start,

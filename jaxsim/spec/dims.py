@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 from jaxsim.kernels import packed
 
-NUM_ITL_BINS = 32 * 64
-"""Time-between-token histogram: 64 bins an octave from 2^-20 s to 2^12 s, so bins are at most 1.6 % wide."""
-
 
 @dataclass(frozen=True)
 class Dims:

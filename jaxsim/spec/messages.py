@@ -29,6 +29,11 @@ def explain(message: str, values: dict[str, Any], root: type) -> InputError:
     structs = _structs_at(root, steps, values)
     prefix = f"{path}." if path else ""
     quoted = re.search(r"`([^`]*)`", head)
+    if "at `key` in `$" in message:
+        at = message.rpartition("at `key` in `$")[2].rstrip("`").lstrip(".")
+        keys = look_up(values, _steps(at))
+        return InputError(f"a field of {at or 'the scenario'}", next((k for k in keys if not isinstance(k, str)), None),
+                          "is not text", "write names of fields as text")
     if "unknown field" in head and quoted:
         name = quoted.group(1)
         fields = {f for s in structs for f in (*s.__struct_fields__, s.__struct_config__.tag_field) if f}

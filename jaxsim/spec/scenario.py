@@ -6,25 +6,34 @@ Everything is checked here, on the host, before anything is compiled; what is wr
 
 import itertools
 import math
+import os
 import re
+from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from jaxsim._core.errors import InputError
+from jaxsim._core.errors import InputError, suggest
+from jaxsim.spec.device import DeviceSpec, load_device
 from jaxsim.spec.engine import EngineConfig, Share, Text
 from jaxsim.spec.messages import describe, explain, hints
-from jaxsim.spec.presets import resolve
+from jaxsim.spec.model import ModelSpec, load_model
+from jaxsim.spec.presets import Scheduler, resolve
 from jaxsim.spec.toml import dump_toml, parse_toml
 
 SCHEMA_VERSION = 1
+
+MAX_ITERATION_S = 1 << 15
+"""An iteration of fitted coefficients may not take more seconds than this (9 hours)."""
 
 Tokens = Annotated[int, Meta(ge=1, le=1 << 27)]
 Level = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
+Coefficient = Annotated[float, Meta(ge=0, le=MAX_ITERATION_S)]
 
 ArrivalKind = Literal["poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "azure-conv-2023",
                       "trace"]
@@ -37,6 +46,8 @@ _FIELDS_OF_KIND = {
     "trace": ("trace",),
     "format": ("trace",),
     "slice": ("trace",),
+    "sort": ("trace",),
+    "drop_failed": ("trace",),
     "input": _GENERATED,
     "output": _GENERATED,
     "lengths_from": _GENERATED,
@@ -53,23 +64,41 @@ class ModelSection(_Section, frozen=True):
 
         name: a name of `jaxsim list models`, or a Hugging Face id that the catalogue knows.
         config: path of a Hugging Face config.json, instead of a name.
+        dimensions: every dimension of a model that is in no catalogue (`jaxsim.spec.model.ModelSpec`); name is then
+            only a label.
         dtype: weights and activations (bf16, fp16, fp8, int8, int4, ...); the model's own if left out.
         kv_dtype: KV cache; the same as dtype if left out.
     """
 
     name: Text | None = None
     config: Text | None = None
+    dimensions: dict[str, Any] | None = None
     dtype: Text | None = None
     kv_dtype: Text | None = None
+
+    def spec(self) -> ModelSpec:
+        """The model itself. Raises `InputError` where it cannot be had."""
+        if self.dimensions is not None:
+            return ModelSpec.from_dict({"name": self.name, **self.dimensions}, "model.dimensions")
+        return ModelSpec.from_hf_config(self.config) if self.config is not None else load_model(self.name)
 
 
 class DeviceSection(_Section, frozen=True):
     """What it runs on.
 
         name: a name of `jaxsim list devices`.
+        numbers: every number of a device that is in no catalogue (`jaxsim.spec.device.DeviceSpec`); name is then only
+            a label.
     """
 
     name: Text
+    numbers: dict[str, Any] | None = None
+
+    def spec(self) -> DeviceSpec:
+        """The device itself. Raises `InputError` where it cannot be had."""
+        if self.numbers is not None:
+            return DeviceSpec.from_dict({"name": self.name, **self.numbers}, "device.numbers")
+        return load_device(self.name)
 
 
 class ClusterSection(_Section, frozen=True):
@@ -155,11 +184,16 @@ class TraceSlice(_Section, frozen=True):
         start_s: requests that arrive before this are left out, seconds from the first.
         end_s: and those from here on.
         keep: share of the rest that is kept, at random.
+        run: which run of a file with several: the seed in a `requests.parquet`, the number (0 is the first, -1 the
+            last) in a benchmark client's file.
+        scenario: which scenario of a table of requests with several.
     """
 
     start_s: NotNegative = 0.0
     end_s: Positive | None = None
     keep: Share = 1.0
+    run: int | None = None
+    scenario: int | Text | None = None
 
 
 class WorkloadSection(_Section, frozen=True):
@@ -176,6 +210,9 @@ class WorkloadSection(_Section, frozen=True):
         trace: the file replayed.
         format: its format; found from the file if left out.
         slice: part of the trace.
+        sort: sort the trace by arrival, instead of refusing rows out of order.
+        drop_failed: leave out the trace's requests without output or input tokens, instead of refusing them; formats
+            that log failures that way do so unless this is false.
         input: prompt length, tokens or a law; that of azure-conv-2023 if left out.
         output: output length, tokens or a law; that of azure-conv-2023 if left out.
         spearman: rank correlation of prompt and output length; azure-conv-2023's own if no length is given.
@@ -196,6 +233,8 @@ class WorkloadSection(_Section, frozen=True):
     trace: Text | None = None
     format: Text | None = None
     slice: TraceSlice | None = None
+    sort: bool | None = None
+    drop_failed: bool | None = None
     input: Length | None = None
     output: Length | None = None
     spearman: Annotated[float, Meta(ge=-1, le=1)] = 0.0
@@ -214,6 +253,13 @@ class WorkloadSection(_Section, frozen=True):
             self.kind, (self.kind, self.rate_rps))
         given = {**numbers, **laws, "output_limit": self.output_limit, "rate_rps": rate_rps}
         return {"kind": kind, "spearman": self.spearman, **{k: v for k, v in given.items() if v is not None}}
+
+
+    def trace_options(self) -> dict[str, Any]:
+        """Options of `jaxsim.traces.read_trace`, the seed apart; only for a trace."""
+        own = {name: getattr(self, name) for name in ("rate_rps", "num_requests", "sort", "drop_failed")}
+        part = {} if self.slice is None else {n: getattr(self.slice, n) for n in TraceSlice.__struct_fields__}
+        return {name: value for name, value in (own | part).items() if value is not None}
 
 
 class SloSection(_Section, frozen=True):
@@ -241,11 +287,11 @@ class FittedForm(_Section, frozen=True):
     """
 
     min_sequences: Annotated[int, Meta(ge=0)] = 0
-    a: NotNegative = 0.0
-    b: NotNegative = 0.0
-    c: NotNegative = 0.0
-    d: NotNegative = 0.0
-    e: NotNegative = 0.0
+    a: Coefficient = 0.0
+    b: Coefficient = 0.0
+    c: Coefficient = 0.0
+    d: Coefficient = 0.0
+    e: Coefficient = 0.0
 
     @property
     def row(self) -> tuple[float, ...]:
@@ -324,27 +370,52 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Scenario":
-        """From nested dictionaries as `tomllib` gives them. Raises `InputError` for the first thing wrong."""
-        _refuse_non_finite(values, "")
+        """From nested dictionaries as `tomllib` gives them; NumPy scalars and arrays count as numbers and lists.
+
+        Raises `InputError` for the first thing wrong.
+        """
+        if not isinstance(values, Mapping):
+            raise InputError("scenario", values, "is not a table of fields",
+                             "give nested dictionaries, or use Scenario.from_toml(path) or Scenario.named(name)")
+        tree = _builtin(values, "")
+        cost = tree.get("cost")
+        if isinstance(cost, dict) and "kind" not in cost and cost.keys().isdisjoint(FittedCost.__struct_fields__):
+            cost["kind"] = RooflineCost.__struct_config__.tag
         try:
-            scenario = msgspec.convert(values, cls)
+            scenario = msgspec.convert(tree, cls)
         except msgspec.ValidationError as error:
-            raise explain(str(error), values, cls) from None
+            raise explain(str(error), tree, cls) from None
         _check(scenario)
         return scenario
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "Scenario":
-        """From a file. Relative paths inside it count from its folder."""
-        path = Path(path)
+        """From a file, or the shipped scenario of that name. Relative paths inside a file count from its folder."""
+        remedy = "give a scenario file, or a name of `jaxsim list scenarios`"
+        if not isinstance(path, (str, os.PathLike)) or not str(path):
+            raise InputError("scenario", path, "is not the path of a file", remedy)
+        given, path = str(path), Path(path)
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise InputError("scenario", str(path), "is not UTF-8 text", "save it as UTF-8") from None
-        except OSError as error:
-            raise InputError("scenario", str(path), error.strerror or "cannot be read",
-                             "give a scenario file, or a name of `jaxsim list scenarios`") from None
-        return cls.from_dict(_anchor(parse_toml(text, str(path)), path.parent))
+            raise InputError("scenario", given, "is not UTF-8 text", "save it as UTF-8") from None
+        except (OSError, ValueError) as error:
+            if given in shipped_scenarios():
+                return cls.named(given)
+            if isinstance(error, FileNotFoundError) and path.suffix != ".toml":
+                raise InputError("scenario", given, "no such file, and no scenario of that name",
+                                 suggest(given, shipped_scenarios())) from None
+            raise InputError("scenario", given, getattr(error, "strerror", None) or "cannot be read", remedy) from None
+        return cls.from_dict(_anchor(parse_toml(text, given), path.parent))
+
+    @classmethod
+    def named(cls, name: str) -> "Scenario":
+        """A shipped scenario, by its name in `jaxsim list scenarios`."""
+        shipped = shipped_scenarios()
+        if not isinstance(name, str) or name not in shipped:
+            raise InputError("scenario", name, "no scenario of that name", suggest(str(name), shipped))
+        with resources.as_file(shipped[name]) as path:
+            return cls.from_dict(_anchor(parse_toml(path.read_text(encoding="utf-8"), str(path)), path.parent))
 
     @property
     def dtype(self) -> str:
@@ -385,25 +456,43 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def with_values(self, values: dict[str, Any]) -> "Scenario":
         """A copy with dotted fields replaced, e.g. {"engine.max_num_seqs": 64}; None is the default."""
+        if not isinstance(values, Mapping):
+            raise InputError("values", values, "is not a table of fields", 'write e.g. {"engine.max_num_seqs": 64}')
         tree = self.to_dict()
         for dotted, value in values.items():
+            if not isinstance(dotted, str):
+                raise InputError("a field name", dotted, "is not text", 'write e.g. {"engine.max_num_seqs": 64}')
             _assign(tree, dotted, value)
         return type(self).from_dict(tree)
+
+
+def shipped_scenarios() -> dict[str, Any]:
+    """Scenario files that come with the package, by name."""
+    folder = resources.files("jaxsim.scenarios")
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): f for f in files}
 
 
 def _first_given(*dtypes: str | None) -> str:
     return next((d for d in dtypes if d not in (None, "auto")), "auto")
 
 
-def _refuse_non_finite(node: Any, path: str) -> None:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            _refuse_non_finite(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, (list, tuple)):
-        for index, value in enumerate(node):
-            _refuse_non_finite(value, f"{path}[{index}]")
-    elif isinstance(node, float) and not math.isfinite(node):
+def _builtin(node: Any, path: str) -> Any:
+    """A copy made of dictionaries, lists and Python's own numbers, all of them finite."""
+    if isinstance(node, os.PathLike):
+        return os.fspath(node)
+    if isinstance(node, msgspec.Struct):
+        node = msgspec.to_builtins(node)
+    elif hasattr(node, "tolist"):
+        # NumPy's scalars and arrays, and whatever else behaves like them.
+        node = node.tolist()
+    if isinstance(node, Mapping):
+        return {key: _builtin(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_builtin(value, f"{path}[{index}]") for index, value in enumerate(node)]
+    if isinstance(node, float) and not math.isfinite(node):
         raise InputError(path, node, "not a finite number", "leave the field out, or give a finite number")
+    return node
 
 
 def _without_none(node: Any) -> Any:
@@ -485,6 +574,13 @@ def _check_system(s: Scenario) -> None:
     if s.model and (s.model.name is None) == (s.model.config is None):
         raise InputError("model.name", s.model.name, "give exactly one of model.name and model.config",
                          "a name from `jaxsim list models`, or the path of a config.json")
+    if s.model and s.model.config is not None and s.model.dimensions is not None:
+        raise InputError("model.dimensions", s.model.dimensions, f"comes with model.config = {s.model.config!r}",
+                         "give one of them, and a model.name with dimensions")
+    if s.model and s.model.dimensions is not None:
+        s.model.spec()
+    if s.device and s.device.numbers is not None:
+        s.device.spec()
     if isinstance(s.cost, RooflineCost):
         for field in ("model", "device"):
             if getattr(s, field) is None:
@@ -539,6 +635,20 @@ def _check_workload(s: Scenario) -> None:
     if w.slice and w.slice.end_s is not None and w.slice.end_s <= w.slice.start_s:
         raise InputError("workload.slice.end_s", w.slice.end_s, f"not after start_s = {w.slice.start_s}",
                          "give a later end")
+    span_s = _arrival_span_s(s)
+    if s.warmup_s > 0 and span_s is not None and s.warmup_s >= span_s:
+        raise InputError("warmup_s", s.warmup_s, f"leaves no request to measure: they arrive within about {span_s:.4g} s",
+                         "lower it, or raise workload.num_requests")
+
+
+def _arrival_span_s(s: Scenario) -> float | None:
+    """Seconds over which requests arrive, on average; None where only the trace or the generator knows."""
+    w = s.workload
+    if w.kind == "batch":
+        return 0.0
+    if w.rate_rps is not None:
+        return s.num_requests / w.rate_rps if s.num_requests is not None else None
+    return w.slice.end_s - w.slice.start_s if w.slice and w.slice.end_s is not None else None
 
 
 def _check_length(field: str, law: Any) -> None:
@@ -579,11 +689,21 @@ def _check_sizes(s: Scenario) -> None:
     """What can already be said about the longest request; the engine checks the lengths actually drawn."""
     w, engine = s.workload, s.engine
     scheduler = resolve(engine)
+    model = _known_model(s)
     prompt, output = _longest(w.input), _longest(w.output)
+    if isinstance(s.cost, FittedCost):
+        limit = engine.max_model_len or (model.max_position if model else None)
+        longest = min((n for n in (limit, prompt and prompt + (output or limit or 0)) if n), default=None)
+        if longest is not None:
+            _check_coefficients(s, scheduler, longest)
     if prompt is None:
         return
     total = prompt + (output or 1)
     text = f"prompt {prompt} + output {output}" if output else f"prompt {prompt}"
+    if model is not None and total > model.max_position:
+        raise InputError("workload.input", prompt,
+                         f"the longest request needs {total} tokens ({text}), beyond the {model.max_position} positions"
+                         f" of {model.name}", "shorten workload.input or workload.output, or use a model with more")
     if engine.max_model_len is not None and total > engine.max_model_len:
         raise InputError("engine.max_model_len", engine.max_model_len,
                          f"the longest request needs {total} tokens ({text})",
@@ -601,6 +721,34 @@ def _check_sizes(s: Scenario) -> None:
                              f"the longest request ({text}) needs {needed} blocks of"
                              f" {scheduler.block_size} tokens",
                              f"give at least {needed} blocks, or shorten the requests")
+
+
+def _known_model(s: Scenario) -> ModelSpec | None:
+    """The model, where it can be had: what is wrong with it is told when the system is put together."""
+    try:
+        return s.model.spec() if s.model else None
+    except InputError:
+        return None
+
+
+def _check_coefficients(s: Scenario, scheduler: Scheduler, longest: int) -> None:
+    """Refuse coefficients by which the largest batch of the longest requests would never end."""
+    sequences = min(scheduler.max_num_seqs, s.num_requests or scheduler.max_num_seqs)
+    context = sequences * longest
+    tokens = min(scheduler.max_num_batched_tokens, context)
+    pairs = min(2 * longest * tokens, sequences * longest**2)
+    counts = {"prefill": (1, tokens, 0, sequences, pairs), "decode": (1, 0, context, sequences, 0),
+              "mixed": (1, tokens, context, sequences, pairs)}
+    for kind, most in counts.items():
+        for start, *row in s.cost.rows(kind) or []:
+            terms = [number * count for number, count in zip(row, most, strict=True)]
+            if start <= sequences and sum(terms) > MAX_ITERATION_S:
+                at = terms.index(max(terms))
+                raise InputError(f"cost.{kind}.{'abcde'[at]}", row[at],
+                                 f"an iteration of {sequences} sequences of up to {longest} tokens could take"
+                                 f" {sum(terms):.3g} s, more than the {MAX_ITERATION_S} s that are simulated",
+                                 "lower it (coefficients are in seconds), engine.max_num_seqs or"
+                                 " engine.max_model_len")
 
 
 # ---- JSON schema

@@ -9,7 +9,8 @@ from jaxsim._core.errors import InputError
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """TOML text to dictionaries; malformed text is an `InputError` with its line."""
+    """TOML text to dictionaries; malformed text is an `InputError` with its line. A byte order mark is no text."""
+    text = text.removeprefix("\ufeff")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsim.kernels import clock, packed
+from jaxsim.kernels import clock, histogram, packed, stack
 from jaxsim.kernels.clock import Time
-from jaxsim.spec.dims import NUM_ITL_BINS, Dims
+from jaxsim.kernels.queues import Queue
+from jaxsim.spec.dims import Dims
 
 ENDING, PASSING, IDLE = 0, 2, 3
 """What an executor's wake-up is: an iteration's end, a scheduling pass, or nothing. Arrivals rank between the
@@ -26,8 +27,9 @@ DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY, PASS, CHUNKED, ENDED = (1
 scheduled; something was preempted; admissions are over; nothing ran when the pass began; a pass is under way at
 all; the forming prompt's chunk is settled; the walk over running sequences ended early."""
 
-STUCK, STEP_LIMIT = 1, 2
-"""Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed."""
+STUCK, STEP_LIMIT, TOO_SLOW = 1, 2, 4
+"""Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
+takes longer than the clock can hold, or no time that is a number."""
 
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 """Columns of `World.slot_entries`; the last two only where passes scan the slots. RESERVED: blocks, or under
@@ -61,9 +63,7 @@ class Rank(eqx.Module):
     pass may see under asynchronous scheduling, `next_stamp` the next place in the order of running sequences.
     `forming_chunk` and `cursor` belong to a pass that walks the running sequences one by one."""
 
-    head: Int[Array, ""]
-    back: Int[Array, ""]
-    waiting: Int[Array, ""]
+    queue: Queue
     visible: Int[Array, ""]
     running: Int[Array, ""]
     used_blocks: Int[Array, ""]
@@ -76,6 +76,11 @@ class Rank(eqx.Module):
     next_stamp: Int[Array, ""]
     forming_chunk: Int[Array, ""]
     cursor: Int[Array, ""]
+
+    @property
+    def waiting(self) -> Int[Array, ""]:
+        """Requests in the queue."""
+        return self.queue.length
 
 
 class Batch(eqx.Module):
@@ -166,10 +171,11 @@ class World(eqx.Module):
     stalled: Int[Array, "rows 3"]
     preempted: Float[Array, "rows 3"]
     first_tokens: Float[Array, "rows 3"]
-    # Time between tokens, and the tape: a row a started iteration (or jump) of times (epoch, hi, lo, seconds) and
+    # Time between tokens, and the tape: a row a started iteration (or jump) of times (epoch, hi, lo; seconds of the
+    # first iteration, of the one behind it, and by how much each that follows is longer) and
     # counts (executor, running, waiting, used blocks, iterations, prompt tokens, decoding).
     itl: Int[Array, " itl_bins"]
-    tape_times: Float[Array, "records 4"]
+    tape_times: Float[Array, "records 6"]
     tape_counts: Int[Array, "records 7"]
     num_recorded: Int[Array, ""]
 
@@ -182,7 +188,8 @@ def _zeros_like_record(cls, **nested):
 def empty_counts(dims: Dims) -> Counts:
     """An executor with nothing to do."""
     null = jnp.int32(dims.null_slot)
-    rank = _zeros_like_record(Rank, forming_slot=null, tail=null)
+    queue = Queue(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+    rank = _zeros_like_record(Rank, queue=queue, forming_slot=null, tail=null)
     return Counts(_zeros_like_record(Executor), rank, _zeros_like_record(Batch))
 
 
@@ -220,13 +227,12 @@ def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,
         slot_keys=ints(instances, width, value=packed.EMPTY), slot_entries=ints(instances, width, entry_fields),
         slot_previous=ints(instances, width, value=dims.null_slot),
         slot_next=ints(instances, width, value=dims.null_slot),
-        free_slots=jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[::-1] - (width - dims.num_slots),
-                                    (instances, width)),
+        free_slots=jnp.broadcast_to(stack.full(dims.num_slots, width), (instances, width)),
         next_waiting=ints(rows), waiting_set=ints(instances, waiting_words), progress=ints(rows, 2),
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
-        first_tokens=floats(rows, 3), itl=ints(NUM_ITL_BINS),
-        tape_times=floats(dims.num_records + 1, 4), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints())
+        first_tokens=floats(rows, 3), itl=ints(histogram.NUM_BINS),
+        tape_times=floats(dims.num_records + 1, 6), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints())
 
 
 def row_templates(dims: Dims) -> tuple[Counts, Clocks]:

@@ -96,6 +96,9 @@ CASES = {
     "text for a number": (changed(REAL, engine__max_num_seqs="many"), "engine.max_num_seqs", ["many"]),
     "no such trace": (changed(REAL, workload={"kind": "trace", "trace": "/nowhere/at/all.csv"}), None,
                       ["/nowhere/at/all.csv"]),
+    "arrivals beyond the clock": (changed(FITTED, workload__rate_rps=1e-12), "workload", ["last arrival", "1e+09"]),
+    "more than fits in memory": (changed(REAL, workload__num_requests=2**27), "workload.num_requests",
+                                 ["134,217,728 requests", "GiB", "this machine"]),
     "too many slots for a batch": (changed(FITTED, engine__max_num_seqs=300), "engine.max_num_seqs", ["256"]),
 }
 
@@ -116,7 +119,7 @@ def test_scenarios_made_by_hand_are_checked_too(nothing_runs):
     bad = msgspec.structs.replace(good, workload=msgspec.structs.replace(good.workload, rate_rps=-2.0))
     assert refused(lambda: bad).field == "workload.rate_rps"
     # One bad scenario in a list stops all of them before anything runs.
-    assert refused(lambda: [good, bad, good]).field == "workload.rate_rps"
+    assert refused(lambda: [good, bad, good]).field == "scenarios[1]: workload.rate_rps"
 
 
 HEADER = "arrival_s,input_tokens,output_tokens\n"
@@ -216,6 +219,31 @@ def test_a_run_that_never_got_anywhere_has_no_nan(monkeypatch):
     assert no_nan(metrics)
 
 
+@pytest.mark.parametrize("form", ["decode", "prefill"])
+def test_costs_that_no_clock_can_hold_stop_the_run(form, monkeypatch):
+    """Nothing negative, nothing that is not a number, and the cost is named."""
+    scenario = Scenario.from_dict(FITTED)
+    slow = msgspec.structs.replace(getattr(scenario.cost, form), a=1e9)
+    result = jaxsim.simulate(msgspec.structs.replace(
+        scenario, cost=msgspec.structs.replace(scenario.cost, **{form: slow})))
+    (metrics,) = result.metrics
+    assert "16384 s" in metrics["fault"] and "cost" in metrics["fault"]
+    assert metrics["failed"] > 0 and no_nan(metrics)
+    assert (result.requests[["queue_s", "prefill_s", "decode_s", "stall_s"]].fillna(0) >= 0).all().all()
+
+
+@pytest.mark.parametrize("scenarios", [None, "my.toml", 3, {}, [{}]])
+def test_what_is_no_scenario_is_refused(nothing_runs, scenarios):
+    with pytest.raises(InputError, match="Scenario.from_toml"):
+        jaxsim.simulate(scenarios)
+
+
+def test_the_scenario_of_a_list_is_named(nothing_runs):
+    bad = Scenario.from_dict(changed(REAL, model__name="llama-3.1-70b", name="too large"))
+    with pytest.raises(InputError, match=r"scenarios\[1\] too large: "):
+        jaxsim.simulate([Scenario.from_dict(REAL), bad])
+
+
 def test_a_good_run_has_no_fault_and_no_nan():
     result = jaxsim.simulate(Scenario.from_dict(FITTED))
     assert result.faults == ()
@@ -230,6 +258,6 @@ def test_a_good_run_has_no_fault_and_no_nan():
 def test_every_fault_has_its_sentence():
     """Each bit that the loop can set is explained."""
     bits = {name: value for name, value in vars(c.w).items()
-            if name in ("STUCK", "STEP_LIMIT") or name.endswith("_LIMIT")}
+            if name in ("STUCK", "STEP_LIMIT", "TOO_SLOW") or name.endswith("_LIMIT")}
     assert set(engine.FAULTS) == set(bits.values())
     assert all(len(text) > 20 and textwrap.dedent(text) == text for text in engine.FAULTS.values())

@@ -6,7 +6,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jaxsim.engine import loop
-from jaxsim.metrics import itl_edges
+from jaxsim.kernels import histogram
 from tests.engine import cases as c
 from tests.engine.laws import broken_laws
 from tests.metrics.lanes import token_gaps
@@ -46,7 +46,7 @@ def test_every_token_after_the_first_has_its_gap(name):
         is_constant = all(row[1:] == (0,) * 4 for row in case.coefficients)
         if is_constant and flags.phase_mix == "unified" and not lane["preemptions"].any():
             gaps = token_gaps(c.reference(case, flags, dims, "mixed"), case.prompt)
-            assert np.array_equal(lane["itl"], np.histogram(gaps, itl_edges())[0]), case
+            assert np.array_equal(lane["itl"], np.histogram(gaps, histogram.edges())[0]), case
             num_exact += 1
     assert num_exact >= 5 or flags.phase_mix != "unified"
 

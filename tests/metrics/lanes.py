@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from jaxsim.metrics import FINISHED, LaneResult, itl_edges
+from jaxsim.kernels import histogram
+from jaxsim.metrics import FINISHED, LaneResult
 from jaxsim.spec.scenario import Scenario
 from tests.reference import simulator
 
@@ -55,7 +56,7 @@ def lane(result: simulator.ReferenceResult, requests: list[simulator.Request], f
                record.stats.prefill_tokens, record.stats.num_decode)
         for name, value in zip(steps, row, strict=True):
             steps[name].append(value)
-    edges = itl_edges()
+    edges = histogram.edges()
     gaps = np.clip(token_gaps(result, [r.prompt for r in requests]), edges[0], np.nextafter(edges[-1], 0))
     return LaneResult(
         arrival_s=column("arrival_s"),

@@ -7,8 +7,7 @@ import pytest
 from scipy import stats
 
 from jaxsim import metrics
-from jaxsim.metrics import Result, combine, histogram_percentiles, itl_edges, lane_metrics, request_frame
-from jaxsim.spec.dims import NUM_ITL_BINS
+from jaxsim.metrics import Result, combine, lane_metrics, request_frame
 from jaxsim.spec.scenario import SloSection
 from tests.metrics.lanes import blank_lane, scenario, simulated, token_gaps
 
@@ -19,32 +18,6 @@ LIMITS = SloSection(ttft_ms=200.0, tpot_ms=15.0, e2e_ms=3000.0)
 def starved():
     """Two instances with too little memory: queueing, preemption and stalls."""
     return simulated(seed=1, num_blocks=330, rate_rps=14.0)
-
-
-def test_itl_edges_follow_the_octaves():
-    edges = itl_edges()
-    assert len(edges) == NUM_ITL_BINS + 1
-    assert edges[0] == 2.0**-20 and edges[-1] == 2.0**12
-    assert edges[64 * 7 + 16] == 2.0**-13 * 1.25
-    assert np.all(np.diff(edges) / edges[:-1] <= 1 / 64)
-
-
-def test_histogram_percentiles_stay_within_a_bin_of_the_sample():
-    rng = np.random.default_rng(3)
-    gaps = np.concatenate([rng.lognormal(-4.5, 0.4, 20_000), rng.lognormal(-1, 0.3, 300)])
-    counts = np.histogram(gaps, itl_edges())[0]
-    for percentile, value in zip((0, 50, 90, 99, 100), histogram_percentiles(counts, (0, 50, 90, 99, 100)),
-                                 strict=True):
-        assert value == pytest.approx(np.percentile(gaps, percentile), rel=0.016)
-
-
-def test_histogram_of_equal_gaps_is_exact_to_the_bin():
-    counts = np.histogram(np.full(7, 0.02), itl_edges())[0]
-    low, high = histogram_percentiles(counts, (1, 99))
-    edges = itl_edges()
-    bin_index = np.searchsorted(edges, 0.02, side="right") - 1
-    assert edges[bin_index] <= low <= high <= edges[bin_index + 1]
-    assert histogram_percentiles(np.zeros(NUM_ITL_BINS, int), (50,)) == [None]
 
 
 def test_flat_keys_are_those_of_vllms_benchmark_client(starved):
@@ -172,14 +145,14 @@ def _queue(rng, load, count, cv=1.0):
     service, finish, free = rng.exponential(1.0, count), np.empty(count), 0.0
     for i in range(count):
         free = finish[i] = max(free, arrival[i]) + service[i]
-    return blank_lane(arrival, finish)
+    return blank_lane(arrival, finish, scheduled_s=finish - service)
 
 
 @pytest.mark.parametrize("load, low, high", [(0.8, 0.0, 0.05), (0.9, 0.0, 0.12), (1.2, 0.85, 1.0),
                                              (1.5, 0.99, 1.0)])
 def test_instability_is_found_in_overloaded_queues_only(load, low, high):
     rng = np.random.default_rng(0)
-    share = np.mean([metrics.is_unstable(_queue(rng, load, 1000)) for _ in range(60)])
+    share = np.mean([metrics.is_unstable(_queue(rng, load, 1000)) is True for _ in range(60)])
     assert low <= share <= high
 
 
@@ -189,10 +162,24 @@ def test_stability_cannot_be_told_from_little():
     assert metrics.is_unstable(blank_lane(np.arange(64.0), np.arange(64.0) + 0.5)) is False
 
 
-def test_requests_that_never_finish_are_backlog():
+@pytest.mark.parametrize("lasts_s, answer", [(10.0, False), (60.0, False), (120.0, None)])
+def test_filling_up_is_not_overload(lasts_s, answer):
+    # Nobody waits: as many run as arrive while one runs, and until then their number rises.
+    arrival = np.arange(100.0)
+    assert metrics.is_unstable(blank_lane(arrival, arrival + lasts_s)) is answer
+
+
+def test_an_excursion_of_the_queue_is_not_overload():
+    arrival = np.arange(160.0)
+    wait = np.where((arrival > 100) & (arrival < 130), 20.0, 0.0)
+    assert metrics.is_unstable(blank_lane(arrival, arrival + wait + 1, scheduled_s=arrival + wait)) is False
+
+
+def test_requests_that_never_start_are_waiting():
     arrival = np.arange(500.0)
-    finish = np.where(np.arange(500) % 4 == 0, np.nan, arrival + 0.5)
-    assert metrics.is_unstable(blank_lane(arrival, finish)) is True
+    stuck = np.arange(500) % 4 == 0
+    lane = blank_lane(arrival, np.where(stuck, np.nan, arrival + 0.5), scheduled_s=np.where(stuck, np.nan, arrival))
+    assert metrics.is_unstable(lane) is True
 
 
 # ---- over seeds
@@ -221,6 +208,12 @@ def test_seeds_are_combined_key_by_key():
                      "slo": {"attainment": pytest.approx(0.6)}, "x": 2.0}
     assert intervals["slo.attainment"][0] < 0.6 < intervals["slo.attainment"][1]
     assert "unstable" not in intervals
+
+
+@pytest.mark.parametrize("told, answer", [((True, None, None), None), ((True, True, None), True),
+                                          ((True, False, None, None), False), ((None, None), None)])
+def test_most_seeds_decide_and_may_say_nothing(told, answer):
+    assert combine([{"unstable": value} for value in told])[0] == {"unstable": answer}
 
 
 def test_tenants_are_told_apart():

@@ -1,0 +1,54 @@
+"""Histograms of durations with logarithmic bins, and quantiles from their counts.
+
+64 bins an octave, equal inside it, from 2^-20 s to 2^12 s: the bin of a float32 is its exponent and the top six bits of
+its mantissa. The outer bins take what lies beyond.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+BITS_PER_OCTAVE = 6
+LOWEST_OCTAVE = -20
+NUM_OCTAVES = 32
+NUM_BINS = NUM_OCTAVES << BITS_PER_OCTAVE
+
+
+def bin_of(seconds: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """The bin of a duration."""
+    bits = lax.bitcast_convert_type(lax.stop_gradient(seconds), jnp.int32)
+    lowest = (127 + LOWEST_OCTAVE) << BITS_PER_OCTAVE
+    return jnp.clip((bits >> (23 - BITS_PER_OCTAVE)) - lowest, 0, NUM_BINS - 1)
+
+
+def edges() -> Float[np.ndarray, " edges"]:
+    """Edges of the bins in seconds: 2^(k div 64 - 20) (1 + (k mod 64)/64)."""
+    per_octave = 1 << BITS_PER_OCTAVE
+    octave, part = np.divmod(np.arange(NUM_BINS + 1), per_octave)
+    return np.ldexp(1.0 + part / per_octave, octave + LOWEST_OCTAVE)
+
+
+def percentiles(counts: Int[np.ndarray, " bins"], at: Sequence[float]) -> list[float | None]:
+    """Percentiles in seconds; what a bin holds is taken as spread evenly over it. None where nothing was counted."""
+    counts = np.asarray(counts, np.int64)
+    total = int(counts.sum())
+    if total == 0:
+        return [None] * len(at)
+    bounds, ends = edges(), np.cumsum(counts)
+
+    def order_statistic(rank: float) -> float:
+        index = int(np.searchsorted(ends, rank, side="right"))
+        inside = (rank - (ends[index] - counts[index]) + 0.5) / counts[index]
+        return float(bounds[index] + inside * (bounds[index + 1] - bounds[index]))
+
+    values = []
+    for percentile in at:
+        rank = percentile / 100 * (total - 1)
+        low, part = math.floor(rank), rank - math.floor(rank)
+        high = min(low + 1, total - 1)
+        values.append((1 - part) * order_statistic(low) + part * order_statistic(high))
+    return values
