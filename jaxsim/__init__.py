@@ -1,11 +1,11 @@
-"""Batched, exact, differentiable simulation of LLM serving systems.
+"""Batched, exact simulation of LLM serving systems.
 
 `Scenario` describes a system and its workload, `simulate` runs one or many, `Result` holds what came out.
 """
 
 import importlib
 
-__all__ = ["InputError", "LaneResult", "Result", "Scenario", "simulate"]
+__all__ = ["InputError", "LaneResult", "Result", "Scenario", "functional", "simulate"]
 
 _HOMES = {"Scenario": "jaxsim.spec.scenario", "simulate": "jaxsim.engine.simulate", "Result": "jaxsim.metrics",
           "LaneResult": "jaxsim.metrics", "InputError": "jaxsim._core.errors"}
@@ -13,6 +13,8 @@ _HOMES = {"Scenario": "jaxsim.spec.scenario", "simulate": "jaxsim.engine.simulat
 
 def __getattr__(name: str):
     # Loaded when asked for: the command line answers --help without JAX.
+    if name == "functional":
+        return importlib.import_module("jaxsim.engine.functional")
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxsim' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -9,7 +9,6 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Int, Shaped
 
 EMPTY = np.int32(2**31 - 1)
@@ -60,7 +59,7 @@ def from_row(like: T, row: Shaped[Array, " fields"]) -> T:
 
 
 class Packing:
-    """How a batch of records travels through a loop: scalars of 32 bits side by side, the rest as it is.
+    """How a batch of records travels through a loop: scalars of one type side by side, the rest as it is.
 
     Carrying many scalars costs a copy each. They are laid out as `scalars batch`, each contiguous over the batch:
     `batch scalars` would cost a cache miss a lane at every use.
@@ -69,17 +68,18 @@ class Packing:
     def __init__(self, like):
         """like: the record of one scenario, its arrays or their shapes and dtypes."""
         leaves, self._structure = jax.tree.flatten(like)
-        self._dtypes = [leaf.dtype if leaf.shape == () and leaf.dtype.itemsize == 4 else None for leaf in leaves]
+        # Derivatives pass through floats, so these are not carried as bits among the integers.
+        self._groups = [leaf.dtype.name if leaf.shape == () and leaf.dtype in (jnp.int32, jnp.float32) else "other"
+                        for leaf in leaves]
 
-    def pack(self, records) -> tuple[Int[Array, "scalars batch"], list[Array]]:
-        """The bits of a batch's scalars, and the list of everything else."""
-        leaves = list(zip(self._structure.flatten_up_to(records), self._dtypes, strict=True))
-        scalars = [lax.bitcast_convert_type(leaf, jnp.int32) for leaf, dtype in leaves if dtype is not None]
-        return jnp.stack(scalars), [leaf for leaf, dtype in leaves if dtype is None]
+    def pack(self, records) -> dict[str, Shaped[Array, "scalars batch"] | list[Array]]:
+        """Scalars of a batch stacked by type, and the list of everything else."""
+        groups = {name: [] for name in ("int32", "float32", "other")}
+        for name, leaf in zip(self._groups, self._structure.flatten_up_to(records), strict=True):
+            groups[name].append(leaf)
+        return {name: leaves if name == "other" else jnp.stack(leaves) for name, leaves in groups.items() if leaves}
 
     def unpack(self, packed):
         """The records again."""
-        scalars, others = iter(packed[0]), iter(packed[1])
-        return self._structure.unflatten(
-            [next(others) if dtype is None else lax.bitcast_convert_type(next(scalars), dtype)
-             for dtype in self._dtypes])
+        groups = {name: iter(leaves) for name, leaves in packed.items()}
+        return self._structure.unflatten([next(groups[name]) for name in self._groups])

@@ -37,7 +37,7 @@ FAULTS = {
 
 
 @dataclass(frozen=True)
-class _Lane:
+class Lane:
     """One scenario, one seed, on its way through the engine."""
 
     scenario: int
@@ -59,7 +59,7 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     lanes = []
     for index, scenario in enumerate(scenarios):
         try:
-            lanes += _prepare(index, scenario.checked(), record_steps)
+            lanes += prepare(index, scenario.checked(), record_steps)
         except InputError as error:
             if len(scenarios) == 1:
                 raise
@@ -133,7 +133,8 @@ def _stack(trees):
     return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
 
 
-def _prepare(index: int, scenario: Scenario, record_steps: bool) -> list[_Lane]:
+def prepare(index: int, scenario: Scenario, record_steps: bool) -> list[Lane]:
+    """The runs of a checked scenario, one a seed. Raises `InputError` for what cannot be simulated."""
     system = lower.resolve_system(scenario)
     if scenario.num_requests is not None:
         _check_memory([(_dims(scenario, system, scenario.num_requests, record_steps), scenario.num_seeds)])
@@ -145,7 +146,7 @@ def _prepare(index: int, scenario: Scenario, record_steps: bool) -> list[_Lane]:
     dims = _dims(scenario, system, most, record_steps)
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
-    return [_Lane(index, system, workload, dims,
+    return [Lane(index, system, workload, dims,
                   lower.make_params(scenario, system, cost, lower.step_limit(workload)))
             for workload in workloads]
 
@@ -158,7 +159,7 @@ def _dims(scenario: Scenario, system: lower.System, num_requests: int, record_st
                 num_records=RECORDS_A_REQUEST * num_requests + 1000 if record_steps else 0)
 
 
-def _unpack(dims: Dims, world: World, lane: int, made: _Lane) -> LaneResult:
+def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
     workload, count = made.workload, len(made.workload)
     is_finished = np.zeros(count, bool)
     counts = packed.from_row(w.row_templates(dims)[0], world.counts[lane].T)

@@ -87,7 +87,7 @@ def apply(dims: Dims, world: World, packing: packed.Packing, writes) -> World:
                 for name, write in packing.unpack(writes).items() if not is_own_row(name, write)}
 
     adds = [name for name, write in packing.unpack(writes).items() if isinstance(write, Add)]
-    put = put_one if writes[0].shape[1] == 1 else put_many
+    put = put_one if writes["int32"].shape[1] == 1 else put_many
     return replace(world, **{
         name: put(getattr(world, name), *entry, name in adds) if isinstance(entry, tuple) else entry
         for name, entry in kernel(lambda: stage(aimed, None, "aim"), "aim").items()})

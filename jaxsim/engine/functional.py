@@ -1,0 +1,123 @@
+"""The simulator as a pure function of pytrees, for other people's `jit`, `vmap` and `jvp`.
+
+    dims, params, requests = functional.inputs(scenario)
+
+    def mean_ttft_s(max_num_seqs):
+        batching = replace(params.batching, max_num_seqs=max_num_seqs)
+        world = functional.simulate(dims, replace(params, batching=batching), requests)
+        return jnp.mean(functional.latencies(dims, requests, world).ttft_s)
+
+    jax.jit(jax.vmap(mean_ttft_s))(jnp.array([16, 64, 256]))
+
+Under `vmap` scenarios become lanes of one loop. Forward-mode derivatives are those at a fixed schedule of arrivals and
+their compensating jumps are lost: where requests arrive over time they do not say what a change of cost would do.
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import msgspec
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsim.engine import loop, lower
+from jaxsim.engine.common import Params
+from jaxsim.engine.simulate import prepare
+from jaxsim.kernels import clock
+from jaxsim.kernels.clock import Time
+from jaxsim.spec.dims import Dims
+from jaxsim.spec.scenario import Scenario
+from jaxsim.state.requests import OUTPUT, Requests
+from jaxsim.state.world import World
+
+
+class Latencies(eqx.Module):
+    """Of every request, in order of arrival; padding and requests without an end have NaN.
+
+    ttft_s: from arrival to the end of the iteration that computes the last prompt token; tpot_s: (end - first token) /
+    (output tokens - 1), NaN for one output token; e2e_s: from arrival to the end; queue_s: from arrival to the start of
+    the first iteration with the request. Seconds.
+    """
+
+    ttft_s: Float[Array, " requests"]
+    tpot_s: Float[Array, " requests"]
+    e2e_s: Float[Array, " requests"]
+    queue_s: Float[Array, " requests"]
+    is_finished: Bool[Array, " requests"]
+    preemptions: Int[Array, " requests"]
+
+
+def inputs(scenario: Scenario, seed: int | None = None) -> tuple[Dims, Params, Requests]:
+    """Sizes, policies with costs, and the workload of one run; `seed` is the scenario's first unless given.
+
+    Raises `InputError` for whatever is wrong with the scenario.
+    """
+    scenario = msgspec.structs.replace(scenario.checked(), num_seeds=1)
+    if seed is not None:
+        scenario = msgspec.structs.replace(scenario, workload=msgspec.structs.replace(scenario.workload, seed=seed))
+    (lane,) = prepare(0, scenario, record_steps=False)
+    requests = lower.make_requests(lane.workload, lane.dims.num_requests)
+    return lane.dims, *jax.tree.map(jnp.asarray, (lane.params, requests))
+
+
+def simulate(dims: Dims, params: Params, requests: Requests) -> World:
+    """One scenario, all of its leaves traced; under `vmap`, lanes of one loop."""
+    return _entry(dims)(params, requests)
+
+
+@functools.lru_cache(maxsize=64)
+def _entry(dims: Dims):
+    def spread(axis_size, is_batched, values):
+        return jax.tree.map(lambda x, has_axis: x if has_axis else jnp.broadcast_to(x, (axis_size, *jnp.shape(x))),
+                            values, is_batched)
+
+    def everywhere(world):
+        return jax.tree.map(lambda _: True, world)
+
+    @custom_vmap
+    def many(params, requests):
+        return loop.run(dims, params, requests)
+
+    @many.def_vmap
+    def _many_many(axis_size, is_batched, *arguments):
+        arguments = spread(axis_size, is_batched, list(arguments))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arguments)
+        world = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), many(*flat))
+        return world, everywhere(world)
+
+    @custom_vmap
+    def one(params, requests):
+        lanes = jax.tree.map(lambda x: jnp.expand_dims(x, 0), (params, requests))
+        return jax.tree.map(lambda x: x[0], many(*lanes))
+
+    @one.def_vmap
+    def _one_many(axis_size, is_batched, *arguments):
+        world = many(*spread(axis_size, is_batched, list(arguments)))
+        return world, everywhere(world)
+
+    return one
+
+
+def latencies(dims: Dims, requests: Requests, world: World) -> Latencies:
+    """What every request of one scenario met with."""
+    rows = slice(0, dims.num_requests)
+    log_row, _ = world.placed[rows].T
+    arrival, finish = requests.arrival[rows, :3], world.finished[rows]
+    first_token = world.first_tokens[jnp.maximum(log_row, 0)]
+    is_real = jnp.arange(dims.num_requests) < requests.count
+    is_finished = is_real & (finish[:, 1] + finish[:, 2] + finish[:, 0] > 0)
+    is_placed = is_real & (log_row >= 0)
+
+    def between(start, end, is_known):
+        seconds = (end[:, 0] - start[:, 0]) * clock.EPOCH_S + clock.elapsed(Time(*start[:, 1:].T), Time(*end[:, 1:].T))
+        return jnp.where(is_known, seconds, jnp.nan)
+
+    gaps = requests.table[rows, OUTPUT] - 1
+    decode_s = between(first_token, finish, is_finished & (gaps > 0))
+    return Latencies(
+        ttft_s=between(arrival, first_token, is_placed), tpot_s=decode_s / jnp.maximum(gaps, 1),
+        e2e_s=between(arrival, finish, is_finished),
+        queue_s=between(arrival, world.scheduled[rows], is_real & (world.placed[rows, 1] >= 0)),
+        is_finished=is_finished, preemptions=world.progress[rows, 1])
