@@ -191,7 +191,8 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         itl_counts=world.itl[lane], busy_s=joined(times.busy), kv_block_s=joined(times.held),
         running_s=joined(times.running), kv_peak_blocks=counts.rank.peak_blocks,
         num_blocks=made.system.num_blocks if made.system.scheduler.kv_accounting else 0,
-        num_iterations=int(counts.batch.num_iterations.sum()), fault="; ".join(names),
+        num_iterations=int(counts.batch.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
+        fault="; ".join(names),
         steps=_tape(dims, world, lane) if dims.num_records else None)
 
 

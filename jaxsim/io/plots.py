@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxsim.metrics import LaneResult, Result, meets, request_frame
+from jaxsim.io.table import number
+from jaxsim.metrics import FINISHED, STATUS_NAMES, Interval, LaneResult, Result, request_frame
 
 PHASES = {"queue": "#E69F00", "prefill": "#0072B2", "stall": "#D55E00", "decode": "#66C2A5"}
 """Colours told apart by readers with any colour vision (after Okabe and Ito)."""
@@ -27,8 +28,8 @@ _STYLE = {
     "xtick.color": _FAINT, "ytick.color": _FAINT, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
     "legend.frameon": False, "legend.fontsize": 9,
 }
-_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
 _DPI = 130
+_STEPS = (1, 2, 2.5, 5, 10)
 _MOST_POINTS = 2000
 _MOST_ROWS = 80
 
@@ -47,33 +48,87 @@ def _figure(path: Path, *args: Any, **kwargs: Any) -> Iterator[Any]:
         figure.savefig(path, dpi=_DPI)
 
 
+def _label(result: Result, index: int) -> str:
+    return result.scenarios[index].name or "scenario"
+
+
+def _first_seed(result: Result, index: int) -> str:
+    """The scenario and the one run that a plot over time shows."""
+    seeds, many = result.scenarios[index].seeds, len(result.lanes[index])
+    return f"{_label(result, index)}, seed {seeds[0]}" + (f" (the first of {many})" if many > 1 else "")
+
+
+def _heading(figure: Any, text: str) -> None:
+    figure.suptitle(text, x=0.008, ha="left", fontsize=10, color=_FAINT)
+
+
+def _thousands(value: float, _: int | None = None) -> str:
+    return f"{value:,.10g}"
+
+
 def plot_latencies(result: Result, path: str | Path, index: int = 0) -> Path:
-    """Cumulative distributions of TTFT, TPOT and end-to-end latency, each seed thin, all together thick."""
+    """Cumulative distributions of TTFT, TPOT and end-to-end latency, each seed thin, all together thick.
+
+    The percentiles marked and the shares that meet a limit are those of the metrics: means over the seeds.
+    """
     path, scenario = Path(path), result.scenarios[index]
-    frames = [request_frame(lane) for lane in result.lanes[index]]
+    metrics, intervals = result.metrics[index], result.intervals[index]
+    frames = [_measured(lane, scenario.warmup_s) for lane in result.lanes[index]]
     pooled = pd.concat(frames, ignore_index=True)
-    met = meets(pooled, scenario.slo)
-    panels = (("Time to first token", "ttft", "ttft_s", scenario.slo.ttft_ms),
-              ("Time per output token", "tpot", "tpot_s", scenario.slo.tpot_ms),
-              ("End to end", "e2e", "e2e_s", scenario.slo.e2e_ms))
-    with _figure(path, figsize=(11, 3.6)) as figure:
+    panels = (("Time to first token", "ttft", "ttft", "ttft_s"), ("Time per output token", "tpot", "tpot", "tpot_s"),
+              ("End to end", "e2e", "e2el", "e2e_s"))
+    has_limits = any(metrics["slo"][f"{limit}_ms"] is not None for _, limit, _, _ in panels)
+    with _figure(path, figsize=(11, 4.1)) as figure:
         axes = figure.subplots(1, 3, sharey=True)
-        for axis, (title, name, column, limit_ms) in zip(axes, panels, strict=True):
-            for frame in frames:
+        for axis, (title, limit, name, column) in zip(axes, panels, strict=True):
+            for frame in frames if len(frames) > 1 else ():
                 axis.step(*_cdf(frame[column]), where="post", color=_LINE, alpha=0.25, linewidth=0.8)
             values, shares = _cdf(pooled[column])
             axis.step(values, shares, where="post", color=_LINE, linewidth=2)
-            axis.set_title(title)
-            axis.set_ylim(0, 1.02)
+            limit_ms = metrics["slo"][f"{limit}_ms"]
+            axis.set_title(title, pad=20 if has_limits else 7)
+            axis.set_ylim(0, 1.08)
+            axis.set_yticks(np.linspace(0, 1, 6))
             axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
             axis.set_xlabel("milliseconds")
             if len(values):
+                marks = {p: (metrics[f"p{p}_{name}_ms"], intervals.get(f"p{p}_{name}_ms")) for p in (50, 90, 99)}
                 _time_axis(axis, values, limit_ms)
-                _mark_percentiles(axis, values, shares)
+                _mark_percentiles(axis, marks)
             if limit_ms is not None:
-                _mark_limit(axis, limit_ms, float(met[name].mean()))
-        axes[0].set_ylabel("share of requests" + (" (thin: single seeds)" if len(frames) > 1 else ""))
+                _mark_limit(axis, limit_ms, metrics["slo"][f"{limit}_attainment"])
+        axes[0].set_ylabel("share of requests")
+        seeds = f", {len(frames)} seeds" if len(frames) > 1 else ""
+        _heading(figure, f"{_label(result, index)}{seeds}")
+        figure.supxlabel("\n".join(_footnotes(pooled, len(frames), scenario.slo.tpot_ms is not None)),
+                         x=0.008, ha="left", fontsize=8.5, color=_FAINT)
     return path
+
+
+def _measured(lane: LaneResult, warmup_s: float) -> pd.DataFrame:
+    """The requests that the metrics are made of, and of those the latencies of the ones that finished."""
+    frame = request_frame(lane)[lane.arrival_s - lane.arrival_s[:1] >= warmup_s]
+    is_done = frame["status"] == STATUS_NAMES[FINISHED]
+    columns = ["ttft_s", "tpot_s", "e2e_s"]
+    return frame.assign(**{name: frame[name].where(is_done) for name in columns})
+
+
+def _footnotes(pooled: pd.DataFrame, num_seeds: int, has_tpot_limit: bool) -> list[str]:
+    """What a reader would otherwise take for a contradiction between curves, marks and shares."""
+    notes = []
+    if num_seeds > 1:
+        notes.append("thin: single seeds; thick: all requests of all seeds; dots: mean of the seeds' percentiles with"
+                     " its 95 % interval, as in the table")
+    num_failed = int((pooled["status"] != STATUS_NAMES[FINISHED]).sum())
+    num_short = int((pooled["tpot_s"].isna() & pooled["e2e_s"].notna()).sum())
+    if num_short:
+        meets = ", and meet its limit" if has_tpot_limit else ""
+        notes.append(f"{100 * num_short / len(pooled):.3g} % of requests have a single output token: they have no time"
+                     f" per output token{meets}")
+    if num_failed:
+        notes.append(f"{100 * num_failed / len(pooled):.3g} % of requests did not finish: they are in no curve, and"
+                     " meet no limit")
+    return notes
 
 
 def _cdf(seconds: pd.Series) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +142,7 @@ def _cdf(seconds: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _time_axis(axis: Any, values: np.ndarray, limit_ms: float | None) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = max(float(values[0]), 1e-3), max(float(values[-1]), 1e-3)
     if limit_ms is not None:
@@ -97,42 +152,53 @@ def _time_axis(axis: Any, values: np.ndarray, limit_ms: float | None) -> None:
         axis.set_xlim(low / 1.15, high * 1.5)
         ratio = high / low
         ticks = (1, 2, 5) if ratio < 40 else (1, 3) if ratio < 300 else (1,)
-        axis.xaxis.set_major_locator(LogLocator(subs=ticks))
+        axis.xaxis.set_major_locator(LogLocator(subs=ticks, numticks=6))
         axis.xaxis.set_minor_formatter(NullFormatter())
     else:
         margin = 0.08 * (high - low) or 0.05 * high
         axis.set_xlim(max(low - margin, 0), high + 2 * margin)
-    axis.xaxis.set_major_formatter(FuncFormatter(_short))
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=_STEPS))
+    axis.xaxis.set_major_formatter(FuncFormatter(_thousands))
 
 
-def _short(value: float, _: int) -> str:
-    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:,g}"
+def _place(axis: Any, value: float) -> float:
+    """Where a time lies between the ends of the axis, 0 to 1."""
+    return float(axis.transAxes.inverted().transform(axis.transData.transform((value, 0)))[0])
 
 
-def _mark_percentiles(axis: Any, values: np.ndarray, shares: np.ndarray) -> None:
-    for percentile in (50, 90, 99):
-        value = values[min(np.searchsorted(shares, percentile / 100), len(values) - 1)]
-        text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-        axis.plot(value, percentile / 100, "o", color=_LINE, markersize=5, markeredgecolor="white", zorder=4)
-        is_right = axis.transAxes.inverted().transform(axis.transData.transform((value, 0)))[0] > 0.7
-        axis.annotate(f"p{percentile}  {text}", (value, percentile / 100), fontsize=9, zorder=5,
-                      xytext=(-7, 3) if is_right else (7, -10), textcoords="offset points",
-                      ha="right" if is_right else "left", bbox=_PAPER)
+def _mark_percentiles(axis: Any, marks: dict[int, tuple[float | None, Interval]]) -> None:
+    from matplotlib.patheffects import withStroke
+
+    for percentile, (value, ends) in marks.items():
+        if value is None:
+            continue
+        level = percentile / 100
+        if ends is not None:
+            # The interval of a mean of few seeds may reach below zero, where no logarithm goes.
+            axis.hlines(level, max(ends[0], axis.get_xlim()[0]), ends[1], color=_INK, linewidth=1, zorder=3)
+        axis.plot(value, level, "o", color=_LINE, markersize=5, markeredgecolor="white", zorder=5)
+        # Rising curves leave room on the lower right and the upper left.
+        is_right = _place(axis, value) > 0.65
+        axis.annotate(f"p{percentile}  {number(value)}", (value, level), fontsize=9, zorder=6,
+                      xytext=(-7, 3) if is_right else (7, -11), textcoords="offset points",
+                      ha="right" if is_right else "left",
+                      path_effects=[withStroke(linewidth=2.5, foreground="white")])
 
 
-def _mark_limit(axis: Any, limit_ms: float, met: float) -> None:
+def _mark_limit(axis: Any, limit_ms: float, met: float | None) -> None:
     axis.axvline(limit_ms, color=_LIMIT, linestyle=(0, (4, 3)), linewidth=1.3)
-    # On the side that has room, and where the curve is not.
-    is_right = axis.transAxes.inverted().transform(axis.transData.transform((limit_ms, 0)))[0] > 0.6
-    is_low = met > 0.5
-    axis.annotate(f"limit {limit_ms:g} ms\nmet by {100 * met:.1f} %", (limit_ms, 0.04 if is_low else 0.72),
-                  xytext=(-5 if is_right else 5, 0), textcoords="offset points", color=_LIMIT, fontsize=9,
-                  ha="right" if is_right else "left", va="bottom" if is_low else "center", bbox=_PAPER)
+    # Above the frame, where no curve runs.
+    place = _place(axis, limit_ms)
+    side = "left" if place < 0.35 else "right" if place > 0.65 else "center"
+    share = "" if met is None else f", met by {100 * met:.1f} %"
+    axis.annotate(f"limit {_thousands(limit_ms)} ms{share}", (limit_ms, 1), xycoords=("data", "axes fraction"),
+                  xytext=({"left": -4, "right": 4, "center": 0}[side], 4), textcoords="offset points",
+                  color=_LIMIT, fontsize=9, ha=side, va="bottom")
 
 
 def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
     """Running and waiting requests, and KV memory, over the time of the first run."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     path, lane = Path(path), result.lanes[index][0]
     curves = _curves(lane)
@@ -156,14 +222,21 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
                     axis.legend(loc="lower left", bbox_to_anchor=(0.2, 0.97), borderaxespad=0.2)
             else:
                 axis.set_ylim(0, max(float(np.max(total)), 1.0) * 1.12)
-                axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+                axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=_STEPS))
+                axis.yaxis.set_major_formatter(FuncFormatter(_thousands))
                 axis.set_ylabel("requests")
                 if not np.any(total):
                     axis.annotate("none", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=_FAINT)
-        axes[0].annotate("last arrival", (lane.arrival_s[-1], 1), xycoords=("data", "axes fraction"),
-                         xytext=(4, -2), textcoords="offset points", va="top", fontsize=9, color=_FAINT)
+        _heading(figure, _first_seed(result, index))
+        axes[-1].xaxis.set_major_formatter(FuncFormatter(_thousands))
         axes[-1].set_xlabel("seconds" + (f", {num_instances} instances" if num_instances > 1 else ""))
         axes[-1].set_xlim(0, float(curves[0][1][0][-1]))
+        # Above the frame, where no curve runs, and clear of the title.
+        place = _place(axes[0], float(lane.arrival_s[-1]))
+        axes[0].annotate("last arrival", (lane.arrival_s[-1], 1), xycoords=("data", "axes fraction"),
+                         xytext=(3 if place > 0.9 else -3 if place < 0.1 else 0, 3), textcoords="offset points",
+                         ha="right" if place > 0.9 else "left" if place < 0.1 else "center", va="bottom",
+                         fontsize=9, color=_FAINT)
     return path
 
 
@@ -239,6 +312,8 @@ def _thin(times: np.ndarray, held: np.ndarray) -> tuple:
 
 def plot_requests(result: Result, path: str | Path, index: int = 0) -> Path:
     """What happened to consecutive requests of the first run: one bar each, coloured by phase."""
+    from matplotlib.ticker import FuncFormatter
+
     path, lane = Path(path), result.lanes[index][0]
     frame = _window(request_frame(lane))
     with _figure(path, figsize=(11, 5.4)) as figure:
@@ -257,11 +332,14 @@ def plot_requests(result: Result, path: str | Path, index: int = 0) -> Path:
         axis.set_xlim(float(frame["arrival_s"].min()), float(np.max(start)) * 1.001)
         axis.grid(axis="y", visible=False)
         first, last = int(frame["request_id"].iloc[0]), int(frame["request_id"].iloc[-1])
-        axis.set_title(f"Requests {first} to {last}, from arrival to last token")
+        axis.set_title(f"Requests {first:,} to {last:,}, from arrival to last token")
         axis.set_xlabel("seconds")
         axis.set_ylabel("request, in order of arrival")
-        ticks = np.unique(np.linspace(0, len(frame) - 1, min(len(frame), 9)).astype(int))
-        axis.set_yticks(ticks, [str(int(frame["request_id"].iloc[t])) for t in ticks])
+        ids = frame["request_id"].to_numpy()
+        ticks = np.flatnonzero(ids % (10 if len(ids) > 20 else 5 if len(ids) > 8 else 1) == 0)
+        axis.set_yticks(ticks, [_thousands(int(ids[t])) for t in ticks])
+        axis.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        _heading(figure, _first_seed(result, index))
         axis.legend(ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
     return path
 

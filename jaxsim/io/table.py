@@ -105,7 +105,7 @@ def _latencies(metrics: Mapping[str, Any], intervals: Mapping[str, Interval], ou
         return number(None if value is None else value * 1e-3)
 
     def powers(value: float | None, _: Interval) -> str:
-        return "-" if value is None else f"{value * 1e-3:.3g}"
+        return "-" if value is None else f"{value * 1e-3:.2g}"
 
     flat = flatten(metrics)
     forms: list[tuple[str, Callable[[float | None, Interval], str]]] = [
@@ -136,14 +136,14 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
         return with_interval(flatten(m)[key], intervals.get(key), scale)
 
     facts = [
-        ("requests", f"{number(m['completed'])} completed, {number(m['failed'])} failed,"
-                     f" {flat('duration')} s from first arrival to last token"),
+        ("requests", f"{number(m['completed'])} completed, {number(m['failed'])} failed;"
+                     f" rates over {flat('duration')} s, drain included"),
         ("throughput", f"{flat('request_throughput')} requests/s, {flat('output_throughput')} output"
-                       f" tokens/s, {flat('total_token_throughput')} tokens/s (drain included)"),
+                       f" tokens/s, {flat('total_token_throughput')} tokens/s"),
     ]
     slo = m["slo"]
     if slo["attainment"] is not None:
-        limits = ", ".join(f"{label} <= {slo[f'{name}_ms']:g} ms: {share(slo[f'{name}_attainment'])}"
+        limits = ", ".join(f"{label} <= {slo[f'{name}_ms']:,.10g} ms: {share(slo[f'{name}_attainment'])}"
                            for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E"))
                            if slo[f"{name}_ms"] is not None)
         facts += [("goodput", f"{flat('request_goodput')} requests/s"),

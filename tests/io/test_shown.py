@@ -1,6 +1,9 @@
 """What people see: the table, the listings and the plots."""
 
+import dataclasses
 import io
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,8 +12,10 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from jaxsim.io import plots, table
+from jaxsim.io import result as files
 from jaxsim.io.listing import print_groups
-from jaxsim.metrics import Result, request_frame
+from jaxsim.kernels import histogram
+from jaxsim.metrics import LATENCIES, PERCENTILES, Result, flatten, request_frame
 from tests.metrics.lanes import blank_lane, scenario, simulated
 
 
@@ -31,17 +36,52 @@ def test_table_says_what_happened(starved):
     m, ends = starved.metrics[0], starved.intervals[0]
     half = (ends["mean_ttft_ms"][1] - ends["mean_ttft_ms"][0]) / 2
     assert f"{m['mean_ttft_ms']:,.0f} ± {half:,.0f}" in text
-    for word in ("TTFT", "TPOT", "ITL", "end to end", "in the queue", "mean", "p50", "p90", "p95", "p99",
-                 "200 completed, 0 failed", "TTFT <= 200 ms", "preemptions", "KV memory", "utilisation",
+    for word in ("TTFT", "TPOT", "ITL", "E2E", "queue", "mean", "p50", "p90", "p95", "p99",
+                 "200 completed, 0 failed", "TTFT <= 200 ms", "preemptions", "KV memory", "with work", "of the time",
+                 "requests an instance on average", "drain included",
                  "vllm-v1@0.9", "2 replicas (least_outstanding)", "200 requests x 3 seeds"):
         assert word in text, word
     assert f"{100 * m['slo']['ttft_attainment']:.1f} %" in text
 
 
-def test_unstable_runs_say_so(starved):
-    assert starved.metrics[0]["unstable"] is True and "UNSTABLE" in printed(starved)
+def test_overloaded_runs_say_so():
+    lanes = [simulated(seed, num_instances=1, rate_rps=40.0)[0] for seed in (0, 1, 2)]
+    overloaded = Result([scenario(num_seeds=3)], [lanes])
+    assert overloaded.metrics[0]["unstable"] is True
+    assert "UNSTABLE" in printed(overloaded) and "in 3 of 3 runs" in printed(overloaded)
     calm = Result([scenario(num_seeds=1)], [[simulated(0, num_requests=100, rate_rps=4.0)[0]]])
-    assert "UNSTABLE" not in printed(calm) and "±" not in printed(calm)
+    assert "UNSTABLE" not in printed(calm) and "TOO SHORT" not in printed(calm) and "±" not in printed(calm)
+
+
+def test_runs_that_still_fill_up_are_too_short_and_not_unstable():
+    arrival = np.arange(100.0)
+    short = Result([scenario(num_seeds=1)], [[blank_lane(arrival, arrival + 150.0)]])
+    text = " ".join(printed(short).split())
+    assert "UNSTABLE" not in text and "TOO SHORT in 1 of 1 runs" in text
+    assert "arrivals last 99.0 s, a request runs for 150 s" in text
+    for few in (blank_lane(np.arange(9.0), np.arange(9.0) + 50), blank_lane(np.zeros(90), np.arange(90.0) + 1)):
+        assert "TOO SHORT" not in printed(Result([scenario(num_seeds=1)], [[few]]))
+
+
+def test_a_trace_is_named_and_ignored_prefixes_are_told(tmp_path):
+    replay = scenario(workload={"kind": "trace", "trace": str(tmp_path / "monday.jsonl")}, num_seeds=1)
+    lane = blank_lane([0.0, 1.0], [1.0, 2.0])
+    text = printed(Result([replay], [[lane]]))
+    assert "trace monday.jsonl, 2 requests" in text and "prefix" not in text and "cost" not in text
+    text = printed(Result([replay], [[dataclasses.replace(lane, num_prefix_blocks=7)]]))
+    assert "prefix caching is not simulated" in text
+
+
+@pytest.mark.parametrize("values, line", [
+    ({"cost__host": "none"}, "cost: roofline, no host overhead"),
+    ({"engine__preset": "vllm-v0"}, "cost: roofline, host overhead of vllm-v0"),
+    ({"engine__preset": "vllm-v0", "cost__host": "vllm-v1"}, None),
+    ({"engine__preset": "vllm-v1@0.19"}, None),
+    ({"cost__overrides": {"host_step_s": 0.0}}, "cost: roofline, host_step_s overridden"),
+    ({"cost": {"kind": "fitted", "prefill": {"a": 1.0}, "decode": {"a": 1.0}}}, "cost: fitted coefficients")])
+def test_prices_that_differ_are_named(values, line):
+    lines = table.describe(scenario(num_seeds=1, **values), blank_lane([0.0], [1.0]))
+    assert lines[2:] == ([line] if line else [])
 
 
 def test_faults_are_named():
@@ -56,11 +96,49 @@ def test_piped_text_is_plain_and_fits_100_columns(starved):
     assert not any(line != line.rstrip() for line in text.splitlines())
 
 
-def test_wide_numbers_still_fit(starved):
-    slow = [blank_lane(np.zeros(20), np.arange(20) * 1e5 + 1e5, first_token_s=np.arange(20) * 9e4 + 1)
-            for _ in range(3)]
-    text = printed(Result([scenario(num_seeds=3)], [slow]))
-    assert max(map(len, text.splitlines())) <= 100 and "…" not in text
+def huge(factor):
+    """Latencies of that many seconds, which differ between seeds."""
+    rng = np.random.default_rng(2)
+    times = [factor * rng.uniform(0.5, 1.5, 20) for _ in range(3)]
+    return Result([scenario(num_seeds=3)], [[blank_lane(np.zeros(20), 2 * t, first_token_s=t) for t in times]])
+
+
+def rendered(result, width, is_terminal=False) -> str:
+    file = io.StringIO()
+    table._print(result, 0, Console(file=file, width=width, force_terminal=is_terminal, color_system=None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+@pytest.mark.parametrize("factor", [None, 10.0, 1e5, 1e12])
+def test_every_width_fits_and_keeps_its_labels(starved, factor, width, is_terminal):
+    text = rendered(starved if factor is None else huge(factor), width, is_terminal)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width and "…" not in text
+    head = next(i for i, line in enumerate(lines) if line.split()[0:1] in (["ms"], ["s"]))
+    assert lines[head].replace("|", " ").split()[1:] == ["mean", "p50", "p90", "p95", "p99"]
+    assert [line.split()[0] for line in lines[head + 2:head + 7]] == ["TTFT", "TPOT", "ITL", "E2E", "queue"]
+    for label in ("requests  ", "throughput  ", "limits met  ", "KV memory  ", "with work  ", "running  "):
+        assert any(line.startswith(label) for line in lines), label
+
+
+def test_intervals_are_dropped_before_the_unit_changes(starved):
+    def row(result, width):
+        return next(line for line in rendered(result, width).splitlines() if line.startswith(" TTFT"))
+
+    mean = f"{starved.metrics[0]['mean_ttft_ms']:,.0f}"
+    assert "±" in row(starved, 100)
+    assert "±" not in row(starved, 60) and mean in row(starved, 60)
+    wide = huge(1e7)
+    seconds = f"{wide.metrics[0]['mean_ttft_ms'] / 1e3:,.0f}"
+    assert f" {seconds} " in row(wide, 80)
+
+
+def test_long_class_names_leave_room():
+    lane = blank_lane(np.zeros(2), [1.0, 2.0], tenant=np.array([0, 1]), tenant_names=("a" * 90, "b"))
+    lines = rendered(Result([scenario(num_seeds=1)], [[lane]]), 80).splitlines()
+    assert max(map(len, lines)) <= 80 and any("1 requests, TTFT" in line for line in lines)
 
 
 def test_a_terminal_gets_colours(starved):
@@ -136,6 +214,82 @@ def test_waiting_adds_up_to_queues_and_stalls(starved):
     assert (np.diff(times) * total[:-1]).sum() == pytest.approx(waited, rel=0.02)
 
 
+def drawn(draw, monkeypatch, path):
+    """The figure that a plot drew."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    draw(path)
+    return figures[0]
+
+
+def texts(figure) -> list[str]:
+    own = [figure._suptitle, figure._supxlabel]
+    return [t.get_text() for t in (*own, *(t for axis in figure.axes for t in axis.texts)) if t is not None]
+
+
+def test_marks_are_those_of_the_table(starved, tmp_path, monkeypatch):
+    figure = drawn(lambda path: plots.plot_latencies(starved, path), monkeypatch, tmp_path / "latency.png")
+    m, said = starved.metrics[0], texts(figure)
+    for name in ("ttft", "tpot", "e2el"):
+        for percentile in (50, 90, 99):
+            assert f"p{percentile}  {table.number(m[f'p{percentile}_{name}_ms'])}" in said
+    assert f"limit 200 ms, met by {100 * m['slo']['ttft_attainment']:.1f} %" in said
+    dots = [line.get_xdata()[0] for line in figure.axes[1].lines if line.get_marker() == "o"]
+    assert dots == [m[f"p{p}_tpot_ms"] for p in (50, 90, 99)]
+    assert said[0] == "small, 3 seeds" and "dots: mean" in said[1] and "single output" not in said[1]
+
+
+def test_limits_are_written_where_no_curve_is(starved, tmp_path, monkeypatch):
+    figure = drawn(lambda path: plots.plot_latencies(starved, path), monkeypatch, tmp_path / "latency.png")
+    for axis in figure.axes[:2]:
+        (limit,) = [t for t in axis.texts if t.get_text().startswith("limit")]
+        box = limit.get_window_extent()
+        assert box.y0 >= axis.get_window_extent().y1 and box.x0 >= axis.get_window_extent().x0 - 1
+        assert box.y1 <= axis._left_title.get_window_extent().y0 + 1
+        assert not [t for t in axis.texts if t.get_bbox_patch() is not None]
+
+
+def test_what_separates_curve_and_share_is_said(tmp_path, monkeypatch):
+    lane = blank_lane(np.zeros(4), [0.1, 0.2, 0.3, np.nan], output_tokens=np.array([1, 5, 5, 5]),
+                      first_token_s=np.array([0.1, 0.1, 0.1, 0.2]))
+    result = Result([scenario(num_seeds=1)], [[lane]])
+    figure = drawn(lambda path: plots.plot_latencies(result, path), monkeypatch, tmp_path / "latency.png")
+    note = figure._supxlabel.get_text()
+    assert "25 % of requests have a single output token" in note and "meet its limit" in note
+    assert "25 % of requests did not finish" in note
+    # A request that never finished has a first token, and is in no curve all the same.
+    assert all(line.get_xdata().max() <= 300.0 for line in figure.axes[0].lines[:1])
+
+
+def test_warmup_is_in_no_curve():
+    lane = blank_lane([0.0, 1.0, 5.0], [9.0, 9.5, 6.0])
+    assert plots._measured(lane, 2.0)["e2e_s"].tolist() == [1.0]
+
+
+def test_plots_over_time_name_scenario_and_seed(starved, tmp_path, monkeypatch):
+    for draw in (plots.plot_load, plots.plot_requests):
+        figure = drawn(lambda path, draw=draw: draw(starved, path), monkeypatch, tmp_path / "x.png")
+        assert texts(figure)[0] == "small, seed 0 (the first of 3)"
+    ticks = [int(label.get_text()) for label in figure.axes[0].get_yticklabels()]
+    assert len(ticks) == 8 and all(tick % 10 == 0 for tick in ticks)
+    first = figure.axes[0].get_title("left").split()[1]
+    assert figure.axes[0].get_yticks()[0] == ticks[0] - int(first)
+
+
+@pytest.mark.parametrize("value, text", [(3000.0, "3,000"), (10_000, "10,000"), (0.5, "0.5"), (1e6, "1,000,000"),
+                                         (0, "0")])
+def test_ticks_are_written_in_one_way(value, text):
+    assert plots._thousands(value) == text
+
+
 def test_distribution_keeps_its_ends_when_thinned():
     values, shares = plots._cdf(pd.Series(np.arange(1, 100_001) * 1e-3))
     assert len(values) <= 2001 and (values[0], values[-1], shares[-1]) == (1.0, 100_000.0, 1.0)
@@ -147,3 +301,55 @@ def test_requests_worth_seeing_are_chosen(starved):
     assert len(window) == 80
     waited = (frame["queue_s"] + frame["stall_s"])
     assert waited[window.index].sum() == pytest.approx(waited.rolling(80).sum().max())
+
+
+# ---- the page that documents them
+
+
+def documented() -> set[str]:
+    """Every code span of docs/results.md, statistics of latencies and short forms of groups written out."""
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    spans, group = set(), ""
+    for span in re.findall(r"`([^`\n]+)`", text):
+        spans.add(f"{group}{span}" if span.startswith(".") else span)
+        group = span.split(".")[0] if re.fullmatch(r"\w+\.\w+", span) else group
+    assert "`STATISTIC_LATENCY_ms`" in text and {"mean", "median", "std", "p50", "ttft", "e2el"} <= spans
+    statistics = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))
+    return spans | {f"{s}_{name}_ms" for s in statistics if s in spans for name in LATENCIES if name in spans}
+
+
+def test_every_key_and_column_is_on_the_page(starved):
+    classes = [dataclasses.replace(lane, tenant_names=("a", "b")) for lane in starved.lanes[0]]
+    content = files.summary(Result(starved.scenarios, [classes]))
+    spans = documented()
+    assert set(content["tenants"]) == {"a", "b"} and "tenants.NAME" in spans
+    of_a_class = spans | {f"{s}_{latency}_ms" for s in ("mean", "p50", "p99") for latency in ("ttft", "tpot", "e2el")
+                          if {f"{s}_", f"{latency}_ms"} <= spans}
+    assert set(content["tenants"]["a"]) <= of_a_class
+    metrics = {k: v for k, v in content.items() if k not in ("tenants", "intervals", "seeds", "scenario", "provenance")}
+    assert set(flatten(metrics)) <= spans, set(flatten(metrics)) - spans
+    assert set(content) <= spans | {"slo", "queueing", "preemptions", "kv", "utilisation", "tenants"}
+    provenance = content["provenance"]
+    assert set(provenance) | set(provenance["imitates"]) <= spans and provenance["format"] in spans
+    assert set(starved.requests.columns) <= spans
+    assert set(files.FILES) <= spans
+
+
+def test_what_the_page_says_of_the_histogram_is_so():
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    edges = histogram.edges()
+    assert "from 2^-20 s to 2^12 s" in text and (edges[0], edges[-1]) == (2.0**-20, 2.0**12)
+    assert "at most 1.6 % wide" in text and (np.diff(edges) / edges[:-1]).max() < 0.016
+
+
+def test_files_of_a_former_run_are_cleared(starved, tmp_path):
+    plots.plot_all(starved, tmp_path)
+    for name in ("summary.json", "timeline.json", "notes.txt", "latency-mine.png"):
+        (tmp_path / name).write_text("old")
+    files.write_requests(starved, tmp_path / "requests.parquet")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "load.png").write_text("old")
+    files.clear(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["inner", "latency-mine.png", "notes.txt"]
+    assert (tmp_path / "inner" / "load.png").exists()
+    files.clear(tmp_path / "nowhere")
