@@ -1,19 +1,21 @@
 """The `jaxsim` command.
 
 Imports are inside the commands, so that `--help` and `--version` answer at once. Exit status: 0, 2 for a
-mistake of the user (one line on standard error), 3 for a simulation that a bound stopped, 130 for Ctrl-C.
+mistake of the user or a place that cannot be written to (one line on standard error), 3 for a simulation that a
+bound stopped, 130 for Ctrl-C.
 """
 
 import argparse
 import contextlib
-import json
+import difflib
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
-from importlib import metadata, resources
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +23,124 @@ USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
 
 _DISTRIBUTION = "jaxsim-serving"
 
+_FILES = ("summary.json", "requests.parquet", "timeline.json", "latency.png", "load.png", "requests.png")
+
+_made: list[Path] = []
+"""Folders made by this process, the inner ones last."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return USER_ERROR
-    from jaxsim._core.errors import InputError
-
+    """Runs the command; returns the exit status. Without arguments it takes those of the process, and its Ctrl-C."""
+    if arguments is None:
+        _leave_on_interrupt()
     try:
-        return options.command(options)
-    except InputError as error:
-        return _fail(str(error))
+        options = _parser().parse_args(arguments)
+        if sys.stdout is None:
+            return _fail("standard output is closed; send it to a file or to /dev/null")
+        if options.command is None:
+            _parser().print_help()
+            return USER_ERROR
+        from jaxsim._core.errors import InputError
+
+        try:
+            status = options.command(options)
+            sys.stdout.flush()
+            return status
+        except InputError as error:
+            return _fail(str(error))
     except KeyboardInterrupt:
-        print("jaxsim: interrupted", file=sys.stderr)
+        _say("jaxsim: interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe left; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        # Python's own streams carry no file name.
+        if error.filename is None:
+            _drop_output()
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error};"
+                     " make room, or choose another place")
+    finally:
+        _remove_empty_folders()
+
+
+def _say(text: str) -> None:
+    # Without a standard error print would turn to standard output.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def _fail(message: str) -> int:
-    print(f"jaxsim: error: {message}", file=sys.stderr)
+    _say(f"jaxsim: error: {message}")
     return USER_ERROR
+
+
+def _drop_output() -> None:
+    """Standard output leads nowhere from here on: Python would complain again when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _remove_empty_folders() -> None:
+    while _made:
+        with contextlib.suppress(OSError):
+            _made.pop().rmdir()
+
+
+def _leave_on_interrupt() -> None:
+    """Let Ctrl-C end the process at once, whatever it is doing.
+
+    An exception would wait for the end of a compilation or a simulation, come out of half an import as another
+    error, and leave compiled code to be torn down under its own threads.
+    """
+    if threading.current_thread() is not threading.main_thread() or (
+            signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch() -> None:
+        # Other signals with a handler of Python's write here too.
+        while os.read(read, 1) != bytes([signal.SIGINT]):
+            pass
+        _remove_empty_folders()
+        with contextlib.suppress(OSError):
+            os.write(2, b"jaxsim: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.set_wakeup_fd(write)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, with what was probably meant."""
+
+    def error(self, message: str) -> Any:
+        message = " ".join(message.split())
+        unknown = re.fullmatch(r"unrecognized arguments: (.*)", message)
+        remedy = f"see `{self.prog} --help`"
+        if unknown:
+            first = unknown.group(1).split()[0]
+            near = difflib.get_close_matches(first.partition("=")[0], _option_names(self), n=1)
+            message = f"unknown argument {unknown.group(1)}"
+            remedy = f"did you mean {near[0]}?" if near else "see --help of the command"
+        self.exit(_fail(f"{message}; {remedy}"))
+
+
+def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _option_names(inner)
 
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from importlib import metadata
+
         try:
             version = metadata.version(_DISTRIBUTION)
         except metadata.PackageNotFoundError:
@@ -60,7 +150,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="jaxsim", description="Simulate an LLM serving system under a workload, exactly and fast.",
         epilog="jaxsim run simulates the embedded default scenario; jaxsim COMMAND --help tells more.")
     parser.add_argument("--version", nargs=0, action=_Version, help="print the version and exit")
@@ -71,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="simulate a scenario, print its table, write its files",
         description="Simulate a scenario over several seeds; print a table and write summary.json,"
                     " requests.parquet and plots.",
-        epilog="exit status: 0 done, 2 an input that cannot be used, 3 a bound stopped the simulation")
+        epilog="exit status: 0 done, 2 an input that cannot be used or a place that cannot be written to, 3 a bound"
+               " stopped the simulation, 130 interrupted")
     run.add_argument("scenario", nargs="?", metavar="SCENARIO",
                      help="a scenario file, or a name of `jaxsim list scenarios` (default: default)")
     run.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="values",
@@ -121,47 +212,21 @@ def _parser() -> argparse.ArgumentParser:
 # ---- scenarios
 
 
-def _shipped() -> dict[str, Any]:
-    """Scenario files that come with the package, by name."""
-    folder = resources.files("jaxsim.scenarios")
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): f for f in files}
-
-
-def _load(name: str) -> Any:
-    from jaxsim._core.errors import InputError, suggest
-    from jaxsim.spec.scenario import Scenario
-
-    shipped = _shipped()
-    if name in shipped and not Path(name).is_file():
-        with resources.as_file(shipped[name]) as path:
-            return Scenario.from_toml(path)
-    if not name.endswith(".toml") and not Path(name).exists():
-        raise InputError("scenario", name, "no such file, and no scenario of that name",
-                         suggest(name, shipped))
-    return Scenario.from_toml(name)
-
-
 def _chosen(options: argparse.Namespace) -> Any:
     """The scenario with everything the command line says about it."""
     from jaxsim._core.errors import InputError
     from jaxsim.spec.scenario import Scenario
     from jaxsim.spec.toml import parse_value
-    from jaxsim.spec.vllm import import_vllm
 
-    scenario = _load(options.scenario or "default")
-    if options.from_vllm:
-        tree = scenario.to_dict()
-        replaced = ("model", "device", "engine", "name", "description")
-        base = {k: v for k, v in tree.items() if k not in replaced}
-        preset = tree.get("engine", {}).get("preset", "vllm-v1")
-        device = scenario.device.name if scenario.device else "h100"
-        scenario = import_vllm(options.from_vllm, device=device, base={"name": "from-vllm", **base},
-                               preset=preset if preset.startswith("vllm") else "vllm-v1")
-    if options.trace:
+    scenario = Scenario.from_toml("default" if options.scenario is None else options.scenario)
+    if options.from_vllm is not None:
+        scenario = _from_vllm(scenario, options.from_vllm)
+    if options.trace is not None:
         tree = scenario.to_dict()
         kept = {k: v for k, v in tree["workload"].items() if k in ("seed", "tenants")}
         tree["workload"] = {"kind": "trace", "trace": options.trace, **kept}
+        tree["name"] = Path(options.trace).name.partition(".")[0]
+        tree["description"] = f"replay of {options.trace}"
         # A replay is the same in every run, unless something is drawn on top of it.
         tree["num_seeds"] = 1
         scenario = Scenario.from_dict(tree)
@@ -176,6 +241,26 @@ def _chosen(options: argparse.Namespace) -> Any:
     return scenario.with_values(values) if values else scenario
 
 
+def _from_vllm(scenario: Any, line: str) -> Any:
+    """The scenario with model and engine of a `vllm serve` line."""
+    from jaxsim.spec.scenario import FittedCost, Scenario
+    from jaxsim.spec.vllm import import_vllm
+
+    tree = scenario.to_dict()
+    base = {k: v for k, v in tree.items() if k not in ("model", "device", "engine", "name", "description")}
+    if isinstance(scenario.cost, FittedCost):
+        warnings.warn("the fitted coefficients of the scenario are of another model: the roofline is used instead",
+                      stacklevel=2)
+        del base["cost"]
+    if scenario.device is None:
+        warnings.warn("the scenario names no device: h100 is used (--set device.name=...)", stacklevel=2)
+    preset = scenario.engine.preset
+    imported = import_vllm(line, device=scenario.device.name if scenario.device else "h100",
+                           base={"name": "from-vllm", **base},
+                           preset=preset if preset.startswith("vllm") else "vllm-v1").to_dict()
+    return Scenario.from_dict({**imported, "device": tree.get("device", imported["device"])})
+
+
 # ---- commands
 
 
@@ -184,38 +269,35 @@ def _run(options: argparse.Namespace) -> int:
         warnings.simplefilter("always", UserWarning)
         scenario = _chosen(options)
     for warning in caught:
-        print(f"jaxsim: note: {warning.message}", file=sys.stderr)
+        _say(f"jaxsim: note: {warning.message}")
     # A name is a label and may hold anything; its folder stays inside results.
     label = "-".join(re.findall(r"[\w.-]*\w", scenario.name)) or "scenario"
-    folder = _folder(options.out or f"results/{label}")
-    if folder is None:
-        return _fail(f"--out = {options.out or label!r}: cannot be written; give another folder")
+    folder = _folder(f"results/{label}" if options.out is None else options.out)
 
     # Only now: what is wrong with the scenario is told before JAX is loaded.
     _keep_programs()
-    from jaxsim._core.errors import InputError
+    _find_devices()
     from jaxsim.engine.simulate import simulate
     from jaxsim.io import result as files
 
     start = time.perf_counter()
-    try:
-        result = simulate([scenario], record_steps=True)
-    except InputError:
-        # Nothing was simulated: leave no empty folders behind.
-        with contextlib.suppress(OSError):
-            os.removedirs(folder)
-        raise
+    result = simulate([scenario], record_steps=True)
     elapsed_s = time.perf_counter() - start
-    written = [files.write_summary(result, folder / "summary.json"),
-               files.write_requests(result, folder / "requests.parquet")]
-    if options.timeline:
-        from jaxsim.io.timeline import write_timeline
+    try:
+        files.clear(folder)
+        written = [files.write_summary(result, folder / "summary.json"),
+                   files.write_requests(result, folder / "requests.parquet")]
+        if options.timeline:
+            from jaxsim.io.timeline import write_timeline
 
-        written.append(write_timeline(result.lanes[0][0], folder / "timeline.json"))
-    if not options.no_plots:
-        from jaxsim.io.plots import plot_all
+            written.append(write_timeline(result.lanes[0][0], folder / "timeline.json"))
+        if not options.no_plots:
+            from jaxsim.io.plots import plot_all
 
-        written += plot_all(result, folder)
+            written += plot_all(result, folder)
+    except OSError as error:
+        return _fail(f"{error.filename or folder}: cannot be written ({error.strerror or error}); make room, or give"
+                     " another folder with --out")
     if options.json:
         sys.stdout.write(files.to_json(files.summary(result)))
     else:
@@ -225,30 +307,56 @@ def _run(options: argparse.Namespace) -> int:
         total = sum(lane.num_requests for lane in result.lanes[0])
         print(f"\n{total:,} requests simulated in {elapsed_s:.1f} s, compilation included\n{folder}{os.sep}: "
               + ", ".join(path.name for path in written))
-    sys.stdout.flush()
     if result.faults:
-        print(f"jaxsim: stopped before the end: {'; '.join(result.faults)}", file=sys.stderr)
+        _say(f"jaxsim: stopped before the end: {'; '.join(result.faults)}")
         return STOPPED
     return 0
 
 
 def _keep_programs() -> None:
     """Keep compiled programs between runs, in the user's cache folder, unless JAX was told where to."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(home) / "jaxsim"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # XLA takes two tuning hints for processor features and calls every program it loads foreign.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def _folder(name: str) -> Path | None:
-    """The folder, made if need be; None where that or writing into it is impossible."""
-    folder = Path(name)
+def _find_devices() -> None:
+    """Let JAX look for its devices now. Raises `InputError` where it finds none."""
+    import jax
+
+    from jaxsim._core.errors import InputError
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        jax.devices()
+    except RuntimeError as error:
+        raise InputError("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS"), 
+                         f"JAX cannot start ({str(error).splitlines()[0]})",
+                         "set the environment variable JAX_PLATFORMS=cpu, or unset it") from None
+
+
+def _folder(name: str) -> Path:
+    """The folder, made if need be. Raises `InputError` where it or a file in it cannot be written."""
+    from jaxsim._core.errors import InputError
+
+    folder, another = Path(name), "give another folder"
+    if not name:
+        raise InputError("--out", name, "is not a folder", another)
+    try:
+        for part in reversed((folder, *folder.parents)):
+            if not part.exists():
+                part.mkdir(exist_ok=True)
+                _made.append(part)
+        is_folder = folder.is_dir() and os.access(folder, os.W_OK)
     except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+        is_folder = False
+    if not is_folder:
+        raise InputError("--out", name, "cannot be written", another)
+    for path in (folder / file for file in _FILES):
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise InputError("--out", name, f"{path.name} in it cannot be replaced", f"remove it, or {another}")
+    return folder
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -262,6 +370,8 @@ def _list(options: argparse.Namespace) -> int:
     groups = {"models": _models, "devices": _devices, "policies": _policies,
               "scenarios": _scenarios}[options.what]()
     if options.json:
+        import json
+
         print(json.dumps(groups, indent=2))
         return 0
     from jaxsim.io.listing import print_groups
@@ -306,11 +416,10 @@ def _policies() -> dict[str, list[dict[str, Any]]]:
 
 
 def _scenarios() -> dict[str, list[dict[str, Any]]]:
-    rows = []
-    for name in _shipped():
-        scenario = _load(name)
-        rows.append({"scenario": name, "shows": scenario.description})
-    return {"scenarios": rows}
+    from jaxsim.spec.scenario import Scenario, shipped_scenarios
+
+    return {"scenarios": [{"scenario": name, "shows": Scenario.named(name).description}
+                          for name in shipped_scenarios()]}
 
 
 def _import_vllm(options: argparse.Namespace) -> int:
@@ -322,8 +431,12 @@ def _import_vllm(options: argparse.Namespace) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         scenario = import_vllm(line, device=options.device, preset=options.preset)
+    from jaxsim.engine.lower import resolve_system
+
+    # A line that no machine of that kind could serve is better refused than written down.
+    resolve_system(scenario)
     for warning in caught:
-        print(f"jaxsim: note: {warning.message}", file=sys.stderr)
+        _say(f"jaxsim: note: {warning.message}")
     sys.stdout.write(scenario.to_toml())
     return 0
 
@@ -335,6 +448,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _schema(_: argparse.Namespace) -> int:
+    import json
+
     from jaxsim.spec.scenario import json_schema
 
     print(json.dumps(json_schema(), indent=2))

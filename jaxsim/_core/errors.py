@@ -28,7 +28,10 @@ class InputError(ValueError):
 
 
 def suggest(name: str, names: Iterable[str], otherwise: str = "") -> str:
-    """The names nearest to `name`, as text: "did you mean 'x'?"; where none is near `otherwise`, or the list of them."""
+    """The names nearest to `name`, as text: "did you mean 'x'?".
+
+    Where none is near it is `otherwise`, or the list of all of them.
+    """
     known = sorted({str(n) for n in names})
     if not known and not otherwise:
         return "there is nothing to choose from"

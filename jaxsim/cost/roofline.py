@@ -458,13 +458,14 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
     values |= _links(device, plan) | HOSTS[host]
     unknown = [name for name in overrides if name not in values]
     if unknown:
-        raise InputError("cost." + unknown[0], overrides[unknown[0]], "is not a parameter of the roofline",
+        raise InputError("cost.overrides." + unknown[0], overrides[unknown[0]], "is not a parameter of the roofline",
                          suggest(unknown[0], values))
     values |= overrides
     for name, value in values.items():
         if not np.all(np.asarray(value) >= 0) or (name.endswith(("flops", "bytes_per_s", "efficiency"))
                                                   and not np.all(np.asarray(value) > 0)):
-            raise InputError("cost." + name, value, "must be positive", "give a positive number, or leave it out")
+            raise InputError("cost.overrides." + name, value, "must be positive",
+                             "give a positive number, or leave it out")
     leaves = {name: jnp.asarray(value, float) for name, value in values.items()}
     return Roofline(**leaves, model=model, plan=plan, weights=fmt,
                     kv_bytes=kv_cache_bytes(kv_dtype, dtype, model), distinct_experts=distinct_experts)

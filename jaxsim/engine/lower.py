@@ -12,10 +12,10 @@ from jaxsim.engine.common import Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import router
-from jaxsim.spec.device import DeviceSpec, load_device
+from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
-from jaxsim.spec.model import ModelSpec, load_model
+from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan
 from jaxsim.spec.presets import NO_TOKEN_LIMIT, Scheduler, resolve
 from jaxsim.spec.scenario import FittedCost, Scenario
@@ -53,11 +53,10 @@ def resolve_system(scenario: Scenario) -> System:
                 enable_expert_parallel=engine.enable_expert_parallel)
     model = device = None
     if scenario.model is not None:
-        given = scenario.model
-        model = ModelSpec.from_hf_config(given.config) if given.config else load_model(given.name)
+        model = scenario.model.spec()
         plan = plan.check(model)
     if scenario.device is not None:
-        device = load_device(scenario.device.name)
+        device = scenario.device.spec()
     scheduler = resolve(
         engine, device_name=device.name if device else "",
         memory_bytes=device.memory_bytes if device else 0.0,
@@ -88,12 +87,7 @@ def make_workload(scenario: Scenario, seed: int) -> Workload:
     w = scenario.workload
     tenants = tuple(Tenant(t.name, t.share, t.priority) for t in w.tenants)
     if w.kind == "trace":
-        options = {name: value for name, value in (("rate_rps", w.rate_rps), ("num_requests", w.num_requests))
-                   if value is not None}
-        if w.slice is not None:
-            options |= {"start_s": w.slice.start_s, "keep": w.slice.keep}
-            options |= {"end_s": w.slice.end_s} if w.slice.end_s is not None else {}
-        return read_trace(w.trace, w.format, seed=seed, **options)
+        return read_trace(w.trace, w.format, seed=seed, **w.trace_options())
     arguments = w.generator_arguments()
     if tenants:
         arguments["tenants"] = tenants
@@ -117,9 +111,11 @@ def check_requests(system: System, workload: Workload) -> None:
             raise InputError(f"workload request {i}", f"{prompt[i]} prompt + {limit[i]} output tokens",
                              problem(int(value[i])), remedy)
 
+    is_all = system.model is not None and system.max_model_len >= system.model.max_position
     refuse(prompt + limit > system.max_model_len, prompt + limit,
            lambda n: f"{n} tokens exceed max_model_len = {system.max_model_len}",
-           "raise engine.max_model_len, cut outputs with workload.output_limit, or leave such requests out")
+           ("" if is_all else "raise engine.max_model_len, ")
+           + "cut outputs with workload.output_limit, or leave such requests out")
     recomputed = prompt + output - 1 if s.reserve in ("none", "prompt", "expected") else prompt
     if not s.chunked_prefill:
         refuse(recomputed > s.max_num_batched_tokens, recomputed,

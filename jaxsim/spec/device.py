@@ -1,6 +1,8 @@
 """The device a rank runs on: memory, peaks, links, power, price, and the catalogue of known ones."""
 
 import functools
+import math
+import numbers
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -10,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim.spec.messages import convert_table
 
 Positive = Annotated[float, Meta(gt=0)]
 GIB = 1 << 30
@@ -72,25 +75,23 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     notes: str = ""
 
     def __post_init__(self):
-        if not self.memory_bytes_per_s > 0:
-            raise InputError("device.memory_bytes_per_s", self.memory_bytes_per_s, "must be positive")
+        for field, value in zip(self.__struct_fields__, msgspec.structs.astuple(self), strict=True):
+            is_number = (field.endswith(("_bytes", "_per_s", "_flops", "_hz", "_w", "_per_node"))
+                         or field.startswith(("num_", "usd_")))
+            is_given = value is not None or field == "memory_bytes_per_s"
+            if is_number and is_given and (not isinstance(value, numbers.Real) or not 0 < value < math.inf):
+                raise InputError(f"device.{field}", value, "is not a positive number", "give one in SI units")
         if self.bf16_flops is None and self.fp32_flops is None:
             raise InputError("device.bf16_flops", None, f"{self.name} has no arithmetic peak",
                              "give bf16_flops or fp32_flops")
         if (self.visible_memory_bytes or 0) > (self.memory_bytes or float("inf")):
             raise InputError("device.visible_memory_bytes", self.visible_memory_bytes,
-                             f"more than memory_bytes = {self.memory_bytes}")
+                             f"more than memory_bytes = {self.memory_bytes}", "lower it, or leave it out")
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], path: str = "device") -> "DeviceSpec":
         """From a table of the fields above, as a scenario file holds it."""
-        try:
-            return msgspec.convert(dict(table), cls)
-        except msgspec.ValidationError as error:
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise InputError(path, table.get("name", dict(table)), str(error),
-                             "see the catalogue (scenarios/devices) for examples") from None
+        return convert_table(table, cls, path, "device", "see `jaxsim list devices` for those that are built in")
 
     def peak(self, compute: str) -> Peak:
         """Dense peak for a number type, or for the next wider one the device has.
@@ -156,8 +157,6 @@ def load_device(name: str) -> DeviceSpec:
     try:
         return device_catalogue()[_device_names()[_fold(name)]]
     except KeyError:
-        hint = suggest(_fold(name), _device_names())
-        if not hint.startswith("did you mean"):
-            hint = suggest(name, device_catalogue()) + "."
+        hint = suggest(_fold(name), _device_names(), "see `jaxsim list devices`.")
         raise InputError("device.name", name, "is not in the catalogue",
-                         f"{hint} Or write its numbers out as a [device] table") from None
+                         f"{hint} Or write its numbers out in a [device.numbers] table") from None

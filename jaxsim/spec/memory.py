@@ -6,6 +6,7 @@ A serving engine measures the last terms by running its largest batch once. Here
 numbers per engine version (`Workspace`), checked against published start-up logs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -20,6 +21,14 @@ HIDDEN_COPIES = 4
 
 SAMPLER_HIDDEN_COPIES = 2
 """Hidden-state tensors still alive while logits are sampled."""
+
+
+MOST_UTILIZATION = 0.95
+"""The largest share of device memory that an error message proposes."""
+
+
+LARGE_SHARE = 0.2
+"""Activations above this share of device memory are large: an error message then proposes a smaller batch."""
 
 
 class Workspace(NamedTuple):
@@ -165,13 +174,53 @@ def kv_blocks(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, *,
     Known gaps: windowed layers take blocks like full ones (vLLM pools them apart); vision towers; KV offload.
     """
     plan = (plan or Plan()).check(model)
-    arguments = {k: v for k, v in locals().items() if k not in ("model", "device", "plan")}
     if not 0 < gpu_memory_utilization <= 1:
-        raise InputError("engine.gpu_memory_utilization", gpu_memory_utilization, "must be between 0 and 1")
+        raise InputError("engine.gpu_memory_utilization", gpu_memory_utilization, "must be between 0 and 1",
+                         "give the share of device memory the engine may fill")
     fmt, space = weight_format(dtype, model), reserve or workspace(engine_version)
     width = kv_cache_bytes(kv_dtype, dtype, model)
+    need = 1 if max_model_len is None else max_model_len
+
+    def spend(plan: Plan, tokens: int, sequences: int, utilization: float = gpu_memory_utilization) -> MemoryBudget:
+        return _spend(model, device, plan, fmt, space, width, block_size, utilization, tokens, sequences)
+
+    budget = spend(plan, max_num_batched_tokens, max_num_seqs)
+    if budget.num_tokens >= need:
+        return budget
+    tp = plan.tensor_parallel_size
+    what = (f"does not fit on {device.name}" if budget.num_blocks < 1 else
+            f"leaves room for {budget.num_tokens:,} KV tokens on {device.name}, fewer than max_model_len = {need:,}")
+    per_rank = f" a rank at tensor_parallel_size {tp}" if tp > 1 else ""
+    remedies = []
+    # The least change first: more of the same memory, a smaller batch, then more devices.
+    for share in range(int(100 * gpu_memory_utilization) + 1, int(100 * MOST_UTILIZATION) + 1):
+        if spend(plan, max_num_batched_tokens, max_num_seqs, share / 100).num_tokens >= need:
+            remedies.append(f"raise engine.gpu_memory_utilization to at least {share / 100:g}")
+            break
+    if budget.activation_bytes > LARGE_SHARE * device.usable_memory_bytes:
+        # Where one of the two sizes the largest step the other does not help.
+        for field, tokens, sequences in (("max_num_batched_tokens", 1, 0), ("max_num_seqs", 0, 1)):
+            for halvings in range(1, 32):
+                smaller = (max_num_batched_tokens >> tokens * halvings, max_num_seqs >> sequences * halvings)
+                if min(smaller) < 1:
+                    break
+                if spend(plan, *smaller).num_tokens >= need:
+                    remedies.append(f"lower engine.{field} to at most {smaller[0] if tokens else smaller[1]}")
+                    break
+    if not remedies:
+        wider = _fitting_tensor_ranks(model, plan, lambda p: spend(p, max_num_batched_tokens, max_num_seqs), need)
+        remedies.append(f"use tensor_parallel_size = {wider}" if wider else "use a larger device or a narrower dtype")
+    if budget.num_blocks >= 1:
+        remedies.append("lower max_model_len")
+    raise InputError("model.name", model.name, f"{what}: {budget.sum} for KV{per_rank}", ", or ".join(remedies))
+
+
+def _spend(model: ModelSpec, device: DeviceSpec, plan: Plan, fmt: WeightFormat, space: Workspace, kv_width: float,
+           block_size: int, gpu_memory_utilization: float, max_num_batched_tokens: int,
+           max_num_seqs: int) -> MemoryBudget:
+    """The budget of the pipeline stage that has the fewest blocks, whether or not anything fits."""
     tp, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
-    per_layer = model.layer_kv_bytes_per_token(width, tp) * block_size
+    per_layer = model.layer_kv_bytes_per_token(kv_width, tp) * block_size
     is_parallel = tp > 1 or (plan.enable_expert_parallel and plan.data_parallel_size > 1)
     other = space.non_torch_parallel_bytes if is_parallel else space.non_torch_bytes
     other += space.cuda_graph_bytes
@@ -186,29 +235,19 @@ def kv_blocks(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, *,
             block_bytes=per_layer * layers, visible_bytes=device.usable_memory_bytes,
             gpu_memory_utilization=gpu_memory_utilization, weight_bytes=weights, activation_bytes=activations,
             other_bytes=other, kv_bytes=left))
-    budget = min(budgets, key=lambda b: b.num_blocks)
-    need = 1 if max_model_len is None else max_model_len
-    if budget.num_tokens < need:
-        what = (f"does not fit on {device.name}" if budget.num_blocks < 1 else
-                f"leaves room for {budget.num_tokens:,} KV tokens on {device.name}, fewer than "
-                f"max_model_len = {need:,}")
-        per_rank = f" a rank at tensor_parallel_size {tp}" if tp > 1 else ""
-        wider = _fitting_tensor_ranks(model, device, plan, arguments)
-        remedy = f"use tensor_parallel_size = {wider}" if wider else "use a larger device or a narrower dtype"
-        remedy += "" if budget.num_blocks < 1 else ", or lower max_model_len"
-        raise InputError("model.name", model.name, f"{what}: {budget.sum} for KV{per_rank}", remedy)
-    return budget
+    return min(budgets, key=lambda b: b.num_blocks)
 
 
-def _fitting_tensor_ranks(model: ModelSpec, device: DeviceSpec, plan: Plan, arguments: dict) -> int | None:
+def _fitting_tensor_ranks(model: ModelSpec, plan: Plan, spend: Callable[[Plan], MemoryBudget],
+                          need: int) -> int | None:
     """The next doubling of tensor parallelism that fits, up to 16, for the error message."""
     ranks = 2 * plan.tensor_parallel_size
-    if ranks > 16:
-        return None
-    try:
-        kv_blocks(model, device, msgspec.structs.replace(plan, tensor_parallel_size=ranks), **arguments)
-    except InputError as error:
-        # A deeper refusal already carries the answer of the search below it.
-        found = error.remedy.partition("tensor_parallel_size = ")[2].partition(",")[0]
-        return int(found) if error.field == "model.name" and found.isdigit() else None
-    return ranks
+    while ranks <= 16:
+        wider = msgspec.structs.replace(plan, tensor_parallel_size=ranks)
+        try:
+            if spend(wider.check(model)).num_tokens >= need:
+                return ranks
+        except InputError:
+            return None
+        ranks *= 2
+    return None

@@ -4,7 +4,10 @@ import functools
 import re
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+
+import msgspec
 
 from jaxsim._core.errors import InputError, suggest
 
@@ -62,6 +65,22 @@ def explain(message: str, values: dict[str, Any], root: type) -> InputError:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_out = is_number and any(sign in head for sign in "<>")
     return InputError(path, value, "out of range" if is_out else "cannot be used", f"use {describe(hint)}")
+
+
+def convert_table(table: Any, struct: type, path: str, section: str, remedy: str) -> Any:
+    """A table as a checked struct; what is wrong is told with the field's place under `path`.
+
+    section: what the struct's own checks write in front of its fields.
+    """
+    if not isinstance(table, Mapping):
+        raise InputError(path, table, "is not a table of fields", remedy)
+    values = dict(table)
+    try:
+        return msgspec.convert(values, struct)
+    except msgspec.ValidationError as error:
+        told = error.__cause__ if isinstance(error.__cause__, InputError) else explain(str(error), values, struct)
+        field = f"{path}.{told.field.removeprefix(section + '.')}"
+        raise InputError(field, told.value, told.problem, told.remedy or remedy) from None
 
 
 def describe(hint: Any) -> str:

@@ -7,8 +7,10 @@ from the user's own table (`ModelSpec.from_dict`).
 
 import functools
 import json
+import numbers
 import os
 import tomllib
+import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -18,9 +20,13 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim.spec.messages import convert_table, hints
 
-Count = Annotated[int, Meta(ge=1)]
-CountOrNone = Annotated[int, Meta(ge=0)]
+MOST = 1 << 31
+MOST_LAYERS = 10_000
+
+Count = Annotated[int, Meta(ge=1, le=MOST)]
+CountOrNone = Annotated[int, Meta(ge=0, le=MOST)]
 
 
 class RankShape(NamedTuple):
@@ -71,7 +77,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """
 
     name: Annotated[str, Meta(min_length=1)]
-    layers: Count
+    layers: Annotated[int, Meta(ge=1, le=MOST_LAYERS)]
     hidden: Count
     heads: Count
     kv_heads: Count
@@ -107,9 +113,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     source: str = ""
 
     def __post_init__(self):
-        for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "max_position"):
-            if getattr(self, field) < 1:
-                raise InputError(f"model.{field}", getattr(self, field), "must be at least 1")
+        for field, (low, high) in _ranges().items():
+            _check_count(f"model.{field}", getattr(self, field), low, high)
         if not self.is_mla and self.heads % self.kv_heads:
             raise InputError("model.kv_heads", self.kv_heads, f"does not divide heads = {self.heads}",
                              "attention heads share KV heads in equal groups")
@@ -134,30 +139,29 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], path: str = "model") -> "ModelSpec":
         """From a table of the fields above, as a scenario file holds it."""
-        try:
-            return msgspec.convert(dict(table), cls)
-        except msgspec.ValidationError as error:
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise InputError(path, table.get("name", dict(table)), str(error),
-                             "see the catalogue (scenarios/models) for examples") from None
+        return convert_table(table, cls, path, "model", "see `jaxsim list models` for those that are built in")
 
     @classmethod
     def from_hf_config(cls, config: str | os.PathLike | Mapping[str, Any], name: str = "") -> "ModelSpec":
         """From a Hugging Face `config.json`: a mapping, the file, or the folder that holds it."""
         source = "config mapping"
+        if not isinstance(config, (str, os.PathLike, Mapping)):
+            raise InputError("model.config", config, "is neither a path nor a table",
+                             "give a config.json or the folder that holds it")
         if not isinstance(config, Mapping):
             path = Path(config)
             path = path / "config.json" if path.is_dir() else path
             try:
-                config = json.loads(path.read_text())
+                config = json.loads(path.read_text(encoding="utf-8-sig"))
             except OSError as error:
                 raise InputError("model.config", str(path), f"cannot be read ({error.strerror})",
                                  "give a config.json or the folder that holds it") from None
             except ValueError as error:
-                raise InputError("model.config", str(path), f"is not JSON ({error})") from None
+                raise InputError("model.config", str(path), f"is not JSON ({error})",
+                                 "download the file again") from None
             if not isinstance(config, Mapping):
-                raise InputError("model.config", str(path), "is not a JSON object")
+                raise InputError("model.config", str(path), "is not a JSON object",
+                                 "give a Hugging Face config.json")
             source, name = str(path), name or path.parent.name
         return _from_hf(config, name or str(config.get("_name_or_path") or config.get("model_type", "model")),
                         source)
@@ -264,6 +268,23 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return self.layers * self.layer_kv_bytes_per_token(kv_bytes, tensor_ranks)
 
 
+@functools.cache
+def _ranges() -> dict[str, tuple[int, int]]:
+    """Smallest and largest value of each dimension."""
+    found = {}
+    for field, hint in hints(ModelSpec).items():
+        base, *metas = typing.get_args(hint) or (None,)
+        if base is int:
+            found[field] = (metas[0].ge, metas[0].le)
+    return found
+
+
+def _check_count(field: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
+        raise InputError(field, value, "is no count that a model can have",
+                         f"give a whole number >= {low} and <= {high}")
+
+
 # Hugging Face configurations
 
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss")
@@ -281,7 +302,7 @@ def _from_hf(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
     if kind not in SUPPORTED_MODEL_TYPES:
         raise InputError("model.config.model_type", kind, "this architecture is not known",
                          f"known are {', '.join(SUPPORTED_MODEL_TYPES)}; for others write the dimensions out "
-                         "as a [model] table")
+                         "in a [model.dimensions] table")
     names = _OPT_KEYS if kind == "opt" else _KEYS
     required = ["layers", "hidden", "heads", "vocab", "max_position"]
     required += [] if kind == "gpt_oss" else ["ffn"]
@@ -295,8 +316,12 @@ def _from_hf(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
                          "give the complete config.json")
 
     def get(field, default=0):
-        value = _first(config, names[field])
-        return default if value is None else value
+        key = next((k for k in names[field] if config.get(k) is not None), None)
+        if key is None:
+            return default
+        # Published files write 0 for what a model does not have.
+        low = 0 if field in ("experts", "shared_experts", "q_lora_rank", "ffn", "moe_ffn") else 1
+        return _hf_count(config, key, low, MOST_LAYERS if field == "layers" else MOST)
 
     heads = get("heads")
     row = dict(
@@ -304,11 +329,11 @@ def _from_hf(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
         kv_heads=get("kv_heads", heads), head_dim=get("head_dim", get("hidden") // heads), ffn=get("ffn"),
         vocab=get("vocab"), max_position=get("max_position"),
         # transformers' own defaults where a published file leaves the key out
-        tie_embeddings=bool(config.get("tie_word_embeddings", kind == "opt")),
-        qkv_bias=bool(config.get("attention_bias", kind in ("qwen2", "gpt_oss"))),
+        tie_embeddings=_hf_switch(config, "tie_word_embeddings", kind == "opt"),
+        qkv_bias=_hf_switch(config, "attention_bias", kind in ("qwen2", "gpt_oss")),
         dtype=_hf_dtype(config))
     row["output_bias"] = row["qkv_bias"] and kind in ("llama", "gpt_oss", "qwen3", "qwen3_moe")
-    row["ffn_bias"] = bool(config.get("mlp_bias", False))
+    row["ffn_bias"] = _hf_switch(config, "mlp_bias", False)
     row["qk_norm"] = kind in ("qwen3", "qwen3_moe")
     if kind in ("mixtral", "gpt_oss"):
         row.update(experts=get("experts"), experts_per_token=get("experts_per_token"), moe_ffn=get("ffn"))
@@ -317,9 +342,10 @@ def _from_hf(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
     if kind == "qwen3_moe":
         if config.get("mlp_only_layers"):
             raise InputError("model.config.mlp_only_layers", config["mlp_only_layers"],
-                             "dense layers scattered among expert layers are not supported")
+                             "dense layers scattered among expert layers are not supported",
+                             "use an empty list to simulate experts in every layer")
         row.update(experts=get("experts"), experts_per_token=get("experts_per_token"), moe_ffn=get("moe_ffn"),
-                   moe_layer_period=config.get("decoder_sparse_step", 1))
+                   moe_layer_period=_hf_count(config, "decoder_sparse_step", 1, default=1))
     if kind in _LATENT:
         row.update(kv_lora_rank=get("kv_lora_rank"), q_lora_rank=get("q_lora_rank"),
                    qk_nope_head_dim=get("qk_nope_head_dim"), qk_rope_head_dim=get("qk_rope_head_dim"),
@@ -328,16 +354,22 @@ def _from_hf(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
             row.update(experts=get("experts"), experts_per_token=get("experts_per_token"),
                        moe_ffn=get("moe_ffn"), shared_experts=get("shared_experts"),
                        router_bias=config.get("topk_method") == "noaux_tc",
-                       dense_layers_first=config.get("first_k_dense_replace", 0),
-                       moe_layer_period=config.get("moe_layer_freq", 1))
+                       dense_layers_first=_hf_count(config, "first_k_dense_replace", 0, default=0),
+                       moe_layer_period=_hf_count(config, "moe_layer_freq", 1, default=1))
     if kind == "opt":
         if config.get("word_embed_proj_dim", row["hidden"]) != row["hidden"]:
             raise InputError("model.config.word_embed_proj_dim", config["word_embed_proj_dim"],
-                             "projected embeddings (OPT-350M) are not supported")
+                             "projected embeddings (OPT-350M) are not supported", "use another model")
         row.update(gated=False, qkv_bias=True, output_bias=True, ffn_bias=True, norm_bias=True,
                    learned_positions=row["max_position"] + 2)
     row["sliding_window"], row["window_layers"] = _hf_window(config, kind, row["layers"])
-    return ModelSpec(**row)
+    try:
+        return ModelSpec(**row)
+    except InputError as error:
+        # In the reader's terms: the keys of the file, not of the spec.
+        field = error.field.removeprefix("model.")
+        raise InputError("model.config." + names.get(field, (field,))[0], error.value, error.problem,
+                         error.remedy or "correct the config.json") from None
 
 
 _KEYS = {
@@ -358,16 +390,44 @@ def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((config[k] for k in keys if config.get(k) is not None), None)
 
 
+def _hf_count(config: Mapping[str, Any], key: str, low: int, high: int = MOST, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    _check_count(f"model.config.{key}", value, low, high)
+    return int(value)
+
+
+def _hf_switch(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise InputError(f"model.config.{key}", value, "is neither true nor false", "write true or false")
+    return value
+
+
+def _hf_table(value: Any, key: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"model.config.{key}", value, "is not an object",
+                         "give the object of the published file, or null")
+    return value
+
+
 def _hf_dtype(config: Mapping[str, Any]) -> str:
-    quantisation = config.get("quantization_config") or {}
-    method = str(quantisation.get("quant_method", "")).lower()
+    where = "quantization_config"
+    quantisation = _hf_table(config.get(where), where)
+    method = str(quantisation.get("quant_method") or "").lower()
     by_method = {"fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "awq": "int4", "gptq": "int4"}
     if method in by_method:
         return by_method[method]
     if method == "compressed-tensors":
-        groups = list((quantisation.get("config_groups") or {}).values()) or [{}]
-        weights = groups[0].get("weights") or {}
-        bits, inputs = weights.get("num_bits"), groups[0].get("input_activations")
+        groups = list(_hf_table(quantisation.get("config_groups"), f"{where}.config_groups").values())
+        group = _hf_table(groups[0] if groups else None, f"{where}.config_groups")
+        weights = _hf_table(group.get("weights"), f"{where}.config_groups.weights")
+        bits, inputs = weights.get("num_bits"), group.get("input_activations")
         if bits == 4:
             return "fp4" if weights.get("type") == "float" else "int4"
         if bits == 8 and inputs:
@@ -375,19 +435,33 @@ def _hf_dtype(config: Mapping[str, Any]) -> str:
     if method:
         raise InputError("model.config.quantization_config.quant_method", method, "this format is not known",
                          "remove quantization_config and give model.dtype yourself")
-    return str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
+    key = next((k for k in ("torch_dtype", "dtype") if config.get(k) is not None), None)
+    if key is None:
+        return "bfloat16"
+    name = str(config[key]).removeprefix("torch.")
+    if name not in _HF_DTYPES:
+        raise InputError(f"model.config.{key}", config[key], "is no number format of weights",
+                         suggest(name, _HF_DTYPES))
+    return name
+
+
+_HF_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "int8")
 
 
 def _hf_window(config: Mapping[str, Any], kind: str, layers: int) -> tuple[int, int]:
-    window = config.get("sliding_window") or 0
-    if not window or (kind.startswith("qwen") and not config.get("use_sliding_window", False)):
+    window = _hf_count(config, "sliding_window", 0, default=0)
+    if not window or (kind.startswith("qwen") and not _hf_switch(config, "use_sliding_window", False)):
         return 0, 0
-    if config.get("layer_types"):
-        count = sum(t == "sliding_attention" for t in config["layer_types"])
+    types = config.get("layer_types")
+    if types:
+        if not isinstance(types, (list, tuple)) or len(types) != layers:
+            raise InputError("model.config.layer_types", types, f"is not a list of {layers} layers",
+                             "give the type of each layer")
+        count = sum(t == "sliding_attention" for t in types)
     elif kind == "gpt_oss":
         count = (layers + 1) // 2
     elif kind.startswith("qwen"):
-        count = max(layers - config.get("max_window_layers", layers), 0)
+        count = max(layers - _hf_count(config, "max_window_layers", 0, default=layers), 0)
     else:
         count = layers
     return (window, count) if count else (0, 0)
@@ -424,8 +498,9 @@ def load_model(name: str) -> ModelSpec:
     try:
         return model_catalogue()[_model_names()[str(name).strip().lower()]]
     except KeyError:
-        hint = suggest(str(name), _model_names())
-        if not hint.startswith("did you mean"):
-            hint = suggest(str(name), model_catalogue()) + "."
-        raise InputError("model.name", name, "is not in the catalogue",
-                         f"{hint} Or give model.config, the path of a Hugging Face config.json") from None
+        config = "model.config, the path of a Hugging Face config.json"
+        if str(name).endswith(".json") or os.path.exists(str(name)):
+            raise InputError("model.name", name, "is a file, not a name",
+                             f"use {config}, instead of model.name") from None
+        hint = suggest(str(name), _model_names(), "see `jaxsim list models`.")
+        raise InputError("model.name", name, "is not in the catalogue", f"{hint} Or give {config}") from None

@@ -57,7 +57,9 @@ def weight_format(dtype: str, model: ModelSpec | None = None) -> WeightFormat:
     name = (model.dtype if model is not None else "bfloat16") if dtype == "auto" else dtype
     name = _FORMAT_ALIASES.get(str(name).lower(), str(name).lower())
     if name not in _FORMATS:
-        raise InputError("model.dtype", dtype, "is not a weight format", suggest(name, _FORMATS))
+        of = f" (of {model.name})" if dtype == "auto" and model is not None else ""
+        raise InputError("model.dtype", model.dtype if of else dtype, f"is not a weight format{of}",
+                         suggest(name, [*_FORMATS, *_FORMAT_ALIASES]))
     return _FORMATS[name]
 
 

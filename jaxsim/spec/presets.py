@@ -311,7 +311,8 @@ def markdown() -> str:
     lines += ["", "`scheduling_policy = \"priority\"` sets `order` and, unless it is given, `victim =",
               "\"lowest_priority\"`. `max_num_batched_tokens` counts prompt tokens only where `phase_mix` is",
               "`prefill_first`. Two schedulers compare as schedulers only under one host overhead: set",
-              "`cost.host` in both; where a preset's own is marked **?** it is that of vLLM V1 in lack of a measured one.",
+              "`cost.host` in both; where a preset's own is marked **?** it is that of vLLM V1 in lack of a",
+              "measured one.",
               ""]
     for p in presets:
         also = f" (also `{'`, `'.join(p.aliases)}`)" if p.aliases else ""

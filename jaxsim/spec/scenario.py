@@ -586,6 +586,10 @@ def _check_system(s: Scenario) -> None:
             if getattr(s, field) is None:
                 raise InputError(field, None, "missing, and a roofline cost needs it",
                                  f"add a [{field}] section, or give coefficients with cost.kind = 'fitted'")
+        for name, value in s.cost.overrides.items():
+            if name.endswith("efficiency") and value > 1:
+                raise InputError(f"cost.overrides.{name}", value, "is more than all that the device can do",
+                                 "give a share above 0 and at most 1, or raise the peak itself")
     else:
         if (s.model is None or s.device is None) and s.engine.num_gpu_blocks_override is None:
             raise InputError("engine.num_gpu_blocks_override", None,
@@ -637,7 +641,8 @@ def _check_workload(s: Scenario) -> None:
                          "give a later end")
     span_s = _arrival_span_s(s)
     if s.warmup_s > 0 and span_s is not None and s.warmup_s >= span_s:
-        raise InputError("warmup_s", s.warmup_s, f"leaves no request to measure: they arrive within about {span_s:.4g} s",
+        raise InputError("warmup_s", s.warmup_s,
+                         f"leaves no request to measure: they arrive within about {span_s:.4g} s",
                          "lower it, or raise workload.num_requests")
 
 

@@ -1,12 +1,13 @@
 """A `vllm serve MODEL --flag value ...` command line as a scenario.
 
 Flags that the simulator has are taken over. Flags that do not change when anything happens (names, ports,
-logging, sampling) are ignored and listed. Flags that would change it and are not simulated are refused, so
-that nobody compares a simulation with an engine that ran something else.
+logging, sampling) are ignored and listed, flags that are not known here are listed apart. Flags that would change
+it and are not simulated are refused, so that nobody compares a simulation with an engine that ran something else.
 """
 
 import copy
 import difflib
+import os
 import re
 import shlex
 import warnings
@@ -55,6 +56,23 @@ _PLAIN_SWITCHES = frozenset("""
 """.split())
 """Flags that take no value and play no part: what follows them may be the model."""
 
+_HARMLESS = _PLAIN_SWITCHES | frozenset("""
+    host port uds uvicorn-log-level allow-credentials allowed-origins allowed-methods allowed-headers api-key
+    api-server-count chat-template chat-template-content-format default-chat-template-kwargs response-role ssl-keyfile
+    ssl-certfile ssl-ca-certs ssl-cert-reqs root-path middleware tool-call-parser tool-parser-plugin tool-server
+    log-config-file max-log-len enable-log-outputs served-model-name tokenizer tokenizer-mode tokenizer-revision
+    revision code-revision download-dir load-format config-format hf-config-path hf-token seed allowed-local-media-path
+    allowed-media-domains generation-config override-generation-config reasoning-parser reasoning-parser-plugin
+    guided-decoding-backend structured-outputs-config logits-processors logits-processor-pattern max-logprobs
+    logprobs-mode otlp-traces-endpoint collect-detailed-traces show-hidden-metrics-for-version kv-events-config
+    distributed-executor-backend distributed-timeout-seconds worker-cls worker-extension-cls
+    max-parallel-loading-workers ray-workers-use-nsight model-loader-extra-config ignore-patterns use-tqdm-on-load
+    safetensors-load-strategy device data-parallel-address data-parallel-rpc-port data-parallel-backend
+    limit-mm-per-prompt mm-processor-kwargs node-rank nnodes master-addr master-port h11-max-header-count
+    h11-max-incomplete-event-size
+""".split())
+"""Flags, with or without a value, that change no timing."""
+
 _HARMLESS_DEFAULTS = {
     "cpu-offload-gb": 0, "max-num-partial-prefills": 1, "max-long-partial-prefills": 1,
     "long-prefill-token-threshold": 0, "num-scheduler-steps": 1, "scheduler-delay-factor": 0,
@@ -73,6 +91,9 @@ _QUANTIZED = {"fp8": "fp8", "awq": "int4", "awq_marlin": "int4", "gptq": "int4",
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
+_IMAGE = re.compile(r"(?:.*/)?vllm-openai(?:[:@].*)?")
+
+
 class IgnoredFlagsWarning(UserWarning):
     """Flags of the command line that play no part in the simulation."""
 
@@ -86,22 +107,26 @@ def import_vllm(command: str, *, device: str, base: dict[str, Any] | None = None
     azure-conv-2023 if it has none. preset: the engine version imitated.
 
     Raises `InputError` for flags that change the physics and are not simulated; warns (`IgnoredFlagsWarning`)
-    with the list of those it leaves out.
+    with the list of those it leaves out, and with another of those that are not known here.
     """
     words = _words(command)
     tree: dict[str, Any] = {"schema_version": 1, "workload": {"kind": "poisson", "rate_rps": 1.0},
                             **copy.deepcopy(base or {})}
     sections = {name: dict(tree.get(name, {})) for name in ("engine", "cluster")}
     sections["engine"].setdefault("preset", preset)
-    model, ignored = None, []
+    model, ignored, unknown = None, [], []
+
+    def named(word: str) -> str:
+        if model is not None and word != model:
+            raise InputError("vllm", word, f"is a second model beside {model!r}", "give one model")
+        return word
+
     index = 0
     while index < len(words):
         word = words[index]
         index += 1
         if not word.startswith("-"):
-            if model is not None:
-                raise InputError("vllm", word, f"a second model beside {model!r}", "give one model")
-            model = word
+            model = named(word)
             continue
         flag, has_value, value = word.lstrip("-").partition("=")
         flag = {"O": "optimization-level", "q": "quantization"}.get(flag, flag.replace("_", "-"))
@@ -120,8 +145,13 @@ def import_vllm(command: str, *, device: str, base: dict[str, Any] | None = None
         if not has_value and index < len(words) and not _is_flag(words[index]):
             value, has_value = words[index], True
             index += 1
-        if flag == "model":
-            model = value
+        if flag == "model" or flag == "config":
+            if not value:
+                raise InputError(f"--{flag}", None, "has no value", "write it as in the vLLM command")
+            if flag == "config":
+                raise InputError("--config", value, "is a file of further flags, which is not read",
+                                 "write its flags out on the command line")
+            model = named(value)
         elif flag in _TAKEN:
             if not has_value:
                 raise InputError(f"--{flag}", None, "has no value", "write it as in the vLLM command")
@@ -139,8 +169,10 @@ def import_vllm(command: str, *, device: str, base: dict[str, Any] | None = None
         elif difflib.get_close_matches(flag, _KNOWN, n=1, cutoff=0.9):
             raise InputError(f"--{flag}", value if has_value else True, "is not a flag of vLLM",
                              suggest(flag, _KNOWN))
-        else:
+        elif flag.removeprefix("no-") in _HARMLESS:
             ignored.append(f"--{flag}")
+        else:
+            unknown.append(f"--{flag}")
     if sections["engine"].get("enable_expert_parallel") and sections["cluster"].get("replicas", 1) != 1:
         raise InputError("--data-parallel-size", sections["cluster"]["replicas"],
                          "with expert parallelism the ranks step together, which is not simulated yet",
@@ -153,14 +185,20 @@ def import_vllm(command: str, *, device: str, base: dict[str, Any] | None = None
     tree["engine"] = sections["engine"]
     if sections["cluster"]:
         tree["cluster"] = sections["cluster"]
-    tree["model"] = {"config": model} if model.endswith(".json") else {"name": model}
+    is_file = model.endswith(".json") or os.path.isfile(os.path.join(model, "config.json"))
+    tree["model"] = {"config": model} if is_file else {"name": model}
     tree["device"] = {"name": device}
     if ignored:
         warnings.warn("not part of the simulation: " + ", ".join(ignored), IgnoredFlagsWarning, stacklevel=2)
+    if unknown:
+        warnings.warn("not known here and left out (see that they do not change the timing): " + ", ".join(unknown),
+                      IgnoredFlagsWarning, stacklevel=2)
     return Scenario.from_dict(tree)
 
 
 def _words(command: str) -> list[str]:
+    if not isinstance(command, str):
+        raise InputError("vllm", command, "is not a command line", "write `vllm serve MODEL ...`")
     try:
         words = shlex.split(command.replace("\\\n", " "))
     except ValueError as error:
@@ -171,6 +209,10 @@ def _words(command: str) -> list[str]:
         if word == "serve" and start and words[start - 1].rsplit("/", 1)[-1] == "vllm":
             return words[start + 1:]
         if word.startswith("vllm.entrypoints"):
+            return words[start + 1:]
+    for start, word in enumerate(words):
+        # The entry point of the image is the server.
+        if _IMAGE.fullmatch(word) and "run" in words[:start]:
             return words[start + 1:]
     raise InputError("vllm", command, "is not a vLLM server's command line", "write `vllm serve MODEL ...`")
 

@@ -46,7 +46,10 @@ def detect_format(path: str | Path) -> str:
         return matches[0]
     if matches:
         raise InputError(
-            "format", None, f"is ambiguous for {seen.path.name}: {', '.join(matches)}", "give format="
+            "workload.format",
+            None,
+            f"is ambiguous for {seen.path.name}: {', '.join(matches)}",
+            "choose one (format= in Python)",
         )
     if not seen.columns:
         raise _table.empty(seen.path)
@@ -55,7 +58,7 @@ def detect_format(path: str | Path) -> str:
     required = READERS[nearest].REQUIRED
     missing = [name for name in required if name not in seen.columns]
     raise InputError(
-        "trace",
+        _table.FILE,
         str(seen.path),
         f"has the columns {', '.join(seen.columns)}, which no reader knows",
         f"the nearest format is {nearest}, which also needs {', '.join(missing)}; formats: "
@@ -81,10 +84,10 @@ def read_trace(path: str | Path, format: str | None = None, **options: Any) -> W
     * dither_s: add a uniform draw of up to this many seconds to each arrival (for coarse stamps), then sort.
     * seed: of dithering, routing draws and drawn arrivals.
     * for traces without times: rate_rps (required) and arrivals, a process (default Poisson).
-    * the reader's own, such as tokenizer (sharegpt), model and log_type (burstgpt), run (vllm-bench),
-      block_size.
+    * the reader's own, such as tokenizer (sharegpt), model and log_type (burstgpt), run (vllm-bench and plain),
+      scenario (plain), block_size.
 
-    Raises `InputError` naming the place in the file.
+    Raises `InputError` naming the place in the file; an option that a scenario has is called by its field.
     """
     path = _table.as_path(path)
     format, reader = _reader(path, format)
@@ -100,7 +103,10 @@ def read_lengths(
     """Input and output tokens of a trace, with or without arrival times: a table for the length laws."""
     path = _table.as_path(path)
     format, reader = _reader(path, format)
-    table, _ = _table.cleaned(reader.read(path, **_own_options(reader, format, options)), drop_failed)
+    own = _own_options(reader, format, options)
+    if "lengths_only" in inspect.signature(reader.read).parameters:
+        own["lengths_only"] = True
+    table, _ = _table.cleaned(reader.read(path, **own), drop_failed)
     if len(table) == 0:
         raise _table.empty(path)
     return table.input_tokens.astype(np.int64), table.output_tokens.astype(np.int64)
@@ -110,16 +116,17 @@ def _reader(path: Path, format: str | None) -> tuple[str, ModuleType]:
     if format is None:
         format = detect_format(path)
     if format not in READERS:
-        raise InputError("format", format, "is unknown", suggest(format, READERS))
+        raise InputError("workload.format", format, "is unknown", suggest(str(format), READERS))
     return format, READERS[format]
 
 
 def _own_options(reader: ModuleType, format: str, options: dict[str, Any]) -> dict[str, Any]:
-    accepted = set(inspect.signature(reader.read).parameters) - {"path", "max_rows"}
+    accepted = set(inspect.signature(reader.read).parameters) - {"path", "max_rows", "lengths_only"}
     for name in options:
         if name not in accepted | _COMMON:
+            field = f"workload.slice.{name}" if name in ("run", "scenario") else name
             raise InputError(
-                name, options[name], f"is not an option of {format} traces", suggest(name, accepted | _COMMON)
+                field, options[name], f"is not an option of {format} traces", suggest(name, accepted | _COMMON)
             )
     return {name: value for name, value in options.items() if name in accepted}
 

@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from jaxsim.workload import AbstractArrivals, Poisson, Stream, Workload, routing
 from jaxsim.workload.arrivals import check_rate
 from jaxsim.workload.streams import uniforms
 from jaxsim.workload.workload import take_ragged
+
+FILE = "workload.trace"
+"""How the file is called in errors: by the field of a scenario that names it."""
 
 CSV, JSON, JSON_LINES, PARQUET = "csv", "json", "json-lines", "parquet"
 
@@ -41,12 +46,17 @@ _KINDS = {
 
 def as_path(path: str | Path) -> Path:
     """The path, if it is a readable file."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise InputError(FILE, path, "is not the path of a file", "give the path of a trace file")
     path = Path(path).expanduser()
     if not path.exists():
-        near = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-        raise InputError("trace", str(path), "is not there", suggest(path.name, near))
+        try:
+            near = sorted(p.name for p in path.parent.iterdir())
+        except OSError:
+            near = []
+        raise InputError(FILE, str(path), "is not there", suggest(path.name, near, "give the path of a trace file"))
     if not path.is_file():
-        raise InputError("trace", str(path), "is not a file", "give the trace file itself")
+        raise InputError(FILE, str(path), "is not a file", "give the trace file itself")
     return path
 
 
@@ -66,7 +76,7 @@ def open_text(path: Path) -> io.TextIOBase:
 
 def _not_text(path: Path, error: Exception) -> InputError:
     return InputError(
-        "trace", str(path), f"cannot be read as text ({error})", "give a CSV, JSON or Parquet file"
+        FILE, str(path), f"cannot be read as text ({error})", "give a CSV, JSON or Parquet file"
     )
 
 
@@ -90,7 +100,7 @@ def probe(path: str | Path) -> Probe:
     suffix = _suffix(path)
     kind = _KINDS.get(suffix)
     if kind is None:
-        raise InputError("trace", str(path), f"has the unknown extension {suffix!r}", suggest(suffix, _KINDS))
+        raise InputError(FILE, str(path), f"has the unknown extension {suffix!r}", suggest(suffix, _KINDS))
     try:
         if kind == PARQUET:
             return Probe(path, kind, tuple(pq.read_schema(path).names))
@@ -111,7 +121,7 @@ def probe(path: str | Path) -> Probe:
     except UnicodeDecodeError as error:
         raise _not_text(path, error) from error
     except (OSError, pa.ArrowException) as error:
-        raise InputError("trace", str(path), f"cannot be read ({error})", "check the file") from error
+        raise InputError(FILE, str(path), f"cannot be read ({error})", "check the file") from error
 
 
 def _keys(record: Any) -> tuple[str, ...]:
@@ -135,14 +145,14 @@ def json_lines(path: Path, max_rows: int | None = None) -> Iterator[tuple[int, d
                 record = msgspec.json.decode(line)
             except (msgspec.DecodeError, ValueError) as error:
                 raise InputError(
-                    f"trace line {number}",
+                    f"{FILE} line {number}",
                     line.strip(),
                     f"is not valid JSON ({error})",
                     "put one JSON object on each line",
                 ) from error
             if not isinstance(record, dict):
                 raise InputError(
-                    f"trace line {number}",
+                    f"{FILE} line {number}",
                     line.strip(),
                     "is not a JSON object",
                     "put one JSON object on each line",
@@ -167,7 +177,7 @@ def json_documents(path: Path) -> list[Any]:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise InputError(
-                f"trace line {error.lineno}",
+                f"{FILE} line {error.lineno}",
                 str(path),
                 f"is not valid JSON ({error.msg}, column {error.colno})",
                 "check that the file is whole",
@@ -183,7 +193,7 @@ def json_documents(path: Path) -> list[Any]:
 
 def empty(path: Path) -> InputError:
     """The error for a trace without requests."""
-    return InputError("trace", str(path), "holds no requests", "give a trace with at least one")
+    return InputError(FILE, str(path), "holds no requests", "give a trace with at least one")
 
 
 def missing_columns(
@@ -195,7 +205,7 @@ def missing_columns(
         f"for {name}: {suggest(name, found)}" for name in missing if "mean" in suggest(name, found)
     )
     return InputError(
-        "trace",
+        FILE,
         str(path),
         f"lacks the {what}{'s' if len(missing) > 1 else ''} {', '.join(missing)}",
         f"found {', '.join(found) or 'none'}" + (f" ({near})" if near else ""),
@@ -212,25 +222,56 @@ def read_csv(
     missing = [name for name in required if name not in found]
     if missing:
         raise missing_columns(path, missing, found)
+    refuse_duplicates(path, found, (*required, *optional))
     try:
-        frame = pd.read_csv(
-            path,
-            nrows=max_rows,
-            index_col=False,
-            encoding="utf-8-sig",
-            skipinitialspace=True,
-            sep=_separator(path),
-            low_memory=False,
-        )
+        with warnings.catch_warnings():
+            # Rows longer than the header: pandas would cut them, or call the columns by the wrong names.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(
+                path,
+                nrows=max_rows,
+                index_col=False,
+                encoding="utf-8-sig",
+                skipinitialspace=True,
+                sep=_separator(path),
+                low_memory=False,
+            )
+    except pd.errors.ParserWarning as error:
+        raise _long_row(path, found) from error
     except pd.errors.EmptyDataError as error:
         raise empty(path) from error
     except pd.errors.ParserError as error:
-        raise InputError("trace", str(path), f"is not well-formed CSV ({error})", "fix that line") from error
+        raise InputError(FILE, str(path), f"is not well-formed CSV ({error})", "fix that line") from error
     except UnicodeDecodeError as error:
         raise _not_text(path, error) from error
     frame.columns = [name.strip() for name in frame.columns]
     frame = frame[[name for name in frame.columns if name in (*required, *optional)]]
     return frame, max_rows is not None and len(frame) >= max_rows
+
+
+def refuse_duplicates(path: Path, found: Sequence[str], used: Iterable[str]) -> None:
+    """An error for a column that is there twice, if it is one of those used."""
+    for name in used:
+        if found.count(name) > 1:
+            raise InputError(
+                FILE, str(path), f"has the column {name} {found.count(name)} times", "keep one of them"
+            )
+
+
+def _long_row(path: Path, header: Sequence[str]) -> InputError:
+    """The error for the first row that has more values than the header has names."""
+    with open_text(path) as stream:
+        rows = csv.reader(stream, delimiter=_separator(path))
+        next(rows)
+        for index, row in enumerate(row for row in rows if row):
+            if len(row) > len(header):
+                return InputError(
+                    f"{FILE} {row_place(index)}",
+                    _separator(path).join(row),
+                    f"has {len(row)} values under {len(header)} column names",
+                    "give every column a name, or remove what is too much",
+                )
+    return InputError(FILE, str(path), "has rows longer than its header", "give every column a name")
 
 
 def row_place(index: int) -> str:
@@ -260,7 +301,7 @@ def numbers(values: Any, field: str, place: Callable[[int], str] = row_place) ->
         at = int(np.argmax(bad))
         value = pd.Series(values).iloc[at]
         raise InputError(
-            f"trace {place(at)}, {field}",
+            f"{FILE} {place(at)}, {field}",
             value.item() if isinstance(value, np.generic) else value,
             "is not a finite number",
             "fix or remove that request",
@@ -274,7 +315,7 @@ def keyed(records: Sequence[tuple[int, Mapping[str, Any]]], key: str, path: Path
     for line, record in records:
         if key not in record:
             raise InputError(
-                f"trace line {line}", str(path), f"lacks the key {key}", f"found {', '.join(record)}"
+                f"{FILE} line {line}", str(path), f"lacks the key {key}", f"found {', '.join(record)}"
             )
         values.append(record[key])
     return values
@@ -290,7 +331,7 @@ def ragged(
             isinstance(v, int) and not isinstance(v, bool) for v in row
         ):
             raise InputError(
-                f"trace {place(index)}, {field}",
+                f"{FILE} {place(index)}, {field}",
                 row,
                 "is not a list of whole numbers",
                 "give the ids of the prompt's blocks",
@@ -301,7 +342,7 @@ def ragged(
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), np.array(flat, np.int64)
     except OverflowError as error:
         raise InputError(
-            f"trace {field}", max(flat, key=abs), "does not fit 64 bits", "renumber the blocks"
+            f"{FILE} {field}", max(flat, key=abs), "does not fit 64 bits", "renumber the blocks"
         ) from error
 
 
@@ -354,7 +395,7 @@ class Table:
         if np.any(bad):
             at = int(np.argmax(bad))
             raise InputError(
-                f"trace {self.place(at)}, {field}",
+                f"{FILE} {self.place(at)}, {field}",
                 np.asarray(getattr(self, field))[at].item(),
                 problem,
                 remedy,
@@ -369,6 +410,7 @@ def cleaned(table: Table, drop_failed: bool | None) -> tuple[Table, int]:
         table.refuse(field, values != np.rint(values), "is not a whole number of tokens", "fix that request")
     if table.arrival_s is not None:
         table.refuse("arrival_s", ~np.isfinite(table.arrival_s), "is not a finite time", "fix that request")
+        table.refuse("arrival_s", table.arrival_s < 0, "is negative", "count from the first arrival on")
     failed = (table.input_tokens == 0) | (table.output_tokens == 0)
     if table.drop_failed if drop_failed is None else drop_failed:
         if failed.any():
@@ -379,7 +421,7 @@ def cleaned(table: Table, drop_failed: bool | None) -> tuple[Table, int]:
             field,
             getattr(table, field) == 0,
             "is 0: there is nothing to simulate",
-            "pass drop_failed=True to leave such requests out",
+            "set workload.drop_failed = true (drop_failed=True in Python) to leave such requests out",
         )
     return table, table.num_failed
 
@@ -409,7 +451,7 @@ def to_workload(
     if len(table) == 0:
         if num_dropped:
             raise InputError(
-                "trace",
+                FILE,
                 str(path),
                 f"holds no requests but {num_dropped} failed ones",
                 "give a trace with at least one answered request",
@@ -423,7 +465,10 @@ def to_workload(
         table = _in_window(_ordered(table, sort, dither_s, seed), start_s, end_s)
     elif start_s > 0 or end_s is not None:
         raise InputError(
-            "start_s", start_s, f"or end_s was given, but {path.name} has no times", "leave them out"
+            "workload.slice.start_s",
+            start_s,
+            f"or end_s was given, but {path.name} has no times",
+            "leave them out",
         )
     table = _front(_thinned(table, keep, seed), start, num_requests)
     workload = _assemble(
@@ -471,10 +516,10 @@ def _timed(
         )
     if rate_rps is None:
         raise InputError(
-            "rate_rps",
+            "workload.rate_rps",
             None,
             f"is missing: {path.name} has lengths but no arrival times",
-            "give requests per second, and arrivals=... for another process than Poisson",
+            "give requests per second (in Python, arrivals= for another process than Poisson)",
         )
     rate_rps = check_rate(rate_rps)
     unit_times = (Poisson() if arrivals is None else arrivals).unit_times(seed, len(workload))
@@ -487,17 +532,20 @@ def _in_window(table: Table, start_s: float, end_s: float | None) -> Table:
     """Rows that arrive from `start_s` on and before `end_s`, seconds from the first."""
     if not (start_s >= 0 and math.isfinite(start_s)):
         raise InputError(
-            "start_s", start_s, "is negative or not finite", "give seconds from the first arrival"
+            "workload.slice.start_s",
+            start_s,
+            "is negative or not finite",
+            "give seconds from the first arrival",
         )
     if end_s is not None and not end_s > start_s:
-        raise InputError("end_s", end_s, f"is not after start_s = {start_s}", "give a later end")
+        raise InputError("workload.slice.end_s", end_s, f"is not after start_s = {start_s}", "give a later end")
     if start_s == 0 and end_s is None:
         return table
     since = table.arrival_s - table.arrival_s[0]
     inside = np.flatnonzero((since >= start_s) & (since < (math.inf if end_s is None else end_s)))
     if len(inside) == 0:
         raise InputError(
-            "start_s",
+            "workload.slice.start_s",
             start_s,
             f"and end_s = {end_s} leave no request of {since[-1]:g} s of trace",
             "widen the window",
@@ -508,18 +556,22 @@ def _in_window(table: Table, start_s: float, end_s: float | None) -> Table:
 def _thinned(table: Table, keep: float, seed: int) -> Table:
     """A random share of the rows; a row kept at one share is kept at every larger one."""
     if not 0 < keep <= 1:
-        raise InputError("keep", keep, "is not above 0 and at most 1", "give the share of requests to keep")
+        raise InputError(
+            "workload.slice.keep", keep, "is not above 0 and at most 1", "give the share of requests to keep"
+        )
     if keep == 1:
         return table
     kept = np.flatnonzero(uniforms(stream_key(seed, Stream.THINNING), len(table))[:, 0] < keep)
     if len(kept) == 0:
-        raise InputError("keep", keep, f"keeps none of the {len(table)} requests", "give a larger share")
+        raise InputError(
+            "workload.slice.keep", keep, f"keeps none of the {len(table)} requests", "give a larger share"
+        )
     return table.take(kept)
 
 
 def _front(table: Table, start: int, num_requests: int | None) -> Table:
     """`num_requests` rows from number `start` on."""
-    for name, value in (("start", start), ("num_requests", num_requests)):
+    for name, value in (("start", start), ("workload.num_requests", num_requests)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise InputError(name, value, "is not a whole number of requests", "give a count, 0 or more")
     left = len(table) - start
@@ -527,7 +579,7 @@ def _front(table: Table, start: int, num_requests: int | None) -> Table:
         raise InputError("start", start, f"is past the {len(table)} requests of the trace", "start earlier")
     if num_requests is not None and not 1 <= num_requests <= left:
         raise InputError(
-            "num_requests",
+            "workload.num_requests",
             num_requests,
             f"cannot be had: {left} requests are left to use",
             f"ask for 1 to {left}",
@@ -545,7 +597,7 @@ def _ordered(table: Table, sort: bool | None, dither_s: float, seed: int) -> Tab
             "arrival_s",
             earlier,
             "is before the row in front of it",
-            "pass sort=True if the order of rows does not matter",
+            "set workload.sort = true (sort=True in Python) if the order of rows does not matter",
         )
     if dither_s > 0:
         draws = uniforms(stream_key(seed, Stream.DITHER), len(table))[:, 0]
@@ -565,8 +617,6 @@ def _assemble(table: Table, seed: int, provenance: dict[str, Any]) -> Workload:
         codes, values = pd.factorize(labels, sort=True)
         tenant, names = codes.astype(np.int32), tuple(values)
     arrival_s = np.zeros(count) if table.arrival_s is None else np.asarray(table.arrival_s, np.float64)
-    # Times before zero (clocks aligned on a later event) are shifted; offset_to_zero does the rest.
-    arrival_s = arrival_s - min(0.0, float(arrival_s[0]))
     return Workload(
         arrival_s=arrival_s,
         input_tokens=table.input_tokens,

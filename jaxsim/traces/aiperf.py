@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.traces._table import JSON, JSON_LINES, Probe, Table, json_lines, line_places, numbers
+from jaxsim.traces._table import FILE, JSON, JSON_LINES, Probe, Table, json_lines, line_places, numbers
 
 NAME = "aiperf"
 REQUIRED = ("metadata", "metrics")
@@ -34,7 +34,7 @@ def read(path: Path, *, max_rows: int | None = None) -> Table:
     """Read the requests that succeeded."""
     if path.suffix.lower() == ".json":
         raise InputError(
-            "trace",
+            FILE,
             str(path),
             "is a GenAI-Perf profile export, which has no token counts",
             "use AIPerf's profile_export.jsonl, or the input trace of the run",
@@ -68,7 +68,7 @@ def read(path: Path, *, max_rows: int | None = None) -> Table:
 def _entry(record: Mapping[str, Any], key: str, line: int, path: Path) -> Any:
     if key not in record:
         raise InputError(
-            f"trace line {line}", str(path), f"lacks {key}", f"found {', '.join(record) or 'none'}"
+            f"{FILE} line {line}", str(path), f"lacks {key}", f"found {', '.join(record) or 'none'}"
         )
     return record[key]
 

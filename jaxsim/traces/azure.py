@@ -1,7 +1,7 @@
 """Azure LLM inference traces of 2023 and 2024: TIMESTAMP, ContextTokens, GeneratedTokens.
 
 2023 stamps have seven digits (`2023-11-16 18:17:03.9799600`), 2024 ones an offset
-(`2024-05-10 00:00:00.009930+00:00`); times are kept relative to the first row. A row without generated tokens
+(`2024-05-10 00:00:00.009930+00:00`); times are kept relative to the earliest row. A row without generated tokens
 has nothing to simulate and is left out by default (counted in the provenance).
 
 Source: Azure/AzurePublicDataset.
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from jaxsim._core.errors import InputError
-from jaxsim.traces._table import CSV, Probe, Table, numbers, read_csv, row_place
+from jaxsim.traces._table import CSV, FILE, Probe, Table, numbers, read_csv, row_place
 
 NAME = "azure"
 REQUIRED = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -37,16 +37,16 @@ def read(path: Path, *, max_rows: int | None = None) -> Table:
 
 
 def _seconds(stamps: pd.Series) -> np.ndarray:
-    """Seconds from the first row; differences are taken in nanoseconds, which float64 epochs would lose."""
+    """Seconds from the earliest row; differences are taken in nanoseconds, which float64 epochs would lose."""
     times = pd.to_datetime(stamps.astype("string"), format="ISO8601", utc=True, errors="coerce")
     bad = times.isna().to_numpy()
     if bad.any():
         at = int(np.argmax(bad))
         raise InputError(
-            f"trace {row_place(at)}, TIMESTAMP",
+            f"{FILE} {row_place(at)}, TIMESTAMP",
             stamps.iloc[at],
             "is not a date and time",
             "write it like 2023-11-16 18:17:03.9799600",
         )
     nanoseconds = pd.DatetimeIndex(times).as_unit("ns").asi8
-    return (nanoseconds - nanoseconds[:1]) / 1e9
+    return (nanoseconds - (nanoseconds.min() if len(nanoseconds) else 0)) / 1e9

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.traces._table import JSON, Probe, Table, json_documents, numbers, row_place
+from jaxsim.traces._table import FILE, JSON, Probe, Table, json_documents, numbers, row_place
 
 NAME = "inference-perf"
 REQUIRED = ("start_time", "info")
@@ -31,7 +31,7 @@ def read(path: Path, *, output_tokens: int | None = None) -> Table:
     document = json_documents(path)[0]
     if not isinstance(document, list):
         raise InputError(
-            "trace", str(path), "is not a list of requests", "give per_request_lifecycle_metrics.json"
+            FILE, str(path), "is not a list of requests", "give per_request_lifecycle_metrics.json"
         )
     rows, starts, inputs, outputs, num_failed = [], [], [], [], 0
     for index, record in enumerate(document):
@@ -41,7 +41,7 @@ def read(path: Path, *, output_tokens: int | None = None) -> Table:
             or not isinstance(record.get("info"), Mapping)
         ):
             raise InputError(
-                f"trace {row_place(index)}",
+                f"{FILE} {row_place(index)}",
                 str(path),
                 "lacks start_time or info",
                 "give per_request_lifecycle_metrics.json",

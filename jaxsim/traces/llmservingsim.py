@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.traces._table import JSON_LINES, Probe, Table, json_lines, keyed, line_places, numbers, ragged
+from jaxsim.traces._table import FILE, JSON_LINES, Probe, Table, json_lines, keyed, line_places, numbers, ragged
 
 NAME = "llmservingsim"
 REQUIRED = ("arrival_time_ns", "input_toks", "output_toks")
@@ -33,7 +33,7 @@ def read(path: Path, *, max_rows: int | None = None, block_size: int = 16) -> Ta
     for line, record in records:
         if "sub_requests" in record:
             raise InputError(
-                f"trace line {line}",
+                f"{FILE} line {line}",
                 str(path),
                 "is an agentic session (sub_requests)",
                 "give independent requests, one per line",

@@ -12,7 +12,7 @@ Known gaps: entries placed by `delay` after an earlier turn instead of a timesta
 from pathlib import Path
 
 from jaxsim._core.errors import InputError
-from jaxsim.traces._table import JSON_LINES, Probe, Table, json_lines, keyed, line_places, numbers, ragged
+from jaxsim.traces._table import FILE, JSON_LINES, Probe, Table, json_lines, keyed, line_places, numbers, ragged
 
 NAME = "mooncake"
 REQUIRED = ("timestamp", "input_length", "output_length")
@@ -30,7 +30,7 @@ def read(path: Path, *, max_rows: int | None = None, block_size: int = 512) -> T
     for line, record in records:
         if "timestamp" not in record and "delay" in record:
             raise InputError(
-                f"trace line {line}",
+                f"{FILE} line {line}",
                 str(path),
                 "has a delay instead of a timestamp",
                 "give every request its timestamp in milliseconds",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.traces._table import JSON, Probe, Table, json_documents, numbers, row_place
+from jaxsim.traces._table import FILE, JSON, Probe, Table, json_documents, numbers, row_place
 
 NAME = "sharegpt"
 REQUIRED = ("conversations",)
@@ -45,12 +45,12 @@ def read(path: Path, *, tokenizer: Callable[[str], Any] | None = None) -> Table:
     """Read the lengths."""
     document = json_documents(path)[0]
     if not isinstance(document, list):
-        raise InputError("trace", str(path), "is not a list of conversations", "give a JSON list")
+        raise InputError(FILE, str(path), "is not a list of conversations", "give a JSON list")
     pairs, rows, num_short = [], [], 0
     for index, record in enumerate(document):
         place = row_place(index)
         if not isinstance(record, Mapping):
-            raise InputError(f"trace {place}", record, "is not a JSON object", "give conversations")
+            raise InputError(f"{FILE} {place}", record, "is not a JSON object", "give conversations")
         pair = _lengths(record, place, tokenizer)
         if pair is None:
             num_short += 1
@@ -75,7 +75,7 @@ def _lengths(
     turns = record.get("conversations", record.get("conversation"))
     if not isinstance(turns, list):
         raise InputError(
-            f"trace {place}",
+            f"{FILE} {place}",
             sorted(record),
             "has neither conversations nor token counts",
             "give conversations, or input_tokens and output_tokens",
@@ -85,16 +85,16 @@ def _lengths(
     counts = []
     for turn in turns[:2]:
         if not isinstance(turn, Mapping):
-            raise InputError(f"trace {place}", turn, "is not a turn of a conversation", "give from and value")
+            raise InputError(f"{FILE} {place}", turn, "is not a turn of a conversation", "give from and value")
         count = next((turn[key] for key in _TURN_KEYS if isinstance(turn.get(key), int)), None)
         if count is None:
             text = turn.get("value", turn.get("content"))
             if tokenizer is None:
                 raise InputError(
-                    f"trace {place}",
+                    f"{FILE} {place}",
                     text,
                     "has no token counts",
-                    "pass tokenizer=, a function from text to token ids, or add num_tokens to each turn",
+                    "add num_tokens to each turn, or in Python pass tokenizer=, a function from text to token ids",
                 )
             counted = tokenizer("" if text is None else str(text))
             count = int(counted) if isinstance(counted, (int, np.integer)) else len(counted)

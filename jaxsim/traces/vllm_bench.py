@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxsim._core.errors import InputError
 from jaxsim.traces._table import (
+    FILE,
     JSON,
     JSON_LINES,
     Probe,
@@ -43,17 +44,20 @@ def read(path: Path, *, run: int | None = None) -> Table:
     runs = json_documents(path)
     if run is None and len(runs) > 1:
         raise InputError(
-            "run", None, f"is missing: {path.name} holds {len(runs)} runs", "give run=0 for the first"
+            "workload.slice.run",
+            None,
+            f"is missing: {path.name} holds {len(runs)} runs",
+            "give one (run= in Python), 0 for the first",
         )
     try:
         result = runs[run or 0]
     except IndexError as error:
         raise InputError(
-            "run", run, f"is past the {len(runs)} runs of {path.name}", "give a smaller one"
+            "workload.slice.run", run, f"is past the {len(runs)} runs of {path.name}", "give a smaller one"
         ) from error
     if not isinstance(result, Mapping):
         raise InputError(
-            "trace", str(path), "is not a benchmark result", "give the JSON object the client saved"
+            FILE, str(path), "is not a benchmark result", "give the JSON object the client saved"
         )
     missing = [name for name in REQUIRED if not isinstance(result.get(name), list)]
     if missing:
@@ -96,7 +100,9 @@ def read(path: Path, *, run: int | None = None) -> Table:
 def _arrivals(result: Mapping[str, Any], lists: Mapping[str, np.ndarray], count: int) -> np.ndarray | None:
     if "start_times" in lists:
         queued = lists.get("queue_times", np.zeros(count))
-        return lists["start_times"] - np.maximum(queued, 0.0)
+        arrival_s = lists["start_times"] - np.maximum(queued, 0.0)
+        # The client's clock starts at its first request, which may have waited too.
+        return arrival_s - min(0.0, float(arrival_s.min())) if count else arrival_s
     is_burst = str(result.get("request_rate")).lower() in ("inf", "infinity")
     # With a concurrency limit the client's sending times followed the answers: not known without start_times.
     return np.zeros(count) if is_burst and result.get("max_concurrency") is None else None

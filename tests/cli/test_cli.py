@@ -1,8 +1,13 @@
 """The command: what it prints where, what it writes, and its exit status."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,7 +15,7 @@ import pytest
 from jaxsim import cli
 from jaxsim.engine.lower import make_workload
 from jaxsim.metrics import Result
-from jaxsim.spec.scenario import Scenario, json_schema
+from jaxsim.spec.scenario import RooflineCost, Scenario, json_schema, shipped_scenarios
 from tests.metrics.lanes import blank_lane, simulated
 
 TINY = {
@@ -75,6 +80,7 @@ def test_a_trace_replaces_the_workload(tiny, simulations):
     assert cli.main(["run", "tiny.toml", "--trace", "t.csv", "--no-plots"]) == 0
     scenario, = simulations
     assert scenario.to_dict()["workload"] == {"kind": "trace", "trace": "t.csv"} and scenario.num_seeds == 1
+    assert (scenario.name, scenario.description) == ("t", "replay of t.csv")
     drawn = make_workload(scenario, 0)
     assert drawn.arrival_s.tolist() == [0.0, 0.5, 2.0] and drawn.output_tokens.tolist() == [5, 9, 1]
 
@@ -123,6 +129,18 @@ def test_engine_from_a_vllm_line(tiny, simulations, capsys):
     assert "note: not part of the simulation: --port" in capsys.readouterr().err
 
 
+def test_fitted_coefficients_do_not_outlive_their_model(tmp_path, monkeypatch, simulations, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "fitted-latency", "--no-plots", "--from-vllm", "vllm serve llama-3.1-8b"]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--set", "cost.overrides.gemm_efficiency=0.6"]) == 0
+    plain, bent = simulations
+    assert plain.cost == RooflineCost() and plain.device.name == "h100" and plain.workload.rate_rps == 2.0
+    assert bent.cost == RooflineCost(overrides={"gemm_efficiency": 0.6})
+    err = capsys.readouterr().err
+    assert "coefficients of the scenario are of another model" in err and "h100 is used" in err
+
+
 def test_a_bound_that_stops_the_simulation_is_status_3(tiny, monkeypatch, capsys):
     lane = blank_lane([0.0, 1.0], [1.0, float("nan")], fault="more steps than allowed")
     monkeypatch.setattr("jaxsim.engine.simulate.simulate", lambda s, record_steps: Result(s, [[lane, lane]]))
@@ -148,6 +166,18 @@ def test_interruption_is_status_130(tiny, monkeypatch, capsys):
     (("run", "tiny.tom"), "no such file, and no scenario of that name"),
     (("run", "defualt"), "did you mean 'default'"),
     (("run", "none.toml"), "No such file"),
+    (("run", ""), "scenario = ''"),
+    (("run", "tiny.toml", "--out", ""), "--out = ''"),
+    (("run", "tiny.toml", "--trace", ""), "workload.trace = ''"),
+    (("run", "tiny.toml", "--from-vllm", ""), "vllm = ''"),
+    (("run", "tiny.toml", "--trace", "nosuch.csv"), "is not there; give the path of a trace file"),
+    (("run", "--set", "model.name=tiny.toml"), "is a file, not a name; use model.config"),
+    (("run", "--set", "model.name=zzz"), "see `jaxsim list models`"),
+    (("run", "--set", "cost.overrides.gemm_eficiency=0.6"), "cost.overrides.gemm_eficiency = 0.6"),
+    (("run", "--set", "cost.overrides.gemm_efficiency=-1"), "cost.overrides.gemm_efficiency = -1.0"),
+    (("import-vllm", "vllm serve zzz"), "model.name = 'zzz'"),
+    (("import-vllm", "--device", "zzz", "vllm serve llama-3.1-8b"), "device.name = 'zzz'"),
+    (("import-vllm", "vllm serve llama-3.1-70b"), "does not fit"),
     (("run", "tiny.toml", "--set", "engine.max_num_seqs"), "is not FIELD=VALUE"),
     (("run", "tiny.toml", "--set", "engine.max_num_seqs=lots"), "engine.max_num_seqs = 'lots'"),
     (("run", "tiny.toml", "--set", "engine.nope=1"), "no such field"),
@@ -175,13 +205,87 @@ def test_broken_files(tiny, capsys):
     assert "line " in refused(capsys, "run", "tiny.toml")
 
 
-def test_unknown_commands_and_options_are_status_2(capsys):
-    for arguments in (["rum"], ["run", "--sett", "a=1"], ["list"], ["list", "cats"]):
+def test_unknown_commands_and_options_are_one_line_and_status_2(capsys):
+    for arguments, says in ((["rum"], "'rum'"), (["run", "--sett", "a=1"], "did you mean --set?"),
+                            (["list"], "jaxsim list --help"), (["list", "cats"], "'cats'"),
+                            (["run", "--seeds", "few"], "'few'")):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and says in err
     assert cli.main([]) == 2
     assert "commands:" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_replaced_are_told_before_anything_runs(tiny, simulations, capsys):
+    (tiny.parent / "out" / "summary.json").mkdir(parents=True)
+    assert "summary.json in it cannot be replaced" in refused(capsys, "run", "tiny.toml", "--out", "out")
+    assert simulations == []
+
+
+def test_files_that_cannot_be_written_are_one_line(tiny, simulations, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "out/requests.parquet")
+
+    monkeypatch.setattr("jaxsim.io.result.write_requests", full)
+    err = refused(capsys, "run", "tiny.toml", "--out", "out")
+    assert "out/requests.parquet: cannot be written (No space left on device)" in err
+
+
+def test_no_empty_folder_is_left_behind(tiny, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("jaxsim.engine.simulate.simulate", broken)
+    (tiny.parent / "kept").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", "tiny.toml", "--out", "kept/a/b"])
+    assert (tiny.parent / "kept").is_dir() and not list((tiny.parent / "kept").iterdir())
+
+
+# ---- the process
+
+
+def command(*arguments, **options) -> subprocess.Popen:
+    """The command as a process of its own, in a session of its own."""
+    return subprocess.Popen([sys.executable, "-m", "jaxsim", *arguments], stderr=subprocess.PIPE, text=True,
+                            start_new_session=True, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_standard_output_is_status_2():
+    with open("/dev/full", "w") as full:
+        done = command("list", "scenarios", "--json", stdout=full)
+        _, err = done.communicate(timeout=60)
+    assert done.returncode == 2 and err.count("\n") == 1 and "standard output: No space left" in err
+
+
+def test_a_closed_standard_output_is_status_2():
+    done = subprocess.Popen(["sh", "-c", f"{sys.executable} -m jaxsim list scenarios >&-"], stderr=subprocess.PIPE,
+                            text=True)
+    _, err = done.communicate(timeout=60)
+    assert done.returncode == 2 and err.count("\n") == 1 and "standard output is closed" in err
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.8, 1.5])
+def test_ctrl_c_is_status_130_at_any_time(tiny, after_s):
+    tiny.write_text(tiny.read_text().replace("num_requests = 40", "num_requests = 200000"))
+    child = command("run", "tiny.toml", "--out", "a/b", cwd=tiny.parent, stdout=subprocess.PIPE)
+    time.sleep(after_s)
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (130, "", "jaxsim: interrupted\n")
+    assert [p.name for p in tiny.parent.iterdir()] == ["tiny.toml"]
+
+
+def test_a_platform_that_is_not_there_is_one_line(tiny):
+    done = command("run", "tiny.toml", cwd=tiny.parent, stdout=subprocess.PIPE,
+                   env=os.environ | {"JAX_PLATFORMS": "no-such-platform"})
+    out, err = done.communicate(timeout=60)
+    assert done.returncode == 2 and out == "" and err.count("\n") == 1
+    assert "JAX_PLATFORMS = 'no-such-platform'" in err and "JAX_PLATFORMS=cpu" in err
+    assert [p.name for p in tiny.parent.iterdir()] == ["tiny.toml"]
 
 
 # ---- the other commands
@@ -200,21 +304,21 @@ def test_lists(capsys):
 
 
 def test_listed_scenarios_all_load():
-    names = list(cli._shipped())
+    names = list(shipped_scenarios())
     assert len(names) >= 8 and "default" in names
     for name in names:
-        scenario = cli._load(name)
-        assert scenario.name == name and scenario.description
+        scenario = Scenario.named(name)
+        assert scenario.name == name and scenario.description and scenario == Scenario.from_toml(name)
 
 
 def test_import_vllm_prints_a_scenario_that_loads(tmp_path, capsys):
-    line = ["vllm", "serve", "m", "--max-num-seqs", "4"]
+    line = ["vllm", "serve", "llama-3.1-8b", "--max-num-seqs", "4"]
     assert cli.main(["import-vllm", "--device", "a100", "--", *line]) == 0
     out, err = capsys.readouterr()
     assert "note:" in err
     (tmp_path / "s.toml").write_text(out)
     scenario = Scenario.from_toml(tmp_path / "s.toml")
-    assert (scenario.model.name, scenario.device.name, scenario.engine.max_num_seqs) == ("m", "a100", 4)
+    assert (scenario.model.name, scenario.device.name, scenario.engine.max_num_seqs) == ("llama-3.1-8b", "a100", 4)
 
 
 def test_schema_is_printed(capsys):
@@ -267,3 +371,46 @@ def test_a_reader_that_leaves_is_no_error():
     child.stdout.close()
     _, err = child.communicate(timeout=60)
     assert child.returncode == 0 and err == b""
+
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, simulations, capsys):
+    """Everything in its usage block, with the engine replaced and the benchmark left out."""
+    import shlex
+
+    monkeypatch.chdir(tmp_path)
+    block, = re.findall(r"```sh\n(jaxsim run --set.*?)```", README, re.S)
+    lines = [part.partition(" #")[0].strip() for line in block.splitlines() for part in line.split(";")]
+    assert len(lines) >= 9
+    for line in lines:
+        words = shlex.split(line)
+        assert words.pop(0) == "jaxsim"
+        if words[0] == "bench" or "--help" in words:
+            continue
+        if words[0] == "run":
+            words.append("--no-plots")
+            words.remove("--timeline") if "--timeline" in words else None
+        assert cli.main(words) == 0, line
+    from jaxsim.engine.lower import resolve_system
+
+    assert len(simulations) == 3 and all(resolve_system(s) for s in simulations)
+
+
+def test_the_example_of_the_readme_runs(monkeypatch):
+    import jaxsim
+
+    block, = re.findall(r"```python\n(.*?)```", README, re.S)
+    lane = simulated(0, num_requests=40, num_instances=2)[0]
+    monkeypatch.setattr("jaxsim.engine.simulate.simulate",
+                        lambda scenarios: Result(scenarios, [[lane] * s.num_seeds for s in scenarios]))
+    space = {}
+    exec(block, space)
+    assert len(space["result"].summary) == 6 and jaxsim.Scenario.named("default") == space["base"]
+
+
+def test_the_readme_counts_what_is_built_in(capsys):
+    for what in ("models", "devices"):
+        cli.main(["list", what, "--json"])
+        assert f"{len(json.loads(capsys.readouterr().out)[what])} {what}" in README

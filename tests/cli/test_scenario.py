@@ -6,11 +6,14 @@ import math
 from importlib import resources
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsim._core.errors import InputError
+from jaxsim.spec.device import load_device
+from jaxsim.spec.model import load_model
 from jaxsim.spec.scenario import FittedCost, Scenario, WorkloadSection, json_schema
 from jaxsim.spec.toml import dump_toml, parse_toml, parse_value
 from jaxsim.workload import named
@@ -103,6 +106,26 @@ REFUSALS = [
     (changed(schema_version=2), "schema_version", "use one of 1"),
     (changed(schema_version=None), "schema_version", "missing"),
     (changed(workload=3), "workload", "table"),
+    (changed(warmup_s=600.0), "warmup_s", "within about 500 s; lower it, or raise workload.num_requests"),
+    (changed(warmup_s=1.0, workload__kind="batch", workload__rate_rps=None), "warmup_s", "within about 0 s"),
+    (changed(warmup_s=5.0, workload={"kind": "trace", "trace": "t.csv", "slice": {"start_s": 5, "end_s": 9}}),
+     "warmup_s", "within about 4 s"),
+    (changed(workload__sort=True), "workload.sort", "kind = 'trace'"),
+    (changed(workload__input=200_000), "workload.input", "beyond the 131072 positions of meta-llama/Llama-3.1-8B"),
+    (changed(workload__input=200_000, engine__max_model_len=150_000), "workload.input", "shorten workload.input"),
+    (changed(cost={"overrides": {"gemm_efficiency": 1.2}}), "cost.overrides.gemm_efficiency", "at most 1"),
+    (changed(cost={"overides": {"gemm_efficiency": 1.2}}), "cost.overides", "did you mean 'overrides'"),
+    (changed(cost={"prefill": {}}), "cost.kind", "missing"),
+    (changed(cost={"kind": "fitted", "prefill": {"a": 1e5}, "decode": {}}), "cost.prefill.a", "<= 32768"),
+    (changed(cost={"kind": "fitted", "prefill": {}, "decode": [{"c": 1.0}]}), "cost.decode.c", "in seconds"),
+    (changed(cost={"kind": "fitted", "prefill": {"e": 1.0}, "decode": {}}), "cost.prefill.e", "32768 s"),
+    (changed(model__dimensions={"layers": 2}), "model.dimensions.hidden", "missing"),
+    (changed(model={"config": "x.json", "dimensions": {}}), "model.dimensions", "model.config"),
+    (changed(device__numbers={"memory_bytes_per_s": "fast"}), "device.numbers.memory_bytes_per_s", "a number > 0"),
+    (changed(device__numbers={"memory_bytes_per_s": 1e12}), "device.numbers.bf16_flops", "no arithmetic peak"),
+    (None, "scenario", "Scenario.named"),
+    ({1: 2}, "a field of the scenario", "not text"),
+    (changed(cluster__router_weights={1: 2.0}), "a field of cluster.router_weights", "not text"),
 ]
 
 
@@ -187,6 +210,54 @@ def test_values_are_replaced_checked_and_taken_back():
             scenario.with_values({path: value})
 
 
+@pytest.mark.parametrize("values", ["x", None, 5, {1: 2}, {"a": object()}, {"workload": np.zeros((2, 2))}])
+def test_what_is_no_table_of_values_is_refused(values):
+    with pytest.raises(InputError) as refusal:
+        Scenario.from_dict(BASE).with_values(values)
+    assert refusal.value.field and refusal.value.remedy
+
+
+def test_numpy_counts_as_numbers():
+    scenario = Scenario.from_dict(BASE).with_values({
+        "workload.rate_rps": np.float64(3), "engine.max_num_seqs": np.int32(64), "workload.input": np.array(7),
+        "slo.ttft_ms": np.float32(0.5), "engine.enforce_eager": np.bool_(True), "name": np.str_("n"),
+        "workload.output": {"kind": "quantiles", "levels": np.array([0.0, 1.0]), "tokens": np.arange(1, 3)}})
+    same = Scenario.from_dict(BASE).with_values({
+        "workload.rate_rps": 3.0, "engine.max_num_seqs": 64, "workload.input": 7, "slo.ttft_ms": 0.5,
+        "engine.enforce_eager": True, "name": "n",
+        "workload.output": {"kind": "quantiles", "levels": [0.0, 1.0], "tokens": [1, 2]}})
+    assert scenario == same and scenario.to_toml() == same.to_toml()
+    with pytest.raises(InputError, match="workload.rate_rps = nan: not a finite number"):
+        scenario.with_values({"workload.rate_rps": np.float64("nan")})
+
+
+def test_overrides_alone_are_those_of_the_roofline():
+    scenario = Scenario.from_dict(BASE).with_values({"cost.overrides.gemm_efficiency": 0.6})
+    assert scenario.cost.overrides == {"gemm_efficiency": 0.6}
+    assert Scenario.from_dict(scenario.to_dict()) == scenario
+
+
+def test_models_and_devices_of_ones_own():
+    """Copied from the catalogue under another name they are the same."""
+    for section, field, known in (("model", "dimensions", load_model("llama-3.1-8b")), ("device", "numbers",
+                                                                                      load_device("h100"))):
+        table = {k: v for k, v in msgspec.to_builtins(known).items() if k not in ("name", "aliases") and v is not None}
+        scenario = Scenario.from_dict(changed(**{f"{section}__name": "mine", f"{section}__{field}": table}))
+        assert msgspec.structs.replace(getattr(scenario, section).spec(), name=known.name,
+                                       aliases=known.aliases) == known
+        assert Scenario.from_dict(parse_toml(scenario.to_toml(), "here")) == scenario
+        assert getattr(Scenario.from_dict(BASE), section).spec() == known
+
+
+def test_options_of_a_trace():
+    workload = {"kind": "trace", "trace": "t.csv", "rate_rps": 4.0, "sort": True, "drop_failed": False,
+                "slice": {"start_s": 1.0, "run": 3}}
+    section = Scenario.from_dict(changed(workload=workload)).workload
+    assert section.trace_options() == {"rate_rps": 4.0, "sort": True, "drop_failed": False, "start_s": 1.0,
+                                       "keep": 1.0, "run": 3}
+    assert Scenario.from_dict(changed(workload={"kind": "trace", "trace": "t.csv"})).workload.trace_options() == {}
+
+
 def test_list_elements_can_be_replaced():
     scenario = Scenario.from_dict(changed(workload__tenants=[{"name": "a"}, {"name": "b"}]))
     assert scenario.with_values({"workload.tenants.1.share": 3.0}).workload.tenants[1].share == 3.0
@@ -218,6 +289,29 @@ def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
     with pytest.raises(InputError, match="UTF-8"):
         Scenario.from_toml(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize("path, says", [
+    (5, "is not the path"), (None, "is not the path"), ("", "is not the path"), ("defualt", "did you mean 'default'"),
+    ("none.toml", "No such file"), (".", "directory"), ("a\0b", "cannot be read")])
+def test_what_is_no_scenario_file_is_refused(path, says):
+    with pytest.raises(InputError, match=says):
+        Scenario.from_toml(path)
+
+
+def test_shipped_scenarios_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Scenario.from_toml("default") == Scenario.named("default") and Scenario.named("default").name == "default"
+    (tmp_path / "default").write_text(dump_toml(changed(name="mine")))
+    assert Scenario.from_toml("default").name == "mine"
+    for name in ("defualt", None, 3):
+        with pytest.raises(InputError, match="no scenario of that name"):
+            Scenario.named(name)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    (tmp_path / "s.toml").write_text(dump_toml(BASE), encoding="utf-8-sig")
+    assert Scenario.from_toml(tmp_path / "s.toml") == Scenario.from_dict(BASE)
 
 
 def test_paths_in_a_file_count_from_its_folder(tmp_path):

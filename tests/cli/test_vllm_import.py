@@ -48,10 +48,24 @@ def test_what_plays_no_part_is_listed():
     assert scenario.model.name == "m"
 
 
-def test_other_ways_to_start_it():
+def test_what_is_not_known_is_listed_apart():
+    with pytest.warns(IgnoredFlagsWarning) as caught:
+        import_vllm("vllm serve m --port 80 --frobnicate 3 --seed 1", device="h100")
+    harmless, unknown = (str(w.message) for w in caught)
+    assert "--port" in harmless and "--seed" in harmless and "--frobnicate" not in harmless
+    assert "not known here" in unknown and unknown.endswith("--frobnicate")
+
+
+def test_other_ways_to_start_it(tmp_path):
     assert imported("python -m vllm.entrypoints.openai.api_server --model a/b -q awq")[0].dtype == "int4"
     wrapped = "docker run --gpus all image \\\n  vllm serve \\\n  a/b --max-num-seqs 7"
     assert imported(wrapped)[0].engine.max_num_seqs == 7
+    for image in ("vllm/vllm-openai", "vllm/vllm-openai:v0.9.1", "reg.example/vllm/vllm-openai@sha256:0"):
+        image_line = f"docker run --gpus all -v ~/.cache:/root -p 8000:8000 --ipc=host {image} --model a/b --dtype fp8"
+        assert imported(image_line)[0].model.name == "a/b" and imported(image_line)[0].dtype == "fp8"
+    (tmp_path / "config.json").write_text("{}")
+    assert imported(f"vllm serve {tmp_path}")[0].model.config == str(tmp_path)
+    assert imported("vllm serve m --model m")[0].model.name == "m"
 
 
 def test_data_parallel_ranks_are_replicas_unless_they_step_together():
@@ -72,6 +86,11 @@ def test_data_parallel_ranks_are_replicas_unless_they_step_together():
     ("vllm serve m --max-num-seqs four", "engine.max_num_seqs = 'four'"),
     ("vllm serve m --block-size 12", "engine.block_size = 12"),
     ("vllm serve m n", "a second model"),
+    ("vllm serve m --model n", "a second model beside 'm'"),
+    ("vllm serve --model n m", "a second model beside 'n'"),
+    ("vllm serve m --model", "--model.*has no value"),
+    ("vllm serve m --config foo.yaml", "--config = 'foo.yaml'.*write its flags out"),
+    ("docker run ubuntu m", "not a vLLM server"),
     ("vllm serve --port 1", "names no model"),
     ("vllm serve 'm", "cannot be split"),
     ("ollama run m", "not a vLLM server"),

@@ -36,7 +36,7 @@ def test_look_up():
     assert load_device("rtx pro 6000").memory_bytes_per_s == 1.792e12
     with pytest.raises(InputError, match="did you mean .*h200"):
         load_device("h20")
-    with pytest.raises(InputError, match="choose from"):
+    with pytest.raises(InputError, match="jaxsim list devices.*device.numbers"):
         load_device("?")
 
 
@@ -70,3 +70,14 @@ def test_tables_are_checked(changes, message):
     assert DeviceSpec.from_dict(table).name == "mine"
     with pytest.raises(InputError, match=message):
         DeviceSpec.from_dict({k: v for k, v in (table | changes).items() if v is not None})
+
+
+@pytest.mark.parametrize("changes", [dict(memory_bytes_per_s="fast"), dict(memory_bytes=-1), dict(tdp_w=float("inf")),
+                                     dict(memory_bytes_per_s=None)])
+def test_numbers_of_the_wrong_kind(changes):
+    field, = changes
+    with pytest.raises(InputError) as refusal:
+        DeviceSpec(**dict(name="mine", memory_bytes_per_s=1e12, bf16_flops=1e14) | changes)
+    assert refusal.value.field == f"device.{field}"
+    with pytest.raises(InputError, match="not a table"):
+        DeviceSpec.from_dict(None)

@@ -100,3 +100,23 @@ def test_refusals_show_the_sum():
         blocks("llama-3.1-8b", "h100", gpu_memory_utilization=1.5)
     with pytest.raises(InputError, match="write it like"):
         blocks("llama-3.1-8b", "h100", engine_version="latest")
+
+
+@pytest.mark.parametrize("model, device, arguments, remedy", [
+    ("llama-3.1-8b", "h100", dict(gpu_memory_utilization=0.1), "raise engine.gpu_memory_utilization to at least 0.21"),
+    ("llama-3.1-8b", "h100", dict(max_num_batched_tokens=1 << 20),
+     "lower engine.max_num_batched_tokens to at most 262144"),
+    ("llama-3.1-8b", "rtx4090", dict(max_num_batched_tokens=4096, max_num_seqs=4096),
+     "lower engine.max_num_seqs to at most 1024"),
+    ("llama-3.1-70b", "h100", {}, "use tensor_parallel_size = 2"),
+    ("llama-3.1-405b", "l4", {}, "use a larger device or a narrower dtype"),
+])
+def test_the_remedy_is_the_knob_that_decides(model, device, arguments, remedy):
+    with pytest.raises(InputError) as refusal:
+        blocks(model, device, **arguments)
+    assert remedy in refusal.value.remedy
+    assert ("larger device" in refusal.value.remedy) == ("larger device" in remedy)
+    knob, _, value = remedy.partition(" to at least " if "at least" in remedy else " to at most ")
+    if value:
+        field = knob.partition("engine.")[2]
+        assert blocks(model, device, **arguments | {field: float(value) if "." in value else int(value)}).num_blocks > 0

@@ -93,8 +93,16 @@ def test_names():
     assert load_model("LLAMA-3.1-8B") is load_model("meta-llama/Meta-Llama-3.1-8B-Instruct")
     with pytest.raises(InputError, match="did you mean .*llama-3.1-8b"):
         load_model("lama-3.1-8b")
-    with pytest.raises(InputError, match="choose from"):
+    with pytest.raises(InputError, match="jaxsim list models") as refusal:
         load_model("zzzz")
+    assert len(str(refusal.value)) < 200
+
+
+def test_a_file_is_no_name(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in (str(tmp_path / "mine"), "./config.json"):
+        with pytest.raises(InputError, match="a file, not a name; use model.config"):
+            load_model(name)
 
 
 def hf(**changes):
@@ -201,6 +209,55 @@ def test_hugging_face_refusals():
         ModelSpec.from_hf_config(hf(model_type="deepseek_v3"))
 
 
+@pytest.mark.parametrize("key, value, changes", [
+    ("hidden_size", "4096", {}), ("hidden_size", 4096.5, {}), ("num_attention_heads", 0, {}),
+    ("num_hidden_layers", True, {}), ("num_hidden_layers", 10**12, {}), ("num_hidden_layers", float("nan"), {}),
+    ("vocab_size", [1], {}), ("num_key_value_heads", -8, {}), ("num_key_value_heads", 5, {}),
+    ("tie_word_embeddings", "no", {}), ("attention_bias", 1, {}), ("torch_dtype", "weird", {}),
+    ("torch_dtype", 16, {}), ("quantization_config", "fp8", {}),
+    ("sliding_window", "x", dict(model_type="mistral")), ("sliding_window", -1, {}),
+    ("layer_types", "sliding", dict(sliding_window=128)), ("decoder_sparse_step", 0, HF_CONFIGS["qwen3-30b-a3b"]),
+    ("num_experts_per_tok", 200, HF_CONFIGS["qwen3-30b-a3b"]),
+    ("first_k_dense_replace", "3", HF_CONFIGS["deepseek-v3"]),
+    ("moe_layer_freq", 0, HF_CONFIGS["deepseek-v3"]), ("use_sliding_window", "no", HF_CONFIGS["qwen2.5-7b"]),
+    ("max_window_layers", 1.5, HF_CONFIGS["qwen2.5-7b"] | dict(use_sliding_window=True)),
+])
+def test_hugging_face_values_of_the_wrong_kind(key, value, changes):
+    with pytest.raises(InputError) as refusal:
+        ModelSpec.from_hf_config(hf(**changes) | {key: value})
+    error = refusal.value
+    assert error.field == f"model.config.{key}" and error.remedy
+    assert error.value is value or error.value == value
+
+
+def test_hugging_face_groups_of_the_wrong_kind():
+    for groups in ("x", {"g": 3}, {"g": {"weights": 4}}):
+        quantised = {"quant_method": "compressed-tensors", "config_groups": groups}
+        with pytest.raises(InputError, match="quantization_config.config_groups.* is not an object"):
+            ModelSpec.from_hf_config(hf(quantization_config=quantised))
+    for config in (None, 5):
+        with pytest.raises(InputError, match="neither a path nor a table"):
+            ModelSpec.from_hf_config(config)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf()), encoding="utf-8-sig")
+    assert ModelSpec.from_hf_config(tmp_path).layers == 32
+
+
+TABLE = dict(name="mine", layers=2, hidden=64, heads=32, kv_heads=8, head_dim=16, ffn=128, vocab=100,
+             max_position=64)
+
+
+@pytest.mark.parametrize("make", [lambda: ModelSpec(**TABLE | {"layers": "a"}), lambda: ModelSpec.from_dict(None),
+                                  lambda: ModelSpec.from_dict(TABLE | {"layers": None}),
+                                  lambda: ModelSpec.from_dict({"name": "mine"})])
+def test_tables_of_the_wrong_kind(make):
+    with pytest.raises(InputError) as refusal:
+        make()
+    assert refusal.value.field.startswith("model") and refusal.value.remedy
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(heads=30), "does not divide"), (dict(experts=8, experts_per_token=9, moe_ffn=1), "between 1 and"),
     (dict(experts=8, experts_per_token=2), "inner size"), (dict(kv_lora_rank=512), "latent attention needs"),
@@ -209,8 +266,7 @@ def test_hugging_face_refusals():
     (dict(hidden="big"), "hidden"),
 ])
 def test_tables_are_checked(changes, message):
-    table = dict(name="mine", layers=2, hidden=64, heads=32, kv_heads=8, head_dim=16, ffn=128, vocab=100,
-                 max_position=64)
+    table = TABLE
     assert ModelSpec.from_dict(table).num_parameters > 0
     with pytest.raises(InputError, match=message):
         ModelSpec.from_dict(table | changes)

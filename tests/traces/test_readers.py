@@ -1,5 +1,6 @@
 """Every format on small files written here: what is read, what is refused, and with which words."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -10,10 +11,14 @@ import pytest
 
 from jaxsim import traces
 from jaxsim._core.errors import InputError
+from jaxsim.io.result import write_requests
+from jaxsim.metrics import Result
+from jaxsim.spec.scenario import Scenario
 from jaxsim.traces import detect_format, formats, read_lengths, read_trace
 from jaxsim.traces.llmservingsim import chained_blocks
 from jaxsim.workload import Deterministic, generator
 from jaxsim.workload.arrivals import GRID_S
+from tests.metrics.lanes import simulated
 
 AZURE_2023 = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -362,6 +367,53 @@ def test_parquet_of_a_finished_run(tmp_path):
     assert w.prefix_of(0).tolist() == [1, 2] and w.prefix_of(1).tolist() == []
 
 
+@pytest.fixture
+def several(tmp_path):
+    """A requests.parquet of two seeds, as a run writes it."""
+    lane = simulated(0, num_requests=5, num_instances=1)[0]
+    scenario = Scenario.from_dict({
+        "schema_version": 1, "num_seeds": 2, "engine": {"num_gpu_blocks_override": 400, "max_model_len": 2048},
+        "workload": {"kind": "poisson", "rate_rps": 1.0, "seed": 7},
+        "cost": {"kind": "fitted", "prefill": {}, "decode": {}}})
+    second = dataclasses.replace(lane, input_tokens=np.asarray(lane.input_tokens) + 1)
+    return write_requests(Result([scenario], [[lane, second]]), tmp_path / "requests.parquet")
+
+
+def test_one_run_of_several_is_read(several, tmp_path):
+    for options in ({}, {"num_requests": 2}, {"sort": True}):
+        with pytest.raises(InputError, match="slice.run = None.*2 runs, of seed 7, 8.*e.g. workload.slice.run = 7"):
+            read_trace(several, **options)
+    first, second = read_trace(several, run=7), read_trace(several, run=8)
+    np.testing.assert_array_equal(second.input_tokens, first.input_tokens + 1)
+    assert len(first) == 5 and first.arrival_s[0] == 0.0
+    assert read_trace(several, run=8, num_requests=2).input_tokens.tolist() == second.input_tokens[:2].tolist()
+    assert len(read_lengths(several)[0]) == 10
+    with pytest.raises(InputError, match="slice.run = 9: is no seed of requests.parquet; give one of 7, 8"):
+        read_trace(several, run=9)
+    frame = pd.read_parquet(several)
+    _save(pd.concat([frame.assign(scenario=0), frame.assign(scenario=1)]), tmp_path / "grid.csv")
+    with pytest.raises(InputError, match="slice.scenario = None"):
+        read_trace(tmp_path / "grid.csv", run=7)
+    assert len(read_trace(tmp_path / "grid.csv", run=7, scenario=1)) == 5
+
+
+def test_a_run_is_chosen_only_where_there_are_runs(write):
+    with pytest.raises(InputError, match="workload.slice.run = 1: was given, but t.csv has no column seed"):
+        read_trace(write("t.csv", LONG), run=1)
+    with pytest.raises(InputError, match="workload.slice.run = 1: is not an option of azure"):
+        read_trace(write("a.csv", AZURE_2023), run=1)
+
+
+def test_separators_at_the_end_of_every_row_are_no_values(write):
+    assert read_trace(write("t.csv", HEADER + "0,1,1,\n1,2,3,\n")).input_tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("path", [None, 5, ""])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(InputError, match="is not the path of a file"):
+        read_trace(path)
+
+
 def test_gzip_is_read_as_what_it_holds(tmp_path):
     path = tmp_path / "t.jsonl.gz"
     path.write_bytes(gzip.compress(lines(MOONCAKE).encode()))
@@ -453,6 +505,11 @@ HASHED = MOONCAKE[0]
         ("t.csv", HEADER + "0,1,1.5\n", "row 1, output_tokens = 1.5.*whole"),
         ("t.csv", HEADER + "0,1,0\n", "row 1, output_tokens = 0.*drop_failed=True"),
         ("t.csv", HEADER + "0,1,1\n1,2,3,4,5\n", "not well-formed CSV.*line 3"),
+        ("t.csv", HEADER + "0,1,1,9\n1,2,3\n", "row 1 = '0,1,1,9': has 4 values under 3 column names"),
+        ("t.csv", "arrival_s,input_tokens,output_tokens,input_tokens\n0,1,1,2\n", "column input_tokens 2 times"),
+        ("t.csv", HEADER + "-1,1,1\n2,1,1\n", "row 1, arrival_s = -1.*is negative"),
+        ("t.csv", VIDUR.replace("\n0.0", "\n-0.5", 1), "row 1, arrival_s = -.*is negative"),
+        ("t.jsonl", lines([{**HASHED, "timestamp": -5}]), "line 1, arrival_s = -0.005: is negative"),
         ("t.csv", "arrival_s,arrival_ms,input_tokens,output_tokens\n0,0,1,1\n", "more than once"),
         ("t.csv", AZURE_2023.replace("2023-11-16 18:15:50.9951690", "noon"), "row 2, TIMESTAMP = 'noon'"),
         ("t.csv", BURSTGPT.replace("276", "-276"), "row 3, output_tokens = -276"),
@@ -518,6 +575,8 @@ def test_missing_files_name_their_neighbours(write):
     path = write("azure_conv.csv", AZURE_2023)
     with pytest.raises(InputError, match="is not there; did you mean 'azure_conv.csv'"):
         read_trace(path.with_name("azure_cnv.csv"))
+    with pytest.raises(InputError, match="is not there; give the path of a trace file"):
+        read_trace(path.with_name("zzz.parquet"))
     with pytest.raises(InputError, match="is not a file"):
         read_trace(path.parent)
 
