@@ -4,11 +4,17 @@
 """
 
 import importlib
+import os
 
 __all__ = ["InputError", "LaneResult", "Result", "Scenario", "functional", "simulate"]
 
 _HOMES = {"Scenario": "jaxsim.spec.scenario", "simulate": "jaxsim.engine.simulate", "Result": "jaxsim.metrics",
           "LaneResult": "jaxsim.metrics", "InputError": "jaxsim._core.errors"}
+
+_ROOT = os.path.dirname(os.path.dirname(__file__))
+if os.path.isfile(os.path.join(_ROOT, "pyproject.toml")) and os.path.isdir(os.path.join(_ROOT, "kernels")):
+    # Python started in a checkout finds this folder before the installed package: its parts lie beside it.
+    __path__.append(_ROOT)
 
 
 def __getattr__(name: str):

@@ -122,3 +122,11 @@ def test_importing_jaxsim_is_light(tmp_path):
             "heavy = {'jax', 'pandas', 'matplotlib', 'equinox'} & set(sys.modules)\n"
             "assert not heavy, heavy")
     run("-c", code, folder=tmp_path)
+
+
+def test_a_checkout_works_where_it_lies():
+    """Python started in the root finds the sources first, however the package is installed."""
+    code = ("import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
+            "import jaxsim.kernels.clock, jaxsim; print(jaxsim.Scenario.named('default').name)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "default\n", done.stderr
