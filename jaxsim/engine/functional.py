@@ -9,7 +9,8 @@
 
     jax.jit(jax.vmap(mean_ttft_s))(jnp.array([16, 64, 256]))
 
-Under `vmap` scenarios become lanes of one loop. Forward-mode derivatives are those at a fixed schedule of arrivals and
+Under `vmap` scenarios become lanes of one loop. `jvp` goes outside of `vmap`: the loop has no rule for `vmap` of `jvp`,
+which is what `jax.jacfwd` does. Forward-mode derivatives are those at a fixed schedule of arrivals and
 their compensating jumps are lost: where requests arrive over time they do not say what a change of cost would do.
 """
 

@@ -66,6 +66,10 @@ def resolve_system(scenario: Scenario) -> System:
         raise InputError("engine.scheduling_policy", "priority",
                          f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
                          "use preset = 'vllm-v1@0.9' with async_scheduling = false, or 'fcfs'")
+    if not scheduler.kv_accounting and scenario.cluster.router in ("least_kv", "score"):
+        raise InputError("cluster.router", scenario.cluster.router,
+                         f"reads KV memory, of which {scheduler.preset} keeps no account",
+                         "use 'least_outstanding', or set engine.kv_accounting = true")
     max_model_len = scheduler.max_model_len
     if model is not None and max_model_len > model.max_position:
         raise InputError("engine.max_model_len", max_model_len,
@@ -77,7 +81,9 @@ def resolve_system(scenario: Scenario) -> System:
             model, device, plan, dtype=scenario.dtype, kv_dtype=scenario.kv_dtype,
             block_size=scheduler.block_size, gpu_memory_utilization=scheduler.gpu_memory_utilization,
             max_num_batched_tokens=min(scheduler.max_num_batched_tokens, max_model_len),
-            max_num_seqs=scheduler.max_num_seqs, **version)
+            max_num_seqs=scheduler.max_num_seqs, **version,
+            # vLLM does not start where one sequence of this length has no room.
+            max_model_len=max_model_len if version else None)
         num_blocks = memory.num_blocks
     return System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len)
 
@@ -157,6 +163,8 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int) 
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
                      **scenario.cost.overrides)
     most_tokens = min(s.max_num_batched_tokens + num_slots, num_slots * (longest + 1), NO_TOKEN_LIMIT)
+    # A power of two, so that budgets and lengths share programs.
+    most_tokens = min(1 << (most_tokens - 1).bit_length(), NO_TOKEN_LIMIT)
     return model.tabulate(most_tokens, num_slots, cuda_graphs=not scenario.engine.enforce_eager,
                           async_scheduling=s.async_scheduling)
 

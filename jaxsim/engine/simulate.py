@@ -154,7 +154,9 @@ def prepare(index: int, scenario: Scenario, record_steps: bool) -> list[Lane]:
 def _dims(scenario: Scenario, system: lower.System, num_requests: int, record_steps: bool) -> Dims:
     # Never more slots than could be filled; powers of two, so that scenarios share programs.
     slots = max(min(system.scheduler.max_num_seqs, num_requests), SMALLEST_SLOTS)
-    return Dims(num_requests=num_requests, num_instances=scenario.cluster.replicas,
+    # Padded by up to an eighth, for the same reason.
+    step = 1 << max(num_requests.bit_length() - 4, 0)
+    return Dims(num_requests=-(-num_requests // step) * step, num_instances=scenario.cluster.replicas,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
                 num_records=RECORDS_A_REQUEST * num_requests + 1000 if record_steps else 0)
 

@@ -16,7 +16,7 @@ LEVELS = {
     "jaxsim.spec": 1,
     "jaxsim.state": 2,
     "jaxsim.cost": 3, "jaxsim.policy": 3, "jaxsim.workload": 3, "jaxsim.metrics": 3,
-    "jaxsim.traces": 4,
+    "jaxsim.traces": 4, "jaxsim.profiles": 4,
     "jaxsim.engine": 5,
     "jaxsim.io": 6,
     "jaxsim.cli": 7, "jaxsim.bench": 7, "jaxsim.__main__": 7, "jaxsim": 7,

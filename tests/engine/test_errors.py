@@ -82,7 +82,8 @@ CASES = {
     "request longer than the pool": (changed(FITTED, engine__num_gpu_blocks_override=8), None, ["blocks", "8"]),
     "request longer than the model allows": (changed(FITTED, engine__max_model_len=120), None, ["120", "140"]),
     "request longer than a real pool": (
-        changed(REAL, engine__gpu_memory_utilization=0.3, workload__input=60_000), None, ["blocks", "pool"]),
+        changed(REAL, engine__gpu_memory_utilization=0.3, engine__preset="sarathi", workload__input=120_000), None,
+        ["blocks", "pool"]),
     "prompt longer than a batch": (
         changed(REAL, engine__preset="vllm-v0", engine__max_num_batched_tokens=8192, workload__input=9000), None,
         ["9000", "max_num_batched_tokens"]),
@@ -96,6 +97,10 @@ CASES = {
     "text for a number": (changed(REAL, engine__max_num_seqs="many"), "engine.max_num_seqs", ["many"]),
     "no such trace": (changed(REAL, workload={"kind": "trace", "trace": "/nowhere/at/all.csv"}), None,
                       ["/nowhere/at/all.csv"]),
+    "a router without what it reads": (
+        changed(FITTED, engine__preset="distserve-sim-vllm", cluster={"router": "least_kv", "replicas": 2}),
+        "cluster.router", ["least_kv", "KV memory"]),
+    "no room for one long sequence": (changed(REAL, device__name="rtx4090"), None, ["131,072", "max_model_len"]),
     "arrivals beyond the clock": (changed(FITTED, workload__rate_rps=1e-12), "workload", ["last arrival", "1e+09"]),
     "more than fits in memory": (changed(REAL, workload__num_requests=2**27), "workload.num_requests",
                                  ["134,217,728 requests", "GiB", "this machine"]),

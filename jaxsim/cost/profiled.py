@@ -1,0 +1,542 @@
+"""Seconds of an iteration from measured operator tables, read on regular grids.
+
+`profiled(profile, base, ...)` resamples a `Profile` on the host; the loop reads the result, a `Profiled`. What a
+profile does not hold comes from the roofline `base`, and what it does not reach is its edge value scaled by the
+roofline's ratio; `coverage` tells how much of a batch's time that is.
+
+    device = by_tokens(tokens) + by_sampled(sampled) + prefill(chunks, keys) + mixed(chunks, keys, n, context)
+           = by_sequences[n].device + decode(n, context)                            decode only
+    seconds = serial + max(launch, device)
+
+Reduction of a batch: n decodes at their mean context; all chunks as one of their total tokens, with
+`prefill_pairs / prefill_tokens` keys a token (for one chunk exact, for several the pairs are kept).
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxsim._core.errors import InputError
+from jaxsim.cost import operators
+from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats, DecodePace
+from jaxsim.cost.profile import OPERATORS, OperatorTable, Profile, Rate, Resampled, interpolate
+from jaxsim.cost.roofline import Roofline, pad_to_graph
+from jaxsim.kernels import octaves
+from jaxsim.spec.model import ModelSpec, load_model
+
+DECODE_DEVICE, DECODE_LAUNCH, MIXED_LAUNCH, SERIAL = range(4)
+"""Columns of `Profiled.by_sequences`."""
+
+TOKENS, SAMPLED = (0, 6), (0, 4)
+"""Counts: every one up to 128 (32), then 64 (16) knots an octave: tile steps of GEMMs show at multiples of 16."""
+
+DECODES, CONTEXT = (0, 1), (4, 2)
+"""Decode attention: sequences, 2 knots an octave (published ones are powers of two); context in units of 16."""
+
+CHUNK, KEYS = (4, 4), (4, 3)
+"""Prefill attention: its steps from one wave of tiles to the next lie close."""
+
+MIXED_KEYS, MIXED_DECODES, MIXED_CONTEXT = (8, 0), (0, 0), (4, 0)
+"""What decodes add to an iteration with chunks: four axes, so few knots each, and the measured ones for the chunks,
+where a wave of tiles more can double the time within 17 tokens."""
+
+MOST_CHUNK_KNOTS = 32
+
+Cell = tuple[Int[Array, ""], Float[Array, ""]]
+
+
+def _corners(table: Float[Array, "..."], indices: list[Int[Array, ""]]) -> list[Float[Array, ""]]:
+    """Entries at the corners of a cell, the last axis fastest."""
+    flat, stride, at, offsets = table.reshape(-1), 1, jnp.int32(0), [0]
+    for index, size in zip(reversed(indices), reversed(table.shape), strict=True):
+        at = at + index * stride
+        offsets = offsets + [o + stride for o in offsets]
+        stride *= size
+    # No index is negative; allowing for it costs three operations a corner.
+    return [lax.dynamic_index_in_dim(flat, at + o, keepdims=False, allow_negative_indices=False) for o in offsets]
+
+
+def _interpolate(table: Float[Array, "..."], cells: list[Cell]) -> Float[Array, ""]:
+    """Multilinear interpolation; a cell is its lower index and the share of the way through."""
+    corners = _corners(table, [index for index, _ in cells])
+    for _, share in reversed(cells):
+        corners = [low + (high - low) * share for low, high in zip(corners[::2], corners[1::2], strict=True)]
+    return corners[0]
+
+
+def _cell(grid: octaves.Grid, value: Int[Array, ""], num_knots: int, divisor=None, of=None) -> Cell:
+    """The cell of `value`; its share from `of / divisor`, where the value is the whole part of that."""
+    index, low, octave = octaves.rung(grid, value, num_knots)
+    if divisor is None:
+        return index, octaves.share(value.astype(jnp.float32), low, octave)
+    over = (of - low * divisor).astype(jnp.float32)
+    return index, over / (divisor << octave).astype(jnp.float32)
+
+
+class Profiled(AbstractIterationCost):
+    """Resampled operator tables of one rank: seconds of all layers, on the grids of this module.
+
+    by_tokens: everything that depends on the tokens of an iteration with chunks; by_sampled: LM head and sampler.
+    by_sequences: for every count 0..max: device seconds of a decode-only iteration without attention (captured
+        graphs padded), host launches of a decode-only and of a mixed iteration, serial host seconds.
+    decode_attention: nondecreasing in the context, so that a pace never shrinks.
+    prefill_attention: iterations with chunks; mixed_attention: what decodes add to it, and mixed_chunks: where
+        among its chunk knots each count of tokens lies (knot + share). Without a measured table of mixed batches both
+        are None, and decodes add what they take alone less `attention_floor_s`.
+
+    Every table entry is a differentiable leaf; between knots the result is linear in each statistic.
+
+    Known gaps: contexts and chunks enter through sums only, so a batch of unequal contexts costs as much as an
+    even one (`attention_skew` measurements are not used).
+    """
+
+    by_tokens: Float[Array, " token_knots"]
+    by_sampled: Float[Array, " sampled_knots"]
+    by_sequences: Float[Array, "sequences 4"]
+    decode_attention: Float[Array, "decode_knots context_knots"]
+    prefill_attention: Float[Array, "chunk_knots key_knots"]
+    mixed_attention: Float[Array, "chunk_knots key_knots decode_knots context_knots"] | None
+    mixed_chunks: Float[Array, " tokens"] | None
+    attention_floor_s: Float[Array, ""]
+
+    def _row(self, num_sequences: Int[Array, ""]) -> Float[Array, " 4"]:
+        return self.by_sequences[jnp.minimum(num_sequences, self.by_sequences.shape[0] - 1)]
+
+    def _decode_attention(self, num_decode, context) -> Float[Array, ""]:
+        rows, columns = self.decode_attention.shape
+        count = jnp.maximum(num_decode, 1)
+        return _interpolate(self.decode_attention, [
+            _cell(DECODES, num_decode, rows), _cell(CONTEXT, lax.div(context, count), columns, count, context)])
+
+    def _mixed_attention(self, stats: BatchStats) -> Float[Array, ""]:
+        tokens = jnp.maximum(stats.prefill_tokens, 1)
+        keys = (stats.prefill_pairs / tokens.astype(jnp.float32)).astype(jnp.int32)
+        chunks, columns = self.prefill_attention.shape
+        prefill = _interpolate(self.prefill_attention, [
+            _cell(CHUNK, stats.prefill_tokens, chunks), _cell(KEYS, keys, columns)])
+        if self.mixed_attention is None:
+            alone = self._decode_attention(stats.num_decode, stats.decode_context)
+            return prefill + jnp.maximum(alone - self.attention_floor_s, 0.0)
+        count = jnp.maximum(stats.num_decode, 1)
+        sizes = self.mixed_attention.shape
+        position = self.mixed_chunks[jnp.minimum(stats.prefill_tokens, self.mixed_chunks.shape[0] - 1)]
+        knot = jnp.minimum(position.astype(jnp.int32), sizes[0] - 2)
+        return prefill + _interpolate(self.mixed_attention, [
+            (knot, position - knot.astype(jnp.float32)), _cell(MIXED_KEYS, keys, sizes[1]),
+            _cell(MIXED_DECODES, stats.num_decode, sizes[2]),
+            _cell(MIXED_CONTEXT, lax.div(stats.decode_context, count), sizes[3], count, stats.decode_context)])
+
+    def attention(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds of attention, all layers."""
+        return jnp.where(stats.num_prefill == 0, self._decode_attention(stats.num_decode, stats.decode_context),
+                         self._mixed_attention(stats))
+
+    def device_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds of the device lane."""
+        plain = (octaves.look_up(TOKENS, self.by_tokens, stats.prefill_tokens + stats.num_decode)
+                 + octaves.look_up(SAMPLED, self.by_sampled, stats.num_sampled))
+        row = self._row(stats.num_decode)
+        return self.attention(stats) + jnp.where(stats.num_prefill == 0, row[DECODE_DEVICE], plain)
+
+    def iteration(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds of one iteration."""
+        row = self._row(stats.num_decode + stats.num_prefill)
+        launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
+        return row[SERIAL] + jnp.maximum(launch, self.device_seconds(stats))
+
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> DecodePace:
+        """Pace until the mean context leaves its cell or the device overtakes the host."""
+        row = self._row(num_sequences)
+        rows, columns = self.decode_attention.shape
+        count = jnp.maximum(num_sequences, 1)
+        index, low, octave = octaves.rung(CONTEXT, lax.div(context, count), columns)
+        width = jnp.int32(1) << octave
+        sequences, share = _cell(DECODES, num_sequences, rows)
+        corners = _corners(self.decode_attention, [sequences, index])
+        start, end = (low + (high - low) * share for low, high in zip(corners[:2], corners[2:], strict=True))
+        growth = (end - start) / width.astype(jnp.float32)
+        over = (context - low * count).astype(jnp.float32) / count.astype(jnp.float32)
+        device = row[DECODE_DEVICE] + start + growth * over
+        slack = row[DECODE_LAUNCH] - device
+        is_host_bound = slack > 0
+        to_device = jnp.where(is_host_bound & (growth > 0), slack / jnp.where(growth > 0, growth, 1.0), UNBOUNDED)
+        to_edge = jnp.where(index < columns - 2, lax.div((low + width) * count - context, count) + 1, UNBOUNDED)
+        horizon = jnp.minimum(to_edge, jnp.minimum(to_device, UNBOUNDED).astype(jnp.int32))
+        return DecodePace(row[SERIAL] + jnp.maximum(row[DECODE_LAUNCH], device),
+                          jnp.where(is_host_bound, 0.0, growth), jnp.maximum(horizon, 1))
+
+
+# ---- rooflines of single operators, for what lies outside the tables
+
+
+class _Rates(NamedTuple):
+    """Seconds of one call by the roofline, for the axes of each table."""
+
+    base: Roofline
+
+    def _seconds(self, work: operators.Work) -> np.ndarray:
+        return np.asarray(self.base._seconds(work), np.float64) / work.calls
+
+    def _work(self, name: str, counts) -> operators.Work | None:
+        base, counts = self.base, jnp.asarray(counts, float)
+        works = (operators.token_work(base.model, base.plan, base.weights, counts, base.distinct_experts)
+                 + operators.head_work(base.model, base.plan, base.weights, counts))
+        return next((w for w in works if w.name == name), None)
+
+    def of(self, name: str) -> Rate:
+        """The rate of a table by its name."""
+        if name.startswith(("attention_", "latent_")) and name in _ATTENTION:
+            return getattr(self, _ATTENTION[name])
+        if name == "host_step":
+            return lambda n: 1.0 + 0.0 * n
+        covered = (*OPERATORS[name].covers, "norms")[0]
+        if OPERATORS[name].axes == ("message_bytes",):
+            work = self._work(covered, 1.0)
+            if work is None:
+                return lambda x: 1.0 + 0.0 * x
+            return lambda x: self._seconds(work._replace(message_bytes=jnp.asarray(x, float)))
+        if name == "experts_touched":
+            return self.experts
+        if self._work(covered, 1.0) is None:
+            return lambda x: 1.0 + x
+        return lambda x: self._seconds(self._work(covered, x)) + 0.0 * x
+
+    def experts(self, tokens, experts) -> np.ndarray:
+        """An expert block of `tokens` tokens on this rank's experts, `experts` of them touched."""
+        model, one = self.base.model, self._expert_flops
+        pairs = jnp.asarray(tokens * model.experts_per_token, float)
+        touched = jnp.asarray(np.minimum(experts, pairs), float)
+        template = self._work("experts", 1.0)
+        weights = float(template.weight_bytes) / (float(template.tile_flops) / one)
+        activations = float(template.activation_bytes) / (float(template.flops) / one)
+        return self._seconds(template._replace(flops=one * pairs, tile_flops=one * touched,
+                                               weight_bytes=weights * touched, activation_bytes=activations * pairs))
+
+    @property
+    def _expert_flops(self) -> float:
+        """FLOP of one token in one expert."""
+        model, plan = self.base.model, self.base.plan
+        return 2.0 * (3 if model.gated else 2) * model.hidden * model.rank_shape(
+            plan.tensor_parallel_size, plan.expert_ranks).moe_ffn
+
+    def expert_load(self, tokens) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of this rank's experts and distinct ones touched, in an iteration of `tokens`."""
+        work = self._work("experts", tokens)
+        pairs, touched = (np.asarray(x, np.float64) / self._expert_flops for x in (work.flops, work.tile_flops))
+        return pairs / self.base.model.experts_per_token, touched
+
+    def decode(self, sequences, context) -> np.ndarray:
+        """Decode attention of one layer."""
+        return float(self.base.attention_floor_s) + self._reads(sequences, context)
+
+    def _reads(self, sequences, context):
+        base, work = self.base, operators.attention_work(self.base.model, self.base.plan, self.base.kv_bytes)
+        slope = max(work.decode_bytes / float(base.memory_bytes_per_s * base.decode_read_efficiency),
+                    work.decode_flops / float(base.attention_flops * base.decode_flops_efficiency))
+        return sequences * (work.items * float(base.attention_item_s) + slope * context)
+
+    def prefill(self, tokens, keys) -> np.ndarray:
+        """Prefill attention of one layer; the KV tokens read are those of one chunk, or of chunks of `keys`."""
+        base, work = self.base, operators.attention_work(self.base.model, self.base.plan, self.base.kv_bytes)
+        pair = work.pair_flops / float(base.attention_flops * base.prefill_efficiency)
+        read = float(base.sweep_s) + work.chunk_bytes / float(base.memory_bytes_per_s * base.decode_read_efficiency)
+        return (float(base.attention_floor_s) + pair * tokens * (keys + 1)
+                + read * np.maximum((keys + tokens) / 2, tokens))
+
+    def mixed(self, tokens, keys, sequences, context) -> np.ndarray:
+        """Both in one call."""
+        return self.prefill(tokens, keys) + self._reads(sequences, context)
+
+    def _projections(self, tokens):
+        names = OPERATORS["latent_decode"].covers
+        works = [w for name in names if (w := self._work(name, tokens)) is not None]
+        return sum((self._seconds(w) for w in works), np.zeros(()))
+
+    def latent_decode(self, sequences, context) -> np.ndarray:
+        """Decode attention with its projections."""
+        return self.decode(sequences, context) + self._projections(sequences)
+
+    def latent_prefill(self, tokens, keys) -> np.ndarray:
+        """Prefill attention with its projections."""
+        return self.prefill(tokens, keys) + self._projections(tokens)
+
+
+_ATTENTION = {"attention_decode": "decode", "attention_decode_windowed": "decode",
+              "attention_prefill": "prefill", "attention_prefill_windowed": "prefill", "attention_mixed": "mixed",
+              "latent_decode": "latent_decode", "latent_prefill": "latent_prefill"}
+
+
+# ---- from a profile to the loop's tables
+
+OFF_BY = 100.0
+"""A table (its median) or a row this far from the roofline is in another unit: real kernels lie within 30 times."""
+
+
+def check_units(profile: Profile, base: Roofline) -> None:
+    """Refuse tables and single rows that are off by 1000 against the roofline. Raises `InputError` with the row."""
+    rates = _Rates(base)
+    for name, table in profile.tables.items():
+        if name == "host_step":
+            continue
+        ratio = table.seconds / np.asarray(rates.of(name)(*table.points.T), np.float64)
+        middle = float(np.median(ratio))
+        if not 1 / OFF_BY < middle < OFF_BY:
+            _off(table, int(np.argmin(np.abs(ratio - middle))), middle, "the whole table is")
+        far = np.abs(np.log(ratio / middle))
+        if far.max() > np.log(3 * OFF_BY):
+            _off(table, int(np.argmax(far)), float(ratio[np.argmax(far)]), "this row is")
+
+
+def _off(table: OperatorTable, index: int, ratio: float, what: str) -> None:
+    raise InputError(f"profile {table.place(index)}, {table.name} seconds", float(table.seconds[index]),
+                     f"is {ratio:.2g} times what the device's peaks allow for, and {what}",
+                     "check the unit of the time column (off by 1000?) and that model and device are those profiled")
+
+
+def check_system(profile: Profile, base: Roofline) -> None:
+    """Refuse a profile of another model shape or another parallel degree. Raises `InputError`."""
+    model, plan = base.model, base.plan
+    if profile.tensor_parallel_size != plan.tensor_parallel_size:
+        raise InputError("profile.tensor_parallel_size", profile.tensor_parallel_size,
+                         f"differs from engine.tensor_parallel_size = {plan.tensor_parallel_size}",
+                         "read the profile again for this degree, or change the engine's")
+    if "experts" in profile.tables and profile.expert_parallel_size != plan.expert_ranks:
+        raise InputError("profile.expert_parallel_size", profile.expert_parallel_size,
+                         f"differs from the {plan.expert_ranks} ranks the experts are spread over",
+                         "read the expert table for this degree")
+    if profile.model:
+        try:
+            measured = load_model(profile.model)
+        except InputError:
+            return
+        for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts"):
+            ours, theirs = getattr(model, field), getattr(measured, field)
+            if ours != theirs and not _may_differ(field, model, profile):
+                raise InputError("profile.model", profile.model, f"has {field} = {theirs}, {model.name} has {ours}",
+                                 "use a profile of the model that runs")
+
+
+def _may_differ(field: str, model: ModelSpec, profile: Profile) -> bool:
+    return field == "layers" or (field == "ffn" and not model.num_dense_layers)
+
+
+def _add(*parts: Resampled) -> Resampled:
+    return Resampled(*(sum(column) for column in zip(*parts, strict=True)))
+
+
+def _scaled(part: Resampled, factor: float) -> Resampled:
+    return Resampled(part.seconds * factor, part.outside_s * factor)
+
+
+class _Builder(NamedTuple):
+    """Resamples one profile; every method returns seconds of all layers, and how many are extrapolated."""
+
+    profile: Profile
+    base: Roofline
+
+    @property
+    def rates(self) -> _Rates:
+        return _Rates(self.base)
+
+    def table(self, name: str, *axes) -> Resampled:
+        """One call on a grid; from the roofline where the profile has no such table."""
+        axes = [np.asarray(axis, np.float64) for axis in axes]
+        rate, table = self.rates.of(name), self.profile.tables.get(name)
+        if table is None:
+            seconds = np.asarray(rate(*np.ix_(*axes)), np.float64)
+            return Resampled(seconds, seconds)
+        return interpolate(table.points, table.seconds, axes, rate)
+
+    def _covering(self, work: str) -> str | None:
+        return next((name for name in self.profile.tables if work in OPERATORS[name].covers), None)
+
+    def works(self, works: list[operators.Work], counts) -> Resampled:
+        """Operators that depend on one count."""
+        counts = np.asarray(counts, np.float64)
+        total = Resampled(np.zeros_like(counts), np.zeros_like(counts))
+        for work in works:
+            name = self._covering(work.name)
+            if name is None:
+                seconds = self.rates._seconds(work) + 0 * counts
+                part = Resampled(seconds, seconds)
+            elif name.startswith("latent_"):
+                continue
+            elif name == "experts_touched":
+                part = self._experts(counts)
+            else:
+                at, calls = counts, work.calls
+                if OPERATORS[name].axes == ("message_bytes",):
+                    # One table entry is one kernel; an exchange has two, with half of the bytes each.
+                    calls = work.calls * work.kernels
+                    at = np.asarray(work.message_bytes, np.float64) / work.kernels + 0 * counts
+                elif name == "experts" and self.base.plan.enable_expert_parallel:
+                    at = counts * self.base.plan.data_parallel_size
+                total = _add(total, _scaled(self.table(name, at), calls))
+                continue
+            total = _add(total, _scaled(part, work.calls))
+        return total
+
+    def _experts(self, counts) -> Resampled:
+        tokens, touched = self.rates.expert_load(counts)
+        touched = np.minimum(touched, self.profile.tables["experts_touched"].points[:, 1].max())
+        grids = [np.unique(axis, return_inverse=True) for axis in (tokens, touched)]
+        part = self.table("experts_touched", *(values for values, _ in grids))
+        return Resampled(*(x[grids[0][1].reshape(-1), grids[1][1].reshape(-1)] for x in part))
+
+    def tokens(self, counts) -> Resampled:
+        """Everything that depends on the tokens of an iteration, attention excepted."""
+        base, counts = self.base, np.asarray(counts, np.float64)
+        total = self.works(operators.token_work(base.model, base.plan, base.weights, jnp.asarray(counts, float),
+                                                base.distinct_experts), counts)
+        for name in ("qk_norm", "residual_add"):
+            if name in self.profile.tables:
+                total = _add(total, _scaled(self.table(name, counts), base.model.layers))
+        return total
+
+    def sampled(self, counts) -> Resampled:
+        """LM head and sampler."""
+        base, counts = self.base, np.maximum(np.asarray(counts, np.float64), 1)
+        return self.works(operators.head_work(base.model, base.plan, base.weights, jnp.asarray(counts, float)), counts)
+
+    @property
+    def _kind(self) -> str:
+        return "latent_" if any(n.startswith("latent_") for n in self.profile.tables) else "attention_"
+
+    def _layered(self, name: str, axes, window_axis: int, reach: int) -> Resampled:
+        """All layers of an attention table; windowed ones see `reach` on the axis at most."""
+        model = self.base.model
+        total = _scaled(self.table(name, *axes), model.layers - model.window_layers)
+        if model.window_layers:
+            windowed = name + "_windowed"
+            if windowed in self.profile.tables:
+                part = self.table(windowed, *axes)
+            else:
+                inside = np.unique(np.minimum(axes[window_axis], reach))
+                back = np.searchsorted(inside, np.minimum(axes[window_axis], reach))
+                part = self.table(name, *axes[:window_axis], inside, *axes[window_axis + 1:])
+                part = Resampled(*(np.take(x, back, axis=window_axis) for x in part))
+            total = _add(total, _scaled(part, model.window_layers))
+        return total
+
+    def decode_attention(self, sequences, context) -> Resampled:
+        """Decode-only attention; nothing where nothing decodes."""
+        part = self._layered(self._kind + "decode", [sequences, context], 1, self.base.model.sliding_window)
+        seconds = np.maximum.accumulate(part.seconds, axis=1)
+        is_empty = (np.asarray(sequences) == 0)[:, None]
+        return Resampled(*(np.where(is_empty, 0.0, x) for x in (seconds, np.minimum(part.outside_s, seconds))))
+
+    def prefill_attention(self, chunk, keys) -> Resampled:
+        """Attention of chunks alone."""
+        return self._layered(self._kind + "prefill", [chunk, keys], 1, 2 * self.base.model.sliding_window)
+
+    def mixed_chunks(self, max_tokens: int) -> Float[np.ndarray, " chunk_knots"]:
+        """Chunk sizes measured in mixed batches, 0, and octaves beyond them."""
+        if "attention_mixed" not in self.profile.tables:
+            return np.zeros(1)
+        measured = np.unique(self.profile.tables["attention_mixed"].points[:, 0])
+        if len(measured) > MOST_CHUNK_KNOTS:
+            measured = measured[np.linspace(0, len(measured) - 1, MOST_CHUNK_KNOTS).round().astype(int)]
+        beyond = measured[-1] * 2.0 ** np.arange(1, max(np.ceil(np.log2(max_tokens / measured[-1])), 0) + 1)
+        return np.unique([0, *measured, *beyond])
+
+    def mixed_attention(self, chunk, keys, sequences, context) -> Resampled | None:
+        """What decodes add to the attention of chunks."""
+        if "attention_mixed" not in self.profile.tables:
+            return None
+        window, some = self.base.model.sliding_window, sequences[sequences > 0]
+        both = self._layered("attention_mixed", [chunk, keys, some, context], 3, window)
+        alone = self.prefill_attention(chunk, keys)
+        # Of the sum, so much is outside as is not already in the part of the chunks.
+        seconds = np.maximum(both.seconds - alone.seconds[:, :, None, None], 0.0)
+        outside = np.clip(both.outside_s - alone.outside_s[:, :, None, None], 0.0, seconds)
+        zero = np.zeros((*seconds.shape[:2], len(sequences) - len(some), seconds.shape[3]))
+        return Resampled(*(np.concatenate([zero, x], axis=2) for x in (seconds, outside)))
+
+    def host(self, counts, cuda_graphs: bool, async_scheduling: bool) -> tuple[np.ndarray, ...]:
+        """Launches of decode-only and mixed iterations, serial seconds."""
+        base = self.base
+        if "host_step" in self.profile.tables:
+            base = eqx.tree_at(lambda b: (b.host_step_s, b.host_sequence_s), base, (jnp.zeros(()), jnp.zeros(())))
+        lanes = [np.asarray(x, np.float64) for x in base.host_seconds(
+            jnp.asarray(counts, float), cuda_graphs=cuda_graphs, async_scheduling=async_scheduling)]
+        if "host_step" in self.profile.tables:
+            host = self.table("host_step", counts).seconds
+            lanes = [lane + host * (async_scheduling != (i == 2)) for i, lane in enumerate(lanes)]
+        return tuple(lanes)
+
+
+def _build(profile: Profile, base: Roofline, max_tokens: int, max_sequences: int, max_context: int,
+           cuda_graphs: bool, async_scheduling: bool) -> tuple[Profiled, Profiled]:
+    check_system(profile, base)
+    check_units(profile, base)
+    make = _Builder(profile, base)
+    counts = np.arange(max_sequences + 1)
+    padded = pad_to_graph(counts) if cuda_graphs else counts
+    decode = _add(make.tokens(padded), make.sampled(counts))
+    host = make.host(counts, cuda_graphs, async_scheduling)
+    contexts = octaves.knots(CONTEXT, max_context)
+    attention = make.decode_attention(octaves.knots(DECODES, max_sequences), contexts)
+    chunks = make.mixed_chunks(max_tokens)
+    mixed = make.mixed_attention(
+        chunks, octaves.knots(MIXED_KEYS, 2 * max_context),
+        octaves.knots(MIXED_DECODES, max_sequences), octaves.knots(MIXED_CONTEXT, max_context))
+    parts = (make.tokens(octaves.knots(TOKENS, max_tokens)), make.sampled(octaves.knots(SAMPLED, max_sequences)),
+             decode, attention, make.prefill_attention(octaves.knots(CHUNK, max_tokens),
+                                                       octaves.knots(KEYS, 2 * max_context)), mixed)
+
+    def tables(i: int) -> Profiled:
+        by_tokens, by_sampled, by_count, decodes, prefills, mix = (None if p is None else p[i] for p in parts)
+        lanes = host if i == 0 else tuple(0.0 * lane for lane in host)
+        floor = attention[0][1, 0] if i == 0 else 0.0
+        places = None if mix is None else np.interp(np.arange(max_tokens + 1), chunks, np.arange(len(chunks)))
+        return Profiled(*(None if x is None else jnp.asarray(x, jnp.float32) for x in (
+            by_tokens, by_sampled, np.stack([by_count, *lanes], axis=1), decodes, prefills, mix, places,
+            floor)))
+
+    return tables(0), tables(1)
+
+
+def profiled(profile: Profile, base: Roofline, max_tokens: int, max_sequences: int, max_context: int, *,
+             cuda_graphs: bool = True, async_scheduling: bool = False) -> Profiled:
+    """The tables the loop reads, up to `max_tokens` tokens and `max_sequences` sequences an iteration and `max_context`
+    tokens a sequence.
+
+    `base` is a roofline of the same model, device and plan: its host lane, its prices of operators that the profile
+    lacks, its ratios outside the tables. Raises `InputError` where the two do not go together.
+    """
+    return _build(profile, base, max_tokens, max_sequences, max_context, cuda_graphs, async_scheduling)[0]
+
+
+def extrapolated(profile: Profile, base: Roofline, max_tokens: int, max_sequences: int, max_context: int, *,
+                 cuda_graphs: bool = True, async_scheduling: bool = False) -> Profiled:
+    """The same tables with only those device seconds that no measurement stands behind, and no host.
+
+    A loop that adds up `device_seconds` of both, each iteration, has the extrapolated share of a run, for the price
+    of a second look-up. Its paces mean nothing.
+    """
+    return _build(profile, base, max_tokens, max_sequences, max_context, cuda_graphs, async_scheduling)[1]
+
+
+def coverage(profile: Profile, base: Roofline, stats: BatchStats, *, cuda_graphs: bool = True
+             ) -> Float[np.ndarray, " batches"]:
+    """Share of each batch's device seconds that measurements stand behind, 0..1.
+
+    `stats`: a grid of batches, every field an array of one axis. Counted as extrapolated: operators priced by the
+    roofline, and values past the largest measurement on any axis (in proportion, in cells at the edge).
+    Not counted: sizes below the smallest measured; several chunks read as one.
+    """
+    fields = [np.atleast_1d(np.asarray(x)) for x in jax.tree.leaves(stats)]
+    stats = jax.tree.unflatten(jax.tree.structure(stats), [jnp.asarray(x) for x in np.broadcast_arrays(*fields)])
+    decodes, context = np.asarray(stats.num_decode), np.asarray(stats.decode_context)
+    keys = np.asarray(stats.prefill_pairs) / np.maximum(np.asarray(stats.prefill_tokens), 1)
+    longest = max(float((context / np.maximum(decodes, 1)).max()), float(keys.max()) / 2, 1.0)
+    most = int((decodes + np.asarray(stats.num_prefill)).max()) + 1
+    measured, outside = _build(profile, base, int((decodes + np.asarray(stats.prefill_tokens)).max()) + 1, most,
+                               int(np.ceil(longest)) + 1, cuda_graphs, False)
+    total, extra = (np.asarray(jax.vmap(c.device_seconds)(stats), np.float64) for c in (measured, outside))
+    return 1.0 - np.clip(extra / np.maximum(total, 1e-30), 0.0, 1.0)
