@@ -39,7 +39,7 @@ from rich.table import Table
 
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop
-from jaxsim.engine.common import Params
+from jaxsim.engine.common import Group, Params
 from jaxsim.kernels import clock
 from jaxsim.policy import routing
 from jaxsim.policy.batching import Batching
@@ -153,7 +153,7 @@ def engine_inputs(case: Case, drawn: Drawn, coefficients=COEFFICIENTS):
         max_num_seqs=i(case.slots), max_num_batched_tokens=i(case.budget_tokens), max_model_len=i(4096),
         num_blocks=i(case.num_blocks), watermark_blocks=i(0), decode_context_limit=i(0), ratio_start=x(0.7),
         ratio_floor=x(0.098), ratio_decay=x(0.001), reserve_clip_tokens=i(4096), retract_free_tokens=i(20))
-    one = Params(batching, routing.LeastOutstanding(), fitted(*coefficients), i(2**31 - 1))
+    one = Params((Group(batching, fitted(*coefficients)),), routing.LeastOutstanding(), i(2**31 - 1))
     params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (case.scenarios, *leaf.shape)), one)
     packed = [pack_requests(drawn.arrival_s[b], drawn.prompt[b], drawn.output[b], uniforms=drawn.uniforms[b])
               for b in range(case.scenarios)]

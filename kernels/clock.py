@@ -114,6 +114,14 @@ def on_grid(duration_s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return duration_s + lax.stop_gradient(jnp.where(duration_s < 2.0**-5, rounded, duration_s) - duration_s)
 
 
+def round_to_arrival_grid(t: Time) -> Time:
+    """The nearest multiple of 2^-20 s; the derivative passes through unrounded."""
+    upper = jnp.round(t.hi / ARRIVAL_GRID_S) * ARRIVAL_GRID_S
+    lower = jnp.round(((t.hi - upper) + t.lo) / ARRIVAL_GRID_S) * ARRIVAL_GRID_S
+    rounded = two_sum(upper, lower)
+    return Time(t.hi + lax.stop_gradient(rounded.hi - t.hi), lax.stop_gradient(rounded.lo))
+
+
 def to_integers(epoch: Int[Array, ""], t: Time) -> Int[Array, " 3"]:
     """A time as whole seconds, units of 2^-15 s and units of 2^-30 s, none of them rounded.
 

@@ -9,6 +9,7 @@ closed-form duration (DecodePace).
 import abc
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -75,3 +76,30 @@ class AbstractIterationCost(eqx.Module):
                          first_s: Float[Array, ""]) -> Float[Array, ""]:
         """The same for `first_s` of `decode(num_sequences, context)`."""
         return jnp.float32(0)
+
+
+class OneOf(AbstractIterationCost):
+    """The cost at `index` of several, which are all evaluated."""
+
+    costs: tuple[AbstractIterationCost, ...]
+    index: Int[Array, ""]
+
+    def iteration(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds by the chosen cost."""
+        return self._chosen(lambda cost: cost.iteration(stats))
+
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> DecodePace:
+        """Pace by the chosen cost."""
+        return self._chosen(lambda cost: cost.decode(num_sequences, context))
+
+    def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
+        """Remainder by the chosen cost."""
+        return self._chosen(lambda cost: cost.iteration_remainder(stats, seconds))
+
+    def decode_remainder(self, num_sequences: Int[Array, ""], context: Int[Array, ""],
+                         first_s: Float[Array, ""]) -> Float[Array, ""]:
+        """Remainder by the chosen cost."""
+        return self._chosen(lambda cost: cost.decode_remainder(num_sequences, context, first_s))
+
+    def _chosen(self, question):
+        return jax.tree.map(lambda *answers: jax.lax.select_n(self.index, *answers), *map(question, self.costs))

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.cost.base import AbstractIterationCost
+from jaxsim.cost.base import AbstractIterationCost, OneOf
 from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
+from jaxsim.policy.arrivals import AbstractSource, SortedArrivals
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
@@ -22,22 +23,60 @@ MAX_SPAN_S = clock.EPOCH_S / 4
 """A jump covers at most about this much time (4.6 hours), and an iteration must."""
 
 
-class Params(eqx.Module):
-    """What a scenario is, besides its workload: policies and costs, all numbers traced."""
+class Group(eqx.Module):
+    """What executors of one kind have in common: how they form batches, and what these cost on their device."""
 
     batching: Batching
-    routing: AbstractRouting
     cost: AbstractIterationCost
+
+
+class Params(eqx.Module):
+    """What a scenario is, besides its workload: policies and costs, all numbers traced.
+
+    groups: kinds of executors. Their batching has the same flags, their costs may be of different classes;
+    group_of: index of each executor's, None if there is one group. source: how requests arrive.
+    """
+
+    groups: tuple[Group, ...]
+    routing: AbstractRouting
     max_steps: Int[Array, ""]
+    source: AbstractSource = SortedArrivals()
+    group_of: Int[Array, " executors"] | None = None
+
+    def __check_init__(self):
+        if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:
+            raise ValueError("groups: the flags of their batching differ; only its numbers may")
+        if (self.group_of is None) != (len(self.groups) == 1):
+            raise ValueError(f"group_of: needed for {len(self.groups)} groups" if self.group_of is None else
+                             "group_of: of no use with a single group")
+
+    @property
+    def flags(self) -> Batching:
+        """Flags of batching, the same for every group. Its numbers are those of the first."""
+        return self.groups[0].batching
+
+    def group(self, executor: Int[Array, ""]) -> Group:
+        """The group of an executor. Costs of several classes are all evaluated, and one chosen."""
+        if self.group_of is None:
+            return self.groups[0]
+        index = take(self.group_of, executor)
+        batching = jax.tree.map(lambda *x: take(jnp.stack(x), index), *(group.batching for group in self.groups))
+        return Group(batching, OneOf(tuple(group.cost for group in self.groups), index))
+
+    def of_executors(self, number) -> Array:
+        """`number(batching)` of every executor, or one number if all are alike."""
+        numbers = [number(group.batching) for group in self.groups]
+        return numbers[0] if self.group_of is None else jnp.stack(numbers)[self.group_of]
 
 
 class Context(NamedTuple):
-    """What a step reads and never changes."""
+    """What a step reads and never changes; `group` is that of its executor, once this is known."""
 
     dims: Dims
     params: Params
     requests: Requests
     world: World
+    group: Group | None = None
 
 
 def blocks_for(tokens: Int[Array, ""], dims: Dims) -> Int[Array, ""]:
@@ -72,10 +111,10 @@ def choose(condition, a, b):
 
 def has(counts: Counts, flag: int) -> Bool[Array, ""]:
     """Whether the pass has reached `flag`."""
-    return (counts.executor.progress & flag) != 0
+    return (counts.rank.progress & flag) != 0
 
 
 def mark(counts: Counts, condition: Bool[Array, ""], flag: int) -> Counts:
     """Set `flag` where `condition`."""
-    progress = jnp.where(condition, counts.executor.progress | flag, counts.executor.progress)
-    return replace(counts, executor=replace(counts.executor, progress=progress))
+    progress = jnp.where(condition, counts.rank.progress | flag, counts.rank.progress)
+    return replace(counts, rank=replace(counts.rank, progress=progress))

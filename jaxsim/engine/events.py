@@ -12,15 +12,16 @@ from jaxsim.kernels.clock import Time
 from jaxsim.policy.routing import View
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
-from jaxsim.state.requests import Requests
-from jaxsim.state.world import World
+from jaxsim.state.world import Batch, BatchTimes, World
 
 FREEZE_S = 1.5 * clock.EPOCH_S
 """A scenario whose next event lies beyond this waits for the outer loop to move its epoch."""
 
 
 class Event(NamedTuple):
-    """What happens next, where, and when; `following` is the arrival after it.
+    """What happens next, where, and when: to which executor, which of its ranks, which batch of that rank.
+
+    `request` is the one that arrives, `following` the time of the arrival after it.
 
     An arrival may bring the end of an iteration along: where the executor it meets stops before the following
     arrival, both are one step, and `now` is the time of the later one.
@@ -28,7 +29,10 @@ class Event(NamedTuple):
 
     now: Time
     following: Time
+    request: Int[Array, ""]
     executor: Int[Array, ""]
+    rank: Int[Array, ""]
+    batch: Int[Array, ""]
     is_arrival: Bool[Array, ""]
     is_ending: Bool[Array, ""]
     is_passing: Bool[Array, ""]
@@ -37,18 +41,6 @@ class Event(NamedTuple):
     def is_tied(self) -> Bool[Array, ""]:
         """An arrival at this very instant comes before any pass."""
         return self.following.equals(self.now)
-
-
-def next_arrivals(world: World, requests: Requests) -> tuple[Time, Time]:
-    """The next two arrivals, relative to the world's epoch."""
-    row = take(requests.arrival, world.next_arrival)
-
-    def relative(epoch, hi, lo):
-        distance = (epoch - world.epoch.astype(jnp.float32)) * clock.EPOCH_S
-        moved = clock.add(clock.two_sum(jnp.where(jnp.isinf(hi), 0.0, hi), lo), distance)
-        return clock.select(jnp.isinf(hi), clock.never(), moved)
-
-    return relative(*row[:3]), relative(*row[3:])
 
 
 def earliest_wake(world: World) -> tuple[Time, Int[Array, ""], Int[Array, ""]]:
@@ -65,11 +57,9 @@ def earliest_wake(world: World) -> tuple[Time, Int[Array, ""], Int[Array, ""]]:
     return Time(hi, jnp.where(jnp.isinf(hi), 0.0, lo)), phase, executor
 
 
-def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " instances"]:
-    """Blocks every executor holds at `now`, inside its jump: those of passes up to its last boundary."""
-    def one(row, times, counts):
-        c = packed.from_row(w.row_templates(dims)[0], row)
-        t = packed.from_row(w.row_templates(dims)[1], times)
+def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]:
+    """Blocks every rank holds at `now`, inside its jumps: those of passes up to the last boundary."""
+    def taken(batch: Batch, t: BatchTimes, counts_by_residue):
         after_first = clock.add(t.start, t.first)
         guess = iterations_to_reach(t.pace.hi, t.growth_s, clock.elapsed(after_first, now))
         done = jnp.int32(0)
@@ -77,38 +67,38 @@ def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " instanc
             reached = clock.add(after_first, span(t.pace, t.growth_s, jnp.maximum(j, 0))) < now
             done = jnp.where(reached & (j > done), j, done)
         # The pass at each boundary behind us has taken its blocks; one at this very instant comes after arrivals.
-        passes = jnp.where(after_first < now, jnp.minimum(done + 1, c.executor.extra), 0)
-        is_running = (c.executor.is_committed == 0) & (c.executor.extra > 0)
-        taken = residues.crossings_between(counts, c.batch.count + c.batch.joining,
-                                           c.batch.counter + c.executor.advance, passes)
-        return c.rank.used_blocks + jnp.where(is_running, taken, 0)
+        passes = jnp.where(after_first < now, jnp.minimum(done + 1, batch.extra), 0)
+        is_running = (batch.is_committed == 0) & (batch.extra > 0)
+        blocks = residues.crossings_between(counts_by_residue, batch.count + batch.joining,
+                                            batch.counter + batch.advance, passes)
+        return jnp.where(is_running, blocks, 0)
 
-    return jax.vmap(one)(world.counts, world.clocks, world.residues)
+    counts, times = w.count_rows(dims).everything(world.counts), w.clock_rows(dims).everything(world.clocks)
+    batches = jax.tree.map(jnp.ravel, (counts.batch, times.batch))
+    blocks = jax.vmap(taken)(*batches, world.residues).reshape(dims.all_ranks, dims.num_batches)
+    return counts.rank.used_blocks.ravel() + jnp.sum(blocks, axis=1)
 
 
-def route(context: Context, now: Time) -> Int[Array, ""]:
-    """The instance for the request that arrives now."""
-    dims, params, requests, world = context
-    if dims.num_instances == 1:
+def route(context: Context, request: Int[Array, ""], now: Time) -> Int[Array, ""]:
+    """The rank, among those of all executors, for the request that arrives now."""
+    dims, params, requests, world, _ = context
+    if dims.all_ranks == 1:
         return jnp.int32(0)
-    used = None
-    if params.routing.reads_kv and params.batching.grows:
-        used = used_blocks_now(dims, world, now)
-    elif params.routing.reads_kv:
-        used = packed.from_row(w.row_templates(dims)[0], world.counts.T).rank.used_blocks
-    waiting = None
-    if params.routing.reads_waiting:
-        template = w.row_templates(dims)[0]
-        waiting = packed.from_row(template, world.counts.T).rank.waiting
-    view = View(world.outstanding, waiting, used, params.batching.num_blocks, world.next_arrival,
-                take(requests.uniforms, world.next_arrival))
+    ranks = w.count_rows(dims).everything(world.counts).rank
+    used = num_blocks = None
+    if params.routing.reads_kv:
+        used = used_blocks_now(dims, world, now) if params.flags.grows else ranks.used_blocks.ravel()
+        num_blocks = params.of_executors(lambda batching: batching.num_blocks)
+        num_blocks = jnp.repeat(jnp.broadcast_to(num_blocks, dims.num_executors), dims.num_ranks)
+    waiting = ranks.waiting.ravel() if params.routing.reads_waiting else None
+    view = View(world.outstanding, waiting, used, num_blocks, world.num_routed, take(requests.uniforms, request))
     return params.routing.choose(view)
 
 
 def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     """The next event of a live scenario, and whether it lies too far ahead for the current epoch."""
-    requests, world = context.requests, context.world
-    arrival, after_it = next_arrivals(world, requests)
+    dims, params, requests, world, _ = context
+    arrival, request, after_it = params.source.coming(requests, world.source, world.due, world.epoch)
     wake, phase, executor = earliest_wake(world)
     is_arrival = (arrival < wake) | (arrival.equals(wake) & (phase == w.PASSING))
     now = clock.select(is_arrival, arrival, wake)
@@ -116,8 +106,12 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     is_live = (world.num_finished < requests.count) & (world.fault == 0) & ~is_frozen
     is_arrival = is_arrival & is_live
     is_wake = ~is_arrival & is_live
-    executor = jnp.where(is_arrival, route(context, now), executor)
+    target, rank = route(context, request, now), jnp.int32(0)
+    if dims.num_ranks > 1:
+        rank = jnp.where(is_arrival, target % dims.num_ranks, rank)
+        target = target // dims.num_ranks
+    executor = jnp.where(is_arrival, target, executor)
     following = clock.select(is_arrival, after_it, arrival)
-    event = Event(now, following, executor, is_arrival, is_wake & (phase == w.ENDING),
+    event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
                   is_wake & (phase == w.PASSING))
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)

@@ -3,9 +3,9 @@
     dims, params, requests = functional.inputs(scenario)
 
     def mean_ttft_s(max_num_seqs):
-        batching = replace(params.batching, max_num_seqs=max_num_seqs)
-        world = functional.simulate(dims, replace(params, batching=batching), requests)
-        return jnp.mean(functional.latencies(dims, requests, world).ttft_s)
+        changed = eqx.tree_at(lambda p: p.groups[0].batching.max_num_seqs, params, max_num_seqs)
+        world = functional.simulate(dims, changed, requests)
+        return jnp.mean(functional.latencies(dims, params, requests, world).ttft_s)
 
     jax.jit(jax.vmap(mean_ttft_s))(jnp.array([16, 64, 256]))
 
@@ -101,11 +101,12 @@ def _entry(dims: Dims):
     return one
 
 
-def latencies(dims: Dims, requests: Requests, world: World) -> Latencies:
+def latencies(dims: Dims, params: Params, requests: Requests, world: World) -> Latencies:
     """What every request of one scenario met with."""
     rows = slice(0, dims.num_requests)
     log_row, _ = world.placed[rows].T
-    arrival, finish = requests.arrival[rows, :3], world.finished[rows]
+    arrival = params.source.arrivals(params.source.prepare(requests), world.due)[rows]
+    finish = world.finished[rows]
     first_token = world.first_tokens[jnp.maximum(log_row, 0)]
     is_real = jnp.arange(dims.num_requests) < requests.count
     is_finished = is_real & (finish[:, 1] + finish[:, 2] + finish[:, 0] > 0)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsim.engine.common import Params
-from jaxsim.engine.events import next_arrivals
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
 from jaxsim.kernels import bitmap, clock, packed
@@ -30,39 +29,50 @@ def is_live(requests: Requests, world: World):
     return (world.num_finished < requests.count) & (world.fault == 0)
 
 
-def rebase(dims: Dims, requests: Requests, world: World) -> World:
+def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> World:
     """Move the epoch to the next event and wind back iteration counters, without changing any result."""
-    template, clock_template = w.row_templates(dims)
-    counts = packed.from_row(template, world.counts.T)
-    times = packed.from_row(clock_template, world.clocks.T)
+    counts, times = w.count_rows(dims).everything(world.counts), w.clock_rows(dims).everything(world.clocks)
     # Iteration counters: by whole blocks, so that residues stay what they are.
     batch = counts.batch
     turns = jnp.where(batch.counter >= REBASE_COUNTER, (batch.counter >> dims.block_bits) << dims.block_bits, 0)
     batch = replace(batch, counter=batch.counter - turns, offsets=batch.offsets + turns * batch.count,
                     joining_offsets=batch.joining_offsets + turns * batch.joining)
     is_used = world.slot_keys != packed.EMPTY
-    keys = jnp.where(is_used, world.slot_keys - (turns << dims.slot_bits)[:, None], packed.EMPTY)
-    entries = world.slot_entries.at[:, :, 1].add(turns[:, None])
+    turns = turns.reshape(-1, 1)
+    keys = jnp.where(is_used, world.slot_keys - (turns << dims.slot_bits), packed.EMPTY)
+    # A slot is in at most one batch of its rank.
+    wound = jnp.where(is_used, turns, 0).reshape(dims.all_ranks, dims.num_batches, -1)
+    entries = world.slot_entries.at[:, :, w.OFFSET].add(jnp.sum(wound, axis=1))
     # Clocks: so that the earliest wake-up or arrival lies in the first epoch.
-    arrival, _ = next_arrivals(world, requests)
-    ahead = jnp.minimum(arrival.hi, jnp.min(world.wake_hi))
+    coming = params.source.coming(requests, world.source, world.due, world.epoch)
+    ahead = jnp.minimum(coming.time.hi, jnp.min(world.wake_hi))
+    is_starved = jnp.isinf(ahead) & (world.num_finished < requests.count)
     epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
     back = -epochs * clock.EPOCH_S
-    times = replace(times, start=clock.shift(times.start, jnp.broadcast_to(back, times.start.hi.shape)))
+    start = times.batch.start
+    start = clock.shift(start, jnp.broadcast_to(back, start.hi.shape))
+    times = replace(times, batch=replace(times.batch, start=start))
     wake = clock.shift(Time(world.wake_hi, world.wake_lo), jnp.broadcast_to(back, world.wake_hi.shape))
     return replace(
-        world, counts=jnp.stack(jax.tree.leaves(replace(counts, batch=batch)), axis=1),
-        clocks=jnp.stack(jax.tree.leaves(times), axis=1), slot_keys=keys, slot_entries=entries,
-        epoch=world.epoch + epochs.astype(jnp.int32), wake_hi=wake.hi, wake_lo=wake.lo, is_frozen=jnp.int32(0))
+        world, counts=w.count_rows(dims).row(replace(counts, batch=batch)), clocks=w.clock_rows(dims).row(times),
+        slot_keys=keys, slot_entries=entries,
+        epoch=world.epoch + epochs.astype(jnp.int32), wake_hi=wake.hi, wake_lo=wake.lo, is_frozen=jnp.int32(0),
+        fault=world.fault | jnp.where(is_starved, w.STARVED, 0))
 
 
 @partial(jax.jit, static_argnums=0)
 def run(dims: Dims, params: Params, requests: Requests) -> World:
     """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
-    rules = params.batching
+    rules = params.flags
     fields = 5 if rules.scans_slots else 3
     words = bitmap.num_words(dims.num_requests) if rules.order == "priority" else 1
-    world = jax.vmap(lambda ratio: w.initial_world(dims, fields, words, ratio))(rules.ratio_start)
+
+    def initial(params, requests):
+        ratio = params.of_executors(lambda batching: batching.ratio_start)
+        return w.initial_world(dims, *params.source.start(requests), fields, words, ratio)
+
+    requests = jax.vmap(lambda params, requests: params.source.prepare(requests))(params, requests)
+    world = jax.vmap(initial)(params, requests)
     # The writes of a step travel to the next packed, whatever their number.
     like = writes_of_a_step(dims, params, requests, world)
     packing = packed.Packing(like)
@@ -77,7 +87,7 @@ def run(dims: Dims, params: Params, requests: Requests) -> World:
         return i + 1, *advance(world, writes)
 
     def outer(world):
-        world = jax.vmap(partial(rebase, dims))(requests, world)
+        world = jax.vmap(partial(rebase, dims))(params, requests, world)
         nothing = jax.vmap(partial(rewrites, dims, like=like))(world)
         carry = jnp.int32(0), forget(world, nothing), packing.pack(nothing)
         _, world, writes = lax.while_loop(inner_continues, inner, carry)

@@ -8,7 +8,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.cost.roofline import roofline
-from jaxsim.engine.common import Params
+from jaxsim.engine.common import Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import router
@@ -76,14 +76,11 @@ def resolve_system(scenario: Scenario) -> System:
                          f"beyond the {model.max_position} positions of {model.name}", "lower it")
     memory, num_blocks = None, engine.num_gpu_blocks_override
     if num_blocks is None and scheduler.kv_accounting:
-        version = {"engine_version": scheduler.version} if scheduler.preset.startswith("vllm") else {}
         memory = kv_blocks(
             model, device, plan, dtype=scenario.dtype, kv_dtype=scenario.kv_dtype,
             block_size=scheduler.block_size, gpu_memory_utilization=scheduler.gpu_memory_utilization,
             max_num_batched_tokens=min(scheduler.max_num_batched_tokens, max_model_len),
-            max_num_seqs=scheduler.max_num_seqs, **version,
-            # vLLM does not start where one sequence of this length has no room.
-            max_model_len=max_model_len if version else None)
+            max_num_seqs=scheduler.max_num_seqs, max_model_len=max_model_len, rule=scheduler.kv_rule)
         num_blocks = memory.num_blocks
     return System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len)
 
@@ -185,7 +182,7 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost,
         waiting_blocked_after_preempt=s.waiting_blocked_after_preempt, order=s.order, admit=s.admit,
         async_scheduling=s.async_scheduling, kv_accounting=s.kv_accounting,
         has_context_limit=s.decode_context_limit is not None)
-    return Params(batching, router(scenario.cluster.router, scenario.cluster.router_weights), cost,
+    return Params((Group(batching, cost),), router(scenario.cluster.router, scenario.cluster.router_weights),
                   integer(max_steps))
 
 

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import BatchStats, DecodePace
-from jaxsim.engine.common import MAX_SPAN_S, Params, blocks_for, choose, has, mark, span
+from jaxsim.engine.common import MAX_SPAN_S, Group, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
 from jaxsim.engine.slots import Slots
 from jaxsim.kernels import clock, packed, queues, residues
 from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
-from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PROMPT, RANK
-from jaxsim.state.world import Clocks, Counts, Executor
+from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PLACE, PROMPT
+from jaxsim.state.world import Clocks, Counts
 
 
 class Placed(NamedTuple):
@@ -39,40 +39,40 @@ class Plan(NamedTuple):
     num_decode: Int[Array, ""]
 
 
-def begin_pass(params: Params, is_passing: Bool[Array, ""], counts: Counts) -> Counts:
+def begin_pass(group: Group, is_passing: Bool[Array, ""], counts: Counts) -> Counts:
     """Fresh token budget and progress flags, unless a pass is already under way."""
-    ex, batch, rank = counts.executor, counts.batch, counts.rank
-    is_fresh = is_passing & (ex.progress == 0)
-    decodes = batch.count if params.batching.is_unified else 0
+    batch, rank = counts.batch, counts.rank
+    is_fresh = is_passing & (rank.progress == 0)
+    decodes = batch.count if group.batching.is_unified else 0
     was_empty = jnp.where(rank.running == 0, w.WAS_EMPTY, 0)
-    if params.batching.async_scheduling:
+    if group.batching.async_scheduling:
         is_blind = is_fresh & (rank.running == 0) & (rank.visible == 0)
         rank = replace(rank, visible=jnp.where(is_blind, rank.waiting, rank.visible))
-    if params.batching.order == "priority":
+    if group.batching.order == "priority":
         rank = replace(rank, cursor=jnp.where(is_fresh, -1, rank.cursor))
     return Counts(
-        replace(ex, progress=jnp.where(is_fresh, w.PASS | was_empty, ex.progress)), rank,
-        replace(batch, budget=jnp.where(is_fresh, params.batching.max_num_batched_tokens - decodes, batch.budget)))
+        counts.executor, replace(rank, progress=jnp.where(is_fresh, w.PASS | was_empty, rank.progress)),
+        replace(batch, budget=jnp.where(is_fresh, group.batching.max_num_batched_tokens - decodes, batch.budget)))
 
 
-def decode_need(dims: Dims, params: Params, counts: Counts, residue_row, tail_offset):
+def decode_need(dims: Dims, group: Group, counts: Counts, residue_row, tail_offset):
     """Blocks the decodes of this pass take, and blocks that must be free for them (and the forming prompt's
     next chunk) to go ahead."""
     rank, batch = counts.rank, counts.batch
     crossing = residues.crossing_at(residue_row, batch.counter)
-    if params.batching.decode_needs_free_block == "always":
+    if group.batching.decode_needs_free_block == "always":
         tail_crosses = ((tail_offset + batch.counter) & (dims.block_size - 1)) == 0
         need = jnp.where(batch.count > 0, crossing - tail_crosses + 1, 0)
     else:
         need = crossing
-    if params.batching.reserve == "none" and params.batching.chunked_prefill and params.batching.is_unified:
+    if group.batching.reserve == "none" and group.batching.chunked_prefill and group.batching.is_unified:
         chunk = jnp.minimum(rank.forming_known - rank.forming_computed, batch.budget)
         grown = blocks_for(rank.forming_computed + chunk, dims) - blocks_for(rank.forming_computed, dims)
         need = need + jnp.where(rank.forming_slot != dims.null_slot, grown, 0)
     return crossing, need
 
 
-def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, times: Clocks, residue_row,
+def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, times: Clocks, residue_row,
           lengths, emitted, request, following, free_slot, slots: Slots | None):
     """Give the forming prompt its chunk, or admit the head of the queue if it fits.
 
@@ -81,8 +81,8 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     residues, what was placed, whether the queue's head is blocked by something that only an event can lift, and
     whether more may be placed at this instant.
     """
-    rules = params.batching
-    ex, rank, batch = counts.executor, counts.rank, counts.batch
+    rules = group.batching
+    rank, batch = counts.rank, counts.batch
     prompt, output, max_tokens = lengths[PROMPT], lengths[OUTPUT], lengths[MAX_TOKENS]
     known = prompt + emitted
     null = jnp.int32(dims.null_slot)
@@ -115,7 +115,7 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     if rules.reserve == "expected":
         own = (reserved << dims.block_bits) + jnp.minimum(max_tokens - emitted, rules.reserve_clip_tokens)
         free_tokens = ((rules.num_blocks - rank.used_blocks) << dims.block_bits).astype(jnp.float32)
-        others = slots.expected_tokens(dims, rules, counts, times.ratio)
+        others = slots.expected_tokens(dims, rules, counts, times.rank.ratio)
         has_blocks = has_blocks & (own.astype(jnp.float32) < free_tokens - others)
     is_head_visible = (rank.visible > 0) if rules.async_scheduling else (rank.waiting > 0)
     is_closed = has(counts, w.CLOSED)
@@ -149,8 +149,8 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
         num_chunks=batch.num_chunks + (tokens > 0),
         chunk_tokens=batch.chunk_tokens + tokens,
         chunk_context=batch.chunk_context + jnp.where(tokens > 0, computed + tokens, 0))
-    times = replace(times, chunk_pairs=times.chunk_pairs
-                    + jnp.where(tokens > 0, (end - start) * (end + start), 0.0))
+    pairs = times.batch.chunk_pairs + jnp.where(tokens > 0, (end - start) * (end + start), 0.0)
+    times = replace(times, batch=replace(times.batch, chunk_pairs=pairs))
     is_in = is_admitted.astype(jnp.int32)
     used = rank.used_blocks + jnp.where(is_placed, grown, 0)
     rank = replace(
@@ -166,7 +166,7 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
             forming_known=jnp.where(is_partial, known, rank.forming_known))
     if rules.grows:
         residue_row = residue_row + one * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
-    counts = Counts(ex, rank, batch)
+    counts = Counts(counts.executor, rank, batch)
     counts = mark(counts, is_forming, w.FORMED)
     counts = mark(counts, is_placed & (tokens > 0), w.FILLED)
     left = (rank.visible if rules.async_scheduling else rank.waiting) > 0
@@ -174,41 +174,41 @@ def place(dims: Dims, params: Params, is_open: Bool[Array, ""], counts: Counts, 
     key = packed.pack_key(after_first + (output - emitted - 1), slot, dims.slot_bits)
     entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
     if rules.scans_slots:
-        stamp = batch.num_iterations if rules.reserve == "expected" else rank.next_stamp
-        entry += [lengths[RANK] if rules.order == "priority" else prompt, stamp]
+        stamp = counts.executor.num_iterations if rules.reserve == "expected" else rank.next_stamp
+        entry += [lengths[PLACE] if rules.order == "priority" else prompt, stamp]
     placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
     is_held = (rank.running >= rules.max_num_seqs) | (is_head_tried & ~is_admitted & is_held)
     return counts, times, residue_row, placed, is_held, can_go_on
 
 
-def statistics(params: Params, counts: Counts, times: Clocks) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
+def statistics(group: Group, counts: Counts, times: Clocks) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
     """What the iteration that was formed does; then the sequences that decode behind it, and their context."""
-    rules, batch = params.batching, counts.batch
+    rules, batch = group.batching, counts.batch
     is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
     decodes = jnp.where(is_prompt_only, 0, batch.count - batch.stalled)
     stats = BatchStats(
         decodes, jnp.where(is_prompt_only, 0, batch.offsets - batch.stalled_offsets
                            + decodes * (batch.counter + 1)),
-        batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.chunk_pairs, decodes + batch.joining)
+        batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.batch.chunk_pairs, decodes + batch.joining)
     after_first = batch.counter + jnp.where(is_prompt_only, 0, 1)
     followers = batch.count + batch.joining
     return stats, followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1)
 
 
-def price(params: Params, counts: Counts, times: Clocks) -> tuple[Float[Array, ""], DecodePace]:
+def price(group: Group, counts: Counts, times: Clocks) -> tuple[Float[Array, ""], DecodePace]:
     """Seconds of the iteration that was formed, and the pace of the decode iterations that can follow it."""
-    stats, followers, context = statistics(params, counts, times)
-    return params.cost.iteration(stats), params.cost.decode(followers, context)
+    stats, followers, context = statistics(group, counts, times)
+    return group.cost.iteration(stats), group.cost.decode(followers, context)
 
 
-def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
+def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
           residue_row, next_key, is_held, first_s: Float[Array, ""], pace: DecodePace):
     """Start the iteration that was formed, and the decode iterations that can follow it undisturbed.
 
-    next_key: smallest completion key of the executor, the joining sequences included. is_held: the queue's head,
+    next_key: smallest completion key of the batch, the joining sequences included. is_held: the queue's head,
     if any, can join only after an event. The last two are from `price`.
     """
-    rules = params.batching
+    rules = group.batching
     rank, batch = counts.rank, counts.batch
     is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
     advance = jnp.where(is_prompt_only, 0, 1)
@@ -231,22 +231,23 @@ def start(dims: Dims, params: Params, is_starting: Bool[Array, ""], event: Event
         may_follow = may_follow & (rank.forming_slot == dims.null_slot)
     extra = jnp.where(may_follow, jnp.maximum(extra, 0), 0)
     # What float32 left of the prices, now that they are stored values.
-    stats, followers, context = statistics(params, counts, times)
+    stats, followers, context = statistics(group, counts, times)
     first = Time(clock.on_grid(first_s), clock.on_grid(
-        params.cost.iteration_remainder(stats, first_s) + (first_s - clock.on_grid(first_s))))
-    run = Time(pace.first_s, params.cost.decode_remainder(followers, context, pace.first_s))
+        group.cost.iteration_remainder(stats, first_s) + (first_s - clock.on_grid(first_s))))
+    run = Time(pace.first_s, group.cost.decode_remainder(followers, context, pace.first_s))
     first_end = clock.add(event.now, first)
     end = clock.add(first_end, span(run, pace.growth_s, extra))
-    ex = Executor(extra=extra, advance=advance, is_committed=jnp.int32(0), progress=jnp.int32(0),
-                  gap_count=counts.executor.gap_count, log_row=counts.executor.log_row)
+    batch = replace(batch, extra=extra, advance=advance, is_committed=jnp.int32(0))
+    rank = replace(rank, progress=jnp.int32(0))
     if rules.async_scheduling:
         rank = replace(rank, visible=rank.waiting)
-    times_now = replace(times, start=event.now, first=first, pace=run, growth_s=pace.growth_s)
-    counts = choose(is_starting, Counts(ex, rank, batch), counts)
-    return counts, choose(is_starting, times_now, times), Plan(is_starting, first_end, end, stats.num_decode)
+    in_flight = replace(times.batch, start=event.now, first=first, pace=run, growth_s=pace.growth_s)
+    counts = choose(is_starting, Counts(counts.executor, rank, batch), counts)
+    times = choose(is_starting, replace(times, batch=in_flight), times)
+    return counts, times, Plan(is_starting, first_end, end, stats.num_decode)
 
 
-def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts, residue_row, slot, request,
+def preempt(dims: Dims, group: Group, is_any: Bool[Array, ""], counts: Counts, residue_row, slot, request,
             offset, previous, known_prompt):
     """Take a sequence off the batch: all its blocks, back to the front of the queue (SGLang: to its end).
 
@@ -257,24 +258,24 @@ def preempt(dims: Dims, params: Params, is_any: Bool[Array, ""], counts: Counts,
     null = jnp.int32(dims.null_slot)
     is_forming = (slot == rank.forming_slot) & (slot != null)
     held_tokens = jnp.where(is_forming, rank.forming_computed, offset + batch.counter)
-    if params.batching.reserve != "none":
+    if group.batching.reserve != "none":
         held_tokens = jnp.where(is_forming, rank.forming_known, held_tokens)
     emitted = jnp.where(is_forming, rank.forming_known, offset + batch.counter + 1) - known_prompt
     one = is_any.astype(jnp.int32)
     is_decoding = is_any & ~is_forming
     gone = is_decoding.astype(jnp.int32)
     residue_row = residue_row - gone * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
-    push = queues.push_back if params.batching.reserve == "expected" else queues.push_front
+    push = queues.push_back if group.batching.reserve == "expected" else queues.push_front
     queue, link = push(rank.queue, request, is_any, dims.num_requests)
     rank = replace(
         rank, queue=queue, running=rank.running - one,
         used_blocks=rank.used_blocks - one * blocks_for(held_tokens, dims),
         forming_slot=jnp.where(is_any & is_forming, null, rank.forming_slot),
         tail=jnp.where(is_decoding, previous, rank.tail))
-    if params.batching.async_scheduling:
+    if group.batching.async_scheduling:
         rank = replace(rank, visible=rank.visible + one)
     batch = replace(batch, count=batch.count - gone, offsets=batch.offsets - gone * offset)
-    if params.batching.is_unified:
+    if group.batching.is_unified:
         batch = replace(batch, budget=batch.budget + gone)
     return Counts(counts.executor, rank, batch), residue_row, emitted, link
 

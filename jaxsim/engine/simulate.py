@@ -12,7 +12,7 @@ import numpy as np
 from jaxsim._core.errors import InputError
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import MAX_SPAN_S, Params
-from jaxsim.kernels import clock, packed
+from jaxsim.kernels import clock
 from jaxsim.metrics import LaneResult, Result
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
@@ -32,6 +32,7 @@ FAULTS = {
     w.STUCK: "a scheduling pass could place nothing and never would: a request needs more than the engine has",
     w.STEP_LIMIT: f"more than {lower.MAX_STEPS_A_TOKEN} steps for every token of the workload: the scheduler is"
                   " going in circles (the KV pool is too small for the preemption rule)",
+    w.STARVED: "requests are left that nothing will bring: the source of arrivals has stopped",
     w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
 }
 
@@ -107,7 +108,7 @@ def _check_memory(runs: Sequence[tuple[Dims, int]]) -> None:
         most = max((dims for dims, _ in runs), key=_run_bytes)
         raise InputError(
             "workload.num_requests", most.num_requests,
-            f"{sum(count for _, count in runs):,} runs of up to {most.num_requests:,} requests, {most.num_instances}"
+            f"{sum(count for _, count in runs):,} runs of up to {most.num_requests:,} requests, {most.num_executors}"
             f" replicas and {most.num_slots} sequences need about {needed / 2**30:,.0f} GiB, this machine has"
             f" {room / 2**30:,.0f} GiB",
             "lower it, num_seeds, cluster.replicas or engine.max_num_seqs, or simulate in parts")
@@ -156,7 +157,7 @@ def _dims(scenario: Scenario, system: lower.System, num_requests: int, record_st
     slots = max(min(system.scheduler.max_num_seqs, num_requests), SMALLEST_SLOTS)
     # Padded by up to an eighth, for the same reason.
     step = 1 << max(num_requests.bit_length() - 4, 0)
-    return Dims(num_requests=-(-num_requests // step) * step, num_instances=scenario.cluster.replicas,
+    return Dims(num_requests=-(-num_requests // step) * step, num_executors=scenario.cluster.replicas,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
                 num_records=RECORDS_A_REQUEST * num_requests + 1000 if record_steps else 0)
 
@@ -164,8 +165,8 @@ def _dims(scenario: Scenario, system: lower.System, num_requests: int, record_st
 def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
     workload, count = made.workload, len(made.workload)
     is_finished = np.zeros(count, bool)
-    counts = packed.from_row(w.row_templates(dims)[0], world.counts[lane].T)
-    times = packed.from_row(w.row_templates(dims)[1], world.clocks[lane].T)
+    counts = w.count_rows(dims).everything(world.counts[lane])
+    times = w.clock_rows(dims).everything(world.clocks[lane])
 
     def seconds(array):
         return clock.join_reference(*array[lane].T)
@@ -190,10 +191,11 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         stall_s=clock.from_integers_reference(world.stalled[lane, :count]), preemptions=world.progress[lane, :count, 1],
         instance=np.maximum(instance, 0), priority=workload.priority, tenant=workload.tenant,
         tenant_names=workload.tenant_names, status=np.where(is_finished, 0, 1).astype(np.int8),
-        itl_counts=world.itl[lane], busy_s=joined(times.busy), kv_block_s=joined(times.held),
-        running_s=joined(times.running), kv_peak_blocks=counts.rank.peak_blocks,
+        itl_counts=world.itl[lane], busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks),
+        kv_block_s=joined(times.rank.held).ravel(),
+        running_s=joined(times.rank.running).ravel(), kv_peak_blocks=counts.rank.peak_blocks.ravel(),
         num_blocks=made.system.num_blocks if made.system.scheduler.kv_accounting else 0,
-        num_iterations=int(counts.batch.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
+        num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
         fault="; ".join(names),
         steps=_tape(dims, world, lane) if dims.num_records else None)
 
@@ -207,7 +209,7 @@ def _tape(dims: Dims, world: World, lane: int) -> dict[str, np.ndarray]:
     steps = dict(zip(names, world.tape_counts[lane, :length].T.copy(), strict=True))
     start_s, extra = clock.join_reference(epoch, hi, lo), steps["iterations"] - 1.0
     duration_s = first_s + extra * pace_s + growth_s * extra * (extra - 1) / 2
-    for instance in range(dims.num_instances):
+    for instance in range(dims.all_ranks):
         rows = np.flatnonzero(steps["instance"] == instance)
         lasts_s = np.diff(start_s[rows], append=np.inf)
         # A cut takes away whole iterations; less than half of one is rounding.

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.engine.common import Params, blocks_for, choose, has, mark
+from jaxsim.engine.common import Group, blocks_for, choose, has, mark
 from jaxsim.kernels import packed
 from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims
@@ -16,7 +16,7 @@ from jaxsim.state.world import Counts
 
 
 class Slots(eqx.Module):
-    """All slots of an executor, for policies that look at every running sequence: O(slots), and only there."""
+    """All slots of a rank, for policies that look at every running sequence: O(slots), and only there."""
 
     keys: Int[Array, " slot_width"]
     entries: Int[Array, "slot_width entry_fields"]
@@ -35,7 +35,7 @@ class Slots(eqx.Module):
     def emitted(self, counts: Counts) -> Int[Array, " slot_width"]:
         """Output tokens of each; one less for those placed in this very pass."""
         tokens = self.entries[:, w.OFFSET] + counts.batch.counter + 1 - self.entries[:, w.PROMPT]
-        is_new = self.entries[:, w.STAMP] == counts.batch.num_iterations
+        is_new = self.entries[:, w.SINCE] == counts.executor.num_iterations
         return tokens - is_new
 
     def expected_tokens(self, dims: Dims, rules: Batching, counts: Counts, ratio: Float[Array, ""]
@@ -46,9 +46,9 @@ class Slots(eqx.Module):
         is_forming = is_forming & (counts.rank.forming_slot != dims.null_slot)
         known_forming = counts.rank.forming_known - self.entries[:, w.PROMPT]
         emitted = jnp.where(is_forming, known_forming, self.emitted(counts))
-        left = jnp.minimum(self.entries[:, w.RESERVED] - emitted, rules.reserve_clip_tokens)
+        left = jnp.minimum(self.entries[:, w.LIMIT] - emitted, rules.reserve_clip_tokens)
         left = jnp.where(self.is_decoding | is_forming, left, 0)
-        is_new = self.entries[:, w.STAMP] == counts.batch.num_iterations
+        is_new = self.entries[:, w.SINCE] == counts.executor.num_iterations
         old, new = jnp.sum(jnp.where(is_new, 0, left)), jnp.sum(jnp.where(is_new, left, 0))
         return old.astype(jnp.float32) * ratio + new.astype(jnp.float32)
 
@@ -72,7 +72,7 @@ def next_ratio(rules: Batching, counts: Counts, slots: Slots, ratio: Float[Array
     """The reserve ratio after a decode pass: a step down, or what the running need after a retraction."""
     running = slots.is_decoding
     emitted = jnp.sum(jnp.where(running, slots.emitted(counts), 0))
-    limit = jnp.sum(jnp.where(running, slots.entries[:, w.RESERVED], 0))
+    limit = jnp.sum(jnp.where(running, slots.entries[:, w.LIMIT], 0))
     needed = (emitted + rules.retract_free_tokens * counts.batch.count) / jnp.maximum(limit, 1)
     down = jnp.maximum(ratio - rules.ratio_decay, rules.ratio_floor)
     return jnp.where(has(counts, w.PREEMPTED), jnp.minimum(needed, 1.0), down)
@@ -104,7 +104,7 @@ class Walked(NamedTuple):
     is_empty: Bool[Array, ""]
 
 
-def walk(dims: Dims, params: Params, wants_decode, may_preempt, counts: Counts, slots: Slots, residue_row):
+def walk(dims: Dims, group: Group, wants_decode, may_preempt, counts: Counts, slots: Slots, residue_row):
     """vLLM V1's loop over running sequences under PRIORITY, one look a step, and only when blocks run short.
 
     In the order of admission every sequence takes its block; where none is left the running sequence with the
@@ -116,7 +116,7 @@ def walk(dims: Dims, params: Params, wants_decode, may_preempt, counts: Counts, 
     """
     rank, batch = counts.rank, counts.batch
     null = jnp.int32(dims.null_slot)
-    free = params.batching.num_blocks - rank.used_blocks
+    free = group.batching.num_blocks - rank.used_blocks
     is_decoding = slots.is_decoding
     stamp = slots.entries[:, w.STAMP]
     crosses = is_decoding & (((slots.entries[:, w.OFFSET] + batch.counter) & (dims.block_size - 1)) == 0)
@@ -139,7 +139,7 @@ def walk(dims: Dims, params: Params, wants_decode, may_preempt, counts: Counts, 
     forming_stamp = stamp[rank.forming_slot]
     lacking = jnp.where(is_short_of_decodes, following, forming_stamp)
     is_candidate = is_decoding | ((jnp.arange(dims.slot_width) == rank.forming_slot) & is_forming)
-    victim = jnp.argmax(jnp.where(is_candidate, slots.entries[:, w.PROMPT], -1)).astype(jnp.int32)
+    victim = jnp.argmax(jnp.where(is_candidate, slots.entries[:, w.PLACE], -1)).astype(jnp.int32)
     is_preempting = is_short & ~is_advancing & may_preempt
     ends = is_preempting & (stamp[victim] == lacking)
     cursor = jnp.where(is_advancing, following, jnp.where(ends, lacking, rank.cursor))

@@ -13,7 +13,7 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
 from jaxsim.engine import ending, events, passes
@@ -22,35 +22,42 @@ from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
 from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
-from jaxsim.engine.writes import Add, Put, Writes, apply, at_executor, recall
+from jaxsim.engine.writes import Add, Put, Writes, apply, at, recall
 from jaxsim.kernels import bitmap, clock, histogram, packed, queues, stack
 from jaxsim.kernels.clock import Time
 from jaxsim.kernels.fence import kernel, stage
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
-from jaxsim.state.requests import PROMPT, RANK, Requests
+from jaxsim.state.requests import PLACE, PROMPT, Requests
 from jaxsim.state.world import Clocks, Counts, World
 
 
 class Touched(eqx.Module):
     """What one step works on, filled in by its phases.
 
-    From the event: the executor's row (counts, times), its block residues, and what woke it. From an arrival: the
-    link of the queue it changes, or its rank and the smallest rank that waits. From the end of an
+    From the event: the executor's rows, in these one rank and batch (counts, times), its block residues, and what woke
+    it; where they lie (rank and batch among those of all executors). From an arrival: what is left to arrive, the link
+    of the queue it changes, or its place in the order of requests and the first place that waits. From the end of an
     iteration: who retired, the smallest completion key left, the last of the running list (and the links that
     change where the retired sequence leaves it). From the pass: who could be placed, who must go, what was started.
     """
 
     event: Event
     is_frozen: Bool[Array, ""]
+    rank: Int[Array, ""]
+    batch: Int[Array, ""]
+    count_row: Int[Array, " count_fields"]
+    clock_row: Float[Array, " clock_fields"]
     counts: Counts
     times: Clocks
     residue_row: Int[Array, " block_size"]
     phase: Int[Array, ""]
     wake: Time
 
+    source: PyTree = None
+    due: list[Array] | None = None
     link: tuple[Array, Array] | None = None
-    ranks: tuple[Array, Array] | None = None
+    places: tuple[Array, Array] | None = None
 
     slots: Slots | None = None
     itl_s: Float[Array, " samples"] | None = None
@@ -96,7 +103,7 @@ def step(dims: Dims, packing: packed.Packing, params: Params, requests: Requests
     writes: of the step before, packed. Returns the world with them, its scalars advanced, and what to write next.
     """
     def vmapped(phase, world, t):
-        return jax.vmap(lambda *args: phase(Context(dims, *args[:3]), args[3]))(params, requests, world, t)
+        return jax.vmap(lambda *args: phase(context_of(dims, *args), args[3]))(params, requests, world, t)
 
     def first(_):
         return vmapped(look, jax.vmap(recall)(world, packing.unpack(writes)), None)
@@ -116,13 +123,18 @@ def step(dims: Dims, packing: packed.Packing, params: Params, requests: Requests
     return replace(world, **progress), to_write
 
 
+def context_of(dims: Dims, params: Params, requests: Requests, world: World, t: Touched | None) -> Context:
+    """What a phase reads, with the group of the executor that the step is about."""
+    return Context(dims, params, requests, world, None if t is None else params.group(t.event.executor))
+
+
 def writes_of_a_step(dims: Dims, params: Params, requests: Requests, world: World) -> Writes:
     """What a step of one scenario would write: shapes, nothing is computed."""
     def plain(params, requests, world):
-        context, t = Context(dims, params, requests, world), None
+        t = None
         for phase in (look, *PHASES):
-            t = phase(context, t)
-        return note(context, t)[1]
+            t = phase(context_of(dims, params, requests, world, t), t)
+        return note(context_of(dims, params, requests, world, t), t)[1]
 
     def one(tree):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
@@ -135,28 +147,31 @@ def look(context: Context, _) -> Touched:
     dims, world = context.dims, context.world
     event, is_frozen = events.next_event(context)
     e = event.executor
-    count_template, clock_template = w.row_templates(dims)
+    rank = e if dims.num_ranks == 1 else e * dims.num_ranks + event.rank
+    batch = rank if dims.num_batches == 1 else rank * dims.num_batches + event.batch
+    count_row, clock_row = take(world.counts, e), take(world.clocks, e)
     return Touched(
-        event, is_frozen, packed.from_row(count_template, take(world.counts, e)),
-        packed.from_row(clock_template, take(world.clocks, e)), take(world.residues, e), take(world.phase, e),
-        Time(take(world.wake_hi, e), take(world.wake_lo, e)))
+        event, is_frozen, rank, batch, count_row, clock_row,
+        w.count_rows(dims).one(count_row, event.rank, event.batch),
+        w.clock_rows(dims).one(clock_row, event.rank, event.batch),
+        take(world.residues, batch), take(world.phase, e), Time(take(world.wake_hi, e), take(world.wake_lo, e)))
 
 
 def receive(context: Context, t: Touched) -> Touched:
     """Enqueue an arrival. If its executor stops before the following one, go on to that stop."""
     params, requests, world = context.params, context.requests, context.world
-    rules, event, counts, wake = params.batching, t.event, t.counts, t.wake
-    arriving = world.next_arrival
+    rules, event, counts, wake = context.group.batching, t.event, t.counts, t.wake
+    arriving = event.request
     is_first_in_line = counts.rank.waiting == 0
     queue, link = queues.push_back(counts.rank.queue, arriving, event.is_arrival, context.dims.num_requests)
-    ranks = None
+    places = None
     if rules.order == "priority":
-        arriving_rank = take(requests.table, arriving)[RANK]
-        best = bitmap.smallest(lambda at: take(world.waiting_set, event.executor, at), context.dims.num_requests)
-        is_first_in_line = is_first_in_line | (arriving_rank < best)
-        ranks = (arriving_rank, jnp.where(event.is_arrival & is_first_in_line, arriving_rank, best))
+        place = take(requests.table, arriving)[PLACE]
+        best = bitmap.smallest(lambda word: take(world.waiting_set, t.rank, word), context.dims.num_requests)
+        is_first_in_line = is_first_in_line | (place < best)
+        places = (place, jnp.where(event.is_arrival & is_first_in_line, place, best))
     is_running = event.is_arrival & (t.phase == w.ENDING)
-    is_cut = (is_running & (counts.executor.extra > 0) & is_first_in_line
+    is_cut = (is_running & (counts.batch.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
     counts = replace(counts, rank=replace(counts.rank, queue=queue))
     if rules.admit != "when_empty":
@@ -165,55 +180,59 @@ def receive(context: Context, t: Touched) -> Touched:
     if rules.async_scheduling:
         is_seen = event.is_arrival & ending.is_before_last(event, counts, t.times)
         counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
-    # A sorted queue changes once a step, and the pass may change it too.
-    if rules.order != "priority":
+    # A sorted queue changes once a step, and the pass may change it too. An earlier end elsewhere may bring an arrival.
+    if rules.order != "priority" and not (params.source.answers and context.dims.num_executors > 1):
         goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S)
         event = event._replace(now=clock.select(goes_on, wake, event.now), is_ending=event.is_ending | goes_on)
-    return replace(t, event=event, counts=counts, wake=wake, link=link, ranks=ranks)
+    source = params.source.delivered(world.source, arriving, event.is_arrival)
+    return replace(t, event=event, counts=counts, wake=wake, source=source, link=link, places=places)
 
 
 def settle(context: Context, t: Touched) -> Touched:
     """Settle the iteration that ended."""
     counts, times, itl_s, itl_weights = ending.settle(
-        context.dims, context.params, t.event, t.counts, t.times, t.residue_row)
+        context.dims, context.group, t.event, t.counts, t.times, t.residue_row)
     return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights)
 
 
 def retire(context: Context, t: Touched) -> Touched:
     """Retire one sequence whose last token the iteration produced."""
-    dims, params, _, world = context
-    counts, e = t.counts, t.event.executor
-    keys = take(world.slot_keys, e)
+    dims, params, requests, world, group = context
+    event, counts, keys = t.event, t.counts, take(world.slot_keys, t.batch)
     counts, residue_row, retired, has_more, next_key = ending.retire(
-        dims, params, t.event, counts, keys, lambda slot: take(world.slot_entries, e, slot), t.residue_row)
+        dims, group, event, counts, keys, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row)
     tail, unlinked, slots = counts.rank.tail, None, None
-    if params.batching.keeps_running_list:
+    if group.batching.keeps_running_list:
         tail, *unlinked = queues.unlink(
-            tail, retired.slot, take(world.slot_previous, e, retired.slot), take(world.slot_next, e, retired.slot),
-            retired.is_any, dims.null_slot)
+            tail, retired.slot, take(world.slot_previous, t.rank, retired.slot),
+            take(world.slot_next, t.rank, retired.slot), retired.is_any, dims.null_slot)
         counts = replace(counts, rank=replace(counts.rank, tail=tail))
-    if params.batching.scans_slots:
-        slots = Slots(keys, take(world.slot_entries, e), retired.slot)
-    return replace(t, counts=counts, residue_row=residue_row, retired=retired, has_more=has_more, next_key=next_key,
-                   tail=tail, unlinked=unlinked, slots=slots)
+    if group.batching.scans_slots:
+        slots = Slots(keys, take(world.slot_entries, t.rank), retired.slot)
+    source, due = t.source, None
+    if params.source.answers:
+        source, *due = params.source.ended(source, world.epoch, event.now, retired.is_any, dims.num_requests)
+        event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
+    return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due,
+                   retired=retired, has_more=has_more, next_key=next_key, tail=tail, unlinked=unlinked, slots=slots)
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
     """Begin or resume a scheduling pass; decodes take their blocks; find the candidate."""
-    dims, params, requests, world = context
-    rules, event, counts = params.batching, t.event, t.counts
-    e, null, scratch = event.executor, jnp.int32(dims.null_slot), dims.num_requests
+    dims, _, requests, world, group = context
+    rules, event, counts = group.batching, t.event, t.counts
+    null, scratch = jnp.int32(dims.null_slot), dims.num_requests
 
     # A scheduling pass, unless something at this instant comes before it.
     has_ended = event.is_ending & ~t.has_more
     has_work = (counts.rank.running > 0) | (counts.rank.waiting > 0)
     is_due = (has_ended & has_work) | (event.is_arrival & (t.phase == w.IDLE))
     is_passing = event.is_passing | (is_due & ~event.is_tied)
-    counts = passes.begin_pass(params, is_passing, counts)
+    counts = passes.begin_pass(group, is_passing, counts)
     was_closed = has(counts, w.CLOSED)
     candidate = counts.rank.queue.front
     if rules.order == "priority":
-        candidate = take(requests.by_rank, jnp.where(counts.rank.waiting > 0, t.ranks[1], 0))
+        candidate = take(requests.by_place, jnp.where(counts.rank.waiting > 0, t.places[1], 0))
     is_forming = counts.rank.forming_slot != null
     if rules.chunked_prefill:
         candidate = jnp.where(is_forming & ~has(counts, w.FORMED), counts.rank.forming_request, candidate)
@@ -227,21 +246,21 @@ def open_pass(context: Context, t: Touched) -> Touched:
         may_preempt = ~t.retired.is_any & ~event.is_arrival
         if rules.order == "priority":
             counts, residue_row, slots, walked = walk(
-                dims, params, wants_decode, may_preempt, counts, slots, residue_row)
+                dims, group, wants_decode, may_preempt, counts, slots, residue_row)
             is_short, is_preempting, is_empty = walked.is_short, walked.is_preempting, walked.is_empty
-            victim = (walked.victim, *take(world.slot_entries, e, walked.victim)[:2])
+            victim = (walked.victim, *take(world.slot_entries, t.rank, walked.victim)[:2])
             counts = passes.take_blocks(counts, wants_decode & ~is_short, walked.crossing)
             counts = mark(counts, walked.is_over, w.FORMED)
         else:
-            tail_request, tail_offset = take(world.slot_entries, e, t.tail)[:2]
+            tail_request, tail_offset = take(world.slot_entries, t.rank, t.tail)[:2]
             victim = (jnp.where(is_forming, counts.rank.forming_slot, t.tail),
                       jnp.where(is_forming, counts.rank.forming_request, tail_request), tail_offset)
             if rules.victim == "fewest_outputs":
                 slot = slots.fewest_outputs(dims, counts)
-                victim = (slot, *take(world.slot_entries, e, slot)[:2])
+                victim = (slot, *take(world.slot_entries, t.rank, slot)[:2])
             is_preempting = is_passing & was_closed
             if rules.is_unified:
-                crossing, need = passes.decode_need(dims, params, counts, residue_row, tail_offset)
+                crossing, need = passes.decode_need(dims, group, counts, residue_row, tail_offset)
                 is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
                 is_preempting = is_short & may_preempt
                 counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
@@ -267,32 +286,32 @@ def open_pass(context: Context, t: Touched) -> Touched:
 
 def fill(context: Context, t: Touched) -> Touched:
     """Place one prompt, or preempt one victim. Prompt-first engines look at their decodes here."""
-    dims, params, _, world = context
-    rules, counts, times, e = params.batching, t.counts, t.times, t.event.executor
+    dims, _, _, world, group = context
+    rules, counts, times = group.batching, t.counts, t.times
     null = jnp.int32(dims.null_slot)
-    free_slot = stack.top(lambda at: take(world.free_slots, e, at), dims.num_slots - counts.rank.running)
+    free_slot = stack.top(lambda height: take(world.free_slots, t.rank, height), dims.num_slots - counts.rank.running)
     free_slot = jnp.where(t.retired.is_any, t.retired.slot, free_slot)
     counts, times, residue_row, placed, is_held, can_go_on = passes.place(
-        dims, params, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
+        dims, group, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
         free_slot, t.slots)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
-    log_row = jnp.where(opens_log, world.num_logged, counts.executor.log_row)
     rank = counts.rank
     if rules.keeps_running_list:
         rank = replace(rank, tail=jnp.where(placed.is_completing, placed.slot, rank.tail))
-    batch = counts.batch
+    batch = replace(counts.batch, log_row=jnp.where(opens_log, world.num_logged, counts.batch.log_row))
     if rules.grows:
         is_resuming = placed.is_completing & (t.emitted > 0)
         batch = replace(batch, resuming=batch.resuming + is_resuming)
-        times = replace(times, resume_s=times.resume_s + jnp.where(is_resuming, t.preempted_s, 0.0))
-    counts = Counts(replace(counts.executor, log_row=log_row), rank, batch)
+        resume_s = times.batch.resume_s + jnp.where(is_resuming, t.preempted_s, 0.0)
+        times = replace(times, batch=replace(times.batch, resume_s=resume_s))
+    counts = Counts(counts.executor, rank, batch)
 
     is_short, is_preempting, slots, link, victim = t.is_short, t.is_preempting, t.slots, t.link, t.victim
     if not rules.is_unified:
         wants_decode = t.is_passing & ~can_go_on & ~has(counts, w.FILLED)
         if rules.grows:
-            crossing, need = passes.decode_need(dims, params, counts, residue_row, victim[2])
+            crossing, need = passes.decode_need(dims, group, counts, residue_row, victim[2])
             is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
             if rules.reserve == "expected":
                 is_short = is_short | (wants_decode & is_retracting(dims, rules, counts))
@@ -300,8 +319,9 @@ def fill(context: Context, t: Touched) -> Touched:
             is_preempting = is_short & t.was_closed & ~t.retired.is_any & ~t.event.is_arrival
             counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
         if rules.reserve == "expected":
-            times = replace(times, ratio=jnp.where(
-                wants_decode & ~is_short, next_ratio(rules, counts, slots, times.ratio), times.ratio))
+            ratio = times.rank.ratio
+            ratio = jnp.where(wants_decode & ~is_short, next_ratio(rules, counts, slots, ratio), ratio)
+            times = replace(times, rank=replace(times.rank, ratio=ratio))
         if rules.has_context_limit:
             counts, slots = limit_context(dims, rules, wants_decode, counts, slots)
     victim_emitted = None
@@ -310,9 +330,9 @@ def fill(context: Context, t: Touched) -> Touched:
         counts = mark(counts, is_preempting, w.PREEMPTED)
         if rules.waiting_blocked_after_preempt:
             counts = mark(counts, is_preempting, w.CLOSED)
-        before_tail = take(world.slot_previous, e, t.tail) if rules.keeps_running_list else null
+        before_tail = take(world.slot_previous, t.rank, t.tail) if rules.keeps_running_list else null
         counts, residue_row, victim_emitted, own_link = passes.preempt(
-            dims, params, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT])
+            dims, group, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT])
         link = choose(is_preempting, own_link, link)
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
@@ -322,18 +342,18 @@ def fill(context: Context, t: Touched) -> Touched:
 
 def price(context: Context, t: Touched) -> Touched:
     """What the iteration that was formed costs, and the decodes that may follow it."""
-    rules, counts = context.params.batching, t.counts
+    rules, counts = context.group.batching, t.counts
     is_formed = t.is_passing & ~t.is_short & ~t.can_go_on
     has_batch = (counts.batch.count > counts.batch.stalled) | has(counts, w.FILLED)
     if rules.order == "priority":
         has_batch = has_batch & ~t.is_empty
     # A pass that preempted all it had begins again; one that can place nothing never will.
     is_idle = is_formed & ~has_batch
-    progress = jnp.where(is_idle, 0, counts.executor.progress)
+    progress = jnp.where(is_idle, 0, counts.rank.progress)
     is_stuck = is_idle & ~has(counts, w.PREEMPTED)
-    counts = replace(counts, executor=replace(counts.executor, progress=progress))
+    counts = replace(counts, rank=replace(counts.rank, progress=progress))
     return replace(t, counts=counts, is_starting=is_formed & has_batch, is_stuck=is_stuck,
-                   price=passes.price(context.params, t.counts, t.times))
+                   price=passes.price(context.group, t.counts, t.times))
 
 
 def launch(context: Context, t: Touched) -> Touched:
@@ -341,15 +361,16 @@ def launch(context: Context, t: Touched) -> Touched:
     event, placed = t.event, t.placed
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     counts, times, plan = passes.start(
-        context.dims, context.params, t.is_starting, event, t.counts, t.times, t.residue_row,
+        context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
         jnp.minimum(t.next_key, own_key), t.is_held, *t.price)
     is_waiting_pass = (t.is_passing & ~t.is_starting) | (t.is_due & event.is_tied)
     is_resting = t.has_ended & ~t.has_work
     wake = clock.select(t.has_more | is_waiting_pass, event.now, t.wake)
     wake = clock.select(t.is_starting, plan.end, wake)
     wake = clock.select(is_resting, clock.never(), wake)
-    if context.params.batching.reserve == "expected":
-        times = replace(times, ratio=jnp.where(is_resting, context.params.batching.ratio_start, times.ratio))
+    if context.group.batching.reserve == "expected":
+        ratio = jnp.where(is_resting, context.group.batching.ratio_start, times.rank.ratio)
+        times = replace(times, rank=replace(times.rank, ratio=ratio))
     phase = jnp.where(is_waiting_pass, w.PASSING, t.phase)
     phase = jnp.where(t.is_starting, w.ENDING, phase)
     phase = jnp.where(is_resting, w.IDLE, phase)
@@ -358,9 +379,9 @@ def launch(context: Context, t: Touched) -> Touched:
 
 def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     """The world's scalars by name, and what to write to its arrays."""
-    dims, params, _, world = context
-    rules, event, counts, placed, retired = params.batching, t.event, t.counts, t.placed, t.retired
-    e, now = event.executor, event.now
+    dims, params, _, world, group = context
+    rules, event, counts, placed, retired = group.batching, t.event, t.counts, t.placed, t.retired
+    now = event.now
     null, scratch = jnp.int32(dims.null_slot), dims.num_requests
     epoch = world.epoch.astype(jnp.float32)
     stamp = jnp.stack([epoch, now.hi, now.lo])
@@ -373,9 +394,15 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     is_unplaced = (placed.is_admitted | placed.is_completing) & (t.emitted == 0)
     is_returned = retired.is_any & ~placed.is_admitted
     returned = retired.slot
-    own = partial(at_executor, dims, e)
-    row = (lambda record: record) if dims.num_instances == 1 else packed.to_row
     writes = {}
+
+    def own(name, *index):
+        owner = (event.executor if name in w.OF_EXECUTOR else t.rank if name in w.OF_RANK else t.batch)
+        return at(dims, name, owner, *index)
+
+    def row(rows, before, record):
+        return record if dims.all_batches == 1 else rows.replaced(before, event.rank, event.batch, record)
+
     if rules.grows:
         entering = jnp.where(t.is_preempting, t.victim[0], entering)
         is_returned = is_returned | t.is_preempting
@@ -387,49 +414,54 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes["stalled"] = Add((jnp.where(t.is_preempting | is_returning, t.candidate, scratch),),
                                 jnp.where(is_returning, parts, jnp.where(t.is_preempting, -parts, 0)))
         writes["preempted"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),), stamp)
-        writes["residues"] = Put(own(), t.residue_row)
+        writes["residues"] = Put(own("residues"), t.residue_row)
     if rules.keeps_running_list:
         _, *appended = queues.append(t.tail, placed.slot, placed.is_completing, dims.null_slot)
         for name, *links in zip(("slot_previous", "slot_next"), t.unlinked, appended, strict=True):
             indices, values = zip(*links, strict=True)
-            writes[name] = Put(own(indices), values)
+            writes[name] = Put(own(name, indices), values)
     stack_top = stack.push_at(dims.num_slots - counts.rank.running - 1, is_returned, dims.slot_width - 1)
+    if t.due is not None:
+        writes["due"] = Put((t.due[0],), t.due[1])
     if dims.num_records:
-        writes |= record(dims, world, t.plan, e, stamp, counts, t.times)
+        writes |= record(dims, world, t.plan, t.rank, stamp, counts, t.times)
     writes |= {
-        "wake_hi": Put(own(), t.wake.hi), "wake_lo": Put(own(), t.wake.lo), "phase": Put(own(), t.phase),
-        "counts": Put(own(), row(counts)), "clocks": Put(own(), row(t.times)),
-        "slot_keys": Put(own((leaving, entering)), (jnp.int32(packed.EMPTY), own_key)),
-        "slot_entries": Put(own(placed.slot), placed.entry),
-        "free_slots": Put(own(stack_top), returned),
+        "wake_hi": Put(own("wake_hi"), t.wake.hi), "wake_lo": Put(own("wake_lo"), t.wake.lo),
+        "phase": Put(own("phase"), t.phase),
+        "counts": Put(own("counts"), row(w.count_rows(dims), t.count_row, counts)),
+        "clocks": Put(own("clocks"), row(w.clock_rows(dims), t.clock_row, t.times)),
+        "slot_keys": Put(own("slot_keys", (leaving, entering)), (jnp.int32(packed.EMPTY), own_key)),
+        "slot_entries": Put(own("slot_entries", placed.slot), placed.entry),
+        "free_slots": Put(own("free_slots", stack_top), returned),
         "next_waiting": Put(t.link[:1], t.link[1]),
         "placed": Put((jnp.where(is_unplaced, t.candidate, scratch),),
-                      jnp.stack([jnp.where(placed.is_first_token, counts.executor.log_row, -1), e])),
+                      jnp.stack([jnp.where(placed.is_first_token, counts.batch.log_row, -1), t.rank])),
         "scheduled": Put((jnp.where(is_new, t.candidate, scratch),), stamp),
         "finished": Put((jnp.where(retired.is_any, retired.request, scratch),), stamp),
-        "first_tokens": Put((jnp.where(logs, counts.executor.log_row, scratch),),
+        "first_tokens": Put((jnp.where(logs, counts.batch.log_row, scratch),),
                             jnp.stack([epoch, t.plan.first_end.hi, t.plan.first_end.lo])),
         "itl": Add((histogram.bin_of(t.itl_s),), t.itl_weights),
     }
-    if dims.num_instances > 1:
-        writes["outstanding"] = Add((e,), event.is_arrival.astype(jnp.int32) - retired.is_any)
+    if dims.all_ranks > 1:
+        writes["outstanding"] = Add((t.rank,), event.is_arrival.astype(jnp.int32) - retired.is_any)
     if rules.order == "priority":
         is_entering = t.is_preempting | (event.is_arrival & ~placed.is_admitted)
         is_leaving = placed.is_admitted & ~event.is_arrival
-        member = jnp.where(event.is_arrival, t.ranks[0], t.lengths[RANK])
-        at, words = bitmap.change(lambda at: take(world.waiting_set, e, at), dims.num_requests, member,
-                                  is_entering, is_entering | is_leaving)
-        writes["waiting_set"] = Put(own(at), words)
+        member = jnp.where(event.is_arrival, t.places[0], t.lengths[PLACE])
+        index, words = bitmap.change(lambda word: take(world.waiting_set, t.rank, word), dims.num_requests, member,
+                                     is_entering, is_entering | is_leaving)
+        writes["waiting_set"] = Put(own("waiting_set", index), words)
     if rules.stalls:
         index = jnp.arange(dims.slot_width)
         keys = jnp.where(index == entering, own_key, t.slots.keys)
-        writes["slot_keys"] = Put(own(), jnp.where((index == leaving) | (index == null), packed.EMPTY, keys))
+        writes["slot_keys"] = Put(own("slot_keys"), jnp.where((index == leaving) | (index == null), packed.EMPTY, keys))
         is_entering = (index == entering)[:, None]
-        writes["slot_entries"] = Put(own(), jnp.where(is_entering, placed.entry, t.slots.entries))
-    is_possible = (t.times.first.hi <= MAX_SPAN_S) & (t.times.pace.hi <= MAX_SPAN_S)
+        writes["slot_entries"] = Put(own("slot_entries"), jnp.where(is_entering, placed.entry, t.slots.entries))
+    in_flight = t.times.batch
+    is_possible = (in_flight.first.hi <= MAX_SPAN_S) & (in_flight.pace.hi <= MAX_SPAN_S)
     progress = dict(
         steps=world.steps + is_active,
-        next_arrival=world.next_arrival + event.is_arrival,
+        num_routed=world.num_routed + event.is_arrival, source=t.source,
         num_finished=world.num_finished + retired.is_any,
         num_logged=world.num_logged + t.opens_log,
         fault=world.fault | jnp.where(t.is_stuck, w.STUCK, 0) | jnp.where(t.is_starting & ~is_possible, w.TOO_SLOW, 0)
@@ -444,11 +476,11 @@ PHASES = (receive, settle, retire, open_pass, fill, price, launch)
 """In this order between `look` and `note`."""
 
 
-def record(dims: Dims, world: World, plan: Plan, executor, stamp, counts: Counts, times: Clocks) -> Writes:
+def record(dims: Dims, world: World, plan: Plan, rank, stamp, counts: Counts, times: Clocks) -> Writes:
     """Append the iteration that starts, and the jump planned behind it, to the tape; past its end, to the scratch."""
     index = jnp.where(plan.is_any, jnp.minimum(world.num_recorded, dims.num_records), dims.num_records)
-    seconds = jnp.stack([times.first.hi, times.pace.hi, times.growth_s])
-    rank, batch = counts.rank, counts.batch
-    row = jnp.stack([executor, rank.running, rank.waiting, rank.used_blocks, counts.executor.extra + 1,
-                     batch.chunk_tokens, plan.num_decode])
+    seconds = jnp.stack([times.batch.first.hi, times.batch.pace.hi, times.batch.growth_s])
+    own, batch = counts.rank, counts.batch
+    row = jnp.stack([rank, own.running, own.waiting, own.used_blocks, batch.extra + 1, batch.chunk_tokens,
+                     plan.num_decode])
     return {"tape_times": Put((index,), jnp.concatenate([stamp, seconds])), "tape_counts": Put((index,), row)}

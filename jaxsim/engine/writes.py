@@ -40,14 +40,23 @@ Writes = dict[str, Put | Add]
 """By name of the array in `World`."""
 
 
-def at_executor(dims: Dims, executor: Int[Array, ""], *index) -> tuple:
-    """Index into an array over executors. The only one needs none."""
-    return (executor, *index) if dims.num_instances > 1 else index
+def owners(dims: Dims, name: str) -> int:
+    """How many executors, ranks or batches an array has entries of; 0 if it is about something else."""
+    for names, count in ((w.OF_EXECUTOR, dims.num_executors), (w.OF_RANK, dims.all_ranks),
+                         (w.OF_BATCH, dims.all_batches)):
+        if name in names:
+            return count
+    return 0
+
+
+def at(dims: Dims, name: str, owner: Int[Array, ""], *index) -> tuple:
+    """Index into an array of executors, ranks or batches. The only one needs none."""
+    return (owner, *index) if owners(dims, name) > 1 else index
 
 
 def is_own_row(name: str, write: Put | Add) -> bool:
-    """Whether the write is all there is to know of an array: the row of the only executor."""
-    return write.index == () and name in w.EXECUTOR_ROWS
+    """Whether the write is all there is to know of an array: the row of its only owner."""
+    return write.index == () and name in w.WHOLE_ROWS
 
 
 def forget(world: World, writes: Writes) -> World:
@@ -74,7 +83,7 @@ def aim(dims: Dims, name: str, write: Put | Add) -> tuple[Int[Array, "entries ax
     if last.ndim == 1:
         last, value = last[:, None], value[:, None]
     outer = [lax.broadcasted_iota(jnp.int32, last.shape, 0), *(jnp.broadcast_to(i[:, None], last.shape) for i in outer)]
-    if dims.num_instances == 1 and name in w.EXECUTOR_ARRAYS:
+    if owners(dims, name) == 1:
         outer.append(jnp.zeros_like(last))
     index = jnp.stack([*outer, last], -1)
     return index.reshape(-1, index.shape[-1]), value.reshape(-1, *value.shape[2:])
@@ -121,7 +130,7 @@ def rewrites(dims: Dims, world: World, like: Writes) -> Writes:
     kept = {}
     for name, write in like.items():
         array = getattr(world, name)
-        if dims.num_instances == 1 and name in w.EXECUTOR_ARRAYS:
+        if owners(dims, name) == 1:
             array = array[0]
         index = zeros(write.index)
         if isinstance(write, Add):

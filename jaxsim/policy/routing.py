@@ -27,7 +27,7 @@ class View(eqx.Module):
     outstanding: Int[Array, " instances"]
     waiting: Int[Array, " instances"] | None
     used_blocks: Int[Array, " instances"] | None
-    num_blocks: Int[Array, ""]
+    num_blocks: Int[Array, " instances"] | None
     num_routed: Int[Array, ""]
     uniforms: Float[Array, " 2"]
 

@@ -4,26 +4,43 @@ from dataclasses import dataclass
 
 from jaxsim.kernels import packed
 
+MAX_JUMP = 1 << 12
+"""Iterations that `clock.multiply` can count."""
+
 
 @dataclass(frozen=True)
 class Dims:
     """Sizes that are structure: another value is another program.
 
-    num_requests: padded requests of a scenario; num_instances: replicas; num_slots: sequences an instance can
-    hold; block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records:
-    iterations kept on the tape (0: no tape).
+    num_requests: padded requests of a scenario; num_executors: replicas; num_slots: sequences a rank can hold;
+    block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records: iterations
+    kept on the tape (0: no tape); num_ranks: of an executor; num_batches: in flight of a rank.
     """
 
     num_requests: int
-    num_instances: int = 1
+    num_executors: int = 1
     num_slots: int = 128
     block_size: int = 16
     max_jump: int = 2048
     num_records: int = 0
+    num_ranks: int = 1
+    num_batches: int = 1
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
             raise ValueError(f"block_size = {self.block_size}: not a power of two; use 1, 8, 16, 32, 64 or 128")
+        if not 1 <= self.max_jump < MAX_JUMP:
+            raise ValueError(f"max_jump = {self.max_jump}: not in 1 .. {MAX_JUMP - 1}, what the clock counts exactly")
+
+    @property
+    def all_ranks(self) -> int:
+        """Ranks of all executors."""
+        return self.num_executors * self.num_ranks
+
+    @property
+    def all_batches(self) -> int:
+        """Batches of all ranks."""
+        return self.all_ranks * self.num_batches
 
     @property
     def slot_width(self) -> int:

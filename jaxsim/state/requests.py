@@ -1,28 +1,48 @@
 """A workload as the loop reads it."""
 
+from dataclasses import replace
+
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsim.kernels import clock
+from jaxsim.kernels.clock import Time
 
-PROMPT, OUTPUT, MAX_TOKENS, RANK = range(4)
+PROMPT, OUTPUT, MAX_TOKENS, PLACE = range(4)
 """Columns of `Requests.table`."""
 
 
 class Requests(eqx.Module):
     """Requests sorted by arrival, padded, with one scratch row at the end.
 
-    table: prompt, output, max_tokens and place in the order of (priority, arrival); by_rank: requests in that
+    table: prompt, output, max_tokens and place in the order of (priority, arrival); by_place: requests in that
     order; arrival: epoch, hi and lo of this request's arrival, then of the next one's; uniforms: the routers'
     random numbers; count: requests that are real.
     """
 
     table: Int[Array, "rows 4"]
-    by_rank: Int[Array, " rows"]
+    by_place: Int[Array, " rows"]
     arrival: Float[Array, "rows 6"]
     uniforms: Float[Array, "rows 2"]
     count: Int[Array, ""]
+
+    def stretched(self, factor: Float[Array, ""]) -> "Requests":
+        """With every arrival time multiplied by a factor, and rounded to the arrival grid."""
+        of, hi, lo = self.arrival[:, :3].T
+        is_real = ~jnp.isinf(hi)
+        unknown_zero = self.count >> 31
+        long = clock.two_product(of * clock.EPOCH_S, factor, unknown_zero)
+        short = clock.two_product(jnp.where(is_real, hi, 0.0), factor, unknown_zero)
+        epochs = jnp.floor(long.hi / clock.EPOCH_S)
+        offset = clock.add(clock.two_sum(long.hi - epochs * clock.EPOCH_S, short.hi), Time(long.lo, short.lo))
+        offset = clock.round_to_arrival_grid(clock.add(offset, lo * factor))
+        more = jnp.floor(offset.hi / clock.EPOCH_S)
+        offset = clock.add(offset, -more * clock.EPOCH_S)
+        stamps = jnp.stack([epochs + more, jnp.where(is_real, offset.hi, jnp.inf), offset.lo], axis=1)
+        last = jnp.array([[0.0, jnp.inf, 0.0]])
+        return replace(self, arrival=jnp.hstack([stamps, jnp.vstack([stamps[1:], last])]))
 
 
 def pack_requests(arrival_s, input_tokens, output_tokens, max_tokens=None, uniforms=None,
@@ -36,9 +56,9 @@ def pack_requests(arrival_s, input_tokens, output_tokens, max_tokens=None, unifo
     rows = (num_requests or count) + 1
     arrival_s = clock.round_arrivals_reference(arrival_s)
     table = np.ones((rows, 4), np.int32)
-    by_rank = np.arange(rows, dtype=np.int32)
-    by_rank[:count] = np.argsort(np.zeros(count) if priority is None else priority, kind="stable")
-    table[by_rank, RANK] = np.arange(rows)
+    by_place = np.arange(rows, dtype=np.int32)
+    by_place[:count] = np.argsort(np.zeros(count) if priority is None else priority, kind="stable")
+    table[by_place, PLACE] = np.arange(rows)
     table[:count, PROMPT] = input_tokens
     table[:count, OUTPUT] = output_tokens
     table[:count, MAX_TOKENS] = output_tokens if max_tokens is None else max_tokens
@@ -49,5 +69,5 @@ def pack_requests(arrival_s, input_tokens, output_tokens, max_tokens=None, unifo
     padded = np.zeros((rows, 2), np.float32)
     if uniforms is not None:
         padded[:count] = uniforms
-    return Requests(table, by_rank, arrival, padded, np.int32(count))
+    return Requests(table, by_place, arrival, padded, np.int32(count))
 

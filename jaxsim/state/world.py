@@ -1,17 +1,21 @@
-"""The loop's carry for one scenario.
+"""The loop's carry for one scenario: executors, their ranks, the batches of these.
 
-An executor owns a clock and drives ranks (a waiting queue, a KV pool, slots), a rank runs batches (sequences that
-advance together). The three nest in one row an executor, read and written by one gather and one scatter a step;
-here an executor has one rank and a rank one batch. Arrays too large for a row (slots, requests) are indexed by
-executor or request and touched one entry at a time. A record of `N` requests has row N for masked writes.
+An executor owns a clock and drives ranks; a rank is a waiting queue, a KV pool and slots, and runs batches: sequences
+that advance together. A plain replica is one of each; data-parallel attention is one executor with many ranks, pipeline
+stages are one rank with many batches in flight. The records of an executor, all of its ranks and all of their batches
+lie in one row (`Rows`), so that a step reads and writes them at once, whatever their number. Arrays too large for a row
+have an axis of ranks or of batches (`OF_RANK`, `OF_BATCH`; all ranks of the first executor, then of the next) or of
+requests, and are touched one entry at a time. A record of `N` requests has row N for masked writes.
 """
 
+import functools
+import math
 from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from jaxsim.kernels import clock, histogram, packed, stack
 from jaxsim.kernels.clock import Time
@@ -27,113 +31,202 @@ DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY, PASS, CHUNKED, ENDED = (1
 scheduled; something was preempted; admissions are over; nothing ran when the pass began; a pass is under way at
 all; the forming prompt's chunk is settled; the walk over running sequences ended early."""
 
-STUCK, STEP_LIMIT, TOO_SLOW = 1, 2, 4
+STUCK, STEP_LIMIT, TOO_SLOW, STARVED = 1, 2, 4, 8
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
-takes longer than the clock can hold, or no time that is a number."""
+takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen."""
 
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
-"""Columns of `World.slot_entries`; the last two only where passes scan the slots. RESERVED: blocks, or under
-`reserve="expected"` max_tokens. PROMPT: tokens, or under `order="priority"` the request's rank. STAMP: place in
-the running order, or the iteration count at admission."""
+LIMIT, PLACE, SINCE = RESERVED, PROMPT, STAMP
+"""Columns of `World.slot_entries`; the last two only where passes scan the slots. RESERVED blocks, PROMPT tokens and
+the place in the running order (STAMP); under `reserve="expected"` max_tokens (LIMIT) and the iterations of the executor
+at admission (SINCE); under `order="priority"` the request's PLACE in that order."""
 
-EXECUTOR_ROWS = ("wake_hi", "wake_lo", "phase", "counts", "clocks", "residues")
-"""Arrays of which a step writes the whole row of its executor."""
+OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
+OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set")
+OF_BATCH = ("residues", "slot_keys")
+"""Arrays of `World` by what their first axis counts."""
 
-EXECUTOR_ARRAYS = (*EXECUTOR_ROWS, "outstanding", "slot_keys", "slot_entries", "slot_previous", "slot_next",
-                   "free_slots", "waiting_set")
-"""Arrays that have an axis of executors."""
+WHOLE_ROWS = (*OF_EXECUTOR, "residues")
+"""Arrays of which a step writes the whole row of the executor or batch it works on."""
 
 
 class Executor(eqx.Module):
-    """The iteration in flight: `extra` decode iterations follow the first; the first advances the token clock by
-    `advance`; `is_committed` once its end was applied; `progress` of the pass; `gap_count` sequences whose next
-    token prompt-only iterations delay; `log_row` where the time of its first tokens goes."""
+    """What its ranks share. num_iterations: so far."""
 
-    extra: Int[Array, ""]
-    advance: Int[Array, ""]
-    is_committed: Int[Array, ""]
-    progress: Int[Array, ""]
-    gap_count: Int[Array, ""]
-    log_row: Int[Array, ""]
+    num_iterations: Int[Array, "*shape"]
 
 
 class Rank(eqx.Module):
-    """A waiting queue (linked by request), a KV pool, and who runs. `forming_*` is the one partially computed
-    prompt, `tail` the slot admitted last among those past their prompt, `visible` how many waiting requests a
-    pass may see under asynchronous scheduling, `next_stamp` the next place in the order of running sequences.
-    `forming_chunk` and `cursor` belong to a pass that walks the running sequences one by one."""
+    """A waiting queue (linked by request), a KV pool, and who runs.
+
+    progress: of the scheduling pass; `forming_*` is the one partially computed prompt, `tail` the slot admitted last
+    among those past their prompt, `visible` how many waiting requests a pass may see under asynchronous scheduling,
+    `next_stamp` the next place in the order of running sequences. `forming_chunk` and `cursor` belong to a pass that
+    walks the running sequences one by one.
+    """
 
     queue: Queue
-    visible: Int[Array, ""]
-    running: Int[Array, ""]
-    used_blocks: Int[Array, ""]
-    peak_blocks: Int[Array, ""]
-    forming_slot: Int[Array, ""]
-    forming_request: Int[Array, ""]
-    forming_computed: Int[Array, ""]
-    forming_known: Int[Array, ""]
-    tail: Int[Array, ""]
-    next_stamp: Int[Array, ""]
-    forming_chunk: Int[Array, ""]
-    cursor: Int[Array, ""]
+    visible: Int[Array, "*shape"]
+    running: Int[Array, "*shape"]
+    used_blocks: Int[Array, "*shape"]
+    peak_blocks: Int[Array, "*shape"]
+    forming_slot: Int[Array, "*shape"]
+    forming_request: Int[Array, "*shape"]
+    forming_computed: Int[Array, "*shape"]
+    forming_known: Int[Array, "*shape"]
+    tail: Int[Array, "*shape"]
+    next_stamp: Int[Array, "*shape"]
+    forming_chunk: Int[Array, "*shape"]
+    cursor: Int[Array, "*shape"]
+    progress: Int[Array, "*shape"]
 
     @property
-    def waiting(self) -> Int[Array, ""]:
+    def waiting(self) -> Int[Array, "*shape"]:
         """Requests in the queue."""
         return self.queue.length
 
 
 class Batch(eqx.Module):
     """Sequences that decode together, on the lazy token clock: after `counter` iterations a sequence holds
-    `d + counter` tokens, and only `count` and the sum of `d` are kept. `joining*` are those whose prompt
-    completes in the iteration being formed or in flight, `resuming` of them after a preemption; `chunk_*` its prompt
-    chunks; `stalled*` those that sit it out (their offsets were lowered by one in advance, so that the common clock is
-    right for them too)."""
+    `d + counter` tokens, and only `count` and the sum of `d` are kept.
 
-    counter: Int[Array, ""]
-    count: Int[Array, ""]
-    offsets: Int[Array, ""]
-    joining: Int[Array, ""]
-    joining_offsets: Int[Array, ""]
-    joining_first: Int[Array, ""]
-    resuming: Int[Array, ""]
-    budget: Int[Array, ""]
-    num_chunks: Int[Array, ""]
-    chunk_tokens: Int[Array, ""]
-    chunk_context: Int[Array, ""]
-    stalled: Int[Array, ""]
-    stalled_offsets: Int[Array, ""]
-    num_iterations: Int[Array, ""]
+    joining*: those whose prompt completes in the iteration being formed or in flight, `resuming` of them after a
+    preemption; chunk_*: its prompt chunks; budget: tokens it may still take; stalled*: those that sit it out (their
+    offsets were lowered by one in advance, so that the common clock is right for them too). Of the iteration in flight:
+    `extra` decode iterations follow the first, which advances the token clock by `advance`; `is_committed` once its end
+    was applied; `gap_count` sequences whose next token prompt-only iterations delay; `log_row` where the time of its
+    first tokens goes.
+    """
+
+    counter: Int[Array, "*shape"]
+    count: Int[Array, "*shape"]
+    offsets: Int[Array, "*shape"]
+    joining: Int[Array, "*shape"]
+    joining_offsets: Int[Array, "*shape"]
+    joining_first: Int[Array, "*shape"]
+    resuming: Int[Array, "*shape"]
+    budget: Int[Array, "*shape"]
+    num_chunks: Int[Array, "*shape"]
+    chunk_tokens: Int[Array, "*shape"]
+    chunk_context: Int[Array, "*shape"]
+    stalled: Int[Array, "*shape"]
+    stalled_offsets: Int[Array, "*shape"]
+    extra: Int[Array, "*shape"]
+    advance: Int[Array, "*shape"]
+    is_committed: Int[Array, "*shape"]
+    gap_count: Int[Array, "*shape"]
+    log_row: Int[Array, "*shape"]
 
 
 class Counts(eqx.Module):
-    """The integer half of an executor's row."""
+    """The integers of an executor; of one of its ranks and batches in a step, of all of them with axes
+    `executors`, `executors ranks`, `executors ranks batches` in `Rows.everything`."""
 
     executor: Executor
     rank: Rank
     batch: Batch
 
 
-class Clocks(eqx.Module):
-    """The float half: start and pace of the iteration in flight, and integrals over time (two-float).
+class ExecutorTimes(eqx.Module):
+    """busy: seconds with an iteration in flight (two-float)."""
 
-    first: the first iteration's duration; then iteration j takes `pace + j * growth_s`, durations as exact pairs.
-    `gap_s`: time for which sequences past their prompt have waited on prompt-only iterations; `resume_s`: time since
-    their preemption, summed over resuming sequences. `ratio` of expected
-    outputs that admission reserves for. busy: seconds; running: sequence-seconds; held: block-seconds.
+    busy: Time
+
+
+class RankTimes(eqx.Module):
+    """Integrals over time: `running` sequence-seconds, `held` block-seconds (two-float). `ratio` of expected outputs
+    that admission reserves for."""
+
+    ratio: Float[Array, "*shape"]
+    running: Time
+    held: Time
+
+
+class BatchTimes(eqx.Module):
+    """Start and pace of the iteration in flight: the first takes `first`, then iteration j takes
+    `pace + j * growth_s`, durations as exact pairs.
+
+    chunk_pairs: query-key pairs of the prompt chunks (`BatchStats.prefill_pairs`). gap_s: time for which sequences past
+    their prompt have waited on prompt-only iterations; resume_s: time since their preemption, summed over resuming
+    sequences.
     """
 
     start: Time
     first: Time
     pace: Time
-    growth_s: Float[Array, ""]
-    chunk_pairs: Float[Array, ""]
-    gap_s: Float[Array, ""]
-    resume_s: Float[Array, ""]
-    ratio: Float[Array, ""]
-    busy: Time
-    running: Time
-    held: Time
+    growth_s: Float[Array, "*shape"]
+    chunk_pairs: Float[Array, "*shape"]
+    gap_s: Float[Array, "*shape"]
+    resume_s: Float[Array, "*shape"]
+
+
+class Clocks(eqx.Module):
+    """The floats of an executor, as `Counts`."""
+
+    executor: ExecutorTimes
+    rank: RankTimes
+    batch: BatchTimes
+
+
+class Rows:
+    """How `Counts` or `Clocks` lie in the row of an executor: its own fields, those of each rank, of each batch."""
+
+    def __init__(self, dims: Dims, like: Counts | Clocks):
+        self.num_ranks, self.num_batches = dims.num_ranks, dims.num_batches
+        self._parts = (like.executor, like.rank, like.batch)
+        self._record = type(like)
+        self._sizes = [len(jax.tree.leaves(part)) for part in self._parts]
+
+    @property
+    def width(self) -> int:
+        """Fields of a row."""
+        own, rank, batch = self._sizes
+        return own + self.num_ranks * (rank + self.num_batches * batch)
+
+    def one(self, row: Shaped[Array, " fields"], rank: Int[Array, ""], batch: Int[Array, ""]) -> Counts | Clocks:
+        """Scalars of the executor, of one rank, of one of its batches."""
+        if self.num_ranks == self.num_batches == 1:
+            return packed.from_row(self._record(*self._parts), row)
+        everything = self.everything(row)
+        at_rank = jax.tree.map(lambda x: x[0] if self.num_ranks == 1 else x[rank], (everything.rank, everything.batch))
+        at_batch = jax.tree.map(lambda x: x[0] if self.num_batches == 1 else x[batch], at_rank[1])
+        return self._record(everything.executor, at_rank[0], at_batch)
+
+    def replaced(self, row, rank: Int[Array, ""], batch: Int[Array, ""], one: Counts | Clocks
+                 ) -> Shaped[Array, " fields"]:
+        """The row with `one` in the place of that rank and batch."""
+        if self.num_ranks == self.num_batches == 1:
+            return packed.to_row(one)
+        everything = self.everything(row)
+        is_rank = jnp.arange(self.num_ranks) == rank
+        is_batch = is_rank[:, None] & (jnp.arange(self.num_batches) == batch)
+
+        def put(where, old, new):
+            return jax.tree.map(lambda x, y: jnp.where(where, y, x), old, new)
+
+        return self.row(self._record(one.executor, put(is_rank, everything.rank, one.rank),
+                                     put(is_batch, everything.batch, one.batch)))
+
+    def everything(self, rows: Shaped[Array, "*shape fields"]) -> Counts | Clocks:
+        """All of it, with axes `*shape`, `*shape ranks`, `*shape ranks batches`; of NumPy's where the rows are."""
+        parts, start = [], 0
+        for like, size, axes in zip(self._parts, self._sizes, self._axes, strict=True):
+            end = start + size * math.prod(axes)
+            fields = rows[..., start:end].reshape(*rows.shape[:-1], *axes, size)
+            parts.append(jax.tree.unflatten(jax.tree.structure(like), [fields[..., i] for i in range(size)]))
+            start = end
+        return self._record(*parts)
+
+    def row(self, everything: Counts | Clocks) -> Shaped[Array, "*shape fields"]:
+        """The rows again."""
+        parts = [jnp.stack(jax.tree.leaves(part), axis=-1)
+                 for part in (everything.executor, everything.rank, everything.batch)]
+        shape = parts[0].shape[:-1]
+        return jnp.concatenate([part.reshape(*shape, -1) for part in parts], axis=-1)
+
+    @property
+    def _axes(self):
+        return (), (self.num_ranks,), (self.num_ranks, self.num_batches)
 
 
 class World(eqx.Module):
@@ -142,28 +235,31 @@ class World(eqx.Module):
     # Progress of the whole scenario.
     epoch: Int[Array, ""]
     steps: Int[Array, ""]
-    next_arrival: Int[Array, ""]
+    num_routed: Int[Array, ""]
+    source: PyTree
+    due: Float[Array, "due_rows 3"]
     num_finished: Int[Array, ""]
     num_logged: Int[Array, ""]
     fault: Int[Array, ""]
     is_frozen: Int[Array, ""]
     # Executors: what wakes each next, and their rows.
-    wake_hi: Float[Array, " instances"]
-    wake_lo: Float[Array, " instances"]
-    phase: Int[Array, " instances"]
-    outstanding: Int[Array, " instances"]
-    counts: Int[Array, "instances count_fields"]
-    clocks: Float[Array, "instances clock_fields"]
-    residues: Int[Array, "instances block_size"]
-    # Slots: packed completion keys, entries (columns above), the running list, free slots.
-    slot_keys: Int[Array, "instances slot_width"]
-    slot_entries: Int[Array, "instances slot_width entry_fields"]
-    slot_previous: Int[Array, "instances slot_width"]
-    slot_next: Int[Array, "instances slot_width"]
-    free_slots: Int[Array, "instances slot_width"]
-    # Requests: the waiting queue's links, or its set of ranks, (emitted, preemptions), and what is written once each.
+    wake_hi: Float[Array, " executors"]
+    wake_lo: Float[Array, " executors"]
+    phase: Int[Array, " executors"]
+    counts: Int[Array, "executors count_fields"]
+    clocks: Float[Array, "executors clock_fields"]
+    # Ranks: requests routed to it and not finished; slots: entries (columns above), the running list, the free ones.
+    outstanding: Int[Array, " ranks"]
+    slot_entries: Int[Array, "ranks slot_width entry_fields"]
+    slot_previous: Int[Array, "ranks slot_width"]
+    slot_next: Int[Array, "ranks slot_width"]
+    free_slots: Int[Array, "ranks slot_width"]
+    # Batches: how many sequences have each residue of tokens by block; completion keys, packed with the rank's slot.
+    residues: Int[Array, "batches block_size"]
+    slot_keys: Int[Array, "batches slot_width"]
+    # Requests: the waiting queue's links, or its set of places, (emitted, preemptions), and what is written once each.
     next_waiting: Int[Array, " rows"]
-    waiting_set: Int[Array, "instances words"]
+    waiting_set: Int[Array, "ranks words"]
     progress: Int[Array, "rows 2"]
     placed: Int[Array, "rows 2"]
     scheduled: Float[Array, "rows 3"]
@@ -180,31 +276,48 @@ class World(eqx.Module):
     num_recorded: Int[Array, ""]
 
 
-def _zeros_like_record(cls, **nested):
-    fields = {name: nested.get(name) for name in cls.__dataclass_fields__}
-    return cls(**{name: jnp.int32(0) if value is None else value for name, value in fields.items()})
+def _zeros(cls, **fields):
+    names = cls.__dataclass_fields__
+    return cls(**{name: fields.get(name, jnp.int32(0)) for name in names})
 
 
 def empty_counts(dims: Dims) -> Counts:
-    """An executor with nothing to do."""
-    null = jnp.int32(dims.null_slot)
-    queue = Queue(jnp.int32(0), jnp.int32(0), jnp.int32(0))
-    rank = _zeros_like_record(Rank, queue=queue, forming_slot=null, tail=null)
-    return Counts(_zeros_like_record(Executor), rank, _zeros_like_record(Batch))
+    """An executor, rank and batch with nothing to do."""
+    null, zero = jnp.int32(dims.null_slot), jnp.int32(0)
+    return Counts(_zeros(Executor), _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, tail=null),
+                  _zeros(Batch))
 
 
-def empty_clocks() -> Clocks:
-    """An executor that has not run yet."""
+def empty_clocks(ratio_start: Float[Array, ""] | float = 0.0) -> Clocks:
+    """The same, before its first iteration."""
     zero = jnp.float32(0)
     at_zero = Time(zero, zero)
-    return Clocks(at_zero, at_zero, at_zero, zero, zero, zero, zero, zero, at_zero, at_zero, at_zero)
+    return Clocks(ExecutorTimes(at_zero), RankTimes(jnp.asarray(ratio_start, jnp.float32), at_zero, at_zero),
+                  BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero))
 
 
-def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,
-                  ratio_start: Float[Array, ""] | float = 0.0) -> World:
-    """All queues empty, all pools free, time zero. `entry_fields`: columns of `slot_entries` in use;
-    `waiting_words`: of a sorted waiting queue."""
-    instances, width, rows = dims.num_instances, dims.slot_width, dims.num_requests + 1
+@functools.cache
+def count_rows(dims: Dims) -> Rows:
+    """Layout of `World.counts`."""
+    return Rows(dims, jax.eval_shape(lambda: empty_counts(dims)))
+
+
+@functools.cache
+def clock_rows(dims: Dims) -> Rows:
+    """Layout of `World.clocks`."""
+    return Rows(dims, jax.eval_shape(empty_clocks))
+
+
+def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3"] | None = None,
+                  entry_fields: int = 3, waiting_words: int = 1,
+                  ratio_start: Float[Array, " executors"] | float = 0.0) -> World:
+    """All queues empty, all pools free, time zero.
+
+    source, due: state of the arrivals; entry_fields: columns of `slot_entries` in use; waiting_words: of a sorted
+    waiting queue; ratio_start: of each executor.
+    """
+    executors, width, rows = dims.num_executors, dims.slot_width, dims.num_requests + 1
+    ranks, batches = dims.all_ranks, dims.all_batches
 
     def ints(*shape, value=0):
         return jnp.full(shape, value, jnp.int32)
@@ -212,29 +325,27 @@ def initial_world(dims: Dims, entry_fields: int = 3, waiting_words: int = 1,
     def floats(*shape):
         return jnp.zeros(shape, jnp.float32)
 
-    def repeated(record):
-        row = packed.to_row(record)
-        return jnp.broadcast_to(row, (instances, *row.shape))
+    def everywhere(record):
+        axes = (executors,), (executors, dims.num_ranks), (executors, dims.num_ranks, dims.num_batches)
+        parts = (record.executor, record.rank, record.batch)
+        return type(record)(*(jax.tree.map(lambda x, axes=axes: jnp.broadcast_to(x, axes), part)
+                              for part, axes in zip(parts, axes, strict=True)))
 
+    times = everywhere(empty_clocks())
+    ratio = jnp.broadcast_to(jnp.asarray(ratio_start, jnp.float32), (executors,))[:, None]
+    times = replace(times, rank=replace(times.rank, ratio=jnp.broadcast_to(ratio, times.rank.ratio.shape)))
     return World(
-        epoch=ints(), steps=ints(), next_arrival=ints(), num_finished=ints(), num_logged=ints(), fault=ints(),
-        is_frozen=ints(),
-        wake_hi=clock.never((instances,)).hi, wake_lo=floats(instances), phase=ints(instances, value=IDLE),
-        outstanding=ints(instances),
-        counts=repeated(empty_counts(dims)),
-        clocks=repeated(replace(empty_clocks(), ratio=jnp.asarray(ratio_start, jnp.float32))),
-        residues=ints(instances, dims.block_size),
-        slot_keys=ints(instances, width, value=packed.EMPTY), slot_entries=ints(instances, width, entry_fields),
-        slot_previous=ints(instances, width, value=dims.null_slot),
-        slot_next=ints(instances, width, value=dims.null_slot),
-        free_slots=jnp.broadcast_to(stack.full(dims.num_slots, width), (instances, width)),
-        next_waiting=ints(rows), waiting_set=ints(instances, waiting_words), progress=ints(rows, 2),
+        epoch=ints(), steps=ints(), num_routed=ints(), source=source,
+        due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
+        fault=ints(), is_frozen=ints(),
+        wake_hi=clock.never((executors,)).hi, wake_lo=floats(executors), phase=ints(executors, value=IDLE),
+        counts=count_rows(dims).row(everywhere(empty_counts(dims))), clocks=clock_rows(dims).row(times),
+        outstanding=ints(ranks), slot_entries=ints(ranks, width, entry_fields),
+        slot_previous=ints(ranks, width, value=dims.null_slot), slot_next=ints(ranks, width, value=dims.null_slot),
+        free_slots=jnp.broadcast_to(stack.full(dims.num_slots, width), (ranks, width)),
+        residues=ints(batches, dims.block_size), slot_keys=ints(batches, width, value=packed.EMPTY),
+        next_waiting=ints(rows), waiting_set=ints(ranks, waiting_words), progress=ints(rows, 2),
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(histogram.NUM_BINS),
         tape_times=floats(dims.num_records + 1, 6), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints())
-
-
-def row_templates(dims: Dims) -> tuple[Counts, Clocks]:
-    """Records that give `packed.from_row` its structure."""
-    return jax.eval_shape(lambda: empty_counts(dims)), jax.eval_shape(empty_clocks)

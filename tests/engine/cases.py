@@ -15,8 +15,8 @@ from jaxtyping import Array, Int
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop
-from jaxsim.engine.common import Params
-from jaxsim.kernels import clock, packed
+from jaxsim.engine.common import Group, Params
+from jaxsim.kernels import clock
 from jaxsim.policy import routing
 from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims
@@ -37,10 +37,10 @@ PRESETS = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi",
 """Presets of the reference that the engine has too."""
 
 
-def dims_of(preset: str, num_instances: int, **changes) -> Dims:
+def dims_of(preset: str, num_executors: int, **changes) -> Dims:
     """Sizes that tests share: blocks of 16 on one instance, so that the golden traces fit in, and of 4 on more."""
-    block_size = 16 if num_instances == 1 else simulator.PRESETS[preset].get("block_size", 4)
-    return replace(Dims(NUM_REQUESTS, num_instances, NUM_SLOTS, block_size), **changes)
+    block_size = 16 if num_executors == 1 else simulator.PRESETS[preset].get("block_size", 4)
+    return replace(Dims(NUM_REQUESTS, num_executors, NUM_SLOTS, block_size), **changes)
 
 
 ROUTERS = {
@@ -165,7 +165,7 @@ def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int 
         admit=flags.admit, async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
         has_context_limit=flags.decode_context_limit is not None)
     chosen = AnyRouter(i(case.router)) if router == "mixed" else ROUTERS[router]()
-    return Params(batching, chosen, case.cost or fitted(*case.coefficients), i(max_steps))
+    return Params((Group(batching, case.cost or fitted(*case.coefficients)),), chosen, i(max_steps))
 
 
 def stack(trees):
@@ -193,18 +193,21 @@ def unpack(dims: Dims, world: w.World, lane: int, count: int) -> dict:
     def times(array):
         return clock.join_reference(*np.asarray(array[lane]).T)
 
-    counts = packed.from_row(w.row_templates(dims)[0], world.counts[lane].T)
-    clocks = packed.from_row(w.row_templates(dims)[1], world.clocks[lane].T)
+    def seconds(pair):
+        return pair.hi.astype(float) + pair.lo
+
+    counts = w.count_rows(dims).everything(world.counts[lane])
+    clocks = w.clock_rows(dims).everything(world.clocks[lane])
     placed = world.placed[lane, :count]
     return dict(
         instance=placed[:, 1], scheduled_s=times(world.scheduled)[:count],
         first_token_s=times(world.first_tokens)[placed[:, 0]], finish_s=times(world.finished)[:count],
         stalled_s=clock.from_integers_reference(world.stalled[lane, :count]),
         preemptions=world.progress[lane, :count, 1],
-        busy_s=clocks.busy.hi.astype(float) + clocks.busy.lo, num_iterations=counts.batch.num_iterations,
-        running_s=clocks.running.hi.astype(float) + clocks.running.lo,
-        held_block_s=clocks.held.hi.astype(float) + clocks.held.lo,
-        peak_blocks=counts.rank.peak_blocks, used_blocks=counts.rank.used_blocks, counter=counts.batch.counter,
+        busy_s=seconds(clocks.executor.busy), num_iterations=counts.executor.num_iterations,
+        running_s=seconds(clocks.rank.running).sum(1), held_block_s=seconds(clocks.rank.held).sum(1),
+        peak_blocks=counts.rank.peak_blocks.max(1), used_blocks=counts.rank.used_blocks.sum(1),
+        counter=counts.batch.counter.max((1, 2)),
         itl=world.itl[lane], fault=int(world.fault[lane]), steps=int(world.steps[lane]),
         finished=int(world.num_finished[lane]))
 
@@ -247,16 +250,16 @@ def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
     if router == "mixed":
         router = MIXED[case.router]
     rule = {"score": score_reference(flags.num_blocks), "first": lambda *_: 0}.get(router, router)
-    return simulator.simulate(requests, flags, dims.num_instances, rule, cost or dyadic_cost(case))
+    return simulator.simulate(requests, flags, dims.num_executors, rule, cost or dyadic_cost(case))
 
 
-def answer(result: simulator.ReferenceResult, num_instances: int, num_blocks: int) -> dict:
+def answer(result: simulator.ReferenceResult, num_executors: int, num_blocks: int) -> dict:
     """The reference's answer in the form of `unpack`, as far as both know it exactly."""
     fields = ("instance", "scheduled_s", "first_token_s", "finish_s", "preemptions")
     columns = {name: np.array([getattr(r, name) for r in result.requests]) for name in fields}
     stalled, since = np.zeros(len(result.requests)), {}
-    busy, peak = np.zeros(num_instances), np.zeros(num_instances, int)
-    num_iterations = np.zeros(num_instances, int)
+    busy, peak = np.zeros(num_executors), np.zeros(num_executors, int)
+    num_iterations = np.zeros(num_executors, int)
     for record in result.iterations:
         for request in record.preempted:
             since[request] = record.start_s

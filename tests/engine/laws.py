@@ -14,10 +14,10 @@ def busy_seconds(starts: np.ndarray, ends: np.ndarray) -> float:
     return total
 
 
-def broken_laws(case: Case, lane: dict, num_instances: int, *, rounding: float = 0.0) -> list[str]:
+def broken_laws(case: Case, lane: dict, num_executors: int, *, rounding: float = 0.0) -> list[str]:
     """Names of the laws a result breaks; `rounding` is the relative error allowed to sums of durations."""
     arrival, n = case.arrival_s, len(case)
-    on = [lane["instance"] == i for i in range(num_instances)]
+    on = [lane["instance"] == i for i in range(num_executors)]
     in_system = np.array([busy_seconds(arrival[m], lane["finish_s"][m]) for m in on])
     running = np.array([(lane["finish_s"] - lane["scheduled_s"] - lane["stalled_s"])[m].sum() for m in on])
 
@@ -29,7 +29,7 @@ def broken_laws(case: Case, lane: dict, num_instances: int, *, rounding: float =
     laws = {
         "no fault": lane["fault"] == 0,
         "every request finishes, once": lane["finished"] == n,
-        "an instance of the cluster": bool(np.all((lane["instance"] >= 0) & (lane["instance"] < num_instances))),
+        "an instance of the cluster": bool(np.all((lane["instance"] >= 0) & (lane["instance"] < num_executors))),
         "clocks do not run back": all(bool(np.all(a <= b)) for a, b in zip(stamps, stamps[1:], strict=False)),
         "blocks at the end": bool(np.all(lane["used_blocks"] == 0)),
         "blocks within the pool": bool(np.all((lane["peak_blocks"] >= 0) & (lane["peak_blocks"] <= num_blocks))),
@@ -43,7 +43,7 @@ def broken_laws(case: Case, lane: dict, num_instances: int, *, rounding: float =
         "an iteration computes something": bool(np.all(
             lane["num_iterations"] <= [case.output[m].sum() * (1 + lane["preemptions"][m].sum())
                                        + case.prompt[m].sum() * (1 + lane["preemptions"][m].sum()) for m in on])),
-        "seats": max_concurrency(lane) <= case.limits["max_num_seqs"] * num_instances,
+        "seats": max_concurrency(lane) <= case.limits["max_num_seqs"] * num_executors,
     }
     return [name for name, holds in laws.items() if not holds]
 

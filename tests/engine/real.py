@@ -20,7 +20,7 @@ from tests.engine.cases import LANES, Case
 from tests.reference import simulator
 
 FLAGS = simulator.preset("vllm-v1")
-DIMS = Dims(num_requests=40, num_instances=2, num_slots=16, block_size=16)
+DIMS = Dims(num_requests=40, num_executors=2, num_slots=16, block_size=16)
 LONGEST = 1024
 ROUTER = "least_outstanding"
 

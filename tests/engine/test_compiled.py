@@ -110,6 +110,8 @@ def large_shapes(dims, lanes: int) -> tuple[set[tuple[int, ...]], set[tuple[int,
     shapes = jax.eval_shape(lambda: c.w.initial_world(dims))
     large, small = set(), set()
     for name, annotation in World.__annotations__.items():
+        if name == "source":
+            continue
         axes = annotation.dim_str.split()
         shape = tuple(sorted((lanes, *getattr(shapes, name).shape)))
         (large if {"rows", "slot_width"} & set(axes) else small).add(shape)
@@ -182,7 +184,7 @@ def launches(monkeypatch):
     seen, run = [], loop.run
 
     def spy(dims, params, requests):
-        seen.append((dims, params.batching.max_num_seqs.shape[0]))
+        seen.append((dims, params.flags.max_num_seqs.shape[0]))
         return run(dims, params, requests)
 
     monkeypatch.setattr(engine.loop, "run", spy)

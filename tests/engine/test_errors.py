@@ -82,7 +82,7 @@ CASES = {
     "request longer than the pool": (changed(FITTED, engine__num_gpu_blocks_override=8), None, ["blocks", "8"]),
     "request longer than the model allows": (changed(FITTED, engine__max_model_len=120), None, ["120", "140"]),
     "request longer than a real pool": (
-        changed(REAL, engine__gpu_memory_utilization=0.3, engine__preset="sarathi", workload__input=120_000), None,
+        changed(REAL, engine__gpu_memory_utilization=0.3, engine__preset="sglang", workload__input=120_000), None,
         ["blocks", "pool"]),
     "prompt longer than a batch": (
         changed(REAL, engine__preset="vllm-v0", engine__max_num_batched_tokens=8192, workload__input=9000), None,
@@ -263,6 +263,6 @@ def test_a_good_run_has_no_fault_and_no_nan():
 def test_every_fault_has_its_sentence():
     """Each bit that the loop can set is explained."""
     bits = {name: value for name, value in vars(c.w).items()
-            if name in ("STUCK", "STEP_LIMIT", "TOO_SLOW") or name.endswith("_LIMIT")}
+            if name in ("STUCK", "STEP_LIMIT", "TOO_SLOW", "STARVED") or name.endswith("_LIMIT")}
     assert set(engine.FAULTS) == set(bits.values())
     assert all(len(text) > 20 and textwrap.dedent(text) == text for text in engine.FAULTS.values())

@@ -25,7 +25,7 @@ def test_laws_hold(name):
     def check(seed):
         batch = c.draw_many(seed, flags, dims)
         for case, lane in zip(batch, c.simulate(batch, flags, dims, "mixed"), strict=True):
-            assert broken_laws(case, lane, dims.num_instances) == [], case
+            assert broken_laws(case, lane, dims.num_executors) == [], case
 
     check()
 

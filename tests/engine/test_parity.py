@@ -11,6 +11,7 @@ every preset its cluster of one.
 import os
 from dataclasses import replace
 
+import equinox as eqx
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
@@ -42,7 +43,7 @@ def compare(batch: list[c.Case], flags: simulator.Flags, dims, router: str = "mi
             wrong.append(None)
             continue
         results.append(result)
-        wrong.append(c.differences(lane, c.answer(result, dims.num_instances, case.limits["num_blocks"])))
+        wrong.append(c.differences(lane, c.answer(result, dims.num_executors, case.limits["num_blocks"])))
     return results, wrong
 
 
@@ -63,9 +64,9 @@ def check(seed: int, flags: simulator.Flags, dims) -> list[simulator.ReferenceRe
     return results
 
 
-@pytest.mark.parametrize("name, num_instances", PROGRAMS)
-def test_engine_equals_reference(name, num_instances):
-    flags, dims = simulator.preset(name), c.dims_of(name, num_instances)
+@pytest.mark.parametrize("name, num_executors", PROGRAMS)
+def test_engine_equals_reference(name, num_executors):
+    flags, dims = simulator.preset(name), c.dims_of(name, num_executors)
     seen = dict(preemptions=0, ties=0, requests=0, batches=0)
 
     @SEEDS
@@ -129,8 +130,8 @@ def test_a_wrong_answer_is_found(monkeypatch, name):
     run = loop.run
 
     def richer(dims, params, requests):
-        rules = replace(params.batching, num_blocks=params.batching.num_blocks + 1)
-        return run(dims, replace(params, batching=rules), requests)
+        return run(dims, eqx.tree_at(lambda p: p.groups[0].batching.num_blocks, params, replace_fn=lambda n: n + 1),
+                   requests)
 
     batch = c.draw_many(5, flags, dims)
     assert not any(compare(batch, flags, dims)[1])

@@ -13,7 +13,7 @@ from tests.engine import cases as c
 from tests.reference import simulator
 
 FLAGS = simulator.preset("vllm-v1")
-DIMS = Dims(num_requests=4000, num_instances=1, num_slots=c.NUM_SLOTS, block_size=16)
+DIMS = Dims(num_requests=4000, num_executors=1, num_slots=c.NUM_SLOTS, block_size=16)
 SEEDS = 16
 WARMUP = 500
 ITERATION_S = 2.0**-7

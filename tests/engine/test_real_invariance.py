@@ -24,7 +24,7 @@ def base():
 
 def test_laws_hold_with_real_costs(base):
     for case, lane in zip(*base, strict=True):
-        assert broken_laws(case, lane, real.DIMS.num_instances, rounding=1e-5) == [], case
+        assert broken_laws(case, lane, real.DIMS.num_executors, rounding=1e-5) == [], case
 
 
 def test_broken_laws_are_found(base):
@@ -42,7 +42,7 @@ def test_broken_laws_are_found(base):
         ({"stalled_s": lane["stalled_s"] + 1e-3}, "stalls are of the preempted"),
         ({"num_iterations": lane["num_iterations"] + 10**7}, "an iteration computes something"),
     ]:
-        assert law in broken_laws(case, lane | changed, real.DIMS.num_instances, rounding=1e-5)
+        assert law in broken_laws(case, lane | changed, real.DIMS.num_executors, rounding=1e-5)
 
 
 # --- invariance ---------------------------------------------------------------------------------------------

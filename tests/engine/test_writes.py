@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsim.engine.writes import Add, Put, apply, at_executor, forget, recall, rewrites
+from jaxsim.engine.writes import Add, Put, apply, at, forget, recall, rewrites
 from jaxsim.kernels import packed
 from jaxsim.spec.dims import Dims
 from jaxsim.state.world import initial_world
@@ -25,14 +25,14 @@ def random_writes(rng, dims: Dims, lanes: int):
     def ints(high, *shape):
         return jnp.asarray(rng.integers(0, high, (lanes, *shape)), jnp.int32)
 
-    executor, slot = ints(dims.num_instances), ints(dims.num_slots - 1)
+    executor, slot = ints(dims.num_executors), ints(dims.num_slots - 1)
     return {
-        "slot_keys": Put(at_executor(dims, executor, (slot, slot + 1)), (ints(99), ints(99))),
-        "slot_entries": Put(at_executor(dims, executor, slot), ints(99, 3)),
+        "slot_keys": Put(at(dims, "slot_keys", executor, (slot, slot + 1)), (ints(99), ints(99))),
+        "slot_entries": Put(at(dims, "slot_entries", executor, slot), ints(99, 3)),
         "finished": Put((ints(dims.num_requests),), ints(99, 3).astype(jnp.float32)),
         "itl": Add((ints(3, 4),), ints(99, 4)),
-        "residues": Put(at_executor(dims, executor), ints(99, dims.block_size)),
-        "wake_hi": Put(at_executor(dims, executor), ints(99).astype(jnp.float32)),
+        "residues": Put(at(dims, "residues", executor), ints(99, dims.block_size)),
+        "wake_hi": Put(at(dims, "wake_hi", executor), ints(99).astype(jnp.float32)),
     }
 
 
@@ -42,7 +42,7 @@ def one_by_one(world, writes, dims: Dims):
         on_executor = name in ("slot_keys", "slot_entries", "residues", "wake_hi")
         for lane, array in enumerate(arrays[name]):
             index = [np.asarray(i)[lane] for i in jax.tree.leaves(write.index)]
-            if on_executor and dims.num_instances == 1:
+            if on_executor and dims.num_executors == 1:
                 index = [0, *index]
             if isinstance(write.value, tuple):
                 for at, value in zip(index[1:], write.value, strict=True):
@@ -56,7 +56,7 @@ def one_by_one(world, writes, dims: Dims):
 
 @pytest.mark.parametrize("instances, lanes", [(1, 1), (1, 5), (3, 1), (3, 5)])
 def test_writes_are_assignments(instances, lanes):
-    dims = Dims(num_requests=20, num_instances=instances, num_slots=6, block_size=4)
+    dims = Dims(num_requests=20, num_executors=instances, num_slots=6, block_size=4)
     rng = np.random.default_rng(instances * 10 + lanes)
     world, writes = random_world(rng, dims, lanes), random_writes(rng, dims, lanes)
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), writes)
