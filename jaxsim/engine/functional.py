@@ -9,9 +9,9 @@
 
     jax.jit(jax.vmap(mean_ttft_s))(jnp.array([16, 64, 256]))
 
-Under `vmap` scenarios become lanes of one loop. `jvp` goes outside of `vmap`: the loop has no rule for `vmap` of `jvp`,
-which is what `jax.jacfwd` does. Forward-mode derivatives are those at a fixed schedule of arrivals and
-their compensating jumps are lost: where requests arrive over time they do not say what a change of cost would do.
+Under `vmap` scenarios become lanes of one loop, also under `jvp` and `jax.jacfwd`. Forward-mode derivatives are those
+at a fixed schedule of arrivals and their compensating jumps are lost: where requests arrive over time they do not say
+what a change of cost would do.
 """
 
 import functools
@@ -64,38 +64,49 @@ def inputs(scenario: Scenario, seed: int | None = None) -> tuple[Dims, Params, R
 
 
 def simulate(dims: Dims, params: Params, requests: Requests) -> World:
-    """One scenario, all of its leaves traced; under `vmap`, lanes of one loop."""
-    return _entry(dims)(params, requests)
+    """One scenario, all of its leaves traced; under `vmap`, lanes of one loop.
+
+    The world at the end: `latencies` reads it. `world.fault` is 0, or has the bits of `jaxsim.state.world` (STUCK,
+    STEP_LIMIT, TOO_SLOW, STARVED) of what stopped it; requests that it left without an end have NaN.
+    """
+    # As a flat list: JAX's rule for `vmap` of `jvp` trips over structures with None in them.
+    leaves, structure = jax.tree.flatten((params, requests))
+    return _entry(dims, structure)(*leaves)
 
 
 @functools.lru_cache(maxsize=64)
-def _entry(dims: Dims):
+def _entry(dims: Dims, structure):
     def spread(axis_size, is_batched, values):
-        return jax.tree.map(lambda x, has_axis: x if has_axis else jnp.broadcast_to(x, (axis_size, *jnp.shape(x))),
-                            values, is_batched)
+        return [x if has_axis else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
+                for x, has_axis in zip(values, is_batched, strict=True)]
 
     def everywhere(world):
         return jax.tree.map(lambda _: True, world)
 
     @custom_vmap
-    def many(params, requests):
-        return loop.run(dims, params, requests)
+    def many(*leaves):
+        return loop.run(dims, *structure.unflatten(leaves))
 
     @many.def_vmap
-    def _many_many(axis_size, is_batched, *arguments):
-        arguments = spread(axis_size, is_batched, list(arguments))
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arguments)
+    def _many_many(axis_size, is_batched, *leaves):
+        if not any(is_batched):
+            # Only tangents have the axis, as in `jax.jacfwd`: they ride along in the same loop.
+            world = loop.run(dims, *structure.unflatten(leaves))
+            return world, jax.tree.map(lambda _: False, world)
+        flat = [x.reshape(-1, *x.shape[2:]) for x in spread(axis_size, is_batched, leaves)]
         world = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), many(*flat))
         return world, everywhere(world)
 
     @custom_vmap
-    def one(params, requests):
-        lanes = jax.tree.map(lambda x: jnp.expand_dims(x, 0), (params, requests))
-        return jax.tree.map(lambda x: x[0], many(*lanes))
+    def one(*leaves):
+        return jax.tree.map(lambda x: x[0], many(*(jnp.expand_dims(x, 0) for x in leaves)))
 
     @one.def_vmap
-    def _one_many(axis_size, is_batched, *arguments):
-        world = many(*spread(axis_size, is_batched, list(arguments)))
+    def _one_many(axis_size, is_batched, *leaves):
+        if not any(is_batched):
+            world = jax.tree.map(lambda x: x[0], loop.run(dims, *structure.unflatten([x[None] for x in leaves])))
+            return world, jax.tree.map(lambda _: False, world)
+        world = many(*spread(axis_size, is_batched, leaves))
         return world, everywhere(world)
 
     return one

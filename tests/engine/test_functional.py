@@ -84,3 +84,19 @@ def test_forward_mode_where_all_arrive_at_once():
     times, slopes = jax.jit(lambda s: jax.jvp(end_s, (s,), (jnp.float32(1.0),)))(jnp.float32(1.0))
     assert np.all(times > 0)
     assert np.allclose(slopes, times, rtol=1e-4)
+
+
+def test_forward_mode_goes_under_vmap():
+    """`jacfwd`, alone and over lanes, has the columns of `jvp`."""
+    dims, params, requests = functional.inputs(scenario(kind="batch", rate_rps=None))
+
+    def end_s(factors):
+        changed = slower(params, factors[0] * factors[1])
+        return functional.latencies(dims, changed, requests, functional.simulate(dims, changed, requests)).e2e_s
+
+    at = jnp.array([[1.0, 1.0], [2.0, 0.5], [0.5, 3.0]])
+    columns = jnp.stack([jax.jvp(end_s, (at[1],), (jnp.eye(2)[i],))[1] for i in range(2)], axis=1)
+    assert np.allclose(jax.jit(jax.jacfwd(end_s))(at[1]), columns, rtol=1e-5)
+    lanes = jax.jit(jax.vmap(jax.jacfwd(end_s)))(at)
+    assert np.allclose(lanes[1], columns, rtol=1e-5)
+    assert np.allclose(lanes[:, :, 0] * at[:, :1], lanes[:, :, 1] * at[:, 1:], rtol=1e-4)
