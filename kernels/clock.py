@@ -75,7 +75,7 @@ def add(t: Time, duration: "Time | Float[Array, '*shape']") -> Time:
 
 
 def multiply(count: Int[Array, "*shape"], duration_s: Float[Array, "*shape"]) -> Time:
-    """`count * duration` to about 2^-40 of itself, on the grid, for counts below 2^12.
+    """`count * duration` rounded to the nearest tick, for counts below 2^12.
 
     Single float32 products would lose a microsecond over a run of iterations of twenty seconds.
     """

@@ -49,8 +49,8 @@ ROUTERS = {
     "least_kv": routing.LeastKV,
 }
 
-SCORE = tuple(np.float32(x) for x in (0, 1, 1, 3, 1))
-"""Waiting requests and the share of used blocks, until the outstanding ones are more than 3 apart."""
+SCORE = (0.0, 1.0, 1.0, 3.0, 1.0)
+"""Weights of load, waiting requests and used blocks, and the two gates beyond which the shortest queue wins."""
 
 MIXED = (*ROUTERS, "score", "first")
 """Routers of the lanes of a batch whose router is "mixed", by `Case.router`."""
@@ -60,6 +60,7 @@ class AnyRouter(routing.AbstractRouting):
     """Any router by number: every rule is asked, one answer is taken."""
 
     which: Int[Array, ""]
+    score: routing.Score
     reads_kv = True
     reads_waiting = True
 
@@ -67,7 +68,7 @@ class AnyRouter(routing.AbstractRouting):
         if view.used_blocks is None:
             view = replace(view, used_blocks=jnp.zeros_like(view.outstanding))
         answers = [rule().choose(view) for rule in ROUTERS.values()]
-        answers += [routing.Score(*SCORE).choose(view), jnp.int32(0)]
+        answers += [self.score.choose(view), jnp.int32(0)]
         return jnp.stack(answers)[self.which]
 
 
@@ -75,7 +76,8 @@ class AnyRouter(routing.AbstractRouting):
 class Case:
     """One scenario: requests (arrival, prompt, output, max_tokens, priority), limits, cost coefficients.
 
-    router: index into `MIXED`, for batches whose router is "mixed". cost: instead of the coefficients.
+    router: index into `MIXED`, for batches whose router is "mixed"; score: numbers of the router "score". cost:
+    instead of the coefficients.
     """
 
     arrival_s: np.ndarray
@@ -88,6 +90,7 @@ class Case:
     coefficients: tuple  # rows (a, b, c, d, e) for prefill, decode, mixed
     router: int = 0
     cost: AbstractIterationCost | None = None
+    score: tuple = SCORE
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -139,7 +142,28 @@ def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size
                 rng.random((count, 2)).astype(np.float32),
                 dict(max_num_seqs=seqs, max_num_batched_tokens=budget, watermark_blocks=watermark,
                      num_blocks=blocks, max_model_len=model_len, **extra),
-                rows, int(rng.integers(len(MIXED))))
+                rows, int(rng.integers(len(MIXED))), score=draw_score(rng))
+
+
+def draw_score(rng: np.random.Generator) -> tuple:
+    """Dyadic weights, some of them zero, and gates that sometimes decide."""
+    weights = rng.choice([0.0, 0.25, 1.0, 2.0], 3)
+    return (*weights.tolist(), float(rng.choice([1.0, 3.0, np.inf])), float(rng.choice([1.0, 1.5])))
+
+
+def draw_long(rng: np.random.Generator, flags: simulator.Flags, dims: Dims) -> Case:
+    """Outputs of thousands of tokens, so that jumps reach their bound and counters are wound back; contexts cost
+    nothing, or float32 would round."""
+    case = draw(rng, 24, dims.num_slots, dims.block_size, flags)
+    output = rng.integers(1, 6000, len(case))
+    longest = int(np.max(case.prompt + output))
+    need = -(-longest // dims.block_size)
+    limits = case.limits | dict(max_model_len=longest, num_blocks=need + int(rng.integers(0, need)))
+    if flags.max_num_batched_tokens != simulator.UNLIMITED and not flags.chunked_prefill:
+        limits["max_num_batched_tokens"] = longest + limits["max_num_seqs"]
+    arrival = np.cumsum(rng.integers(0, 2000, len(case)) * 2.0**-4)
+    rows = tuple((2.0 ** -int(k), 0.0, 0.0, 2.0**-8, 0.0) for k in rng.integers(3, 6, 3))
+    return replace(case, arrival_s=arrival, output=output, max_tokens=output, limits=limits, coefficients=rows)
 
 
 def draw_many(seed: int, flags: simulator.Flags, dims: Dims, count: int = LANES) -> list[Case]:
@@ -164,7 +188,7 @@ def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int 
         waiting_blocked_after_preempt=flags.waiting_blocked_after_preempt, order=flags.order,
         admit=flags.admit, async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
         has_context_limit=flags.decode_context_limit is not None)
-    chosen = AnyRouter(i(case.router)) if router == "mixed" else ROUTERS[router]()
+    chosen = AnyRouter(i(case.router), routing.Score(*map(x, case.score))) if router == "mixed" else ROUTERS[router]()
     return Params((Group(batching, case.cost or fitted(*case.coefficients)),), chosen, i(max_steps))
 
 
@@ -227,15 +251,19 @@ def dyadic_cost(case: Case) -> Callable[[simulator.BatchStatsRef], float]:
     return cost
 
 
-def score_reference(num_blocks: int) -> simulator.Router:
-    """`Score(*SCORE)` in NumPy."""
+def score_reference(num_blocks: int, weights: tuple) -> simulator.Router:
+    """`Score(*weights)` in NumPy."""
+    load_weight, queue_weight, kv_weight, balance_abs, balance_rel = map(np.float32, weights)
+
     def choose(request, instances, num_routed) -> int:
         load = [i.outstanding for i in instances]
-        if max(load) - min(load) > SCORE[3] and max(load) > SCORE[4] * min(load):
+        if max(load) - min(load) > balance_abs and max(load) > balance_rel * min(load):
             return int(np.argmin(load))
-        waiting = [np.float32(len(i.waiting)) for i in instances]
-        used = [np.float32(num_blocks - i.free_blocks) / np.float32(num_blocks) for i in instances]
-        return int(np.argmin([queue + share for queue, share in zip(waiting, used, strict=True)]))
+        mean = max(np.float32(sum(load)) / np.float32(len(load)), np.float32(1))
+        return int(np.argmin([
+            load_weight * np.float32(own) / mean + queue_weight * np.float32(len(i.waiting))
+            + kv_weight * np.float32(num_blocks - i.free_blocks) / np.float32(num_blocks)
+            for own, i in zip(load, instances, strict=True)]))
 
     return choose
 
@@ -249,7 +277,7 @@ def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
     flags = replace(flags, **case.limits, block_size=dims.block_size)
     if router == "mixed":
         router = MIXED[case.router]
-    rule = {"score": score_reference(flags.num_blocks), "first": lambda *_: 0}.get(router, router)
+    rule = {"score": score_reference(flags.num_blocks, case.score), "first": lambda *_: 0}.get(router, router)
     return simulator.simulate(requests, flags, dims.num_executors, rule, cost or dyadic_cost(case))
 
 

@@ -50,7 +50,8 @@ def varied(rng: np.random.Generator, cost: t.TabulatedCost) -> t.TabulatedCost:
     return cost
 
 
-def draw_real(rng: np.random.Generator, cost: t.TabulatedCost, count: int | None = None) -> Case:
+def draw_real(rng: np.random.Generator, cost: t.TabulatedCost, count: int | None = None,
+              flags: simulator.Flags = FLAGS) -> Case:
     """Poisson arrivals, log-normal lengths, in half of the cases a pool that is too small."""
     count = count or int(rng.integers(DIMS.num_requests // 2, DIMS.num_requests + 1))
     rate = np.exp(rng.uniform(np.log(4), np.log(60)))
@@ -58,17 +59,20 @@ def draw_real(rng: np.random.Generator, cost: t.TabulatedCost, count: int | None
     prompt = np.clip(np.round(np.exp(rng.normal(5.0, 0.9, count))), 1, 800).astype(int)
     output = np.clip(np.round(np.exp(rng.normal(4.0, 0.8, count))), 1, LONGEST - prompt).astype(int)
     seqs = int(rng.integers(4, DIMS.num_slots + 1))
-    need = LONGEST // DIMS.block_size
-    limits = dict(max_num_seqs=seqs, max_num_batched_tokens=int(rng.choice([64, 256, 2048])), watermark_blocks=0,
+    need = LONGEST // DIMS.block_size + 2 * (flags.reserve == "expected")
+    budget = int(rng.choice([64, 256, 2048]))
+    limits = dict(max_num_seqs=seqs, max_num_batched_tokens=budget if flags.chunked_prefill else 2048,
+                  watermark_blocks=0,
                   num_blocks=need + int(rng.integers(0, 20 if rng.random() < 0.5 else 2000)), max_model_len=LONGEST)
     return Case(arrival, prompt, output, output, np.zeros(count, int), rng.random((count, 2)).astype(np.float32),
                 limits, (), cost=varied(rng, cost))
 
 
-def draw_batch(seed: int, cost: t.TabulatedCost, count: int = LANES) -> list[Case]:
+def draw_batch(seed: int, cost: t.TabulatedCost, count: int = LANES,
+               flags: simulator.Flags = FLAGS) -> list[Case]:
     """A batch from one seed."""
     rng = np.random.default_rng(seed)
-    return [draw_real(rng, cost) for _ in range(count)]
+    return [draw_real(rng, cost, flags=flags) for _ in range(count)]
 
 
 def exact_cost(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], float]:

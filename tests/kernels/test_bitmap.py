@@ -43,7 +43,7 @@ def test_a_bitmap_is_a_set(sized, seed):
     num_members, program = sized
     rng = np.random.default_rng(seed)
     # Members from both ends and a few neighbourhoods, so that words fill up and run empty.
-    pool = np.unique(np.concatenate([[0, num_members - 1], rng.integers(0, num_members, 6)]) )
+    pool = np.unique(np.concatenate([[0, num_members - 1], rng.integers(0, num_members, 6)]))
     member = rng.choice(pool, (BATCH, OPERATIONS))
     is_inserting = rng.random((BATCH, OPERATIONS)) < 0.5
     is_meant = rng.random((BATCH, OPERATIONS)) < 0.8
@@ -63,6 +63,17 @@ def test_a_bitmap_is_a_set(sized, seed):
         for start, end in zip(offsets[:-1], offsets[1:], strict=True):
             assert set(np.flatnonzero(bits[start:end].ravel()).tolist()) == level
             level = {m // 32 for m in level}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(1, 1 << 22))
+def test_levels_are_thirty_second_parts(num_members):
+    sizes, part = [], 1
+    while not sizes or sizes[-1] > 1:
+        part *= 32
+        sizes.append((num_members + part - 1) // part)
+    assert list(bitmap.level_offsets(num_members)) == np.cumsum([0, *sizes]).tolist()
+    assert bitmap.num_words(num_members) == sum(sizes) + 1
 
 
 @pytest.mark.parametrize("num_members, words", [(1, 2), (32, 2), (33, 4), (1024, 34), (1025, 37)])

@@ -1,5 +1,7 @@
 """The clock against Python integers: one tick is 2^-30 s, so every answer is exact or wrong."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,12 +47,20 @@ def random_times(rng: np.random.Generator, below_s: float = 2 * clock.EPOCH_S) -
     return ticks, Time(jnp.asarray(hi), jnp.asarray((seconds - hi.astype(np.float64)).astype(np.float32)))
 
 
+def scaled(numbers, bits: int) -> list[int]:
+    """Floats in units of 2^-bits, as Python integers: sums and products of these are exact."""
+    return [int(Fraction(x) * (1 << bits)) for x in np.ravel(np.asarray(numbers, np.float64)).tolist()]
+
+
 def is_canonical(time: Time) -> bool:
     hi, lo = np.asarray(time.hi, np.float64), np.asarray(time.lo, np.float64)
     return np.array_equal((hi + lo).astype(np.float32), np.asarray(time.hi))
 
 
-add, shift, elapsed, on_grid = (jax.jit(f) for f in (clock.add, clock.shift, clock.elapsed, clock.on_grid))
+add, shift, elapsed, on_grid, select, multiply, two_product = (jax.jit(f) for f in (
+    clock.add, clock.shift, clock.elapsed, clock.on_grid, clock.select, clock.multiply, clock.two_product))
+round_to_arrivals = jax.jit(clock.round_to_arrival_grid)
+to_integers = jax.jit(jax.vmap(clock.to_integers))
 
 
 @SEEDS
@@ -62,6 +72,25 @@ def test_add_is_exact(seed):
     total = add(time, jnp.asarray(duration))
     assert np.array_equal(time_ticks(total), ticks + np.array(ticks_of(duration)))
     assert is_canonical(total)
+
+
+@SEEDS
+@given(st.integers(0, 2**32))
+def test_add_of_a_pair_is_exact(seed):
+    rng = np.random.default_rng(seed)
+    ticks, time = random_times(rng, clock.EPOCH_S)
+    more_ticks, more = random_times(rng, 0.75 * clock.EPOCH_S)
+    total = add(time, more)
+    assert np.array_equal(time_ticks(total), ticks + more_ticks)
+    assert is_canonical(total)
+
+
+@SEEDS
+@given(st.integers(0, 2**32))
+def test_select_takes_both_parts(seed):
+    rng = np.random.default_rng(seed)
+    (a_ticks, a), (b_ticks, b), is_a = random_times(rng), random_times(rng), rng.random(BATCH) < 0.5
+    assert np.array_equal(time_ticks(select(is_a, a, b)), np.where(is_a, a_ticks, b_ticks))
 
 
 @SEEDS
@@ -78,6 +107,74 @@ def test_two_sum_is_exact(seed):
            for x, y in zip(np.asarray(total.hi).tolist(), np.asarray(total.lo).tolist(), strict=True)]
     assert got == exact
     assert np.array_equal(np.asarray(total.hi), a + b)
+
+
+@SEEDS
+@given(st.integers(0, 2**32))
+def test_two_product_is_exact(seed):
+    """While the last bit of the product, at worst 2^-106 here, is a normal number. Compiled, where a product may be
+    fused into a sum, and one operation at a time, where each is rounded."""
+    rng = np.random.default_rng(seed)
+    a, b = (np.ldexp(rng.integers(-(1 << 24) + 1, 1 << 24, BATCH), rng.integers(-53, -3, BATCH)).astype(np.float32)
+            for _ in range(2))
+    a[: BATCH // 4] = np.round(a[: BATCH // 4] * 2.0**20)  # counts, zero among them
+    b[BATCH // 8: BATCH // 2] = np.float32(1 - 2.0**-24)  # all bits of a mantissa
+    exact = [x * y for x, y in zip(scaled(a, 53), scaled(b, 53), strict=True)]
+    for function in (two_product, clock.two_product):
+        product = function(jnp.asarray(a), jnp.asarray(b), jnp.int32(0))
+        got = [x + y for x, y in zip(scaled(product.hi, 106), scaled(product.lo, 106), strict=True)]
+        assert got == exact
+        assert np.array_equal(np.asarray(product.hi), a * b)
+
+
+@SEEDS
+@given(st.integers(0, 2**32))
+def test_multiply_rounds_to_the_nearest_tick(seed):
+    """Half a tick from the exact product, and the one rounding (2^-24) of that half; no error where both are ticks."""
+    rng = np.random.default_rng(seed)
+    count = rng.integers(0, 1 << 12, BATCH).astype(np.int32)
+    count[:4] = [0, 1, 4094, 4095]
+    duration = np.exp2(rng.uniform(-40, 4, BATCH)).astype(np.float32)
+    is_whole = rng.random(BATCH) < 0.5
+    duration = np.where(is_whole, np.asarray(on_grid(jnp.asarray(duration))), duration)
+    count, duration = jnp.asarray(count), jnp.asarray(duration)
+    exact = [n * x for n, x in zip(count.tolist(), scaled(duration, 80), strict=True)]  # in 2^-50 ticks
+    for function in (multiply, clock.multiply):
+        for ticks, want, is_exact in zip(time_ticks(function(count, duration)).tolist(), exact, is_whole, strict=True):
+            assert abs((ticks << 50) - want) <= (0 if is_exact else (1 << 49) + (1 << 25))
+    slope = jax.vmap(jax.grad(lambda x, n: sum(clock.multiply(n, x))))(duration, count)
+    assert np.array_equal(slope, count)
+
+
+@SEEDS
+@given(st.integers(0, 2**32))
+def test_shift_by_any_amount_is_exact(seed):
+    """Both ways, on the grid; the result may be negative."""
+    rng = np.random.default_rng(seed)
+    ticks, time = random_times(rng, 1.75 * clock.EPOCH_S)
+    amount = durations(rng) * rng.choice([-1, 1], BATCH).astype(np.float32)
+    moved = shift(time, jnp.asarray(amount))
+    assert np.array_equal(time_ticks(moved), ticks + np.array(ticks_of(amount)))
+    assert is_canonical(moved)
+
+
+@SEEDS
+@given(st.integers(0, 2**32))
+def test_integers_are_whole_times(seed):
+    """Signed sums of times, part by part in 32 bits, are those of their ticks (below 2^22 s, what float64 holds)."""
+    rng = np.random.default_rng(seed)
+    ticks, time = random_times(rng)
+    epoch = rng.integers(0, 7, BATCH).astype(np.int32)
+    parts = np.asarray(to_integers(jnp.asarray(epoch), time))
+    whole, share = np.divmod(np.asarray(time.hi, np.float64), 1.0)
+    assert parts.dtype == np.int32
+    assert np.array_equal(parts[:, :2], np.stack([whole + epoch * clock.EPOCH_S, np.floor(share * 2**15)], axis=1))
+    ticks = ticks + epoch.astype(np.int64) * (int(clock.EPOCH_S) * TICKS_PER_SECOND)
+    assert np.array_equal(parts.astype(np.int64) @ (1 << np.array([30, 15, 0])), ticks)
+    assert np.array_equal(clock.from_integers_reference(parts), ticks / TICKS_PER_SECOND)
+    sign = rng.choice([-1, 1], (BATCH // 8, 8))
+    sums = np.sum(parts.reshape(-1, 8, 3) * sign[..., None].astype(np.int32), axis=1, dtype=np.int32)
+    assert scaled(clock.from_integers_reference(sums), 30) == np.sum(ticks.reshape(-1, 8) * sign, axis=1).tolist()
 
 
 @SEEDS
@@ -141,6 +238,7 @@ def test_on_grid_rounds_half_to_even(seed):
     # Halves of the grid, which random numbers never are.
     x[: BATCH // 4] = (rng.integers(0, 1 << 20, BATCH // 4) + 0.5) * 2.0**-30
     x[0] = 0.0
+    x *= rng.choice([-1, 1], BATCH).astype(np.float32)  # what a rounding left may be negative
     want = np.round(x.astype(np.float64) * TICKS_PER_SECOND) / TICKS_PER_SECOND
     got = np.asarray(on_grid(jnp.asarray(x)), np.float64)
     assert np.array_equal(got, want)
@@ -171,6 +269,24 @@ def test_arrivals_are_rounded_half_to_even(seed):
     assert np.array_equal(clock.round_arrivals_reference(halves), want)
     assert np.array_equal(clock.round_arrivals_reference(ticks * clock.ARRIVAL_GRID_S),
                           ticks * clock.ARRIVAL_GRID_S)
+
+
+@SEEDS
+@given(st.integers(0, 2**32))
+def test_times_round_to_arrivals_as_the_host_does(seed):
+    """Half to even too, which canonical pairs decide rightly part by part; the derivative is that of the time."""
+    rng = np.random.default_rng(seed)
+    ticks, _ = random_times(rng)
+    # Halves of the grid at every scale, and what is a tick beside them.
+    ticks[::2] = ((ticks[::2] >> 10) << 10) + 512 + rng.integers(-1, 2, BATCH // 2) * (rng.random(BATCH // 2) < 0.5)
+    seconds = ticks / TICKS_PER_SECOND
+    hi = seconds.astype(np.float32)
+    lo = (seconds - hi.astype(np.float64)).astype(np.float32)
+    rounded = round_to_arrivals(Time(hi, lo))
+    assert np.array_equal(time_ticks(rounded) / TICKS_PER_SECOND, clock.round_arrivals_reference(seconds))
+    assert is_canonical(rounded)
+    slope = jax.vmap(jax.grad(lambda hi, lo: sum(clock.round_to_arrival_grid(Time(hi, lo)))))(hi, lo)
+    assert np.array_equal(np.asarray(slope), np.ones(BATCH))
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,19 @@ def test_edges_follow_the_octaves():
     assert np.all(np.diff(edges) / edges[:-1] <= 1 / 64)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.dictionaries(st.integers(0, histogram.NUM_BINS - 1), st.integers(1, 40), min_size=1, max_size=12),
+       st.lists(st.sampled_from([0, 1, 25, 50, 90, 99, 99.9, 100]) | st.floats(0, 100), min_size=1, max_size=5))
+def test_percentiles_are_those_of_the_counts_spread_out(filled, at):
+    """NumPy's, of samples in the middles of equal parts of their bins."""
+    edges, counts, samples = histogram.edges(), np.zeros(histogram.NUM_BINS, np.int32), []
+    for index, count in sorted(filled.items()):
+        counts[index] = count
+        samples.append(edges[index] + (np.arange(count) + 0.5) / count * (edges[index + 1] - edges[index]))
+    want = np.percentile(np.concatenate(samples), at)
+    assert np.allclose(histogram.percentiles(counts, at), want, rtol=1e-9, atol=0)
+
+
 def test_histogram_percentiles_stay_within_a_bin_of_the_sample():
     rng = np.random.default_rng(3)
     gaps = np.concatenate([rng.lognormal(-4.5, 0.4, 20_000), rng.lognormal(-1, 0.3, 300)])

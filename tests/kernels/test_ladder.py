@@ -28,6 +28,22 @@ def test_knots_cover_and_are_dense_where_small(largest):
     assert np.all(spacing > 0) and np.all(spacing <= np.maximum(knots[:-1] / 8, 1))
 
 
+def knots_reference(largest: int) -> list[int]:
+    """One by one: 0 to 16, then eight equal steps an octave, until one lies above `largest`."""
+    knots = list(range(17))
+    while knots[-1] <= largest:
+        step = (1 << (knots[-1].bit_length() - 1)) // 8
+        knots.append(knots[-1] + step)
+    return knots[: int(np.searchsorted(knots, largest, side="right")) + 1]
+
+
+@settings(SEEDS, max_examples=100)
+@given(st.integers(1, 1 << 29) | st.integers(3, 28).map(lambda bits: 1 << bits))
+def test_knots_are_those_laid_one_by_one(largest):
+    assert ladder.knots(largest).tolist() == knots_reference(largest)
+    assert ladder.num_knots(largest) == len(knots_reference(largest))
+
+
 def check_rungs(values: np.ndarray, knots: np.ndarray):
     index, offset, octave = (np.asarray(x, np.int64) for x in rung(jnp.asarray(values, jnp.int32)))
     want = np.searchsorted(knots, values, side="right") - 1
@@ -62,7 +78,9 @@ def test_look_up_is_linear_interpolation(seed):
     got = np.asarray(look_up(table, values))
     want = np.interp(values, KNOTS, table.astype(np.float64))
     assert np.allclose(got, want, rtol=0, atol=4 * np.finfo(np.float32).eps * np.abs(table).max())
-    # Exact at the knots, the last included.
+    # Exact where no bit is lost, and at the knots, the last included.
+    whole = rng.integers(-32, 33, len(KNOTS)).astype(np.float32)
+    assert np.array_equal(np.asarray(look_up(whole, values)), np.interp(values, KNOTS, whole.astype(np.float64)))
     assert np.array_equal(np.asarray(look_up(table, np.minimum(KNOTS, LARGEST + 1).astype(np.int32))), table)
 
 

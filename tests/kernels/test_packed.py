@@ -21,6 +21,42 @@ def test_index_bits_hold_every_index(count, bits):
     assert count - 1 < 1 << bits
 
 
+@SEEDS
+@given(st.integers(1, 1 << 24))
+def test_index_bits_are_the_fewest(count):
+    bits = packed.index_bits(count)
+    assert count - 1 < 1 << bits and (bits == 1 or 1 << (bits - 1) <= count - 1)
+
+
+@SEEDS
+@given(st.integers(0, 2**32), st.integers(1, 20))
+def test_packed_keys_sort_by_key_then_index(seed, bits):
+    rng = np.random.default_rng(seed)
+    key = rng.integers(0, min(1 << (31 - bits), 50), BATCH).astype(np.int32)
+    key[0] = (1 << (31 - bits)) - 1
+    index = rng.integers(0, 1 << bits, BATCH).astype(np.int32)
+    index[0] = (1 << bits) - 1
+    together = np.asarray(packed.pack_key(jnp.asarray(key), jnp.asarray(index), bits))
+    assert np.array_equal(together, key.astype(np.int64) * (1 << bits) + index)
+    assert np.array_equal(np.argsort(together, kind="stable"), np.lexsort((index, key)))
+    for back, given_ in zip(packed.unpack_key(jnp.asarray(together), bits), (key, index), strict=True):
+        assert np.array_equal(np.asarray(back), given_)
+
+
+two_smallest = jax.jit(jax.vmap(packed.two_smallest))
+
+
+@SEEDS
+@given(st.integers(0, 2**32))
+def test_two_smallest_are_the_first_two_sorted(seed):
+    """Distinct numbers of either sign, with some, one or none of the entries in use."""
+    rng = np.random.default_rng(seed)
+    rows = rng.permuted(np.tile(np.arange(-40, 40), (BATCH, 1)), axis=1) * rng.integers(1, 1 << 24)
+    is_used = rng.random((BATCH, 80)) < rng.choice([0.0, 0.02, 0.5, 1.0], (BATCH, 1))
+    rows = np.where(is_used, rows, packed.EMPTY).astype(np.int32)
+    assert np.array_equal(np.stack(two_smallest(rows), axis=1), np.sort(rows, axis=1)[:, :2])
+
+
 @pytest.mark.parametrize("width", [16, 48, 272])
 def test_two_smallest_with_their_places(width):
     """Ties go to the lowest index, empty entries never win."""
@@ -75,6 +111,33 @@ def test_rows_round_trip(seed):
     back = packed.from_row(record, row)
     assert isinstance(back, Record) and isinstance(back.inner, Inner)
     assert jax.tree.leaves(jax.tree.map(lambda x, y: bool(x == y), record, back)) == [True] * 4
+
+
+LEAVES = {"int": ((), np.int32), "float": ((), np.float32), "mask": ((), np.bool_), "row": ((2,), np.int32),
+          "small": ((), np.int16)}
+TREES = st.recursive(st.sampled_from(sorted(LEAVES)), lambda inner: st.lists(inner, max_size=3).map(tuple)
+                     | st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8)
+
+
+@settings(SEEDS, max_examples=40)
+@given(TREES, st.integers(0, 2**32))
+def test_a_packing_lays_scalars_of_one_type_side_by_side(kinds, seed):
+    """Of any record: in the order of its leaves, nothing of a type it has none of."""
+    rng = np.random.default_rng(seed)
+    like = jax.tree.map(lambda kind: jax.ShapeDtypeStruct(*LEAVES[kind]), kinds)
+    records = jax.tree.map(lambda leaf: rng.integers(0, 100, (3, *leaf.shape)).astype(leaf.dtype), like)
+    packing = packed.Packing(like)
+    groups = packing.pack(jax.tree.map(jnp.asarray, records))
+    want = {"int32": [], "float32": [], "other": []}
+    for kind, leaf in zip(jax.tree.leaves(kinds), jax.tree.leaves(records), strict=True):
+        want[{"int": "int32", "float": "float32"}.get(kind, "other")].append(leaf)
+    assert set(groups) == {name for name, leaves in want.items() if leaves}
+    for name, group in groups.items():
+        assert len(group) == len(want[name])
+        assert all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(group, want[name], strict=True))
+    back = packing.unpack(groups)
+    assert jax.tree.structure(back) == jax.tree.structure(records)
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(records), strict=True))
 
 
 @SEEDS

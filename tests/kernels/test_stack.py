@@ -10,6 +10,19 @@ PLACES, WIDTH = 6, 16
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 200), st.integers(0, 70))
+def test_a_full_stack_gives_the_places_in_order(num_places, spare):
+    row = stack.full(num_places, num_places + spare)
+    assert row.dtype == np.int32 and row.shape == (num_places + spare,)
+    taken = [int(stack.top(lambda at: row[int(at)], np.int32(size))) for size in range(num_places, 0, -1)]
+    assert taken == list(range(num_places))
+
+
+def test_the_top_of_an_empty_stack_is_an_entry():
+    assert int(stack.top(lambda at: at, np.int32(0))) == 0
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, PLACES - 1)), max_size=40))
 def test_a_stack_is_a_list(operations):
     """The lowest places first, then the last returned."""

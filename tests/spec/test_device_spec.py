@@ -1,5 +1,8 @@
 """The device catalogue: derived figures against published ones, look-up, fall-backs."""
 
+import csv
+from pathlib import Path
+
 import pytest
 
 from jaxsim._core.errors import InputError
@@ -29,6 +32,37 @@ def test_every_row_is_sound():
         if device.name.startswith("h100_sxm"):
             assert device.bf16_flops < 1e15
     assert len(device_catalogue()) >= 29
+
+
+GIGA, TERA = 1e9, 1e12
+COLUMNS = {
+    "cores": ("num_cores", 1), "base_ghz": ("base_hz", GIGA), "mem_gb": ("memory_bytes", 2**30),
+    "mem_bw_gbs": ("memory_bytes_per_s", GIGA), "bf16_dense_tflops": ("bf16_flops", TERA),
+    "fp8_dense_tflops": ("fp8_flops", TERA), "int8_dense_tops": ("int8_flops", TERA),
+    "fp4_dense_tflops": ("fp4_flops", TERA), "fp32_tflops": ("fp32_flops", TERA),
+    "scaleup_gbs_per_dir": ("link_bytes_per_s", GIGA), "host_gbs_per_dir": ("host_link_bytes_per_s", GIGA),
+    "tdp_w": ("tdp_w", 1), "idle_w": ("idle_w", 1), "active_idle_w": ("active_idle_w", 1),
+    "usd_h_low": ("usd_per_h_low", 1), "usd_h_ref": ("usd_per_h", 1), "usd_h_high": ("usd_per_h_high", 1),
+}
+"""Numbers of the shared table: their fields and units. What is not known there is not known here."""
+
+
+def test_numbers_are_those_of_the_shared_table():
+    file = Path(__file__).resolve().parents[3] / "shared" / "physics" / "hardware.csv"
+    if not file.is_file():
+        pytest.skip(f"no table of devices at {file}")
+    with file.open(newline="") as lines:
+        rows = {row["id"]: row for row in csv.DictReader(lines)}
+    named = rows.keys() & device_catalogue().keys()
+    assert len(named) >= 28
+    wrong = []
+    for name in sorted(named):
+        for column, (field, unit) in COLUMNS.items():
+            text, ours = rows[name][column], getattr(load_device(name), field)
+            theirs = None if text in ("", "unknown") else pytest.approx(float(text) * unit, rel=1e-12)
+            if ours != theirs:
+                wrong.append(f"{name}.{field}: {ours}, {column} = {text}")
+    assert not wrong
 
 
 def test_look_up():
