@@ -21,7 +21,7 @@ class Queue(NamedTuple):
     length: Int[Array, ""]
 
 
-def push_back(queue: Queue, item, is_meant: Bool[Array, ""], nowhere: int) -> tuple[Queue, Link]:
+def push_back(queue: Queue, item: Int[Array, ""], is_meant: Bool[Array, ""], nowhere: int) -> tuple[Queue, Link]:
     """Add an item behind all others."""
     is_first = queue.length == 0
     link = jnp.where(is_meant & ~is_first, queue.back, nowhere), item
@@ -29,7 +29,7 @@ def push_back(queue: Queue, item, is_meant: Bool[Array, ""], nowhere: int) -> tu
                  queue.length + is_meant), link
 
 
-def push_front(queue: Queue, item, is_meant: Bool[Array, ""], nowhere: int) -> tuple[Queue, Link]:
+def push_front(queue: Queue, item: Int[Array, ""], is_meant: Bool[Array, ""], nowhere: int) -> tuple[Queue, Link]:
     """Add an item before all others."""
     is_first = queue.length == 0
     link = jnp.where(is_meant, item, nowhere), queue.front
@@ -37,19 +37,20 @@ def push_front(queue: Queue, item, is_meant: Bool[Array, ""], nowhere: int) -> t
                  queue.length + is_meant), link
 
 
-def pop_front(queue: Queue, following, is_meant: Bool[Array, ""]) -> Queue:
+def pop_front(queue: Queue, following: Int[Array, ""], is_meant: Bool[Array, ""]) -> Queue:
     """Take the front away; `following` is what its link says."""
     return Queue(jnp.where(is_meant, following, queue.front), queue.back, queue.length - is_meant)
 
 
-def append(tail, item, is_meant: Bool[Array, ""], nowhere: int) -> tuple[Int[Array, ""], Link, Link]:
+def append(tail: Int[Array, ""], item: Int[Array, ""], is_meant: Bool[Array, ""], nowhere: int
+           ) -> tuple[Int[Array, ""], Link, Link]:
     """Add an item to the end of a list linked both ways. Returns the tail, the `previous` and the `next` link."""
     linked = jnp.where(is_meant, item, nowhere)
     return (jnp.where(is_meant, item, tail), (linked, tail), (jnp.where(is_meant, tail, nowhere), linked))
 
 
-def unlink(tail, item, before, after, is_meant: Bool[Array, ""], nowhere: int
-           ) -> tuple[Int[Array, ""], Link, Link]:
+def unlink(tail: Int[Array, ""], item: Int[Array, ""], before: Int[Array, ""], after: Int[Array, ""],
+           is_meant: Bool[Array, ""], nowhere: int) -> tuple[Int[Array, ""], Link, Link]:
     """Take an item out of a list linked both ways, `before` and `after` its neighbours.
 
     Returns the tail, the `previous` and the `next` link. At the tail no link changes: those beyond the tail are never

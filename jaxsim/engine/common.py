@@ -1,13 +1,13 @@
 """Small things every phase of a step uses."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxsim.cost.base import AbstractIterationCost, OneOf
 from jaxsim.kernels import clock
@@ -18,6 +18,8 @@ from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
 from jaxsim.state.requests import Requests
 from jaxsim.state.world import Counts, World
+
+T = TypeVar("T")
 
 MAX_SPAN_S = clock.EPOCH_S / 4
 """A jump covers at most about this much time (4.6 hours), and an iteration must."""
@@ -84,7 +86,7 @@ def blocks_for(tokens: Int[Array, ""], dims: Dims) -> Int[Array, ""]:
     return (tokens + (dims.block_size - 1)) >> dims.block_bits
 
 
-def take(array, *index):
+def take(array: Shaped[Array, "..."], *index: Int[Array, ""]) -> Shaped[Array, "..."]:
     """One entry by indices known to be in bounds."""
     return array.at[index].get(mode="promise_in_bounds")
 
@@ -96,7 +98,8 @@ def span(pace: Time, growth_s: Float[Array, ""], count: Int[Array, ""]) -> Time:
     return clock.add(base, clock.on_grid(growth_s * (j * (j - 1) * 0.5)))
 
 
-def iterations_to_reach(pace_s, growth_s, distance_s) -> Int[Array, ""]:
+def iterations_to_reach(pace_s: Float[Array, ""], growth_s: Float[Array, ""], distance_s: Float[Array, ""]
+                        ) -> Int[Array, ""]:
     """The smallest count whose `span` is about `distance_s`; at most one off, which the caller mends."""
     linear = pace_s - 0.5 * growth_s
     root = jnp.sqrt(linear * linear + 2.0 * growth_s * jnp.maximum(distance_s, 0.0))
@@ -104,7 +107,7 @@ def iterations_to_reach(pace_s, growth_s, distance_s) -> Int[Array, ""]:
     return lax.stop_gradient(jnp.ceil(jnp.minimum(count, 1e9)).astype(jnp.int32))
 
 
-def choose(condition, a, b):
+def choose(condition: Bool[Array, ""], a: T, b: T) -> T:
     """Leaf-wise choice between two records."""
     return jax.tree.map(lambda x, y: x if x is y else jnp.where(condition, x, y), a, b)
 

@@ -1,10 +1,11 @@
 """A request arrives. An iteration ends: its effects are applied, sequences that are done leave."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.engine.common import Group, blocks_for, choose, iterations_to_reach, span
 from jaxsim.engine.events import Event
@@ -22,7 +23,9 @@ class Retired(NamedTuple):
     request: Int[Array, ""]
 
 
-def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks, counts_by_residue):
+def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks,
+           counts_by_residue: Int[Array, " block_size"]
+           ) -> tuple[Counts, Clocks, Float[Array, " samples"], Int[Array, " samples"]]:
     """Apply the iteration (and the jump after it) that just ended, once.
 
     Returns the new row halves and the time-between-token samples `(seconds, weights)`: the first iteration, and
@@ -81,7 +84,9 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
     return choose(is_first_look, settled, counts), choose(is_first_look, settled_times, times), samples_s, weights
 
 
-def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys, entry_of, residue_row):
+def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Array, " slot_width"],
+           entry_of: Callable[[Int[Array, ""]], Int[Array, " entry_fields"]], residue_row: Int[Array, " block_size"]
+           ) -> tuple[Counts, Int[Array, " block_size"], Retired, Bool[Array, ""], Int[Array, ""]]:
     """Retire the lowest slot among those whose last token this iteration produced.
 
     keys: the batch's completion keys; entry_of: gives the entry of a slot. Returns the new counts and residues, who

@@ -55,7 +55,8 @@ def begin_pass(group: Group, is_passing: Bool[Array, ""], counts: Counts) -> Cou
         replace(batch, budget=jnp.where(is_fresh, group.batching.max_num_batched_tokens - decodes, batch.budget)))
 
 
-def decode_need(dims: Dims, group: Group, counts: Counts, residue_row, tail_offset):
+def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array, " block_size"],
+                tail_offset: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """Blocks the decodes of this pass take, and blocks that must be free for them (and the forming prompt's
     next chunk) to go ahead."""
     rank, batch = counts.rank, counts.batch
@@ -72,11 +73,13 @@ def decode_need(dims: Dims, group: Group, counts: Counts, residue_row, tail_offs
     return crossing, need
 
 
-def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, times: Clocks, residue_row,
-          lengths, emitted, request, following, free_slot, slots: Slots | None):
+def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, times: Clocks,
+          residue_row: Int[Array, " block_size"], lengths: Int[Array, " 4"], emitted: Int[Array, ""],
+          request: Int[Array, ""], following: Int[Array, ""], free_slot: Int[Array, ""], slots: Slots | None
+          ) -> tuple[Counts, Clocks, Int[Array, " block_size"], Placed, Bool[Array, ""], Bool[Array, ""]]:
     """Give the forming prompt its chunk, or admit the head of the queue if it fits.
 
-    is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens);
+    is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens, place);
     emitted: its output tokens so far; following: the request behind it in the queue. Returns counts, times,
     residues, what was placed, whether the queue's head is blocked by something that only an event can lift, and
     whether more may be placed at this instant.
@@ -202,7 +205,8 @@ def price(group: Group, counts: Counts, times: Clocks) -> tuple[Float[Array, ""]
 
 
 def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
-          residue_row, next_key, is_held, first_s: Float[Array, ""], pace: DecodePace):
+          residue_row: Int[Array, " block_size"], next_key: Int[Array, ""], is_held: Bool[Array, ""],
+          first_s: Float[Array, ""], pace: DecodePace) -> tuple[Counts, Clocks, Plan]:
     """Start the iteration that was formed, and the decode iterations that can follow it undisturbed.
 
     next_key: smallest completion key of the batch, the joining sequences included. is_held: the queue's head,
@@ -247,8 +251,10 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     return counts, times, Plan(is_starting, first_end, end, stats.num_decode)
 
 
-def preempt(dims: Dims, group: Group, is_any: Bool[Array, ""], counts: Counts, residue_row, slot, request,
-            offset, previous, known_prompt):
+def preempt(dims: Dims, group: Group, is_any: Bool[Array, ""], counts: Counts,
+            residue_row: Int[Array, " block_size"], slot: Int[Array, ""], request: Int[Array, ""],
+            offset: Int[Array, ""], previous: Int[Array, ""], known_prompt: Int[Array, ""]
+            ) -> tuple[Counts, Int[Array, " block_size"], Int[Array, ""], queues.Link]:
     """Take a sequence off the batch: all its blocks, back to the front of the queue (SGLang: to its end).
 
     slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues, the

@@ -104,7 +104,9 @@ class Walked(NamedTuple):
     is_empty: Bool[Array, ""]
 
 
-def walk(dims: Dims, group: Group, wants_decode, may_preempt, counts: Counts, slots: Slots, residue_row):
+def walk(dims: Dims, group: Group, wants_decode: Bool[Array, ""], may_preempt: Bool[Array, ""], counts: Counts,
+         slots: Slots, residue_row: Int[Array, " block_size"]
+         ) -> tuple[Counts, Int[Array, " block_size"], Slots, "Walked"]:
     """vLLM V1's loop over running sequences under PRIORITY, one look a step, and only when blocks run short.
 
     In the order of admission every sequence takes its block; where none is left the running sequence with the
@@ -157,7 +159,8 @@ def walk(dims: Dims, group: Group, wants_decode, may_preempt, counts: Counts, sl
     return choose(is_stalling, stalled, counts), residue_row, slots, walked
 
 
-def limit_context(dims: Dims, rules: Batching, is_any: Bool[Array, ""], counts: Counts, slots: Slots):
+def limit_context(dims: Dims, rules: Batching, is_any: Bool[Array, ""], counts: Counts, slots: Slots
+                  ) -> tuple[Counts, Slots]:
     """Decodes as a queue: from its front while their context fits the limit; then those go to the back.
 
     Source: the public DistServe simulator (simdistserve), decode batches of at most 50,000 tokens.

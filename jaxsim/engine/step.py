@@ -33,14 +33,10 @@ from jaxsim.state.world import Clocks, Counts, World
 
 
 class Touched(eqx.Module):
-    """What one step works on, filled in by its phases.
+    """What one step works on. Phases fill it in from above; each field is written by the phase it stands under."""
 
-    From the event: the executor's rows, in these one rank and batch (counts, times), its block residues, and what woke
-    it; where they lie (rank and batch among those of all executors). From an arrival: what is left to arrive, the link
-    of the queue it changes, or its place in the order of requests and the first place that waits. From the end of an
-    iteration: who retired, the smallest completion key left, the last of the running list (and the links that
-    change where the retired sequence leaves it). From the pass: who could be placed, who must go, what was started.
-    """
+    # look: the event; whether the next lies beyond the epoch; the executor's rows, in these one rank and batch, and
+    # where these lie among those of all executors; its block residues; what woke it.
 
     event: Event
     is_frozen: Bool[Array, ""]
@@ -54,20 +50,30 @@ class Touched(eqx.Module):
     phase: Int[Array, ""]
     wake: Time
 
+    # receive: the source's state; the link of the queue that changes (and may again in `fill`); under a sorted queue
+    # the arriving request's place and the first place that waits.
     source: PyTree = None
-    due: list[Array] | None = None
-    link: tuple[Array, Array] | None = None
-    places: tuple[Array, Array] | None = None
+    link: queues.Link | None = None
+    places: tuple[Int[Array, ""], Int[Array, ""]] | None = None
 
-    slots: Slots | None = None
+    # settle: samples of the time between tokens, and how many tokens each stands for.
     itl_s: Float[Array, " samples"] | None = None
     itl_weights: Int[Array, " samples"] | None = None
+
+    # retire: who left; whether more leave at this instant; the smallest completion key that stays; the last of the
+    # running list and the links that change in it; the entry of `World.due` that changes; all slots, if the pass scans
+    # them.
+    due: tuple[Int[Array, ""], Float[Array, " 3"]] | None = None
+    slots: Slots | None = None
     retired: Retired | None = None
     has_more: Bool[Array, ""] | None = None
     next_key: Int[Array, ""] | None = None
     tail: Int[Array, ""] | None = None
-    unlinked: list[queues.Link] | None = None
+    unlinked: tuple[queues.Link, queues.Link] | None = None
 
+    # open_pass: whether a pass is due, under way, free to place a prompt, short of blocks, closed before this step,
+    # about to preempt, without anybody who goes ahead; the victim (slot, request, offset); the candidate: its lengths,
+    # tokens emitted, preemptions, seconds since the last of these, and who waits behind it.
     is_due: Bool[Array, ""] | None = None
     has_ended: Bool[Array, ""] | None = None
     has_work: Bool[Array, ""] | None = None
@@ -77,8 +83,7 @@ class Touched(eqx.Module):
     was_closed: Bool[Array, ""] | None = None
     is_preempting: Bool[Array, ""] | None = None
     is_empty: Bool[Array, ""] | None = None
-    victim: tuple[Array, Array, Array] | None = None
-    victim_emitted: Int[Array, ""] | None = None
+    victim: tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]] | None = None
     candidate: Int[Array, ""] | None = None
     lengths: Int[Array, " 4"] | None = None
     emitted: Int[Array, ""] | None = None
@@ -86,13 +91,21 @@ class Touched(eqx.Module):
     preempted_s: Float[Array, ""] | None = None
     next_head: Int[Array, ""] | None = None
 
+    # fill: who was placed; whether a first token opens a row of the log, the head of the queue waits for an event, more
+    # can be placed at this instant; tokens the victim has emitted.
     placed: Placed | None = None
     opens_log: Bool[Array, ""] | None = None
     is_held: Bool[Array, ""] | None = None
     can_go_on: Bool[Array, ""] | None = None
+    victim_emitted: Int[Array, ""] | None = None
+
+    # price: nothing can be scheduled and never will; seconds of the iteration and the pace behind it; whether it
+    # starts.
     is_stuck: Bool[Array, ""] | None = None
-    price: tuple[Array, DecodePace] | None = None
+    price: tuple[Float[Array, ""], DecodePace] | None = None
     is_starting: Bool[Array, ""] | None = None
+
+    # launch.
     plan: Plan | None = None
 
 
@@ -211,10 +224,11 @@ def retire(context: Context, t: Touched) -> Touched:
         slots = Slots(keys, take(world.slot_entries, t.rank), retired.slot)
     source, due = t.source, None
     if params.source.answers:
-        source, *due = params.source.ended(source, world.epoch, event.now, retired.is_any, dims.num_requests)
+        source, *entry = params.source.ended(source, world.epoch, event.now, retired.is_any, dims.num_requests)
+        due = tuple(entry)
         event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
-    return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due,
-                   retired=retired, has_more=has_more, next_key=next_key, tail=tail, unlinked=unlinked, slots=slots)
+    return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, retired=retired,
+                   has_more=has_more, next_key=next_key, tail=tail, unlinked=unlinked and tuple(unlinked), slots=slots)
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
@@ -476,7 +490,8 @@ PHASES = (receive, settle, retire, open_pass, fill, price, launch)
 """In this order between `look` and `note`."""
 
 
-def record(dims: Dims, world: World, plan: Plan, rank, stamp, counts: Counts, times: Clocks) -> Writes:
+def record(dims: Dims, world: World, plan: Plan, rank: Int[Array, ""], stamp: Float[Array, " 3"],
+           counts: Counts, times: Clocks) -> Writes:
     """Append the iteration that starts, and the jump planned behind it, to the tape; past its end, to the scratch."""
     index = jnp.where(plan.is_any, jnp.minimum(world.num_recorded, dims.num_records), dims.num_records)
     seconds = jnp.stack([times.batch.first.hi, times.batch.pace.hi, times.batch.growth_s])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from jaxsim.kernels import packed
 from jaxsim.kernels.fence import kernel, stage
@@ -70,7 +70,7 @@ def recall(world: World, writes: Writes) -> World:
     return replace(world, **{name: jnp.expand_dims(row, 0) for name, row in rows.items()})
 
 
-def as_row(value):
+def as_row(value) -> Shaped[Array, " fields"]:
     """A record as one vector."""
     return value if isinstance(value, jax.Array) else packed.to_row(value)
 
@@ -102,7 +102,8 @@ def apply(dims: Dims, world: World, packing: packed.Packing, writes) -> World:
         for name, entry in kernel(lambda: stage(aimed, None, "aim"), "aim").items()})
 
 
-def put_many(array, index, value, adds: bool):
+def put_many(array: Shaped[Array, "..."], index: Int[Array, "entries axes"], value: Shaped[Array, "entries ..."],
+             adds: bool) -> Shaped[Array, "..."]:
     """Scatter entries."""
     axes = tuple(range(index.shape[1]))
     numbers = lax.ScatterDimensionNumbers(
@@ -111,7 +112,8 @@ def put_many(array, index, value, adds: bool):
     return scatter(array, index, value, numbers, mode="promise_in_bounds")
 
 
-def put_one(array, index, value, adds: bool):
+def put_one(array: Shaped[Array, "..."], index: Int[Array, "entries axes"], value: Shaped[Array, "entries ..."],
+            adds: bool) -> Shaped[Array, "..."]:
     """One entry after the other: for a single scenario, slices in place."""
     for i in range(index.shape[0]):
         start = (*(index[i, k] for k in range(index.shape[1])), *[0] * (array.ndim - index.shape[1]))

@@ -45,8 +45,10 @@ class Requests(eqx.Module):
         return replace(self, arrival=jnp.hstack([stamps, jnp.vstack([stamps[1:], last])]))
 
 
-def pack_requests(arrival_s, input_tokens, output_tokens, max_tokens=None, uniforms=None,
-                  num_requests: int | None = None, priority=None) -> Requests:
+def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[np.ndarray, " requests"],
+                  output_tokens: Int[np.ndarray, " requests"], max_tokens: Int[np.ndarray, " requests"] | None = None,
+                  uniforms: Float[np.ndarray, "requests 2"] | None = None, num_requests: int | None = None,
+                  priority: Int[np.ndarray, " requests"] | None = None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.

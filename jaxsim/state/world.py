@@ -257,7 +257,10 @@ class World(eqx.Module):
     # Batches: how many sequences have each residue of tokens by block; completion keys, packed with the rank's slot.
     residues: Int[Array, "batches block_size"]
     slot_keys: Int[Array, "batches slot_width"]
-    # Requests: the waiting queue's links, or its set of places, (emitted, preemptions), and what is written once each.
+    # Requests: the waiting queue's links, or its set of places; (emitted tokens, preemptions); (row of the first-token
+    # log, rank); times (epoch, hi, lo) of the first iteration, the end, the last preemption, and, by row of the log, of
+    # first tokens. `stalled` sums the times of returns and takes away those of preemptions, as parts of
+    # `clock.to_integers`: seconds without a place once every preemption has its return.
     next_waiting: Int[Array, " rows"]
     waiting_set: Int[Array, "ranks words"]
     progress: Int[Array, "rows 2"]

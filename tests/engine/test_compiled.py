@@ -208,6 +208,21 @@ def test_numbers_share_a_program(launches):
     assert rates[0] < rates[4] and rates[1] < rates[5] and len({round(x, 6) for x in rates}) > 4
 
 
+def test_systems_share_a_program(launches):
+    """Models and devices are numbers too: with one preset they are one program, whatever the architecture."""
+    def system(model, device, rate_rps):
+        return Scenario.from_dict({
+            "schema_version": 1, "num_seeds": 1, "model": {"name": model}, "device": {"name": device},
+            "engine": {"max_num_seqs": 8, "max_num_batched_tokens": 256, "max_model_len": 512},
+            "workload": {"kind": "poisson", "rate_rps": rate_rps, "num_requests": 24, "input": 100, "output": 20}})
+
+    before = RUN._cache_size()
+    result = engine.simulate([system("llama-3.1-8b", "h100", 1.0), system("llama-3.1-8b", "a100-80gb", 2.0),
+                              system("qwen3-8b", "h100", 9.0)])
+    assert [lanes for _, lanes in launches] == [3] and RUN._cache_size() <= before + 1
+    assert len({m["mean_e2el_ms"] for m in result.metrics}) == 3
+
+
 def test_structure_makes_programs(monkeypatch):
     """Another scheduler, block size or number of replicas is another program; a number, a rate or a seed is not."""
     seen = []
