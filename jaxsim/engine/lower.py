@@ -10,6 +10,7 @@ from jaxsim.cost.fitted import fitted
 from jaxsim.cost.roofline import roofline
 from jaxsim.engine.common import Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
+from jaxsim.policy.arrivals import ClosedLoop, SortedArrivals
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.routing import router
 from jaxsim.spec.device import DeviceSpec
@@ -182,8 +183,11 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost,
         waiting_blocked_after_preempt=s.waiting_blocked_after_preempt, order=s.order, admit=s.admit,
         async_scheduling=s.async_scheduling, kv_accounting=s.kv_accounting,
         has_context_limit=s.decode_context_limit is not None)
+    w, source = scenario.workload, SortedArrivals()
+    if w.kind == "closed-loop":
+        source = ClosedLoop(integer(w.concurrency), real(w.think_s or 0.0))
     return Params((Group(batching, cost),), router(scenario.cluster.router, scenario.cluster.router_weights),
-                  integer(max_steps))
+                  integer(max_steps), source)
 
 
 def make_requests(workload: Workload, num_requests: int) -> Requests:

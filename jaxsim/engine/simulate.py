@@ -183,7 +183,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
     fault = int(world.fault[lane])
     names = [text for bit, text in FAULTS.items() if fault & bit]
     return LaneResult(
-        arrival_s=np.asarray(workload.arrival_s), input_tokens=workload.input_tokens,
+        arrival_s=_arrivals(world, lane, made), input_tokens=workload.input_tokens,
         output_tokens=workload.output_tokens, max_tokens=workload.max_tokens,
         scheduled_s=np.where(instance >= 0, scheduled_s, np.nan),
         first_token_s=np.where(log_row >= 0, first_s[log_row], np.nan),
@@ -198,6 +198,14 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
         fault="; ".join(names),
         steps=_tape(dims, world, lane) if dims.num_records else None)
+
+
+def _arrivals(world: World, lane: int, made: Lane) -> np.ndarray:
+    if not made.params.source.answers:
+        return np.asarray(made.workload.arrival_s)
+    due = world.due[lane, :len(made.workload)]
+    # One that never came, where a bound stopped the run.
+    return np.where(np.isinf(due[:, 1]), np.nan, clock.join_reference(*due.T))
 
 
 def _tape(dims: Dims, world: World, lane: int) -> dict[str, np.ndarray]:

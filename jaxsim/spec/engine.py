@@ -29,7 +29,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         max_num_batched_tokens: token budget of one iteration.
         max_model_len: limit of prompt + output, tokens.
         block_size: tokens of a KV block.
-        gpu_memory_utilization: share of device memory the engine may fill.
+        gpu_memory_utilization: share of device memory the engine may fill, by its own rule (SGLang's
+            mem_fraction_static, TensorRT-LLM's free_gpu_memory_fraction).
         num_gpu_blocks_override: KV blocks, instead of what memory gives.
         tensor_parallel_size: devices that share each layer.
         pipeline_parallel_size: pipeline stages (only 1 yet).

@@ -1,17 +1,19 @@
 """KV blocks from device memory, the way the engine derives them at start-up, with the sum written out.
 
-    blocks = floor((visible memory x gpu_memory_utilization - weights - activations - other) / block bytes)
+    blocks = floor((share x (visible memory - before) - after) / block bytes)
 
-A serving engine measures the last terms by running its largest batch once. Here they are a formula with a few
-numbers per engine version (`Workspace`), checked against published start-up logs.
+What an engine takes off before and after its share of memory is its rule (`KvRule`, one row of `KV_RULES` each).
+A serving engine measures the terms by running its largest batch once. Here they are a formula over what the engine
+allocates, with a few numbers per engine version (`Workspace`), checked against counts that real engines printed.
 """
 
+import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
-from jaxsim._core.errors import InputError
+from jaxsim._core.errors import InputError, suggest
 from jaxsim.spec.device import GIB, DeviceSpec
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, WeightFormat, kv_cache_bytes, weight_format
@@ -34,10 +36,10 @@ LARGE_SHARE = 0.2
 class Workspace(NamedTuple):
     """Memory of an engine version beyond weights and KV blocks.
 
-    bytes_per_logit: peak of the sampler for each sequence and vocabulary entry (fp32 logits, sorted values
-        and indices, probabilities); non_torch_bytes: CUDA context growth, kernels, handles on one device;
-    non_torch_parallel_bytes: the same with tensor parallelism (communicators and their buffers);
-    cuda_graph_bytes: set aside for captured graphs before the blocks are counted.
+    bytes_per_logit: peak of the sampler for each sequence and vocabulary entry, 0 where the engine does not count
+        it; non_torch_bytes: memory outside the framework's allocator (kernels, handles; in vLLM only its growth
+        during start-up) on one device; non_torch_parallel_bytes: the same with tensor parallelism (communicators
+        and their buffers); cuda_graph_bytes: set aside for captured graphs before the blocks are counted.
     """
 
     bytes_per_logit: float
@@ -45,34 +47,110 @@ class Workspace(NamedTuple):
     non_torch_parallel_bytes: float
     cuda_graph_bytes: float = 0.0
 
+    def other_bytes(self, is_parallel: bool) -> float:
+        """What is neither weights nor activations, on a device alone or one of several."""
+        return self.cuda_graph_bytes + (self.non_torch_parallel_bytes if is_parallel else self.non_torch_bytes)
 
-WORKSPACES: tuple[tuple[tuple[int, int], Workspace], ...] = (
-    ((0, 0), Workspace(39.0, 0.13 * GIB, 0.60 * GIB)),
-    ((0, 17), Workspace(14.2, 0.13 * GIB, 0.60 * GIB)),
-    ((0, 18), Workspace(14.2, 0.25 * GIB, 2.08 * GIB)),
-)
-"""By first vLLM version.
 
-Source: llm-d-planner accuracy report (58 start-ups of vLLM 0.15 to 0.19 on H100): activations of Qwen3-14B
-5.64 GiB to 0.16 and 2.23 GiB from 0.17 on; from 0.17 on 1.52, 1.89, 2.21 and 3.63 GiB at vocabularies of
-100,352, 128,256, 152,064 and 256,000 with 1,024 sequences, a line of 14.2 B a logit; non-torch memory 0.13
-GiB to 0.17, 0.25 GiB from 0.18, 2.08 GiB a rank at TP2. Parallel non-torch memory to 0.17: 0.6 GiB, from KV
-blocks of public H100 TP2 runs.
+SORTED_LOGIT_BYTES = 2 + 4 + (4 + 8) + 8 + (4 + 8)
+"""The sampler that sorts, B a logit: logits of 2 B and in float32, sorted values and int64 indices, int64 indices
+before the sort, second buffers of the radix sort for both.
+
+Source: `apply_top_k_top_p`, vllm/v1/sample/ops/topk_topp_sampler.py; `segmented_sort_pairs`, PyTorch's SortStable.cu.
 """
 
+MASKED_LOGIT_BYTES = 2 + 4 + 4 + 4
+"""The sampler whose Triton kernel masks in place, B a logit: logits of 2 B and in float32, probabilities, noise.
 
-def workspace(engine_version: str) -> Workspace:
-    """The workspace of a vLLM version ("0.15", "0.19.0")."""
-    try:
-        major, minor = (int(part) for part in (str(engine_version).lstrip("v") + ".0").split(".")[:2])
-    except ValueError:
-        raise InputError("engine_version", engine_version, "is not a version", "write it like 0.19") from None
-    return [w for first, w in WORKSPACES if first <= (major, minor)][-1]
+Source: `apply_top_k_top_p_triton`, `random_sample`, vllm/v1/sample/ops/topk_topp_sampler.py. Known gap: the kernel's
+own buffer, one vocabulary in float32 per program.
+"""
+
+NON_TORCH_BYTES = 0.10 * GIB
+"""vLLM 0.15 on one device, B. Source: KV blocks of Llama-2-7B on H100, vllm_h100_inferenceperf (shared data)."""
+
+NON_TORCH_PARALLEL_BYTES = 0.48 * GIB
+"""vLLM 0.15, a rank at TP2, B. Source: KV blocks of CodeLlama-34B, Mixtral-8x7B and Mistral-Nemo on two H100,
+vllm_h100_inferenceperf and vllm_stage_aggregates (shared data): 0.49, 0.43, 0.51 GiB."""
+
+
+Term = Literal["weights", "activations", "other"]
+
+LABELS: dict[Term, str] = {"weights": "weights", "activations": "peak activations and sampler",
+                           "other": "other (runtime, communicators, graphs)"}
+"""The terms of the sum in words."""
+
+
+class KvRule(NamedTuple):
+    """How an engine splits device memory: KV = share x (visible - before) - after.
+
+    engine: whose rule it is; share: its own name of the share, `engine.gpu_memory_utilization` here;
+    before, after: what is taken off before and after the share is taken; must_hold_max_model_len: the engine
+    does not start where one sequence of that length has no room; workspaces: by first version of the engine.
+    """
+
+    engine: str
+    share: str
+    before: tuple[Term, ...]
+    after: tuple[Term, ...]
+    must_hold_max_model_len: bool
+    workspaces: tuple[tuple[tuple[int, int], Workspace], ...]
+
+    def usable_bytes(self, visible_bytes: float, share: float, spent: dict[Term, float]) -> float:
+        """Bytes that the share is."""
+        return share * (visible_bytes - sum(spent[term] for term in self.before))
+
+    def kv_bytes(self, visible_bytes: float, share: float, spent: dict[Term, float]) -> float:
+        """Bytes left for KV blocks."""
+        return self.usable_bytes(visible_bytes, share, spent) - sum(spent[term] for term in self.after)
+
+    @property
+    def knob(self) -> str:
+        """The scenario's field of the share, with the engine's own name."""
+        own = "" if self.share == "gpu_memory_utilization" else f" ({self.engine}'s {self.share})"
+        return "engine.gpu_memory_utilization" + own
+
+
+KV_RULES: dict[str, KvRule] = {
+    # Source of the rule: `determine_available_memory`, vllm/v1/worker/gpu_worker.py: the requested share of all
+    # memory, less weights, the measured activation peak and non-torch growth.
+    # Non-torch memory is approximated by that of 0.15 in all other versions.
+    "vllm": KvRule("vLLM", "gpu_memory_utilization", (), ("weights", "activations", "other"), True, (
+        ((0, 0), Workspace(SORTED_LOGIT_BYTES, NON_TORCH_BYTES, NON_TORCH_PARALLEL_BYTES)),
+        ((0, 17), Workspace(MASKED_LOGIT_BYTES, NON_TORCH_BYTES, NON_TORCH_PARALLEL_BYTES)))),
+    # Source of the rule: `profile_max_num_token`, sglang/srt/model_executor/model_runner.py: free after loading, less
+    # (1 - share) of what was free before loading. Activations and graphs live in the other 1 - share.
+    # Runtime memory is approximated by vLLM 0.15's non-torch memory.
+    "sglang": KvRule("SGLang", "mem_fraction_static", ("other",), ("weights",), False, (
+        ((0, 0), Workspace(0.0, NON_TORCH_BYTES, NON_TORCH_PARALLEL_BYTES)),)),
+    # Source of the rule: `_cal_max_tokens`, tensorrt_llm/_torch/pyexecutor/_util.py: the share of what is free at the
+    # peak of a run of prompts as long as max_num_tokens, too few of them for their logits to count.
+    # Runtime memory is approximated by vLLM 0.15's non-torch memory.
+    "tensorrt-llm": KvRule("TensorRT-LLM", "free_gpu_memory_fraction", ("weights", "activations", "other"), (), False, (
+        ((0, 0), Workspace(0.0, NON_TORCH_BYTES, NON_TORCH_PARALLEL_BYTES)),)),
+}
+"""By the name before the @ of a preset's `kv_rule`."""
+
+
+def kv_rule(name: str) -> tuple[KvRule, Workspace]:
+    """The rule of an engine and the workspace of its version: "vllm@0.15", "sglang@0.5"."""
+    engine, _, version = name.partition("@")
+    if engine not in KV_RULES:
+        raise InputError("kv_rule", name, "no such rule", suggest(engine, KV_RULES))
+    numbers = re.match(r"v?(\d+)(?:\.(\d+))?", version)
+    if numbers is None:
+        raise InputError("kv_rule", name, "names no version", f"write it like {engine}@1.0")
+    rule, at = KV_RULES[engine], tuple(int(number or 0) for number in numbers.groups())
+    return rule, [space for first, space in rule.workspaces if first <= at][-1]
 
 
 class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
-    """How device memory is spent on one rank (of the pipeline stage that has the fewest blocks)."""
+    """How device memory is spent on one rank (of the pipeline stage that has the fewest blocks).
 
+    gpu_memory_utilization: the share of memory, whatever the engine calls it.
+    """
+
+    rule: KvRule
     num_blocks: int
     block_size: int
     block_bytes: float
@@ -89,26 +167,35 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_blocks * self.block_size
 
     @property
+    def spent(self) -> dict[Term, float]:
+        """Bytes of each term of the sum."""
+        return {"weights": self.weight_bytes, "activations": self.activation_bytes, "other": self.other_bytes}
+
+    @property
+    def usable_bytes(self) -> float:
+        """Bytes that the share is."""
+        return self.rule.usable_bytes(self.visible_bytes, self.gpu_memory_utilization, self.spent)
+
+    @property
     def lines(self) -> tuple[str, ...]:
         """The sum, one term a line."""
-        usable = self.visible_bytes * self.gpu_memory_utilization
         kib = self.block_bytes / 1024
-        return (f"{self.visible_bytes / GIB:9.2f} GiB of device memory visible",
-                f"{usable / GIB:9.2f} GiB at gpu_memory_utilization {self.gpu_memory_utilization:g}",
-                f"- {self.weight_bytes / GIB:7.2f} GiB weights",
-                f"- {self.activation_bytes / GIB:7.2f} GiB peak activations and sampler",
-                f"- {self.other_bytes / GIB:7.2f} GiB other (runtime, communicators, graphs)",
+        before, after = ([f"- {self.spent[term] / GIB:7.2f} GiB {LABELS[term]}" for term in terms]
+                         for terms in (self.rule.before, self.rule.after))
+        return (f"{self.visible_bytes / GIB:9.2f} GiB of device memory visible", *before,
+                f"{self.usable_bytes / GIB:9.2f} GiB at {self.rule.share} {self.gpu_memory_utilization:g}", *after,
                 f"= {self.kv_bytes / GIB:7.2f} GiB for KV = {self.num_blocks:,} blocks of {kib:,.0f} KiB "
                 f"({self.num_tokens:,} tokens)")
 
     @property
     def sum(self) -> str:
         """The sum on one line."""
-        usable = self.visible_bytes * self.gpu_memory_utilization
-        visible = self.visible_bytes / GIB
-        return (f"{self.gpu_memory_utilization:g} x {visible:.2f} GiB = {usable / GIB:.2f} GiB "
-                f"- {self.weight_bytes / GIB:.2f} weights - {self.activation_bytes / GIB:.2f} activations "
-                f"- {self.other_bytes / GIB:.2f} other = {self.kv_bytes / GIB:.2f} GiB")
+        before, after = ("".join(f" - {self.spent[term] / GIB:.2f} {term}" for term in terms)
+                         for terms in (self.rule.before, self.rule.after))
+        visible = f"{self.visible_bytes / GIB:.2f}"
+        memory = f"({visible}{before}) GiB" if before else f"{visible} GiB"
+        left = f"{after} = {self.kv_bytes / GIB:.2f} GiB" if after else ""
+        return f"{self.gpu_memory_utilization:g} x {memory} = {self.usable_bytes / GIB:.2f} GiB{left}"
 
 
 def rank_weight_bytes(model: ModelSpec, plan: Plan | None = None, fmt: WeightFormat | None = None,
@@ -162,27 +249,28 @@ def activation_bytes(model: ModelSpec, plan: Plan, fmt: WeightFormat, space: Wor
 def kv_blocks(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, *, dtype: str = "auto",
               kv_dtype: str = "auto", block_size: int = 16, gpu_memory_utilization: float = 0.9,
               max_num_batched_tokens: int = 2048, max_num_seqs: int = 256, max_model_len: int | None = None,
-              engine_version: str = "0.15", reserve: Workspace | None = None) -> MemoryBudget:
+              rule: str = "vllm@0.15", reserve: Workspace | None = None) -> MemoryBudget:
     """KV blocks of an instance, or an InputError that shows the sum.
 
-    Arguments carry vLLM's names; `reserve` replaces the workspace of `engine_version`. With `max_model_len`
-    it is an error if a single sequence of that length does not fit, as in the engine.
+    Arguments carry vLLM's names; `rule` is the engine's, with its version (`kv_rule`); `reserve` replaces the
+    workspace of that version. With `max_model_len` it is an error if a single sequence of that length does not fit,
+    for engines that then do not start. With pipeline stages the poorest stage decides.
 
-    Source: vLLM's `determine_available_memory`: the KV pool is what is left of the requested share of memory
-    after weights, the measured activation peak and non-torch growth; with pipeline stages the poorest stage
-    decides.
-    Known gaps: windowed layers take blocks like full ones (vLLM pools them apart); vision towers; KV offload.
+    Source: see `KV_RULES`.
+    Known gaps: windowed layers take blocks like full ones (vLLM pools them apart); vision towers; KV offload;
+    whether activations fit beside SGLang's pool.
     """
     plan = (plan or Plan()).check(model)
     if not 0 < gpu_memory_utilization <= 1:
         raise InputError("engine.gpu_memory_utilization", gpu_memory_utilization, "must be between 0 and 1",
                          "give the share of device memory the engine may fill")
-    fmt, space = weight_format(dtype, model), reserve or workspace(engine_version)
+    split, space = kv_rule(rule)
+    fmt, space = weight_format(dtype, model), reserve or space
     width = kv_cache_bytes(kv_dtype, dtype, model)
-    need = 1 if max_model_len is None else max_model_len
+    need = max_model_len if max_model_len is not None and split.must_hold_max_model_len else 1
 
     def spend(plan: Plan, tokens: int, sequences: int, utilization: float = gpu_memory_utilization) -> MemoryBudget:
-        return _spend(model, device, plan, fmt, space, width, block_size, utilization, tokens, sequences)
+        return _spend(model, device, plan, split, fmt, space, width, block_size, utilization, tokens, sequences)
 
     budget = spend(plan, max_num_batched_tokens, max_num_seqs)
     if budget.num_tokens >= need:
@@ -195,7 +283,7 @@ def kv_blocks(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, *,
     # The least change first: more of the same memory, a smaller batch, then more devices.
     for share in range(int(100 * gpu_memory_utilization) + 1, int(100 * MOST_UTILIZATION) + 1):
         if spend(plan, max_num_batched_tokens, max_num_seqs, share / 100).num_tokens >= need:
-            remedies.append(f"raise engine.gpu_memory_utilization to at least {share / 100:g}")
+            remedies.append(f"raise {split.knob} to at least {share / 100:g}")
             break
     if budget.activation_bytes > LARGE_SHARE * device.usable_memory_bytes:
         # Where one of the two sizes the largest step the other does not help.
@@ -215,22 +303,23 @@ def kv_blocks(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, *,
     raise InputError("model.name", model.name, f"{what}: {budget.sum} for KV{per_rank}", ", or ".join(remedies))
 
 
-def _spend(model: ModelSpec, device: DeviceSpec, plan: Plan, fmt: WeightFormat, space: Workspace, kv_width: float,
-           block_size: int, gpu_memory_utilization: float, max_num_batched_tokens: int,
+def _spend(model: ModelSpec, device: DeviceSpec, plan: Plan, rule: KvRule, fmt: WeightFormat, space: Workspace,
+           kv_width: float, block_size: int, gpu_memory_utilization: float, max_num_batched_tokens: int,
            max_num_seqs: int) -> MemoryBudget:
     """The budget of the pipeline stage that has the fewest blocks, whether or not anything fits."""
     tp, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
     per_layer = model.layer_kv_bytes_per_token(kv_width, tp) * block_size
     is_parallel = tp > 1 or (plan.enable_expert_parallel and plan.data_parallel_size > 1)
-    other = space.non_torch_parallel_bytes if is_parallel else space.non_torch_bytes
-    other += space.cuda_graph_bytes
+    other = space.other_bytes(is_parallel)
     budgets = []
     for stage, layers in enumerate(plan.stage_layers(model.layers)):
         weights = rank_weight_bytes(model, plan, fmt, stage)
         activations = activation_bytes(model, plan, fmt, space, max_num_batched_tokens, max_num_seqs,
                                        stage == stages - 1)
-        left = device.usable_memory_bytes * gpu_memory_utilization - weights - activations - other
+        left = rule.kv_bytes(device.usable_memory_bytes, gpu_memory_utilization,
+                             {"weights": weights, "activations": activations, "other": other})
         budgets.append(MemoryBudget(
+            rule=rule,
             num_blocks=max(int(left // (per_layer * layers)), 0), block_size=block_size,
             block_bytes=per_layer * layers, visible_bytes=device.usable_memory_bytes,
             gpu_memory_utilization=gpu_memory_utilization, weight_bytes=weights, activation_bytes=activations,

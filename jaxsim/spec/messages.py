@@ -18,6 +18,8 @@ _SAME_AS = {
     "request_rate": "rate_rps", "requests": "num_requests", "num_prompts": "num_requests",
     "num_replicas": "replicas", "burstiness": "cv", "max_tokens": "output_limit", "classes": "tenants",
     "ttft": "ttft_ms", "tpot": "tpot_ms", "e2e": "e2e_ms", "kv_cache_dtype": "kv_dtype", "seeds": "num_seeds",
+    "mem_fraction_static": "gpu_memory_utilization", "free_gpu_memory_fraction": "gpu_memory_utilization",
+    "kv_cache_free_gpu_mem_fraction": "gpu_memory_utilization",
 }
 """What people write, and the field they mean."""
 

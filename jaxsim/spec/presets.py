@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.spec.engine import Admit, BlockRule, BlockSize, EngineConfig, Order, PhaseMix, Reserve, Victim
+from jaxsim.spec.memory import kv_rule
 from jaxsim.spec.messages import explain
 from jaxsim.spec.toml import parse_toml
 
@@ -79,7 +80,8 @@ class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One file of `scenarios/presets`.
 
-    host: whose host overheads the roofline takes, a name of `jaxsim.cost.roofline.HOSTS`. unconfirmed: flags
+    host: whose host overheads the roofline takes, a name of `jaxsim.cost.roofline.HOSTS`. kv_rule: whose rule
+    makes KV blocks of device memory, engine@version, a name of `jaxsim.spec.memory.KV_RULES`. unconfirmed: flags
     and numbers without a confirmed source.
     """
 
@@ -92,6 +94,7 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     host: str
     flags: Flags
     numbers: Numbers
+    kv_rule: str = "vllm@0.15"
     aliases: tuple[str, ...] = ()
     unconfirmed: tuple[str, ...] = ()
     expected: Expected = Expected()
@@ -108,6 +111,7 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     preset: str
     version: str
     host: str
+    kv_rule: str
     phase_mix: str
     chunked_prefill: bool
     reserve: str
@@ -142,7 +146,8 @@ def _decode(text: str, where: str) -> Preset:
         preset = msgspec.convert(values, Preset)
     except msgspec.ValidationError as error:
         raise explain(str(error), values, Preset) from None
-    cells = {"host", *Flags.__struct_fields__, *Numbers.__struct_fields__, *Expected.__struct_fields__}
+    kv_rule(preset.kv_rule)
+    cells = {"host", "kv_rule", *Flags.__struct_fields__, *Numbers.__struct_fields__, *Expected.__struct_fields__}
     for cell in preset.unconfirmed:
         if cell not in cells:
             raise InputError("engine.preset", where, f"unconfirmed names {cell!r}, which is no cell",
@@ -253,7 +258,7 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     ratio_start = min(expected.ratio_start * pick(engine.schedule_conservativeness, 1.0), 1.0)
     ratio_floor = ratio_start * expected.ratio_floor_factor
     return Scheduler(
-        preset=preset.name, version=preset.version, host=preset.host,
+        preset=preset.name, version=preset.version, host=preset.host, kv_rule=preset.kv_rule,
         phase_mix=phase_mix, order=order, reserve=reserve, victim=victim,
         chunked_prefill=chunked_prefill, decode_needs_free_block=block_rule,
         waiting_blocked_after_preempt=pick(engine.waiting_blocked_after_preempt,
@@ -304,6 +309,8 @@ def markdown() -> str:
             if name != "at_least_max_model_len":
                 cells = (_cell(p, getattr(p, group), name) for p in presets)
                 lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    lines.append("| `kv_rule` | " + " | ".join(_cell(p, p, "kv_rule") if p.flags.kv_accounting else "-"
+                                               for p in presets) + " |")
     lines.append("| host overhead of | " + " | ".join(_cell(p, p, "host") for p in presets) + " |")
     for name in Expected.__struct_fields__:
         cells = (_cell(p, p.expected, name) if p.flags.reserve == "expected" else "-" for p in presets)
@@ -312,7 +319,10 @@ def markdown() -> str:
               "\"lowest_priority\"`. `max_num_batched_tokens` counts prompt tokens only where `phase_mix` is",
               "`prefill_first`. Two schedulers compare as schedulers only under one host overhead: set",
               "`cost.host` in both; where a preset's own is marked **?** it is that of vLLM V1 in lack of a",
-              "measured one.",
+              "measured one. `kv_rule` is the engine, and the version of it, whose split of device memory",
+              "gives the KV blocks ([cost-model.md](cost-model.md), section 5); `gpu_memory_utilization` is the",
+              "share it calls by another name: SGLang `mem_fraction_static`, TensorRT-LLM",
+              "`free_gpu_memory_fraction`.",
               ""]
     for p in presets:
         also = f" (also `{'`, `'.join(p.aliases)}`)" if p.aliases else ""

@@ -35,10 +35,13 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Coefficient = Annotated[float, Meta(ge=0, le=MAX_ITERATION_S)]
 
-ArrivalKind = Literal["poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "azure-conv-2023",
-                      "trace"]
-_GENERATED = ("poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "azure-conv-2023")
+ArrivalKind = Literal["poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "closed-loop",
+                      "azure-conv-2023", "trace"]
+_GENERATED = ("poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "closed-loop", "azure-conv-2023")
+_WITHOUT_RATE = ("batch", "closed-loop")
 _FIELDS_OF_KIND = {
+    "concurrency": ("closed-loop",),
+    "think_s": ("closed-loop",),
     "cv": ("gamma", "weibull"),
     "rate_ratio": ("mmpp",),
     "high_dwell_s": ("mmpp",),
@@ -204,6 +207,8 @@ class WorkloadSection(_Section, frozen=True):
         num_requests: requests simulated; 1000, or the whole trace, if left out.
         seed: of all random draws; run k of `num_seeds` uses seed + k.
         cv: coefficient of variation of the gaps (gamma, weibull); 1 is as bursty as Poisson.
+        concurrency: clients that each have one request at a time (closed-loop).
+        think_s: from an answer to the client's next request; 0 if left out (closed-loop).
         rate_ratio: high rate over low rate (mmpp).
         high_dwell_s: mean time at the high rate (mmpp).
         low_dwell_s: mean time at the low rate (mmpp).
@@ -227,6 +232,8 @@ class WorkloadSection(_Section, frozen=True):
     num_requests: Annotated[int, Meta(ge=1, le=1 << 27)] | None = None
     seed: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
     cv: Positive | None = None
+    concurrency: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    think_s: NotNegative | None = None
     rate_ratio: Annotated[float, Meta(ge=1)] | None = None
     high_dwell_s: Positive | None = None
     low_dwell_s: Positive | None = None
@@ -249,7 +256,8 @@ class WorkloadSection(_Section, frozen=True):
         numbers = {name: getattr(self, name) for name in ("cv", "rate_ratio", "high_dwell_s", "low_dwell_s")}
         laws = {name: _plain(getattr(self, name)) for name in ("input", "output")}
         # Everything at once is any process at an infinite rate.
-        kind, rate_rps = {"batch": ("deterministic", math.inf), "mmpp": ("mmpp2", self.rate_rps)}.get(
+        kind, rate_rps = {
+            **dict.fromkeys(_WITHOUT_RATE, ("deterministic", math.inf)), "mmpp": ("mmpp2", self.rate_rps)}.get(
             self.kind, (self.kind, self.rate_rps))
         given = {**numbers, **laws, "output_limit": self.output_limit, "rate_rps": rate_rps}
         return {"kind": kind, "spearman": self.spearman, **{k: v for k, v in given.items() if v is not None}}
@@ -613,15 +621,16 @@ def _check_workload(s: Scenario) -> None:
             raise InputError(f"workload.{field}", _plain(value), f"has no effect with kind = {w.kind!r}",
                              "leave it out, or use kind = " + " or ".join(map(repr, kinds)))
     needed = {"gamma": ("cv",), "weibull": ("cv",), "mmpp": ("rate_ratio", "high_dwell_s", "low_dwell_s"),
-              "trace": ("trace",)}.get(w.kind, ())
-    if w.kind not in ("trace", "batch", "azure-conv-2023"):
+              "trace": ("trace",), "closed-loop": ("concurrency",)}.get(w.kind, ())
+    if w.kind not in ("trace", *_WITHOUT_RATE, "azure-conv-2023"):
         needed = ("rate_rps", *needed)
     for field in needed:
         if getattr(w, field) is None:
             raise InputError(f"workload.{field}", None, f"missing, and kind = {w.kind!r} needs it",
                              f"give {describe(hints(WorkloadSection)[field])}")
-    if w.kind == "batch" and w.rate_rps is not None:
-        raise InputError("workload.rate_rps", w.rate_rps, "has no effect where all arrive at once",
+    if w.kind in _WITHOUT_RATE and w.rate_rps is not None:
+        why = "all arrive at once" if w.kind == "batch" else "answers bring requests about"
+        raise InputError("workload.rate_rps", w.rate_rps, f"has no effect where {why}",
                          "leave it out, or use kind = 'poisson'")
     if w.lengths_from is not None:
         for field in ("input", "output", "spearman"):

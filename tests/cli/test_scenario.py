@@ -81,6 +81,9 @@ REFUSALS = [
     (changed(workload__kind="mmpp", workload__rate_ratio=4), "workload.high_dwell_s", "missing"),
     (changed(workload__kind="trace"), "workload.input", "no effect"),
     (changed(workload__kind="batch"), "workload.rate_rps", "no effect"),
+    (changed(workload__kind="closed-loop", workload__concurrency=4), "workload.rate_rps", "answers bring requests"),
+    (changed(workload__kind="closed-loop", workload__rate_rps=None), "workload.concurrency", "missing"),
+    (changed(workload__think_s=1.0), "workload.think_s", "no effect with kind"),
     (changed(workload={"kind": "trace"}), "workload.trace", "missing"),
     (changed(workload__output__kind="log-norml"), "workload.output.kind", "did you mean 'log-normal'"),
     (changed(workload__output__tokens=None), "workload.output.tokens", "missing"),
@@ -156,6 +159,7 @@ WORKLOADS = [
     {"kind": "mmpp", "rate_rps": 4.0, "rate_ratio": 5.0, "high_dwell_s": 2.0, "low_dwell_s": 8.0,
      "input": {"kind": "quantiles", "levels": [0.0, 0.5, 1.0], "tokens": [3, 30, 300]}, "output": 7},
     {"kind": "batch", "input": 10, "output": 5},
+    {"kind": "closed-loop", "concurrency": 8, "think_s": 0.5, "input": 10, "output": 5},
     {"kind": "azure-conv-2023", "rate_rps": 9.0, "output_limit": 100},
     {"kind": "azure-conv-2023"},
 ]
@@ -167,7 +171,7 @@ def test_generated_workloads_can_be_drawn(workload):
     drawn = named.generator(**section.generator_arguments()).sample(3, 200)
     if section.rate_rps is not None:
         assert drawn.arrival_s[-1] == pytest.approx(200 / section.rate_rps, rel=0.7)
-    if section.kind == "batch":
+    if section.kind in ("batch", "closed-loop"):
         assert (drawn.arrival_s == 0).all()
     if section.output_limit is not None:
         assert drawn.output_tokens.max() <= 100 and (drawn.max_tokens == 100).all()

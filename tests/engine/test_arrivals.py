@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxsim
+from jaxsim import Scenario
 from jaxsim.engine import loop
 from jaxsim.kernels import clock
 from jaxsim.policy.arrivals import ClosedLoop, SortedArrivals
@@ -71,3 +73,22 @@ def test_a_traced_rate_is_that_rate():
     given = [replace(case, arrival_s=case.arrival_s * f) for case, f in zip(batch, factor, strict=True)]
     for lane, (case, want) in enumerate(zip(batch, c.simulate(given, flags, dims, "mixed"), strict=True)):
         assert c.differences(c.unpack(dims, traced, lane, len(case)), want) == []
+
+
+def test_clients_of_a_scenario():
+    """From the file to the frame: as many requests in the system as there are clients, until no more are sent."""
+    form = {"a": 0.01, "b": 1e-5, "c": 1e-7, "d": 1e-5}
+    made = Scenario.from_dict({
+        "schema_version": 1, "num_seeds": 2, "cluster": {"replicas": 2},
+        "engine": {"max_num_seqs": 4, "max_num_batched_tokens": 256, "max_model_len": 256,
+                   "num_gpu_blocks_override": 40},
+        "workload": {"kind": "closed-loop", "concurrency": 12, "think_s": 0.25, "num_requests": 200, "input": 60,
+                     "output": {"kind": "uniform", "min_tokens": 1, "max_tokens": 80}},
+        "cost": {"kind": "fitted", "prefill": form, "decode": form}})
+    result = jaxsim.simulate(made)
+    assert not result.faults
+    for _, frame in result.requests.groupby("seed"):
+        arrival = np.sort(frame["arrival_s"])
+        finish = np.sort(frame["arrival_s"] + frame["e2e_s"])
+        assert np.all(arrival[:12] == 0)
+        assert np.allclose(arrival[12:], finish[:-12] + 0.25, atol=1e-6)
