@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxsim._core.errors import InputError
-from jaxsim.spec.device import DeviceSpec, device_catalogue, load_device
+from jaxsim.spec.device import VISIBLE_SHARE, DeviceSpec, device_catalogue, load_device
 
 # Tokens at which a 16-bit GEMM turns from memory- to compute-bound, (bytes / 2) peak / bandwidth.
 RIDGE_TOKENS = {"a100-80gb": 153, "h100": 295, "h200": 206, "b200": 292, "mi300x": 247, "a40": 215,
@@ -88,7 +88,8 @@ def test_peak_falls_back_to_a_wider_type():
 
 
 def test_memory():
-    assert load_device("h100").usable_memory_bytes == pytest.approx(79.19 * 2**30, rel=1e-6)
+    assert load_device("h100").usable_memory_bytes == int(VISIBLE_SHARE * 80 * 2**30)
+    assert load_device("rtx4090").usable_memory_bytes == 25250627584
     plain = DeviceSpec(name="mine", memory_bytes_per_s=1e12, bf16_flops=1e14, memory_bytes=2**34)
     assert 0.97 * 2**34 < plain.usable_memory_bytes < 2**34
     with pytest.raises(InputError, match="memory .* is not known"):
