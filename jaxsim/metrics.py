@@ -62,8 +62,11 @@ class LaneResult:
     busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
         KV blocks in use times seconds, running sequences times seconds. kv_peak_blocks: the most in use.
     num_blocks: KV blocks of one instance (0 where memory is no limit). num_iterations: of all instances.
+    front_end_s: that every request spends outside the engine, in its latencies.
     fault: the bound that stopped the simulation, empty if none did.
-    num_prefix_blocks: ids of shared prefix blocks that the workload carries.
+    num_prefix_blocks: ids of shared prefix blocks that the workload carries. cached_tokens: of each prompt, those found
+        in the prefix cache when it was first admitted; None without one.
+    extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs.
     """
@@ -93,6 +96,9 @@ class LaneResult:
     prefill_stall_s: Float[np.ndarray, " requests"] | None = None
     tenant_names: tuple[str, ...] = ("default",)
     num_prefix_blocks: int = 0
+    cached_tokens: Int[np.ndarray, " requests"] | None = None
+    extrapolated_share: float | None = None
+    front_end_s: float = 0.0
 
     @property
     def num_requests(self) -> int:
@@ -116,10 +122,10 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
     """One row a request, in the published columns of `requests.parquet`; a value that does not exist is
     missing.
 
-    queue_s + prefill_s + decode_s + stall_s = e2e_s. Where the engine does not say which stalls came before
-    the first token, stalls are taken out of the decode phase first.
+    front_end_s + queue_s + prefill_s + decode_s + stall_s = e2e_s. Where the engine does not say which stalls came
+    before the first token, stalls are taken out of the decode phase first.
     """
-    ttft = lane.first_token_s - lane.arrival_s
+    ttft = lane.first_token_s - lane.arrival_s + lane.front_end_s
     after_first = lane.finish_s - lane.first_token_s
     if lane.prefill_stall_s is None:
         # An unfinished request has no decode phase to take anything from.
@@ -136,13 +142,15 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "output_tokens": np.asarray(lane.output_tokens, np.int64),
         "ttft_s": ttft,
         "tpot_s": tpot,
-        "e2e_s": lane.finish_s - lane.arrival_s,
+        "e2e_s": lane.finish_s - lane.arrival_s + lane.front_end_s,
         "queue_s": lane.scheduled_s - lane.arrival_s,
         "prefill_s": lane.first_token_s - lane.scheduled_s - early,
         "decode_s": after_first - (lane.stall_s - early),
         "stall_s": np.asarray(lane.stall_s, np.float64),
         "transfer_s": np.zeros(lane.num_requests),
-        "cached_tokens": np.zeros(lane.num_requests, np.int64),
+        "front_end_s": np.full(lane.num_requests, lane.front_end_s),
+        "cached_tokens": np.zeros(lane.num_requests, np.int64) if lane.cached_tokens is None else
+        np.asarray(lane.cached_tokens, np.int64),
         "preemptions": np.asarray(lane.preemptions, np.int64),
         "instance": np.asarray(lane.instance, np.int64),
         "tenant": np.asarray(lane.tenant_names, object)[np.asarray(lane.tenant)],
@@ -237,6 +245,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "tenants": _tenants_group(lane, measured, met),
         "kv": _kv_group(lane),
         "utilisation": _utilisation_group(lane),
+        "cost": {"extrapolated_share": lane.extrapolated_share},
         "num_requests": len(measured),
         "num_warmup_requests": lane.num_requests - len(measured),
         "unstable": is_unstable(lane),

@@ -80,6 +80,7 @@ def _call(function: Callable, name: str, **marks: str):
     if marks and not POSSIBLE.issuperset(_operations(called.trace().jaxpr.jaxpr)):
         marks = {}
     leaves, structure = jax.tree.flatten(called())
-    # The marks of one result are those of the call that gives it.
-    leaves[0] = set_xla_metadata(leaves[0], inlineable="false", **marks)
+    # The marks of one result are those of the call that gives it; a stage that only passes inputs on has none.
+    if leaves:
+        leaves[0] = set_xla_metadata(leaves[0], inlineable="false", **marks)
     return jax.tree.unflatten(structure, leaves)

@@ -21,7 +21,8 @@ class BatchStats(eqx.Module):
     """One iteration of one executor.
 
     num_decode: sequences that decode one token each.
-    decode_context: KV tokens read by them, the new one included, summed.
+    decode_context: KV tokens read by them, the new one included, summed; decode_shared: those of them that another
+    sequence of the batch reads as well (cached prefixes), each sequence after the first counted.
     num_prefill: prompt chunks; prefill_tokens: their new tokens; prefill_context: the KV tokens each ends with
     (history + chunk), summed; prefill_pairs: sum of (history + chunk)^2 - history^2, which is twice the causal
     query-key pairs less the tokens.
@@ -35,15 +36,21 @@ class BatchStats(eqx.Module):
     prefill_context: Int[Array, ""]
     prefill_pairs: Float[Array, ""]
     num_sampled: Int[Array, ""]
+    decode_shared: Int[Array, ""] | int = 0
+
+    @property
+    def distinct_context(self) -> Int[Array, ""]:
+        """KV tokens that decodes read, those in shared blocks once."""
+        return self.decode_context - self.decode_shared
 
     @classmethod
     def of(cls, num_decode=0, decode_context=0, num_prefill=0, prefill_tokens=0, prefill_context=0,
-           prefill_pairs=0.0, num_sampled=None) -> "BatchStats":
+           prefill_pairs=0.0, num_sampled=None, decode_shared=0) -> "BatchStats":
         """From plain numbers; `num_sampled` defaults to every sequence in the batch."""
         num_sampled = num_decode + num_prefill if num_sampled is None else num_sampled
         ints = (num_decode, decode_context, num_prefill, prefill_tokens, prefill_context)
         return cls(*(jnp.asarray(x, jnp.int32) for x in ints), jnp.asarray(prefill_pairs, jnp.float32),
-                   jnp.asarray(num_sampled, jnp.int32))
+                   jnp.asarray(num_sampled, jnp.int32), jnp.asarray(decode_shared, jnp.int32))
 
 
 class DecodePace(eqx.Module):
@@ -65,8 +72,9 @@ class AbstractIterationCost(eqx.Module):
         """Seconds of one iteration of any composition."""
 
     @abc.abstractmethod
-    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> DecodePace:
-        """Pace of decode-only iterations; `context` is the first iteration's `decode_context`."""
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0
+               ) -> DecodePace:
+        """Pace of decode-only iterations; `context`, `shared` are the first one's `decode_context`, `decode_shared`."""
 
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """What float32 left of `seconds = iteration(stats)`, where the model is known better than that."""
@@ -88,9 +96,10 @@ class OneOf(AbstractIterationCost):
         """Seconds by the chosen cost."""
         return self._chosen(lambda cost: cost.iteration(stats))
 
-    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> DecodePace:
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0
+               ) -> DecodePace:
         """Pace by the chosen cost."""
-        return self._chosen(lambda cost: cost.decode(num_sequences, context))
+        return self._chosen(lambda cost: cost.decode(num_sequences, context, shared))
 
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """Remainder by the chosen cost."""

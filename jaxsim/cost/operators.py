@@ -1,7 +1,7 @@
 """What one iteration asks of a rank: FLOP, bytes, kernels and messages of every operator.
 
 Pure counting, no device: `token_work` for what depends on the tokens of the iteration, `head_work` for what
-depends on the sequences that are sampled, `AttentionWork` for the per-token, per-pair amounts of attention.
+depends on the sequences that are sampled, `attention_shape` and `AttentionWork` for attention.
 Counts are for one rank and one call; `calls` says how many layers make the call.
 
 Symbols: m tokens, d hidden, H heads, K KV heads, dh head size, f FFN size, E experts, k experts a token.
@@ -14,17 +14,19 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsim.cost.attention import AttentionShape, LatentShape
+from jaxsim.cost.gemm import ExpertLoad, expected_blocks
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, WeightFormat
 
-GEMM, EXPERTS, ELEMENTWISE, ALL_REDUCE, ALL_TO_ALL, HOP = (
-    "gemm", "experts", "elementwise", "all_reduce", "all_to_all", "hop")
+GEMM, EXPERTS, ELEMENTWISE, ALL_REDUCE, ALL_GATHER, ALL_TO_ALL, HOP = (
+    "gemm", "experts", "elementwise", "all_reduce", "all_gather", "all_to_all", "hop")
 
 EXPERT_KERNELS = 12
-"""Kernel-floor units of a fused MoE block: routing, alignment, two grouped products, activation, sum.
+"""Launches of a fused MoE block: routing, alignment, two grouped products, activation, sum, and casts and fills."""
 
-Source: floor of 48 us in vLLM 0.19 MoE tables on H100 (aiconfigurator), at 4 us each.
-"""
+EXPERT_TILES = (8, 16, 32, 64, 128)
+"""Tile heights any kernel of routed experts has."""
 
 SAMPLER_KERNELS = 8
 """Kernels of the sampler. Source: 25 us at batch 1 in vLLM 0.19 layer timings on an RTX PRO 6000."""
@@ -32,8 +34,8 @@ SAMPLER_KERNELS = 8
 LOGIT_BYTES = 8
 """Bytes moved for each logit in sampling. Source: the same timings, 0.55 us a sequence at 128,256 entries."""
 
-WINDOW_AS_FULL_TOKENS = 1024
-"""Windows from this size on are priced in prefill as if they never filled, smaller ones as always full."""
+LARGE_WINDOW_TOKENS = 1024
+"""Decodes are taken to have filled windows smaller than this (`window_s` of their kernel)."""
 
 LOGITS_MESSAGE_BYTES = 2
 
@@ -45,9 +47,9 @@ DISTINCT_EXPERTS = (TOPK, EXPECTED, ALL)
 class Work(NamedTuple):
     """One operator, over an array of token counts.
 
-    flops, weight_bytes, activation_bytes: of one call. tile_flops: FLOP of one row per weight matrix read, by
-    which the half-saturation count of the efficiency curve is weighed. message_bytes and ranks: of a
-    collective.
+    flops, weight_bytes, activation_bytes: of one call. shape: (m, n, k) of a GEMM; is_linear: whether it is in the
+    format of the linear layers, or in 16 bits. load: of routed experts. message_bytes and ranks: of a collective, the
+    whole buffer of one call.
     kernels: launches of one call; calls: layers that make it.
     """
 
@@ -56,11 +58,13 @@ class Work(NamedTuple):
     calls: float
     kernels: float
     flops: Float[Array, " counts"] | float = 0.0
-    tile_flops: Float[Array, " counts"] | float = 0.0
     weight_bytes: Float[Array, " counts"] | float = 0.0
     activation_bytes: Float[Array, " counts"] | float = 0.0
     message_bytes: Float[Array, " counts"] | float = 0.0
     ranks: int = 1
+    shape: tuple | None = None
+    is_linear: bool = True
+    load: ExpertLoad | None = None
 
 
 def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: str = EXPECTED
@@ -78,11 +82,9 @@ def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: st
     return -model.experts * jnp.expm1(tokens * jnp.log1p(-share))
 
 
-def _gemm(name, calls, m, rows, columns, weight_bytes, activation_bytes):
-    per_token = 2.0 * rows * columns
-    return Work(name, GEMM, calls, 1, flops=per_token * m, tile_flops=per_token,
-                weight_bytes=rows * columns * weight_bytes,
-                activation_bytes=m * (rows + columns) * activation_bytes)
+def _gemm(name, calls, m, rows, columns, weight_bytes, activation_bytes, is_linear=True):
+    return Work(name, GEMM, calls, 1, flops=2.0 * rows * columns * m, weight_bytes=rows * columns * weight_bytes,
+                activation_bytes=m * (rows + columns) * activation_bytes, shape=(m, columns, rows), is_linear=is_linear)
 
 
 def _ffn(name, calls, m, hidden, inner, gated, weight_bytes, activation_bytes):
@@ -122,17 +124,19 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str) 
         pairs = pairs + jnp.sqrt(2 * jnp.log(float(plan.expert_ranks)) * pairs)
         pairs = jnp.minimum(pairs, together * min(model.experts_per_token, rank.num_experts))
     one = 2.0 * matrices * d * rank.moe_ffn
-    work = [_gemm("router", calls, m, d, model.experts, fmt.other_bytes, a),
-            Work("experts", EXPERTS, calls, EXPERT_KERNELS, flops=one * pairs, tile_flops=one * distinct,
-                 weight_bytes=matrices * d * rank.moe_ffn * fmt.expert_bytes * distinct,
-                 activation_bytes=pairs * (2 * d + matrices * rank.moe_ffn) * a)]
+    weights = matrices * d * rank.moe_ffn * fmt.expert_bytes * distinct
+    load = ExpertLoad(together, {rows: expected_blocks(pairs, distinct, rows) for rows in EXPERT_TILES}, weights,
+                      model.experts_per_token, model.experts, d, rank.moe_ffn, model.gated, a)
+    work = [_gemm("router", calls, m, d, model.experts, fmt.other_bytes, a, is_linear=False),
+            Work("experts", EXPERTS, calls, EXPERT_KERNELS, flops=one * pairs, weight_bytes=weights,
+                 activation_bytes=pairs * (2 * d + matrices * rank.moe_ffn) * a, load=load)]
     if model.shared_experts:
         inner = model.shared_experts * model.moe_ffn // plan.tensor_parallel_size
         work += _ffn("shared_expert", calls, m, d, inner, model.gated, fmt.linear_bytes, a)
     if plan.enable_expert_parallel and plan.data_parallel_size > 1:
         message = m * model.experts_per_token * d * a / plan.tensor_parallel_size
-        work.append(Work("expert_exchange", ALL_TO_ALL, calls, 2, message_bytes=2 * message,
-                         ranks=plan.expert_ranks))
+        # Dispatch and combine.
+        work.append(Work("expert_exchange", ALL_TO_ALL, 2 * calls, 1, message_bytes=message, ranks=plan.expert_ranks))
     return work
 
 
@@ -171,12 +175,11 @@ def head_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, sampled: Float[Ar
     """LM head and sampler over the sampled sequences (at least one: engines sample a discarded row)."""
     n, tp, a = jnp.maximum(sampled, 1.0), plan.tensor_parallel_size, fmt.activation_bytes
     work = [Work("final_norm", ELEMENTWISE, 1, 1, activation_bytes=2 * n * model.hidden * a),
-            _gemm("lm_head", 1, n, model.hidden, model.vocab / tp, fmt.other_bytes, a),
+            _gemm("lm_head", 1, n, model.hidden, model.vocab / tp, fmt.other_bytes, a, is_linear=False),
             Work("sampler", ELEMENTWISE, 1, SAMPLER_KERNELS, activation_bytes=n * model.vocab * LOGIT_BYTES)]
     if tp > 1:
-        # A gather costs half of an all-reduce of the gathered size.
-        work.append(Work("logits_gather", ALL_REDUCE, 1, 1,
-                         message_bytes=n * model.vocab * LOGITS_MESSAGE_BYTES / 2, ranks=tp))
+        work.append(Work("logits_gather", ALL_GATHER, 1, 1, message_bytes=n * model.vocab * LOGITS_MESSAGE_BYTES,
+                         ranks=tp))
     return work
 
 
@@ -185,9 +188,8 @@ class AttentionWork(NamedTuple):
 
     decode_bytes, decode_flops: for each context token a decode reads. pair_flops: for each unit of
         prefill_pairs (twice the causal pairs).
-    chunk_bytes, chunk_flops: for each KV token a prompt chunk reads.
+    chunk_bytes, chunk_flops: for each KV token a prompt chunk reads from the cache.
     token_flops: for each token of a chunk, the diagonal of the causal triangle.
-    items: work items a decoding sequence splits into.
     full_layers, window_layers: how many layers see everything, or only the window.
     """
 
@@ -197,7 +199,6 @@ class AttentionWork(NamedTuple):
     chunk_bytes: float
     chunk_flops: float
     token_flops: float
-    items: int
     full_layers: int
     window_layers: int
 
@@ -207,7 +208,7 @@ def attention_work(model: ModelSpec, plan: Plan, kv_bytes: float) -> AttentionWo
 
     GQA: decode 4 H dh FLOP and 2 K dh b bytes a context token; prefill 2 H dh FLOP a unit of prefill_pairs.
     MLA, absorbed decode: H (4 d_c + 2 d_r) FLOP over (d_c + d_r) b bytes; prefill H (d_nope + d_r + d_v) a
-    unit, and 2 d_c H (d_nope + d_v) to expand each cached token again.
+    unit, and 2 d_c H (d_nope + d_v) to expand each cached token again (a chunk's own are expanded by `latent_up`).
     """
     rank = model.rank_shape(plan.tensor_parallel_size)
     cached = model.layer_kv_bytes_per_token(kv_bytes, plan.tensor_parallel_size)
@@ -217,6 +218,16 @@ def attention_work(model: ModelSpec, plan: Plan, kv_bytes: float) -> AttentionWo
                                  model.kv_lora_rank)
         pair = rank.heads * (nope + rope + v)
         return AttentionWork(cached, rank.heads * (4 * latent + 2 * rope), pair, cached,
-                             2 * latent * rank.heads * (nope + v), pair, 1, *layers)
+                             2 * latent * rank.heads * (nope + v), pair, *layers)
     pair = 2 * rank.heads * model.head_dim
-    return AttentionWork(cached, 2 * pair, pair, cached, 0, pair, rank.kv_heads, *layers)
+    return AttentionWork(cached, 2 * pair, pair, cached, 0, pair, *layers)
+
+
+def attention_shape(model: ModelSpec, plan: Plan, fmt: WeightFormat, kv_bytes: float, *, windowed: bool = False
+                    ) -> AttentionShape | LatentShape:
+    """Attention of one layer on one rank, of a windowed layer or of a full one."""
+    rank = model.rank_shape(plan.tensor_parallel_size)
+    if model.is_mla:
+        return LatentShape(rank.heads, model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim,
+                           model.v_head_dim, kv_bytes, fmt.linear_bytes < 2, model.hidden)
+    return AttentionShape(rank.heads, rank.kv_heads, model.head_dim, kv_bytes, model.sliding_window if windowed else 0)

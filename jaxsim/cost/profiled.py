@@ -12,6 +12,7 @@ Reduction of a batch: n decodes at their mean context; all chunks as one of thei
 `prefill_pairs / prefill_tokens` keys a token (for one chunk exact, for several the pairs are kept).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -22,12 +23,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsim._core.errors import InputError
-from jaxsim.cost import operators
+from jaxsim.cost import attention, operators
 from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats, DecodePace
+from jaxsim.cost.gemm import expected_blocks
 from jaxsim.cost.profile import OPERATORS, OperatorTable, Profile, Rate, Resampled, interpolate
 from jaxsim.cost.roofline import Roofline, pad_to_graph
 from jaxsim.kernels import octaves
+from jaxsim.spec.device import DeviceSpec, load_device
 from jaxsim.spec.model import ModelSpec, load_model
+from jaxsim.spec.plan import kv_cache_bytes, weight_format
 
 DECODE_DEVICE, DECODE_LAUNCH, MIXED_LAUNCH, SERIAL = range(4)
 """Columns of `Profiled.by_sequences`."""
@@ -120,7 +124,7 @@ class Profiled(AbstractIterationCost):
         prefill = _interpolate(self.prefill_attention, [
             _cell(CHUNK, stats.prefill_tokens, chunks), _cell(KEYS, keys, columns)])
         if self.mixed_attention is None:
-            alone = self._decode_attention(stats.num_decode, stats.decode_context)
+            alone = self._decode_attention(stats.num_decode, stats.distinct_context)
             return prefill + jnp.maximum(alone - self.attention_floor_s, 0.0)
         count = jnp.maximum(stats.num_decode, 1)
         sizes = self.mixed_attention.shape
@@ -129,11 +133,11 @@ class Profiled(AbstractIterationCost):
         return prefill + _interpolate(self.mixed_attention, [
             (knot, position - knot.astype(jnp.float32)), _cell(MIXED_KEYS, keys, sizes[1]),
             _cell(MIXED_DECODES, stats.num_decode, sizes[2]),
-            _cell(MIXED_CONTEXT, lax.div(stats.decode_context, count), sizes[3], count, stats.decode_context)])
+            _cell(MIXED_CONTEXT, lax.div(stats.distinct_context, count), sizes[3], count, stats.distinct_context)])
 
     def attention(self, stats: BatchStats) -> Float[Array, ""]:
         """Seconds of attention, all layers."""
-        return jnp.where(stats.num_prefill == 0, self._decode_attention(stats.num_decode, stats.decode_context),
+        return jnp.where(stats.num_prefill == 0, self._decode_attention(stats.num_decode, stats.distinct_context),
                          self._mixed_attention(stats))
 
     def device_seconds(self, stats: BatchStats) -> Float[Array, ""]:
@@ -149,8 +153,10 @@ class Profiled(AbstractIterationCost):
         launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
         return row[SERIAL] + jnp.maximum(launch, self.device_seconds(stats))
 
-    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> DecodePace:
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0
+               ) -> DecodePace:
         """Pace until the mean context leaves its cell or the device overtakes the host."""
+        context = context - shared
         row = self._row(num_sequences)
         rows, columns = self.decode_attention.shape
         count = jnp.maximum(num_sequences, 1)
@@ -179,8 +185,8 @@ class _Rates(NamedTuple):
 
     base: Roofline
 
-    def _seconds(self, work: operators.Work) -> np.ndarray:
-        return np.asarray(self.base._seconds(work), np.float64) / work.calls
+    def _seconds(self, work: operators.Work) -> jax.Array:
+        return self.base.call_seconds(work)
 
     def _work(self, name: str, counts) -> operators.Work | None:
         base, counts = self.base, jnp.asarray(counts, float)
@@ -190,6 +196,19 @@ class _Rates(NamedTuple):
 
     def of(self, name: str) -> Rate:
         """The rate of a table by its name."""
+        rate = jax.jit(self._of(name))
+
+        def in_blocks(*axes):
+            # Ragged tables ask for many sizes: few of them are compiled.
+            axes = np.broadcast_arrays(*(np.asarray(axis, np.float64) for axis in axes))
+            size = axes[0].size
+            flat = [np.pad(axis.reshape(-1), (0, max(1 << max(size - 1, 0).bit_length(), 64) - size), mode="edge")
+                    for axis in axes]
+            return np.broadcast_to(np.asarray(rate(*flat), np.float64), flat[0].shape)[:size].reshape(axes[0].shape)
+
+        return in_blocks
+
+    def _of(self, name: str) -> Rate:
         if name.startswith(("attention_", "latent_")) and name in _ATTENTION:
             return getattr(self, _ATTENTION[name])
         if name == "host_step":
@@ -201,67 +220,68 @@ class _Rates(NamedTuple):
                 return lambda x: 1.0 + 0.0 * x
             return lambda x: self._seconds(work._replace(message_bytes=jnp.asarray(x, float)))
         if name == "experts_touched":
-            return self.experts
+            return self._experts()
         if self._work(covered, 1.0) is None:
             return lambda x: 1.0 + x
         return lambda x: self._seconds(self._work(covered, x)) + 0.0 * x
 
-    def experts(self, tokens, experts) -> np.ndarray:
+    def _experts(self) -> Rate:
         """An expert block of `tokens` tokens on this rank's experts, `experts` of them touched."""
-        model, one = self.base.model, self._expert_flops
-        pairs = jnp.asarray(tokens * model.experts_per_token, float)
-        touched = jnp.asarray(np.minimum(experts, pairs), float)
-        template = self._work("experts", 1.0)
-        weights = float(template.weight_bytes) / (float(template.tile_flops) / one)
-        activations = float(template.activation_bytes) / (float(template.flops) / one)
-        return self._seconds(template._replace(flops=one * pairs, tile_flops=one * touched,
-                                               weight_bytes=weights * touched, activation_bytes=activations * pairs))
+        model, template = self.base.model, self._work("experts", 1.0)
+        weights = float(template.weight_bytes) / float(self.expert_load(1.0)[1])
 
-    @property
-    def _expert_flops(self) -> float:
-        """FLOP of one token in one expert."""
-        model, plan = self.base.model, self.base.plan
-        return 2.0 * (3 if model.gated else 2) * model.hidden * model.rank_shape(
-            plan.tensor_parallel_size, plan.expert_ranks).moe_ffn
+        def seconds(tokens, experts):
+            pairs = tokens * model.experts_per_token
+            touched = jnp.minimum(experts, pairs)
+            load = template.load._replace(
+                tokens=tokens, weight_bytes=weights * touched,
+                blocks={rows: expected_blocks(pairs, touched, rows) for rows in operators.EXPERT_TILES})
+            return self._seconds(template._replace(load=load))
+
+        return seconds
 
     def expert_load(self, tokens) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of this rank's experts and distinct ones touched, in an iteration of `tokens`."""
-        work = self._work("experts", tokens)
-        pairs, touched = (np.asarray(x, np.float64) / self._expert_flops for x in (work.flops, work.tile_flops))
-        return pairs / self.base.model.experts_per_token, touched
+        model, plan, fmt = self.base.model, self.base.plan, self.base.weights
+        work, matrices = self._work("experts", tokens), 3 if model.gated else 2
+        size = matrices * model.hidden * model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks).moe_ffn
+        pairs = np.asarray(work.flops, np.float64) / (2.0 * size)
+        return pairs / model.experts_per_token, np.asarray(work.weight_bytes, np.float64) / (size * fmt.expert_bytes)
 
-    def decode(self, sequences, context) -> np.ndarray:
+    def decode(self, sequences, context) -> jax.Array:
         """Decode attention of one layer."""
-        return float(self.base.attention_floor_s) + self._reads(sequences, context)
+        base, shape = self.base, self.base.attention_shape()
+        kernel, counts = base.latent or base.decode, jnp.asarray(sequences, float)
+        return (kernel.fixed_seconds(shape, counts, base.rates())
+                + kernel.slope(shape, counts, base.rates()) * counts * context)
 
-    def _reads(self, sequences, context):
-        base, work = self.base, operators.attention_work(self.base.model, self.base.plan, self.base.kv_bytes)
-        slope = max(work.decode_bytes / float(base.memory_bytes_per_s * base.decode_read_efficiency),
-                    work.decode_flops / float(base.attention_flops * base.decode_flops_efficiency))
-        return sequences * (work.items * float(base.attention_item_s) + slope * context)
+    def prefill(self, tokens, keys) -> jax.Array:
+        """Prefill attention of one layer: one chunk with its history, or chunks of `keys` without."""
+        return self.mixed(tokens, keys, 0.0, 0.0)
 
-    def prefill(self, tokens, keys) -> np.ndarray:
-        """Prefill attention of one layer; the KV tokens read are those of one chunk, or of chunks of `keys`."""
-        base, work = self.base, operators.attention_work(self.base.model, self.base.plan, self.base.kv_bytes)
-        pair = work.pair_flops / float(base.attention_flops * base.prefill_efficiency)
-        read = float(base.sweep_s) + work.chunk_bytes / float(base.memory_bytes_per_s * base.decode_read_efficiency)
-        return (float(base.attention_floor_s) + pair * tokens * (keys + 1)
-                + read * np.maximum((keys + tokens) / 2, tokens))
-
-    def mixed(self, tokens, keys, sequences, context) -> np.ndarray:
+    def mixed(self, tokens, keys, sequences, context) -> jax.Array:
         """Both in one call."""
-        return self.prefill(tokens, keys) + self._reads(sequences, context)
+        base, shape = self.base, self.base.attention_shape()
+        kernel = base.latent or base.prefill
+        coefficients = kernel.coefficients(shape, base.rates())
+        tokens, keys, sequences, context = (jnp.asarray(x, float) for x in (tokens, keys, sequences, context))
+        chunks = jnp.maximum(tokens / jnp.maximum(keys, 1.0), 1.0)
+        both = attention.chunk_seconds(coefficients, tokens, chunks, tokens * keys,
+                                       jnp.maximum((keys + tokens) / 2, tokens), sequences, sequences * context)
+        floor = kernel.chunk_floor(shape)
+        apart = jnp.where(sequences > 0, jnp.maximum(self.decode(sequences, context) - floor, 0.0), 0.0)
+        return floor + both + coefficients[attention.APART] * apart
 
     def _projections(self, tokens):
         names = OPERATORS["latent_decode"].covers
         works = [w for name in names if (w := self._work(name, tokens)) is not None]
         return sum((self._seconds(w) for w in works), np.zeros(()))
 
-    def latent_decode(self, sequences, context) -> np.ndarray:
+    def latent_decode(self, sequences, context) -> jax.Array:
         """Decode attention with its projections."""
         return self.decode(sequences, context) + self._projections(sequences)
 
-    def latent_prefill(self, tokens, keys) -> np.ndarray:
+    def latent_prefill(self, tokens, keys) -> jax.Array:
         """Prefill attention with its projections."""
         return self.prefill(tokens, keys) + self._projections(tokens)
 
@@ -299,8 +319,16 @@ def _off(table: OperatorTable, index: int, ratio: float, what: str) -> None:
 
 
 def check_system(profile: Profile, base: Roofline) -> None:
-    """Refuse a profile of another model shape or another parallel degree. Raises `InputError`."""
+    """Refuse a profile of another model shape, parallel degree or width of numbers. Raises `InputError`."""
     model, plan = base.model, base.plan
+    measured = _bytes(lambda: weight_format(profile.dtype).linear_bytes)
+    if profile.dtype != "auto" and measured and measured != base.weights.linear_bytes:
+        raise InputError("profile.dtype", profile.dtype, f"has {measured:g} bytes a weight, the model that runs"
+                         f" {base.weights.linear_bytes:g}", "use a profile of that format, or change model.dtype")
+    measured = _bytes(lambda: kv_cache_bytes(profile.kv_dtype))
+    if profile.kv_dtype != "auto" and measured and measured != base.kv_bytes:
+        raise InputError("profile.kv_dtype", profile.kv_dtype, f"has {measured:g} bytes a number, the KV cache that"
+                         f" runs {base.kv_bytes:g}", "use a profile of that format, or change model.kv_dtype")
     if profile.tensor_parallel_size != plan.tensor_parallel_size:
         raise InputError("profile.tensor_parallel_size", profile.tensor_parallel_size,
                          f"differs from engine.tensor_parallel_size = {plan.tensor_parallel_size}",
@@ -319,6 +347,29 @@ def check_system(profile: Profile, base: Roofline) -> None:
             if ours != theirs and not _may_differ(field, model, profile):
                 raise InputError("profile.model", profile.model, f"has {field} = {theirs}, {model.name} has {ours}",
                                  "use a profile of the model that runs")
+
+
+def check_device(profile: Profile, device: DeviceSpec) -> None:
+    """Refuse a profile of another device, where both are in the catalogue. Raises `InputError`."""
+    measured, ours = _known_device(profile.device), _known_device(device.name)
+    if measured and ours and measured != ours:
+        raise InputError("profile.device", profile.device, f"is not {device.name}, which runs",
+                         "use a profile of the device that runs, or change device.name")
+
+
+def _bytes(width: Callable[[], float]) -> float | None:
+    """The width, or None where the format is one that only the source of the profile knows."""
+    try:
+        return width()
+    except InputError:
+        return None
+
+
+def _known_device(name: str) -> str | None:
+    try:
+        return load_device(name).name
+    except InputError:
+        return None
 
 
 def _may_differ(field: str, model: ModelSpec, profile: Profile) -> bool:
@@ -362,7 +413,7 @@ class _Builder(NamedTuple):
         for work in works:
             name = self._covering(work.name)
             if name is None:
-                seconds = self.rates._seconds(work) + 0 * counts
+                seconds = np.asarray(self.rates._seconds(work), np.float64) + 0 * counts
                 part = Resampled(seconds, seconds)
             elif name.startswith("latent_"):
                 continue
@@ -470,8 +521,9 @@ class _Builder(NamedTuple):
         return tuple(lanes)
 
 
-def _build(profile: Profile, base: Roofline, max_tokens: int, max_sequences: int, max_context: int,
-           cuda_graphs: bool, async_scheduling: bool) -> tuple[Profiled, Profiled]:
+def with_extrapolated(profile: Profile, base: Roofline, max_tokens: int, max_sequences: int, max_context: int, *,
+                      cuda_graphs: bool = True, async_scheduling: bool = False) -> tuple[Profiled, Profiled]:
+    """What `profiled` and `extrapolated` make, for the price of one."""
     check_system(profile, base)
     check_units(profile, base)
     make = _Builder(profile, base)
@@ -509,7 +561,8 @@ def profiled(profile: Profile, base: Roofline, max_tokens: int, max_sequences: i
     `base` is a roofline of the same model, device and plan: its host lane, its prices of operators that the profile
     lacks, its ratios outside the tables. Raises `InputError` where the two do not go together.
     """
-    return _build(profile, base, max_tokens, max_sequences, max_context, cuda_graphs, async_scheduling)[0]
+    return with_extrapolated(profile, base, max_tokens, max_sequences, max_context, cuda_graphs=cuda_graphs,
+                             async_scheduling=async_scheduling)[0]
 
 
 def extrapolated(profile: Profile, base: Roofline, max_tokens: int, max_sequences: int, max_context: int, *,
@@ -519,7 +572,8 @@ def extrapolated(profile: Profile, base: Roofline, max_tokens: int, max_sequence
     A loop that adds up `device_seconds` of both, each iteration, has the extrapolated share of a run, for the price
     of a second look-up. Its paces mean nothing.
     """
-    return _build(profile, base, max_tokens, max_sequences, max_context, cuda_graphs, async_scheduling)[1]
+    return with_extrapolated(profile, base, max_tokens, max_sequences, max_context, cuda_graphs=cuda_graphs,
+                             async_scheduling=async_scheduling)[1]
 
 
 def coverage(profile: Profile, base: Roofline, stats: BatchStats, *, cuda_graphs: bool = True
@@ -536,7 +590,7 @@ def coverage(profile: Profile, base: Roofline, stats: BatchStats, *, cuda_graphs
     keys = np.asarray(stats.prefill_pairs) / np.maximum(np.asarray(stats.prefill_tokens), 1)
     longest = max(float((context / np.maximum(decodes, 1)).max()), float(keys.max()) / 2, 1.0)
     most = int((decodes + np.asarray(stats.num_prefill)).max()) + 1
-    measured, outside = _build(profile, base, int((decodes + np.asarray(stats.prefill_tokens)).max()) + 1, most,
-                               int(np.ceil(longest)) + 1, cuda_graphs, False)
+    measured, outside = with_extrapolated(profile, base, int((decodes + np.asarray(stats.prefill_tokens)).max()) + 1,
+                                          most, int(np.ceil(longest)) + 1, cuda_graphs=cuda_graphs)
     total, extra = (np.asarray(jax.vmap(c.device_seconds)(stats), np.float64) for c in (measured, outside))
     return 1.0 - np.clip(extra / np.maximum(total, 1e-30), 0.0, 1.0)

@@ -1,13 +1,12 @@
-"""Seconds of an iteration from peaks and efficiency curves: every number a traced, differentiable leaf.
+"""Seconds of an iteration from peaks and calibrated kernel constants: every number a traced, differentiable leaf.
 
-    GEMM           floor + max(FLOP (1 + half/m) / (peak eta), bytes / (bandwidth eta_mem))
-    elementwise    kernels x floor + bytes / (bandwidth eta_el)
-    attention      floor + slopes x (context, KV tokens of chunks, query-key pairs)
-    collectives    alpha + 2 (N-1)/N bytes / (link eta_link)
-    iteration      serial host + max(host launches, device)
+    products, experts   jaxsim.cost.gemm          collectives   jaxsim.cost.collectives
+    attention           jaxsim.cost.attention     elementwise   kernels x floor + bytes / (bandwidth eta)
+    iteration           serial host + max(host launches, device)
 
-`roofline(...)` makes one from a model, a device and a plan with stated priors; `Roofline.tabulate` turns it
-into the small tables that the event loop reads; `Roofline.explain` says where the time of one iteration goes.
+`roofline(...)` makes one from a model, a device and a plan; `Roofline.operator_seconds` prices one iteration operator
+by operator; `Roofline.tabulate` turns it into the small tables that the event loop reads; `Roofline.explain` says where
+the time of one iteration goes.
 """
 
 from typing import Literal, NamedTuple
@@ -18,23 +17,29 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim.cost import attention as attend
 from jaxsim.cost import operators
+from jaxsim.cost.attention import AttentionShape, Decode, Latent, LatentShape, Prefill
 from jaxsim.cost.base import BatchStats
+from jaxsim.cost.collectives import CUSTOM_RANKS, CustomAllReduce, Hop, Nccl, over_network, over_pcie
+from jaxsim.cost.gemm import Experts, Gemm
 from jaxsim.cost.operators import AttentionWork, Work
-from jaxsim.cost.tabulated import TabulatedCost
-from jaxsim.kernels import ladder
-from jaxsim.spec.device import DeviceSpec
+from jaxsim.cost.rates import Rates
+from jaxsim.cost.tabulated import SAMPLED, TOKENS, TabulatedCost
+from jaxsim.kernels import octaves
+from jaxsim.spec.device import NOMINAL_MULTIPROCESSORS, DeviceSpec
+from jaxsim.spec.efficiency import Efficiency
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, WeightFormat, kv_cache_bytes, weight_format
 
 CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
 """Batch sizes captured by vLLM; a decode batch is padded to the next. Source: its compilation config."""
 
+UNLIMITED = 1e30
+"""Bytes/s of reads that cost nothing."""
+
 PIECEWISE_LAUNCHES = 2
 """Launches a layer of an iteration with prompt chunks when graphs are on: captured piece, attention."""
-
-SWEEP_ROWS = 128
-"""Query rows of one tile of the prefill attention kernel."""
 
 
 class OperatorCost(NamedTuple):
@@ -65,22 +70,23 @@ class StepCost(NamedTuple):
     bound: str
 
 
+class Elementwise(eqx.Module):
+    """Norms, rotary, activation, sampler: floor of a kernel, share of the bandwidth."""
+
+    floor_s: Float[Array, ""]
+    efficiency: Float[Array, ""]
+
+
 class Roofline(eqx.Module):
     """Roofline of one rank of a serving instance.
 
     Leaves (scalars; SI units; shares are of the stated peak):
-        peak_flops: dense peak of the weight products; attention_flops: of attention products (16-bit).
-        memory_bytes_per_s; link_bytes_per_s: per direction; hop_bytes_per_s: between pipeline stages.
-        gemm_efficiency, gemm_half_tokens: eta_inf and m_half of eta(m) = eta_inf m / (m + m_half).
-        expert_efficiency, expert_half_tokens: the same for grouped products, m = tokens per expert.
-        weight_read_efficiency: bandwidth share of GEMMs; expert_read_efficiency: of grouped products;
-        elementwise_efficiency: of norms, rotary, activation, sampler.
-        kernel_floor_s: of a GEMM and of each kernel of an expert block; elementwise_floor_s: of the others.
-        attention_floor_s: of one layer's attention; attention_item_s: of each decoding (sequence, KV head);
-        attention_chunk_s: of each prompt chunk, a layer.
-        decode_read_efficiency, decode_flops_efficiency: of decode attention; prefill_efficiency: of prefill
-        attention; sweep_s: seconds for one row of tiles to pass one KV token, a layer.
-        collective_s: latency of an all-reduce; link_efficiency; hop_s: latency of a stage hop.
+        peak_flops: dense peak of the linear layers' products; attention_flops: of 16-bit ones.
+        memory_bytes_per_s; link_bytes_per_s: per direction; hop_bytes_per_s: between pipeline stages;
+        num_multiprocessors (a whole number).
+        gemm, gemm_16: products in the format of the linear layers, and in 16 bits; experts; elementwise; decode,
+        prefill, latent (None without latent attention): attention; all_reduce, all_gather, all_to_all, hop:
+        messages. Their own leaves: `jaxsim.spec.efficiency`.
         host_step_s, host_sequence_s: host seconds of an iteration and of each sequence in it, which do not
         overlap the device, unless scheduling is asynchronous: then only async_step_s stays serial and the
         others join the launches. launch_kernel_s: host seconds to issue one kernel or captured piece;
@@ -90,8 +96,7 @@ class Roofline(eqx.Module):
 
     Known gaps: no overlap of collectives with compute; expert routing uniform; sequence lengths enter
     attention only through sums; with pipeline stages an iteration is the whole way through all stages
-    (latency, not throughput); windowed layers in prefill are all or nothing
-    (`operators.WINDOW_AS_FULL_TOKENS`).
+    (latency, not throughput).
     """
 
     peak_flops: Float[Array, ""]
@@ -99,28 +104,19 @@ class Roofline(eqx.Module):
     memory_bytes_per_s: Float[Array, ""]
     link_bytes_per_s: Float[Array, ""]
     hop_bytes_per_s: Float[Array, ""]
+    num_multiprocessors: Int[Array, ""]
 
-    gemm_efficiency: Float[Array, ""]
-    gemm_half_tokens: Float[Array, ""]
-    expert_efficiency: Float[Array, ""]
-    expert_half_tokens: Float[Array, ""]
-    weight_read_efficiency: Float[Array, ""]
-    expert_read_efficiency: Float[Array, ""]
-    elementwise_efficiency: Float[Array, ""]
-    kernel_floor_s: Float[Array, ""]
-    elementwise_floor_s: Float[Array, ""]
-
-    attention_floor_s: Float[Array, ""]
-    attention_item_s: Float[Array, ""]
-    attention_chunk_s: Float[Array, ""]
-    decode_read_efficiency: Float[Array, ""]
-    decode_flops_efficiency: Float[Array, ""]
-    prefill_efficiency: Float[Array, ""]
-    sweep_s: Float[Array, ""]
-
-    collective_s: Float[Array, ""]
-    link_efficiency: Float[Array, ""]
-    hop_s: Float[Array, ""]
+    gemm: Gemm
+    gemm_16: Gemm
+    experts: Experts
+    elementwise: Elementwise
+    decode: Decode
+    prefill: Prefill
+    latent: Latent | None
+    all_reduce: CustomAllReduce | Nccl
+    all_gather: Nccl
+    all_to_all: Nccl
+    hop: Hop
 
     host_step_s: Float[Array, ""]
     host_sequence_s: Float[Array, ""]
@@ -136,91 +132,100 @@ class Roofline(eqx.Module):
 
     # Device seconds
 
-    def _parts(self, work: Work) -> tuple[Array, Array, Array, Array]:
-        """Seconds of one call: floor, compute, memory, network."""
-        moved = work.weight_bytes + work.activation_bytes
-        zero = jnp.zeros_like(self.kernel_floor_s)
-        if work.kind == operators.GEMM:
-            compute = (work.flops + self.gemm_half_tokens * work.tile_flops) / (
-                self.peak_flops * self.gemm_efficiency)
-            return (self.kernel_floor_s * work.kernels, compute,
-                    moved / (self.memory_bytes_per_s * self.weight_read_efficiency), zero)
-        if work.kind == operators.EXPERTS:
-            compute = (work.flops + self.expert_half_tokens * work.tile_flops) / (
-                self.peak_flops * self.expert_efficiency)
-            return (self.kernel_floor_s * work.kernels, compute,
-                    moved / (self.memory_bytes_per_s * self.expert_read_efficiency), zero)
-        if work.kind == operators.ELEMENTWISE:
-            return (self.elementwise_floor_s * work.kernels, zero,
-                    moved / (self.memory_bytes_per_s * self.elementwise_efficiency), zero)
-        link = self.link_bytes_per_s * self.link_efficiency
-        if work.kind == operators.HOP:
-            return self.hop_s, zero, zero, work.message_bytes / (self.hop_bytes_per_s * self.link_efficiency)
-        share = (work.ranks - 1) / work.ranks * (2 if work.kind == operators.ALL_REDUCE else 1)
-        return self.collective_s * work.kernels, zero, zero, share * work.message_bytes / link
+    def rates(self, *, linear: bool = False) -> Rates:
+        """Peaks, with FLOP/s of the linear layers or of 16-bit products."""
+        return Rates(self.peak_flops if linear else self.attention_flops, self.memory_bytes_per_s,
+                     self.num_multiprocessors)
 
-    def _seconds(self, work: Work) -> Float[Array, " counts"]:
-        floor, compute, memory, network = self._parts(work)
-        return work.calls * (floor + jnp.maximum(compute, memory) + network)
+    def call_seconds(self, work: Work) -> Float[Array, " counts"]:
+        """Seconds of one call of an operator."""
+        if work.kind == operators.GEMM:
+            kernel = self.gemm if work.is_linear else self.gemm_16
+            return kernel.seconds(*work.shape, work.weight_bytes, self.rates(linear=work.is_linear),
+                                  self.weights.activation_bytes)
+        if work.kind == operators.EXPERTS:
+            return self.experts.seconds(work.load, self.rates(linear=True))
+        if work.kind == operators.ELEMENTWISE:
+            moved = work.weight_bytes + work.activation_bytes
+            return (self.elementwise.floor_s * work.kernels
+                    + moved / (self.memory_bytes_per_s * self.elementwise.efficiency))
+        if work.kind == operators.HOP:
+            return self.hop.seconds(work.message_bytes, self.hop_bytes_per_s)
+        return getattr(self, work.kind).seconds(work.ranks, work.message_bytes, self.link_bytes_per_s)
 
     def _total(self, works: list[Work], counts: Float[Array, " counts"]) -> Float[Array, " counts"]:
-        return sum((self._seconds(w) for w in works), jnp.zeros_like(counts))
+        return sum((w.calls * self.call_seconds(w) for w in works), jnp.zeros_like(counts))
+
+    def token_works(self, tokens: Float[Array, " counts"]) -> list[Work]:
+        """Operators that depend on the tokens of an iteration."""
+        return operators.token_work(self.model, self.plan, self.weights, tokens, self.distinct_experts)
+
+    def sampled_works(self, sampled: Float[Array, " counts"]) -> list[Work]:
+        """Operators that depend on the sampled sequences."""
+        return operators.head_work(self.model, self.plan, self.weights, sampled)
 
     @property
     def _attention_work(self) -> AttentionWork:
         return operators.attention_work(self.model, self.plan, self.kv_bytes)
 
-    def attention_slopes(self) -> Float[Array, " 5"]:
-        """Seconds per decode context token, per one inside the window, per chunk, KV token, pair unit."""
-        work, model = self._attention_work, self.model
-        flops = self.attention_flops
-        decode = jnp.maximum(work.decode_bytes / (self.memory_bytes_per_s * self.decode_read_efficiency),
-                             work.decode_flops / (flops * self.decode_flops_efficiency))
-        pair = work.pair_flops / (flops * self.prefill_efficiency)
-        swept = (self.sweep_s + work.chunk_bytes / (self.memory_bytes_per_s * self.decode_read_efficiency)
-                 + work.chunk_flops / (flops * self.prefill_efficiency))
-        full, windowed = work.full_layers, work.window_layers
-        chunk = self.attention_chunk_s * model.layers
-        if model.sliding_window >= operators.WINDOW_AS_FULL_TOKENS:
-            prefill_layers = full + windowed
-        else:
-            prefill_layers = full
-            chunk = chunk + windowed * model.sliding_window * swept
-        return jnp.stack([full * decode, windowed * decode, chunk, prefill_layers * swept,
-                          prefill_layers * pair])
+    def attention_shape(self, windowed: bool = False) -> AttentionShape | LatentShape:
+        """Attention of a full, or of a windowed layer."""
+        return operators.attention_shape(self.model, self.plan, self.weights, self.kv_bytes, windowed=windowed)
+
+    def decode_attention(self, sequences: Float[Array, "*shape"]) -> tuple[Array, Array, Array, Array]:
+        """Decode attention of all layers: fixed seconds, seconds per context token of full and of windowed layers, and
+        what of the former a token saves that another sequence has read: the L2 cache holds it."""
+        kernel, work, rates = self.latent or self.decode, self._attention_work, self.rates()
+        full, windowed = self.attention_shape(), self.attention_shape(True)
+        if self.model.sliding_window >= operators.LARGE_WINDOW_TOKENS:
+            windowed = full
+        fixed = (work.full_layers * kernel.fixed_seconds(full, sequences, rates)
+                 + work.window_layers * kernel.fixed_seconds(windowed, sequences, rates))
+        slope = kernel.slope(full, sequences, rates)
+        saved = slope - kernel.slope(full, sequences, rates._replace(bytes_per_s=jnp.asarray(UNLIMITED, float)))
+        return fixed, work.full_layers * slope, work.window_layers * slope, work.full_layers * saved
+
+    def chunk_coefficients(self) -> Float[Array, "2 columns"]:
+        """Coefficients of `attention.chunk_seconds`, for all full and all windowed layers."""
+        kernel, work, rates = self.latent or self.prefill, self._attention_work, self.rates()
+        layers = jnp.asarray([i not in attend.NOT_SECONDS for i in range(attend.CHUNK_COLUMNS)], float)
+        both = []
+        for count, windowed in ((work.full_layers, False), (work.window_layers, True)):
+            each = kernel.coefficients(self.attention_shape(windowed), rates)
+            both.append(each * (count * layers + (1 - layers)))
+        return jnp.stack(both)
+
+    @property
+    def chunk_floor_s(self) -> Float[Array, ""]:
+        """Floor of attention in iterations with chunks, all layers."""
+        return self.model.layers * (self.latent or self.prefill).chunk_floor(self.attention_shape())
+
+    @property
+    def window_reach(self) -> int:
+        """Tokens of a context that windowed layers read at most; 0 where there are none."""
+        window = self.model.sliding_window
+        return window + attend.WINDOW_TILE if window else 0
 
     def token_seconds(self, tokens: Float[Array, " counts"]) -> Float[Array, " counts"]:
-        """Device seconds that depend on the tokens of an iteration, the floor of attention included."""
-        model, work = self.model, self._attention_work
-        rate = self.attention_flops * self.prefill_efficiency
-        diagonal = work.full_layers * work.token_flops / rate
-        if model.sliding_window >= operators.WINDOW_AS_FULL_TOKENS:
-            diagonal = diagonal + work.window_layers * work.token_flops / rate
-        elif work.window_layers:
-            diagonal = diagonal + work.window_layers * 2 * model.sliding_window * work.pair_flops / rate
-        works = operators.token_work(model, self.plan, self.weights, tokens, self.distinct_experts)
-        return self._total(works, tokens) + model.layers * self.attention_floor_s + diagonal * tokens
+        """Device seconds of an iteration with chunks that depend on its tokens, the floor of attention included."""
+        return self._total(self.token_works(tokens), tokens) + self.chunk_floor_s
 
     def sampled_seconds(self, sampled: Float[Array, " counts"]) -> Float[Array, " counts"]:
-        """Device seconds that depend on the sampled sequences: LM head, sampler, their attention items."""
-        works = operators.head_work(self.model, self.plan, self.weights, sampled)
-        items = self.model.layers * self._attention_work.items * self.attention_item_s
-        return self._total(works, sampled) + items * sampled
+        """Device seconds that depend on the sampled sequences: LM head, sampler."""
+        return self._total(self.sampled_works(sampled), sampled)
 
     def decode_seconds(self, sequences: Float[Array, " counts"], padded: Float[Array, " counts"]
                        ) -> Float[Array, " counts"]:
         """Device seconds of a decode-only iteration less its context reads, run at `padded` tokens."""
-        works = operators.token_work(self.model, self.plan, self.weights, padded, self.distinct_experts)
-        return (self._total(works, padded) + self.model.layers * self.attention_floor_s
-                + self.sampled_seconds(sequences))
+        fixed, *_ = self.decode_attention(sequences)
+        return self._total(self.token_works(padded), padded) + fixed + self.sampled_seconds(sequences)
 
     @property
     def num_kernels(self) -> float:
         """Kernels of one iteration, launched one by one where graphs are off."""
         one = jnp.ones(())
-        works = operators.token_work(self.model, self.plan, self.weights, one) + operators.head_work(
-            self.model, self.plan, self.weights, one)
-        return sum(w.calls * w.kernels for w in works) + self.model.layers
+        return (sum(w.calls * w.kernels for w in self.token_works(one) + self.sampled_works(one))
+                + self.model.layers)
 
     # Host seconds
 
@@ -249,8 +254,8 @@ class Roofline(eqx.Module):
         chunks are exact at the knots of the ladder and linear between them.
         """
         float_type = self.peak_flops.dtype
-        tokens = jnp.asarray(ladder.knots(max_tokens), float_type)
-        sampled = jnp.asarray(ladder.knots(max_sequences), float_type)
+        tokens = jnp.asarray(octaves.knots(TOKENS, max_tokens), float_type)
+        sampled = jnp.asarray(octaves.knots(SAMPLED, max_sequences), float_type)
         counts = np.arange(max_sequences + 1)
         padded = pad_to_graph(counts) if cuda_graphs else counts
         sequences = jnp.asarray(counts, float_type)
@@ -259,30 +264,60 @@ class Roofline(eqx.Module):
                                                          async_scheduling=async_scheduling)
         return TabulatedCost(
             by_tokens=self.token_seconds(tokens), by_sampled=self.sampled_seconds(sampled),
-            by_sequences=jnp.stack([decode, launch, mixed_launch, serial], axis=1),
-            attention=self.attention_slopes(),
-            window=jnp.asarray(self.model.sliding_window, jnp.int32))
+            by_sequences=jnp.stack([decode, launch, mixed_launch, serial, self._beside(sequences),
+                                    *self.decode_attention(sequences)[1:]], axis=1),
+            attention=self.chunk_coefficients(), window=jnp.asarray(self.window_reach, jnp.int32))
+
+    def _beside(self, sequences: Float[Array, " counts"]) -> Float[Array, " counts"]:
+        """What the attention of decodes adds beside chunks, its reads excepted: all but the floor they share."""
+        fixed, *_ = self.decode_attention(sequences)
+        added = jnp.where(sequences > 0, jnp.maximum(fixed - self.chunk_floor_s, 0.0), 0.0)
+        return added * self.chunk_coefficients()[0, attend.APART]
 
     # For people
+
+    def operator_seconds(self, stats: BatchStats, *, cuda_graphs: bool = True) -> dict[str, Float[Array, ""]]:
+        """Device seconds of one iteration by operator, all calls, evaluated directly (no tables).
+
+        A decode-only iteration runs at the size its captured graph is padded to. "attention_floor" is what attention
+        takes without contexts, "attention_decode" what decodes add, "attention_prefill" what prompt chunks add.
+        """
+        works, attention = self._of(stats, cuda_graphs)
+        return {w.name: w.calls * self.call_seconds(w) for w in works} | attention
+
+    def _of(self, stats: BatchStats, cuda_graphs: bool) -> tuple[list[Work], dict[str, Array]]:
+        num_decode, is_mixed = float(stats.num_decode), int(stats.num_prefill) > 0
+        sampled = float(stats.num_sampled) if is_mixed else num_decode
+        tokens = num_decode + float(stats.prefill_tokens)
+        if not is_mixed and cuda_graphs:
+            tokens = float(pad_to_graph(np.asarray([num_decode]))[0])
+        works = self.token_works(jnp.asarray(tokens, float)) + self.sampled_works(jnp.asarray(sampled, float))
+        decodes = jnp.asarray(num_decode, float)
+        fixed, full, windowed, saved = self.decode_attention(decodes)
+        context = jnp.asarray(stats.decode_context, float)
+        inside = jnp.minimum(context, decodes * self.window_reach)
+        context = context - jnp.where(full > 0, saved / jnp.maximum(full, 1e-30), 0.0) * float(stats.decode_shared)
+        if not is_mixed:
+            return works, {"attention_floor": fixed, "attention_decode": full * context + windowed * inside}
+        coefficients = self.chunk_coefficients()
+        chunks = [jnp.asarray(x, float) for x in (stats.prefill_tokens, stats.num_prefill, stats.prefill_pairs,
+                                                  stats.prefill_context)]
+        alone = jnp.sum(attend.chunk_seconds(coefficients, *chunks, jnp.zeros(()), jnp.zeros(2)))
+        both = jnp.sum(attend.chunk_seconds(coefficients, *chunks, decodes, jnp.stack([context, inside])))
+        apart = self._beside(decodes) + coefficients[0, attend.APART] * (full * context + windowed * inside)
+        return works, {"attention_floor": self.chunk_floor_s, "attention_prefill": alone,
+                       "attention_decode": both - alone + apart}
 
     def explain(self, stats: BatchStats, *, cuda_graphs: bool = True, async_scheduling: bool = False
                 ) -> StepCost:
         """Seconds of one iteration by operator and lane, evaluated directly (no tables), as plain numbers."""
-        num_decode, num_prefill = float(stats.num_decode), float(stats.num_prefill)
-        sampled, tokens = float(stats.num_sampled), float(stats.num_decode + stats.prefill_tokens)
-        if num_prefill == 0:
-            sampled = num_decode
-            tokens = float(pad_to_graph(np.asarray([num_decode]))[0]) if cuda_graphs else tokens
-        works = operators.token_work(self.model, self.plan, self.weights, jnp.asarray(tokens, float),
-                                     self.distinct_experts)
-        works += operators.head_work(self.model, self.plan, self.weights, jnp.asarray(sampled, float))
-        costs = [self._explain(work) for work in works]
-        costs += self._explain_attention(stats, tokens, sampled)
+        works, attention = self._of(stats, cuda_graphs)
+        costs = [self._explain(work) for work in works] + self._explain_attention(stats, attention)
         device = sum(c.seconds for c in costs)
         launch, mixed, serial = (float(x) for x in self.host_seconds(
-            jnp.asarray(num_decode + num_prefill, float), cuda_graphs=cuda_graphs,
+            jnp.asarray(stats.num_decode + stats.num_prefill, float), cuda_graphs=cuda_graphs,
             async_scheduling=async_scheduling))
-        launch = mixed if num_prefill else launch
+        launch = mixed if int(stats.num_prefill) else launch
         by_bound: dict[str, float] = {}
         for cost in costs:
             by_bound[cost.bound] = by_bound.get(cost.bound, 0.0) + cost.seconds
@@ -292,46 +327,47 @@ class Roofline(eqx.Module):
             bytes=sum(c.bytes for c in costs),
             bound="host" if launch > device else max(by_bound, key=by_bound.__getitem__))
 
+    def _parts(self, work: Work) -> dict[str, float]:
+        """Seconds of one call by what binds it; they overlap."""
+        total = float(self.call_seconds(work))
+        if work.kind == operators.GEMM:
+            kernel = self.gemm if work.is_linear else self.gemm_16
+            floor, tiled, memory = kernel.parts(*work.shape, work.weight_bytes, self.rates(linear=work.is_linear),
+                                                self.weights.activation_bytes)
+        elif work.kind == operators.EXPERTS:
+            floor, tiled, weights, between = self.experts.parts(work.load, self.rates(linear=True))
+            memory = weights + between
+        elif work.kind == operators.ELEMENTWISE:
+            floor, tiled = self.elementwise.floor_s * work.kernels, 0.0
+            memory = total - floor
+        else:
+            floor = float(self.call_seconds(work._replace(message_bytes=0.0 * work.message_bytes)))
+            return {"latency": floor, "network": total - floor}
+        return {"latency": float(floor), "compute": float(tiled), "memory": float(memory)}
+
     def _explain(self, work: Work) -> OperatorCost:
-        floor, compute, memory, network = (float(x) for x in self._parts(work))
-        parts = {"latency": floor, "compute": compute, "memory": memory, "network": network}
+        parts = self._parts(work)
         return OperatorCost(
-            work.name, float(self._seconds(work)), work.calls * float(work.flops),
+            work.name, work.calls * float(self.call_seconds(work)), work.calls * float(work.flops),
             work.calls * float(work.weight_bytes + work.activation_bytes),
             work.calls * float(work.message_bytes), max(parts, key=parts.__getitem__))
 
-    def _explain_attention(self, stats: BatchStats, tokens: float, sampled: float) -> list[OperatorCost]:
-        work, layers = self._attention_work, self.model.layers
-        slopes = [float(x) for x in self.attention_slopes()]
-        context, window = float(stats.decode_context), self.model.sliding_window
-        inside = min(context, float(stats.num_decode) * window)
+    def _explain_attention(self, stats: BatchStats, seconds: dict[str, Array]) -> list[OperatorCost]:
+        work, kernel = self._attention_work, self.latent or self.decode
+        context, pairs = float(stats.decode_context), float(stats.prefill_pairs)
+        inside = min(context, float(stats.num_decode) * self.window_reach)
         read = work.full_layers * context + work.window_layers * inside
-        costs = [
-            OperatorCost("attention_floor", layers * (float(self.attention_floor_s)
-                                                      + sampled * work.items * float(self.attention_item_s)),
-                         0.0, 0.0, 0.0, "latency"),
-            OperatorCost("attention_decode", slopes[0] * context + slopes[1] * inside,
-                         work.decode_flops * read, work.decode_bytes * read, 0.0, self._decode_bound())]
-        if int(stats.num_prefill):
-            # The diagonal is what token_seconds adds to the plain operators.
-            point = jnp.asarray(tokens, float)
-            plain = self._total(operators.token_work(self.model, self.plan, self.weights, point,
-                                                     self.distinct_experts), point)
-            diagonal = float(self.token_seconds(point) - plain) - layers * float(self.attention_floor_s)
-            pairs, keys = float(stats.prefill_pairs), float(stats.prefill_context)
-            costs += [
-                OperatorCost("attention_prefill", slopes[4] * pairs + diagonal,
-                             work.full_layers * work.pair_flops * (pairs + tokens), 0.0, 0.0, "compute"),
-                OperatorCost("attention_sweep", slopes[2] * float(stats.num_prefill) + slopes[3] * keys,
-                             layers * work.chunk_flops * keys, layers * work.chunk_bytes * keys, 0.0,
-                             "latency")]
-        return costs
-
-    def _decode_bound(self) -> Literal["compute", "memory"]:
-        work = self._attention_work
-        memory = work.decode_bytes / float(self.memory_bytes_per_s * self.decode_read_efficiency)
-        compute = work.decode_flops / float(self.attention_flops * self.decode_flops_efficiency)
-        return "memory" if memory >= compute else "compute"
+        new, keys = float(stats.prefill_tokens), float(stats.prefill_context)
+        layers, again = self.model.layers, max(keys - new, 0.0)
+        bound = "memory" if kernel.is_memory_bound(self.attention_shape(), self.rates()) else "compute"
+        amounts = {
+            "attention_floor": (0.0, 0.0, "latency"),
+            "attention_decode": (work.decode_flops * read, work.decode_bytes * read, bound),
+            "attention_prefill": (
+                work.full_layers * work.pair_flops * (pairs + new) + layers * work.chunk_flops * again,
+                layers * work.chunk_bytes * keys, "compute")}
+        return [OperatorCost(name, float(s), amounts[name][0], amounts[name][1], 0.0, amounts[name][2])
+                for name, s in seconds.items()]
 
 
 def pad_to_graph(counts: Int[np.ndarray, " counts"]) -> Int[np.ndarray, " counts"]:
@@ -343,129 +379,130 @@ def pad_to_graph(counts: Int[np.ndarray, " counts"]) -> Int[np.ndarray, " counts
 
 
 HOSTS = {
-    "vllm-v0": dict(host_step_s=3.0e-3, host_sequence_s=40e-6, async_step_s=3.0e-3),
-    "vllm-v1": dict(host_step_s=1.0e-3, host_sequence_s=40e-6, async_step_s=0.7e-3),
+    "vllm-v0": dict(host_step_s=3.8e-3, host_sequence_s=40e-6, async_step_s=3.8e-3),
+    "vllm-v1": dict(host_step_s=1.0e-3, host_sequence_s=40e-6, async_step_s=0.3e-3),
     "none": dict(host_step_s=0.0, host_sequence_s=0.0, async_step_s=0.0),
 }
-"""Host seconds by engine generation.
+"""Host seconds by engine generation: what the device lane leaves over of measured steps.
 
-Source: v0: decode steps of Llama-3.1-70B in vLLM 0.6 on H100 (microsoft/apex_plus logs) show 5 to 6.5 ms
-beside the weight stream, of which kernel floors are 2 to 3; 40 us a sequence from the scheduler, sampler,
-input and output times of an early vLLM fork (microsoft/vidur). v1: what the device lane leaves over of the
-median inter-token times of Qwen3-8B in vLLM 0.11 on H100 at batches of 8 to 256 (ML.ENERGY), 1.2 ms + 65 us a
-sequence, prefill interference included; asynchronous: of vLLM 0.15 on H100 at batches of 4 to 45
-(inference-sim/training), 0.7 ms, no visible slope.
+Source: v0: decode steps of Llama-3.1-70B in vLLM 0.6 on H100 (microsoft/apex_plus), 2.9, 4.3 and 4.3 ms at 2, 4 and 8
+ranks; 40 us a sequence from the scheduler, sampler, input and output times of an early vLLM fork (microsoft/vidur). v1:
+median inter-token times of Qwen3-8B in vLLM 0.11 on H100 at batches of 8 to 256 (ML.ENERGY), prefill interference
+included; asynchronous: five runs of vLLM 0.15 on H100 (inference-sim/training), 0 +- 0.3 ms a step and no slope, and
+0.9 ms of vLLM 0.19 on an RTX PRO 6000 (casys-kaist/LLMServingSim).
 """
 
-PRIORS = dict(
-    gemm_efficiency=0.75, gemm_half_tokens=16.0, expert_efficiency=0.46, expert_half_tokens=40.0,
-    weight_read_efficiency=0.87, expert_read_efficiency=0.87, elementwise_efficiency=0.80,
-    kernel_floor_s=3.0e-6, elementwise_floor_s=1.5e-6,
-    attention_floor_s=8.0e-6, attention_item_s=0.024e-6, attention_chunk_s=0.0,
-    decode_read_efficiency=0.85, decode_flops_efficiency=0.72, prefill_efficiency=0.62,
-    launch_kernel_s=30e-6, launch_graph_s=60e-6,
-)
-"""Default leaves for 16-bit weights.
+FRONT_ENDS = {"vllm-v0": 6e-3, "vllm-v1": 6e-3, "none": 0.0}
+"""Seconds of a request outside the engine, by engine generation: HTTP server, tokenizer, and the way to the engine."""
 
-Source: fits of this module's own forms to the vLLM 0.19 operator tables of ai-dynamo/aiconfigurator on H100
-and H200 (GEMM: eta 0.79, half 4 to 38, read 0.83, floor 4 us, median error 5 to 7 %; decode attention 0.82 to
-0.94, floor 9.6 us; prefill attention 0.62; experts eta 0.46, half 130 per expert, read 0.81, floor 48 us),
-moved within what whole steps allow: sustained GEMMs run at 0.70 to 0.75, captured graphs hide part of the
-floors (decode steps of vLLM 0.15 on H100), and a half count of 130 an expert would double the steps of
-gpt-oss-120b (vLLM 0.18 on H100 and H200). Launches: between the several us a kernel of SKIP
-(arXiv 2504.11750) and the 50 us of SGLang without graphs (microsoft/apex_plus).
+LAUNCHES = dict(launch_kernel_s=30e-6, launch_graph_s=60e-6)
+"""Host seconds of launches.
+
+Source: between the several us a kernel of SKIP (arXiv 2504.11750) and the 50 us of SGLang without graphs
+(microsoft/apex_plus).
 """
 
-NARROW_PRIORS = dict(gemm_efficiency=0.54, gemm_half_tokens=135.0, expert_efficiency=0.34,
-                     kernel_floor_s=5.0e-6)
-"""What changes where products run in 8 or 4 bits (shares are of the narrow peak; the floor holds a
-quantisation kernel). Source: as above, fp8 rows on H100."""
-
-DEVICE_PRIORS = {
-    "a100": dict(gemm_efficiency=0.85, gemm_half_tokens=100.0, weight_read_efficiency=0.76,
-                 expert_read_efficiency=0.76, kernel_floor_s=5.0e-6),
-    "rtx_pro_6000": dict(gemm_efficiency=0.87, weight_read_efficiency=0.83, elementwise_floor_s=2.5e-6,
-                         attention_floor_s=9.5e-6, prefill_efficiency=0.70),
-}
-"""Where a device differs, by the start of its name, for 16-bit weights.
-
-Source: A100: vLLM 0.14 GEMM table of aiconfigurator (eta 0.88, half 118, read 0.76, floor 6 us). RTX PRO
-6000: layer timings of vLLM 0.19 in casys-kaist/LLMServingSim.
-"""
-
-UNTILED_SWEEP_S = 20e-9
-"""`sweep_s` where the number of multiprocessors is not known."""
+_PREFIXES = {"gemm": ("gemm", "gemm_16"), "expert": ("experts",), "elementwise": ("elementwise",),
+             "decode": ("decode",), "prefill": ("prefill",), "latent": ("latent",), "all_reduce": ("all_reduce",),
+             "all_gather": ("all_gather",), "all_to_all": ("all_to_all",), "hop": ("hop",)}
+"""Overrides are called PREFIX_LEAF; `gemm_efficiency` is that of linear layers and of 16-bit products."""
 
 
-def _sweep_s(model: ModelSpec, device: DeviceSpec, attention_flops: float) -> float:
-    """Seconds for a tile of query rows to pass one KV token: 4 rows dh FLOP at one multiprocessor's peak.
+def _products(record: Efficiency, weights: WeightFormat, compute: str, model: ModelSpec, plan: Plan
+              ) -> tuple[Gemm, Gemm, Experts]:
+    """Kernels of a weight format whose products run in `compute`."""
+    name, kernel = "bf16", weights.kernel or weights.name
+    if compute in ("fp8", "int8", "fp4"):
+        name = weights.name if weights.name in record.gemm else "fp8" if "fp8" in record.gemm else "bf16"
+    expert = name if name in record.experts else "bf16"
+    if compute == "bf16":
+        # Only weight-only kernels dequantise: 8-bit weights on a device without their arithmetic keep 16-bit constants.
+        name = weights.kernel if weights.kernel in record.gemm else name
+        expert = kernel if kernel in record.experts else expert
+    tuned = record.experts.get(expert + "_tuned")
+    inner = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks).moe_ffn
+    if tuned and (model.experts, inner) in tuned.configs:
+        expert += "_tuned"
+    return Gemm.of(record.gemm[name]), Gemm.of(record.gemm["bf16"]), Experts.of(record.experts[expert])
 
-    A chunk smaller than the device has tiles for cannot go faster, whatever its size. Source: 22.5 ns a KV
-    token and layer measured on an RTX PRO 6000 for chunks of 16 to 256 tokens (26 by this formula).
-    """
-    if device.num_multiprocessors is None:
-        return UNTILED_SWEEP_S
-    head = model.v_head_dim if model.is_mla else model.head_dim
-    return 4 * SWEEP_ROWS * head * device.num_multiprocessors / attention_flops
 
-
-def _links(device: DeviceSpec, plan: Plan) -> dict[str, float]:
-    """Link priors: custom all-reduce kernels on switched links, NCCL over PCIe, the network beyond a node.
-
-    Source: H100: 4.5 us and about 60 % of 450 GB/s from vLLM 0.19 all-reduce tables (aiconfigurator); NCCL
-    alone has 8.8 / 12.3 / 19 us at 2 / 4 / 8 ranks (microsoft/apex_plus). PCIe, network and TPU figures are
-    guesses.
-    """
+def _messages(record: Efficiency, device: DeviceSpec, plan: Plan, all_reduce: str) -> dict:
+    """Links, and collectives over them: vLLM's own all-reduce inside a switched node, NCCL otherwise."""
     per_node = device.devices_per_node or 8
     inside = device.link_bytes_per_s or device.host_link_bytes_per_s or 1e9
     outside = device.internode_bytes_per_s or 12.5e9
     group = plan.expert_ranks if plan.enable_expert_parallel else plan.tensor_parallel_size
     is_outside = max(group, plan.tensor_parallel_size) > per_node
-    latency = 20e-6 if is_outside else 4.5e-6 if device.is_switched else 20e-6
     hop_outside = plan.tensor_parallel_size * plan.pipeline_parallel_size > per_node
-    return dict(link_bytes_per_s=min(inside, outside) if is_outside else inside, collective_s=latency,
-                link_efficiency=0.6 if device.is_switched or is_outside else 0.5,
+    nccl, hop = record.nccl, record.hop
+    if is_outside or not device.is_switched:
+        nccl = {name: (over_network if is_outside else over_pcie)(r) for name, r in nccl.items()}
+    if hop_outside or not device.is_switched:
+        hop = (over_network if hop_outside else over_pcie)(hop)
+    can_be_custom = device.is_switched and not is_outside and plan.tensor_parallel_size in CUSTOM_RANKS
+    reduce = (CustomAllReduce.of(record.custom_all_reduce) if all_reduce == "custom" and can_be_custom
+              else Nccl.of(nccl["all_reduce"], "all_reduce"))
+    return dict(link_bytes_per_s=min(inside, outside) if is_outside else inside,
                 hop_bytes_per_s=min(inside, outside) if hop_outside else inside,
-                hop_s=20e-6 if hop_outside else 8e-6)
+                all_reduce=reduce, all_gather=Nccl.of(nccl["all_gather"], "all_gather"),
+                all_to_all=Nccl.of(nccl["all_to_all"], "all_to_all"), hop=Hop.of(hop))
 
 
 def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dtype: str = "auto",
              kv_dtype: str = "auto", *, host: str = "vllm-v1", distinct_experts: str = operators.EXPECTED,
-             **overrides: float) -> Roofline:
-    """A roofline with default efficiencies, any leaf of which `overrides` replaces by name.
+             all_reduce: Literal["custom", "nccl"] = "custom", **overrides: float) -> Roofline:
+    """A roofline with the device's constants, any leaf of which `overrides` replaces by name.
 
     dtype, kv_dtype: number formats ("auto" = the checkpoint's own). A format the device has no arithmetic for
     keeps its bytes and is multiplied in the next wider type it has. host: a name in `HOSTS`.
-    distinct_experts: "topk", "expected" or "all".
+    distinct_experts: "topk", "expected" or "all". all_reduce: vLLM's own where it can run, or NCCL's always.
     """
     plan = (plan or Plan()).check(model)
     fmt = weight_format(dtype, model)
-    if host not in HOSTS:
-        raise InputError("cost.host", host, "is not known", suggest(host, HOSTS))
-    if distinct_experts not in operators.DISTINCT_EXPERTS:
-        raise InputError("cost.distinct_experts", distinct_experts, "is not known",
-                         suggest(distinct_experts, operators.DISTINCT_EXPERTS))
-    peak = device.peak(fmt.compute)
-    attention = device.peak("fp32" if fmt.compute == "fp32" else "bf16")
-    values = dict(peak_flops=peak.flops, attention_flops=attention.flops,
-                  memory_bytes_per_s=device.memory_bytes_per_s,
-                  sweep_s=_sweep_s(model, device, attention.flops))
-    values |= PRIORS
-    if peak.compute in ("fp8", "int8", "fp4"):
-        values |= NARROW_PRIORS
-    else:
-        values |= next((v for k, v in DEVICE_PRIORS.items() if device.name.startswith(k)), {})
-    values |= _links(device, plan) | HOSTS[host]
-    unknown = [name for name in overrides if name not in values]
-    if unknown:
-        raise InputError("cost.overrides." + unknown[0], overrides[unknown[0]], "is not a parameter of the roofline",
-                         suggest(unknown[0], values))
-    values |= overrides
-    for name, value in values.items():
-        if not np.all(np.asarray(value) >= 0) or (name.endswith(("flops", "bytes_per_s", "efficiency"))
-                                                  and not np.all(np.asarray(value) > 0)):
+    for field, value, known in (
+            ("host", host, HOSTS), ("distinct_experts", distinct_experts, operators.DISTINCT_EXPERTS),
+            ("all_reduce", all_reduce, ("custom", "nccl"))):
+        if value not in known:
+            raise InputError(f"cost.{field}", value, "is not known", suggest(value, known))
+    record, peak = device.kernel_efficiency(), device.peak(fmt.compute)
+    gemm, gemm_16, experts = _products(record, fmt, peak.compute, model, plan)
+    element = record.elementwise
+    parts = dict(gemm=gemm, gemm_16=gemm_16, experts=experts, decode=Decode.of(record.decode),
+                 prefill=Prefill.of(record.prefill), latent=Latent.of(record.latent) if model.is_mla else None,
+                 elementwise=Elementwise(jnp.asarray(element.floor_s, float), jnp.asarray(element.efficiency, float)),
+                 **_messages(record, device, plan, all_reduce))
+    numbers = dict(peak_flops=peak.flops, memory_bytes_per_s=device.memory_bytes_per_s,
+                   attention_flops=device.peak("fp32" if fmt.compute == "fp32" else "bf16").flops,
+                   link_bytes_per_s=parts.pop("link_bytes_per_s"), hop_bytes_per_s=parts.pop("hop_bytes_per_s"),
+                   **HOSTS[host], **LAUNCHES)
+    cost = Roofline(
+        **{name: jnp.asarray(value, float) for name, value in numbers.items()}, **parts,
+        num_multiprocessors=jnp.asarray(device.num_multiprocessors or NOMINAL_MULTIPROCESSORS, jnp.int32), model=model,
+        plan=plan, weights=fmt, kv_bytes=kv_cache_bytes(kv_dtype, dtype, model), distinct_experts=distinct_experts)
+    return _overridden(cost, numbers, overrides)
+
+
+def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> Roofline:
+    """`cost` with leaves replaced by name. Raises `InputError`."""
+    places = {name: [(name,)] for name in numbers}
+    for prefix, parts in _PREFIXES.items():
+        for part in parts:
+            for name, leaf in vars(getattr(cost, part) or Elementwise(None, None)).items():
+                if eqx.is_array(leaf):
+                    places.setdefault(f"{prefix}_{name}", []).append((part, name))
+    for name, value in overrides.items():
+        if name not in places:
+            raise InputError("cost.overrides." + name, value, "is not a parameter of the roofline",
+                             suggest(name, places))
+        is_rate = name.endswith(("flops", "bytes_per_s", "efficiency", "efficiency_8bit"))
+        if not np.all(np.asarray(value) >= 0) or (is_rate and not np.all(np.asarray(value) > 0)):
             raise InputError("cost.overrides." + name, value, "must be positive",
                              "give a positive number, or leave it out")
-    leaves = {name: jnp.asarray(value, float) for name, value in values.items()}
-    return Roofline(**leaves, model=model, plan=plan, weights=fmt,
-                    kv_bytes=kv_cache_bytes(kv_dtype, dtype, model), distinct_experts=distinct_experts)
+        for place in places[name]:
+            def leaf(tree, place=place):
+                for field in place:
+                    tree = getattr(tree, field)
+                return tree
+
+            cost = eqx.tree_at(leaf, cost, jnp.asarray(value, float))
+    return cost

@@ -1,73 +1,97 @@
-"""A cost model as the loop reads it: small tables over token and sequence counts, affine in the context.
+"""A cost model as the loop reads it: small tables over token and sequence counts, affine in the decode context.
 
-Whatever computes operator times (a roofline, measured profiles) does so once per scenario, before the loop, and
-hands over this. Two lanes, joined by max-plus: `serial + max(launch, device)`.
+Whatever computes operator times does so once per scenario, before the loop, and hands over this. Two lanes, joined by
+max-plus: `serial + max(launch, device)`.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsim.cost.attention import APART, chunk_seconds
 from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats, DecodePace
-from jaxsim.kernels import ladder
+from jaxsim.kernels import octaves
 
-DECODE_DEVICE, DECODE_LAUNCH, MIXED_LAUNCH, SERIAL = range(4)
+DECODE_DEVICE, DECODE_LAUNCH, MIXED_LAUNCH, SERIAL, BESIDE, CONTEXT, WINDOW, SHARED = range(8)
 """Columns of `TabulatedCost.by_sequences`."""
 
-DECODE_CONTEXT, DECODE_WINDOW, CHUNK, CHUNK_CONTEXT, CHUNK_PAIRS = range(5)
-"""Entries of `TabulatedCost.attention`."""
+FULL_LAYERS, WINDOW_LAYERS = range(2)
+"""Rows of `TabulatedCost.attention`."""
+
+TOKENS, SAMPLED = (0, 6), (0, 4)
+"""Grids of counts (`octaves`): every one up to 128 (32), then 64 (16) knots an octave, which resolve tiles of 128 rows
+up to 8,192 tokens."""
 
 
 class TabulatedCost(AbstractIterationCost):
-    """Tables over counts, slopes over contexts.
+    """Tables over counts, coefficients of attention.
 
     by_tokens: device seconds of everything that depends only on the tokens of the iteration (projections, FFN,
-        MoE, norms, collectives), at `ladder.knots`, for iterations that carry a prompt chunk.
-    by_sampled: device seconds of the LM head and sampling, at `ladder.knots` of the sampled sequences.
+        MoE, norms, collectives), on the grid `TOKENS`, for iterations that carry a prompt chunk.
+    by_sampled: device seconds of the LM head and sampling, on the grid `SAMPLED` of the sampled sequences.
     by_sequences: for every count of sequences 0..max: device seconds of a decode-only iteration less its
         attention reads (so that captured graphs, padded to their sizes, are exact); host launch seconds of a
-        decode-only and of a mixed iteration; host seconds that never overlap the device.
-    attention: seconds per decode context token, per decode context token inside the sliding window, per prompt
-        chunk, per KV token a chunk reads, and per unit of `prefill_pairs`.
-    window: sliding window in tokens, 0 where no layer has one. Sequences are taken at the batch's mean context.
+        decode-only and of a mixed iteration; host seconds that never overlap the device; and of as many decodes: what
+        their attention adds beside chunks, seconds per context token in full and in windowed layers, and what of the
+        former a token saves that was read for another sequence.
+    attention: coefficients of `attention.chunk_seconds`, for all full and all windowed layers.
+    window: tokens of a context that windowed layers read, 0 where there are none. Sequences are taken at the batch's
+        mean context.
     """
 
     by_tokens: Float[Array, " token_knots"]
     by_sampled: Float[Array, " sampled_knots"]
-    by_sequences: Float[Array, "sequences 4"]
-    attention: Float[Array, " 5"]
+    by_sequences: Float[Array, "sequences 8"]
+    attention: Float[Array, "2 columns"]
     window: Int[Array, ""]
+
+    def _row(self, num_sequences: Int[Array, ""]) -> Float[Array, " 8"]:
+        return self.by_sequences[jnp.minimum(num_sequences, self.by_sequences.shape[0] - 1)]
 
     def _windowed(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> Int[Array, ""]:
         return jnp.minimum(context, num_sequences * self.window)
 
+    def chunk_attention(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds of attention in an iteration with prompt chunks, its decodes included, its floor excepted."""
+        row = self._row(stats.num_decode)
+        contexts = jnp.stack([stats.decode_context, self._windowed(stats.num_decode, stats.decode_context)]).astype(
+            jnp.float32)
+        # In tokens, as decodes beside chunks have prices of their own.
+        saved = row[SHARED] * stats.decode_shared / jnp.maximum(row[CONTEXT], 1e-30)
+        contexts = jnp.stack([contexts[0] - saved, contexts[1]])
+        tokens, chunks, keys, decodes = (x.astype(jnp.float32) for x in (
+            stats.prefill_tokens, stats.num_prefill, stats.prefill_context, stats.num_decode))
+        together = chunk_seconds(self.attention, tokens, chunks, stats.prefill_pairs, keys, decodes, contexts)
+        apart = self.attention[:, APART] * row[CONTEXT:WINDOW + 1] * contexts
+        return row[BESIDE] + jnp.sum(together + apart)
+
+    def device_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds of the device lane."""
+        row = self._row(stats.num_decode)
+        decode = (row[DECODE_DEVICE] + row[CONTEXT] * stats.decode_context - row[SHARED] * stats.decode_shared
+                  + row[WINDOW] * self._windowed(stats.num_decode, stats.decode_context))
+        mixed = (octaves.look_up(TOKENS, self.by_tokens, stats.prefill_tokens + stats.num_decode)
+                 + octaves.look_up(SAMPLED, self.by_sampled, stats.num_sampled) + self.chunk_attention(stats))
+        return jnp.where(stats.num_prefill == 0, decode, mixed)
+
     def iteration(self, stats: BatchStats) -> Float[Array, ""]:
         """Seconds of one iteration."""
-        row = self.by_sequences[jnp.minimum(stats.num_decode + stats.num_prefill, self.by_sequences.shape[0] - 1)]
-        decode_only = stats.num_prefill == 0
-        weights = jnp.where(
-            decode_only, row[DECODE_DEVICE],
-            ladder.look_up(self.by_tokens, stats.prefill_tokens + stats.num_decode)
-            + ladder.look_up(self.by_sampled, stats.num_sampled))
-        device = (weights + self.attention[DECODE_CONTEXT] * stats.decode_context
-                  + self.attention[DECODE_WINDOW] * self._windowed(stats.num_decode, stats.decode_context)
-                  + self.attention[CHUNK] * stats.num_prefill
-                  + self.attention[CHUNK_CONTEXT] * stats.prefill_context
-                  + self.attention[CHUNK_PAIRS] * stats.prefill_pairs)
-        return row[SERIAL] + jnp.maximum(jnp.where(decode_only, row[DECODE_LAUNCH], row[MIXED_LAUNCH]), device)
+        row = self._row(stats.num_decode + stats.num_prefill)
+        launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
+        return row[SERIAL] + jnp.maximum(launch, self.device_seconds(stats))
 
-    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> DecodePace:
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0
+               ) -> DecodePace:
         """Pace until the device overtakes the host, or the mean context leaves the sliding window."""
-        row = self.by_sequences[jnp.minimum(num_sequences, self.by_sequences.shape[0] - 1)]
+        row = self._row(num_sequences)
         count = num_sequences.astype(jnp.float32)
         room = num_sequences * self.window - context
-        device = (row[DECODE_DEVICE] + self.attention[DECODE_CONTEXT] * context
-                  + self.attention[DECODE_WINDOW] * self._windowed(num_sequences, context))
-        growth = count * (self.attention[DECODE_CONTEXT]
-                          + jnp.where(room >= num_sequences, self.attention[DECODE_WINDOW], 0.0))
+        device = (row[DECODE_DEVICE] + row[CONTEXT] * context - row[SHARED] * shared
+                  + row[WINDOW] * self._windowed(num_sequences, context))
+        growth = count * (row[CONTEXT] + jnp.where(room >= num_sequences, row[WINDOW], 0.0))
         slack = row[DECODE_LAUNCH] - device
         is_host_bound = slack > 0
         to_device = jnp.where(is_host_bound & (growth > 0), slack / jnp.where(growth > 0, growth, 1.0), UNBOUNDED)
-        to_window = jnp.where((room > 0) & (self.attention[DECODE_WINDOW] > 0),
+        to_window = jnp.where((room > 0) & (row[WINDOW] > 0),
                               room.astype(jnp.float32) / jnp.maximum(count, 1.0), UNBOUNDED)
         horizon = jnp.clip(jnp.minimum(to_device, to_window), 1, UNBOUNDED).astype(jnp.int32)
         return DecodePace(row[SERIAL] + jnp.maximum(row[DECODE_LAUNCH], device),

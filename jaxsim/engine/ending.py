@@ -16,11 +16,12 @@ from jaxsim.state.world import Clocks, Counts, Executor, ExecutorTimes
 
 
 class Retired(NamedTuple):
-    """The sequence retired in this step, if any."""
+    """The sequence retired in this step, if any, and the tokens it has computed."""
 
     is_any: Bool[Array, ""]
     slot: Int[Array, ""]
     request: Int[Array, ""]
+    tokens: Int[Array, ""]
 
 
 def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks,
@@ -85,9 +86,10 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
 
 
 def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Array, " slot_width"],
-           entry_of: Callable[[Int[Array, ""]], Int[Array, " entry_fields"]], residue_row: Int[Array, " block_size"]
+           entry_of: Callable[[Int[Array, ""]], Int[Array, " entry_fields"]], residue_row: Int[Array, " block_size"],
+           stamps: Int[Array, " slot_width"] | None = None
            ) -> tuple[Counts, Int[Array, " block_size"], Retired, Bool[Array, ""], Int[Array, ""]]:
-    """Retire the lowest slot among those whose last token this iteration produced.
+    """Retire the lowest slot among those whose last token this iteration produced; by `stamps` the first to run.
 
     keys: the batch's completion keys; entry_of: gives the entry of a slot. Returns the new counts and residues, who
     retired, whether more do at this instant, and the smallest key among those that stay.
@@ -97,21 +99,26 @@ def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Arr
     smallest, second = packed.two_smallest(keys)
     counter, slot = packed.unpack_key(smallest, bits)
     is_any = event.is_ending & (counter == batch.counter)
-    slot = jnp.where(is_any, slot, dims.null_slot)
     next_key = jnp.where(is_any, second, smallest)
+    if stamps is not None:
+        is_tied = packed.unpack_key(keys, bits)[0] == batch.counter
+        first = jnp.argmin(jnp.where(is_tied, stamps, packed.EMPTY)).astype(jnp.int32)
+        next_key = jnp.where(is_any & (first != slot), smallest, next_key)
+        slot = first
+    slot = jnp.where(is_any, slot, dims.null_slot)
     has_more = is_any & (packed.unpack_key(next_key, bits)[0] == batch.counter)
     request, offset, reserved = entry_of(slot)[:3]
     one = is_any.astype(jnp.int32)
     used = rank.used_blocks
-    if group.batching.kv_accounting:
+    if group.batching.kv_accounting and not group.batching.prefix_caching:
         held = blocks_for(offset + batch.counter, dims) if group.batching.grows else reserved
         used = used - one * held
     if group.batching.grows:
         residue_row = residue_row - one * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
     rank = replace(rank, running=rank.running - one, used_blocks=used)
     batch = replace(batch, count=batch.count - one, offsets=batch.offsets - one * offset)
-    return (Counts(counts.executor, rank, batch), residue_row, Retired(is_any, slot, request), has_more,
-            next_key)
+    retired = Retired(is_any, slot, request, offset + batch.counter)
+    return Counts(counts.executor, rank, batch), residue_row, retired, has_more, next_key
 
 
 def cut_jump(event: Event, counts: Counts, times: Clocks) -> tuple[Counts, Time]:

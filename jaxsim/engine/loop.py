@@ -64,12 +64,13 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
 def run(dims: Dims, params: Params, requests: Requests) -> World:
     """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
     rules = params.flags
-    fields = 5 if rules.scans_slots else 3
+    fields = 5 if rules.stamps_slots else 3
     words = bitmap.num_words(dims.num_requests) if rules.order == "priority" else 1
 
     def initial(params, requests):
         ratio = params.of_executors(lambda batching: batching.ratio_start)
-        return w.initial_world(dims, *params.source.start(requests), fields, words, ratio)
+        num_blocks = params.of_executors(lambda batching: batching.num_blocks)
+        return w.initial_world(dims, *params.source.start(requests), fields, words, ratio, num_blocks)
 
     requests = jax.vmap(lambda params, requests: params.source.prepare(requests))(params, requests)
     world = jax.vmap(initial)(params, requests)

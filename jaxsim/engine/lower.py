@@ -1,13 +1,16 @@
 """From what a user describes to what the loop runs: scenario -> sizes, policies, cost tables, requests."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxsim._core.errors import InputError
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
-from jaxsim.cost.roofline import roofline
+from jaxsim.cost.roofline import FRONT_ENDS, roofline
+from jaxsim.engine import measured
 from jaxsim.engine.common import Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.policy.arrivals import ClosedLoop, SortedArrivals
@@ -18,13 +21,14 @@ from jaxsim.spec.dims import Dims
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan
-from jaxsim.spec.presets import NO_TOKEN_LIMIT, Scheduler, resolve
-from jaxsim.spec.scenario import FittedCost, Scenario
+from jaxsim.spec.presets import Scheduler, resolve
+from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario
 from jaxsim.state.requests import Requests, pack_requests
 from jaxsim.traces import read_lengths, read_trace
 from jaxsim.workload.generator import Tenant
 from jaxsim.workload.lengths import Paired
 from jaxsim.workload.named import generator
+from jaxsim.workload.segments import radix_segments
 from jaxsim.workload.workload import Workload
 
 MAX_STEPS_A_TOKEN = 4
@@ -157,14 +161,20 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int) 
     if isinstance(scenario.cost, FittedCost):
         return fitted(*(scenario.cost.rows(kind) for kind in ("prefill", "decode", "mixed")),
                       exact=scenario.cost.exact)
+    if isinstance(scenario.cost, ProfiledCost):
+        return measured.tables(scenario, s, system.model, system.device, system.plan, num_slots, longest)[0]
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
                      **scenario.cost.overrides)
-    most_tokens = min(s.max_num_batched_tokens + num_slots, num_slots * (longest + 1), NO_TOKEN_LIMIT)
-    # A power of two, so that budgets and lengths share programs.
-    most_tokens = min(1 << (most_tokens - 1).bit_length(), NO_TOKEN_LIMIT)
-    return model.tabulate(most_tokens, num_slots, cuda_graphs=not scenario.engine.enforce_eager,
+    return model.tabulate(s.most_tokens(num_slots, longest), num_slots, cuda_graphs=not scenario.engine.enforce_eager,
                           async_scheduling=s.async_scheduling)
+
+
+def front_end_s(scenario: Scenario, system: System) -> float:
+    """Seconds that a request spends outside the engine: in the HTTP server, the tokenizer, the way between."""
+    if scenario.cost.front_end_s is not None:
+        return scenario.cost.front_end_s
+    return 0.0 if isinstance(scenario.cost, FittedCost) else FRONT_ENDS[scenario.cost.host or system.scheduler.host]
 
 
 def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost, max_steps: int) -> Params:
@@ -182,18 +192,69 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost,
         decode_needs_free_block=s.decode_needs_free_block, victim=s.victim,
         waiting_blocked_after_preempt=s.waiting_blocked_after_preempt, order=s.order, admit=s.admit,
         async_scheduling=s.async_scheduling, kv_accounting=s.kv_accounting,
-        has_context_limit=s.decode_context_limit is not None)
+        has_context_limit=s.decode_context_limit is not None,
+        prefix_caching=scenario.engine.enable_prefix_caching)
     w, source = scenario.workload, SortedArrivals()
     if w.kind == "closed-loop":
-        source = ClosedLoop(integer(w.concurrency), real(w.think_s or 0.0))
+        source = ClosedLoop(integer(w.concurrency), real((w.think_s or 0.0) + front_end_s(scenario, system)))
     return Params((Group(batching, cost),), router(scenario.cluster.router, scenario.cluster.router_weights),
                   integer(max_steps), source)
 
 
-def make_requests(workload: Workload, num_requests: int) -> Requests:
+class Prefixes(NamedTuple):
+    """Paths of all prompts through their segments (-1 behind the end), and the bounds of these in blocks."""
+
+    paths: Int[np.ndarray, "requests path"]
+    bounds: Int[np.ndarray, "requests path+1"]
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of all of them."""
+        return int(self.paths.max(initial=-1)) + 1
+
+    @property
+    def num_releases(self) -> int:
+        """Entries of the log of releases, if nobody is preempted: all segments of a prompt, and what is behind it."""
+        return int((self.paths >= 0).sum()) + len(self.paths)
+
+
+def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None) -> Requests:
     """The workload as the loop reads it, padded."""
+    shared = {}
+    if prefixes is not None:
+        more = dims.path_width - prefixes.paths.shape[1]
+        shared = dict(paths=np.pad(prefixes.paths, ((0, 0), (0, more)), constant_values=-1),
+                      bounds=np.pad(prefixes.bounds, ((0, 0), (0, more)), mode="edge"),
+                      num_segments=dims.num_segments)
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,
-                         workload.uniforms, num_requests, workload.priority)
+                         workload.uniforms, dims.num_requests, workload.priority, **shared)
+
+
+def shared_prefixes(workload: Workload, block_size: int) -> Prefixes:
+    """The segments that prompts share, for blocks of `block_size` tokens.
+
+    A prompt of whole blocks only may find all but its last block, so there a segment ends too. Raises `InputError`
+    where the workload's ids stand for tokens that are not whole blocks.
+    """
+    if workload.prefix_hashes is None:
+        return Prefixes(np.full((len(workload), 1), -1), np.zeros((len(workload), 2), np.int64))
+    offsets, per = workload.prefix_offsets.astype(np.int64), workload.prefix_block_size
+    tokens = workload.input_tokens.astype(np.int64)
+    most = (tokens - 1) // block_size * block_size
+    counts = np.minimum(np.diff(offsets), -(-most // per))
+    shorter = np.concatenate([workload.prefix_hashes[a:a + n] for a, n in zip(offsets[:-1], counts, strict=True)])
+    segments = radix_segments(
+        np.concatenate([offsets, offsets[-1] + np.cumsum(counts)]),
+        np.concatenate([workload.prefix_hashes, shorter]), np.concatenate([tokens, np.maximum(most, 1)]),
+        prefix_block_size=per, block_size=block_size)
+    width, count = max(segments.max_path_segments, 1), len(workload)
+    paths, bounds = np.full((count, width), -1), np.zeros((count, width + 1), np.int64)
+    starts, flat = segments.paths()
+    lengths = np.diff(starts)[:count]
+    is_in = np.arange(width) < lengths[:, None]
+    paths[is_in] = flat[:starts[count]]
+    bounds[:, 1:][is_in] = segments.end_blocks[paths[is_in]]
+    return Prefixes(paths, np.maximum.accumulate(bounds, axis=1))
 
 
 def step_limit(workload: Workload) -> int:

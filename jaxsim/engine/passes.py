@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsim.cost.base import BatchStats, DecodePace
 from jaxsim.engine.common import MAX_SPAN_S, Group, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
+from jaxsim.engine.prefix import Found, Release, admit
 from jaxsim.engine.slots import Slots
 from jaxsim.kernels import clock, packed, queues, residues
 from jaxsim.kernels.clock import Time
@@ -75,12 +76,14 @@ def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array
 
 def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, times: Clocks,
           residue_row: Int[Array, " block_size"], lengths: Int[Array, " 4"], emitted: Int[Array, ""],
-          request: Int[Array, ""], following: Int[Array, ""], free_slot: Int[Array, ""], slots: Slots | None
+          request: Int[Array, ""], following: Int[Array, ""], free_slot: Int[Array, ""], slots: Slots | None,
+          found: Found | None
           ) -> tuple[Counts, Clocks, Int[Array, " block_size"], Placed, Bool[Array, ""], Bool[Array, ""]]:
     """Give the forming prompt its chunk, or admit the head of the queue if it fits.
 
     is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens, place);
-    emitted: its output tokens so far; following: the request behind it in the queue. Returns counts, times,
+    emitted: its output tokens so far; following: the request behind it in the queue; found: what it has in the prefix
+    cache, if there is one. Returns counts, times,
     residues, what was placed, whether the queue's head is blocked by something that only an event can lift, and
     whether more may be placed at this instant.
     """
@@ -92,7 +95,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     is_forming = jnp.bool_(False)
     if rules.chunked_prefill:
         is_forming = (rank.forming_slot != null) & ~has(counts, w.FORMED)
-    computed = jnp.where(is_forming, rank.forming_computed, 0)
+    cached = 0 if found is None else found.blocks << dims.block_bits
+    computed = jnp.where(is_forming, rank.forming_computed, cached)
     rest = known - computed
     chunk = jnp.minimum(rest, batch.budget) if rules.chunked_prefill else rest
     if rules.order == "priority":
@@ -103,6 +107,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         "max_model_len": blocks_for(rules.max_model_len, dims)}[rules.reserve]
     if not rules.kv_accounting:
         reserved = jnp.int32(0)
+    if found is not None:
+        reserved = reserved + found.revived
     grown = reserved
     if rules.chunked_prefill:
         more = 0
@@ -132,6 +138,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     is_held = ~has_slot | ~has_blocks
     if rules.reserve == "expected":
         is_held = jnp.bool_(False)
+    if found is not None:
+        # What is cached of the head may be evicted while it waits, and its first chunk then need fewer blocks.
+        is_held = ~has_slot | (found.least > rules.num_blocks - rank.used_blocks)
     if rules.admit == "when_empty":
         is_held = jnp.bool_(True)
 
@@ -159,6 +168,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     rank = replace(
         rank, queue=queues.pop_front(rank.queue, following, is_admitted), running=rank.running + is_in,
         used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
+    if found is not None:
+        rank = admit(rank, found, is_admitted)
     if rules.async_scheduling:
         rank = replace(rank, visible=rank.visible - is_in)
     if rules.chunked_prefill:
@@ -176,7 +187,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     can_go_on = is_placed & left & (batch.budget > 0) & (rank.running < rules.max_num_seqs) & ~is_closed
     key = packed.pack_key(after_first + (output - emitted - 1), slot, dims.slot_bits)
     entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
-    if rules.scans_slots:
+    if rules.stamps_slots:
         stamp = counts.executor.num_iterations if rules.reserve == "expected" else rank.next_stamp
         entry += [lengths[PLACE] if rules.order == "priority" else prompt, stamp]
     placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
@@ -184,7 +195,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     return counts, times, residue_row, placed, is_held, can_go_on
 
 
-def statistics(group: Group, counts: Counts, times: Clocks) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
+def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks
+               ) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
     """What the iteration that was formed does; then the sequences that decode behind it, and their context."""
     rules, batch = group.batching, counts.batch
     is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
@@ -193,15 +205,23 @@ def statistics(group: Group, counts: Counts, times: Clocks) -> tuple[BatchStats,
         decodes, jnp.where(is_prompt_only, 0, batch.offsets - batch.stalled_offsets
                            + decodes * (batch.counter + 1)),
         batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.batch.chunk_pairs, decodes + batch.joining)
+    if rules.prefix_caching:
+        stats = replace(stats, decode_shared=shared_tokens(dims, counts, stats.decode_context))
     after_first = batch.counter + jnp.where(is_prompt_only, 0, 1)
     followers = batch.count + batch.joining
     return stats, followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1)
 
 
-def price(group: Group, counts: Counts, times: Clocks) -> tuple[Float[Array, ""], DecodePace]:
+def price(dims: Dims, group: Group, counts: Counts, times: Clocks) -> tuple[Float[Array, ""], DecodePace]:
     """Seconds of the iteration that was formed, and the pace of the decode iterations that can follow it."""
-    stats, followers, context = statistics(group, counts, times)
-    return group.cost.iteration(stats), group.cost.decode(followers, context)
+    stats, followers, context = statistics(dims, group, counts, times)
+    shared = shared_tokens(dims, counts, context) if group.batching.prefix_caching else 0
+    return group.cost.iteration(stats), group.cost.decode(followers, context, shared)
+
+
+def shared_tokens(dims: Dims, counts: Counts, context: Int[Array, ""]) -> Int[Array, ""]:
+    """Of the context that decodes read, tokens of blocks that others hold too; prompts under way count as others."""
+    return jnp.minimum(counts.rank.cache.shared * dims.block_size, context)
 
 
 def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
@@ -235,7 +255,7 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
         may_follow = may_follow & (rank.forming_slot == dims.null_slot)
     extra = jnp.where(may_follow, jnp.maximum(extra, 0), 0)
     # What float32 left of the prices, now that they are stored values.
-    stats, followers, context = statistics(group, counts, times)
+    stats, followers, context = statistics(dims, group, counts, times)
     first = Time(clock.on_grid(first_s), clock.on_grid(
         group.cost.iteration_remainder(stats, first_s) + (first_s - clock.on_grid(first_s))))
     run = Time(pace.first_s, group.cost.decode_remainder(followers, context, pace.first_s))
@@ -253,11 +273,12 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
 
 def preempt(dims: Dims, group: Group, is_any: Bool[Array, ""], counts: Counts,
             residue_row: Int[Array, " block_size"], slot: Int[Array, ""], request: Int[Array, ""],
-            offset: Int[Array, ""], previous: Int[Array, ""], known_prompt: Int[Array, ""]
-            ) -> tuple[Counts, Int[Array, " block_size"], Int[Array, ""], queues.Link]:
+            offset: Int[Array, ""], previous: Int[Array, ""], known_prompt: Int[Array, ""],
+            released: Release | None) -> tuple[Counts, Int[Array, " block_size"], Int[Array, ""], queues.Link]:
     """Take a sequence off the batch: all its blocks, back to the front of the queue (SGLang: to its end).
 
-    slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens. Returns counts, residues, the
+    slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens;
+    with prefix caching its blocks are `released` already. Returns counts, residues, the
     tokens it has emitted and the link of the queue that changes.
     """
     rank, batch = counts.rank, counts.batch
@@ -275,7 +296,7 @@ def preempt(dims: Dims, group: Group, is_any: Bool[Array, ""], counts: Counts,
     queue, link = push(rank.queue, request, is_any, dims.num_requests)
     rank = replace(
         rank, queue=queue, running=rank.running - one,
-        used_blocks=rank.used_blocks - one * blocks_for(held_tokens, dims),
+        used_blocks=rank.used_blocks - one * (blocks_for(held_tokens, dims) if released is None else 0),
         forming_slot=jnp.where(is_any & is_forming, null, rank.forming_slot),
         tail=jnp.where(is_decoding, previous, rank.tail))
     if group.batching.async_scheduling:

@@ -1,5 +1,6 @@
 """Simulate scenarios: group those of one structure, run each group as one program, hand back host arrays."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.engine import loop, lower
+from jaxsim.engine import loop, lower, measured
 from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock
 from jaxsim.metrics import LaneResult, Result
 from jaxsim.spec.dims import Dims
-from jaxsim.spec.scenario import Scenario
+from jaxsim.spec.scenario import ProfiledCost, Scenario
 from jaxsim.state import world as w
 from jaxsim.state.world import World
 from jaxsim.workload.workload import Workload
@@ -33,25 +34,34 @@ FAULTS = {
     w.STEP_LIMIT: f"more than {lower.MAX_STEPS_A_TOKEN} steps for every token of the workload: the scheduler is"
                   " going in circles (the KV pool is too small for the preemption rule)",
     w.STARVED: "requests are left that nothing will bring: the source of arrivals has stopped",
+    w.LOG_FULL: "more releases of cached blocks than were foreseen: sequences are preempted over and over",
     w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
 }
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One scenario, one seed, on its way through the engine."""
+    """One scenario, one seed, on its way through the engine.
+
+    longest: tokens of a request of any of its seeds. front_end_s: that every request spends outside the engine.
+    """
 
     scenario: int
     system: lower.System
     workload: Workload
     dims: Dims
     params: Params
+    longest: int
+    prefixes: lower.Prefixes | None = None
+    front_end_s: float = 0.0
 
 
-def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = False) -> Result:
+def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = False,
+             workload: Workload | None = None) -> Result:
     """Simulate every scenario under every one of its seeds.
 
     record_steps: keep a tape of iterations, for timelines and curves over time.
+    workload: requests of all runs, instead of those that the scenarios describe.
 
     Returns host arrays a run and pandas frames made from them. Raises `InputError` for whatever is wrong with a
     scenario, before anything is compiled. A run that a bound stopped says so in its `fault`.
@@ -60,7 +70,7 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     lanes = []
     for index, scenario in enumerate(scenarios):
         try:
-            lanes += prepare(index, scenario.checked(), record_steps)
+            lanes += prepare(index, scenario.checked(), record_steps, workload)
         except InputError as error:
             if len(scenarios) == 1:
                 raise
@@ -76,12 +86,22 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     done = {}
     for (dims, *_), group in groups.items():
         params = _stack([lane.params for lane in group])
-        requests = _stack([lower.make_requests(lane.workload, dims.num_requests) for lane in group])
+        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes) for lane in group])
         world = jax.device_get(loop.run(dims, params, requests))
         done |= {id(lane): _unpack(dims, world, index, lane) for index, lane in enumerate(group)}
     for lane in lanes:
-        results[lane.scenario].append(done[id(lane)])
+        results[lane.scenario].append(_with_share(scenarios[lane.scenario], lane, done[id(lane)]))
     return Result(scenarios, results)
+
+
+def _with_share(scenario: Scenario, lane: Lane, result: LaneResult) -> LaneResult:
+    """With the extrapolated share of a profiled cost."""
+    if not isinstance(scenario.cost, ProfiledCost) or result.steps is None:
+        return result
+    system = lane.system
+    both = measured.tables(scenario, system.scheduler, system.model, system.device, system.plan, lane.dims.num_slots,
+                           lane.longest)
+    return dataclasses.replace(result, extrapolated_share=measured.extrapolated_share(both, result))
 
 
 def _listed(scenarios) -> list[Scenario]:
@@ -134,22 +154,38 @@ def _stack(trees):
     return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
 
 
-def prepare(index: int, scenario: Scenario, record_steps: bool) -> list[Lane]:
+def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload | None = None) -> list[Lane]:
     """The runs of a checked scenario, one a seed. Raises `InputError` for what cannot be simulated."""
     system = lower.resolve_system(scenario)
-    if scenario.num_requests is not None:
+    if given is None and scenario.num_requests is not None:
         _check_memory([(_dims(scenario, system, scenario.num_requests, record_steps), scenario.num_seeds)])
-    workloads = [lower.make_workload(scenario, seed) for seed in scenario.seeds]
+    workloads = [given or lower.make_workload(scenario, seed) for seed in scenario.seeds]
     for workload in workloads:
         lower.check_requests(system, workload)
     most = max(len(workload) for workload in workloads)
     longest = max(int((workload.input_tokens + workload.output_tokens).max()) for workload in workloads)
     dims = _dims(scenario, system, most, record_steps)
+    prefixes = [None] * len(workloads)
+    if scenario.engine.enable_prefix_caching:
+        prefixes = [lower.shared_prefixes(workload, system.scheduler.block_size) for workload in workloads]
+        dims = _with_prefixes(dims, prefixes)
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [Lane(index, system, workload, dims,
-                  lower.make_params(scenario, system, cost, lower.step_limit(workload)))
-            for workload in workloads]
+                  lower.make_params(scenario, system, cost, lower.step_limit(workload)), longest, prefix,
+                  lower.front_end_s(scenario, system))
+            for workload, prefix in zip(workloads, prefixes, strict=True)]
+
+
+def _with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
+    # Powers of two, so that runs share programs; the log has room for as many releases again after preemptions.
+    def padded(size: int) -> int:
+        return 1 << max(size - 1, 1).bit_length()
+
+    return dataclasses.replace(
+        dims, num_segments=padded(max(p.num_segments for p in prefixes) + 1),
+        path_width=padded(max(p.paths.shape[1] for p in prefixes)),
+        log_size=padded(2 * max(p.num_releases for p in prefixes) + 4096))
 
 
 def _dims(scenario: Scenario, system: lower.System, num_requests: int, record_steps: bool) -> Dims:
@@ -196,7 +232,8 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         running_s=joined(times.rank.running).ravel(), kv_peak_blocks=counts.rank.peak_blocks.ravel(),
         num_blocks=made.system.num_blocks if made.system.scheduler.kv_accounting else 0,
         num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
-        fault="; ".join(names),
+        fault="; ".join(names), front_end_s=made.front_end_s,
+        cached_tokens=None if world.cached is None else world.cached[lane, :count],
         steps=_tape(dims, world, lane) if dims.num_records else None)
 
 

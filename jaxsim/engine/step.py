@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import ending, events, passes
+from jaxsim.engine import ending, events, passes, prefix
 from jaxsim.engine.common import MAX_SPAN_S, Context, Params, choose, has, mark, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
@@ -64,6 +64,7 @@ class Touched(eqx.Module):
     # running list and the links that change in it; the entry of `World.due` that changes; all slots, if the pass scans
     # them.
     due: tuple[Int[Array, ""], Float[Array, " 3"]] | None = None
+    released: prefix.Release | None = None
     slots: Slots | None = None
     retired: Retired | None = None
     has_more: Bool[Array, ""] | None = None
@@ -90,6 +91,9 @@ class Touched(eqx.Module):
     preemptions: Int[Array, ""] | None = None
     preempted_s: Float[Array, ""] | None = None
     next_head: Int[Array, ""] | None = None
+
+    # look_up: what is cached of the candidate.
+    found: prefix.Found | None = None
 
     # fill: who was placed; whether a first token opens a row of the log, the head of the queue waits for an event, more
     # can be placed at this instant; tokens the victim has emitted.
@@ -213,7 +217,8 @@ def retire(context: Context, t: Touched) -> Touched:
     dims, params, requests, world, group = context
     event, counts, keys = t.event, t.counts, take(world.slot_keys, t.batch)
     counts, residue_row, retired, has_more, next_key = ending.retire(
-        dims, group, event, counts, keys, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row)
+        dims, group, event, counts, keys, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row,
+        take(world.slot_entries, t.rank)[:, w.STAMP] if group.batching.prefix_caching else None)
     tail, unlinked, slots = counts.rank.tail, None, None
     if group.batching.keeps_running_list:
         tail, *unlinked = queues.unlink(
@@ -222,13 +227,21 @@ def retire(context: Context, t: Touched) -> Touched:
         counts = replace(counts, rank=replace(counts.rank, tail=tail))
     if group.batching.scans_slots:
         slots = Slots(keys, take(world.slot_entries, t.rank), retired.slot)
+    released = None
+    if group.batching.prefix_caching:
+        preemptions = take(world.progress, retired.request)[1]
+        rank, released = prefix.release(context, t.rank, counts.rank, retired.request, retired.is_any, retired.tokens,
+                                        preemptions)
+        rank = replace(rank, used_blocks=rank.used_blocks - released.freed)
+        counts = replace(counts, rank=rank)
     source, due = t.source, None
     if params.source.answers:
         source, *entry = params.source.ended(source, world.epoch, event.now, retired.is_any, dims.num_requests)
         due = tuple(entry)
         event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
-    return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, retired=retired,
-                   has_more=has_more, next_key=next_key, tail=tail, unlinked=unlinked and tuple(unlinked), slots=slots)
+    return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, released=released,
+                   retired=retired, has_more=has_more, next_key=next_key, tail=tail,
+                   unlinked=unlinked and tuple(unlinked), slots=slots)
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
@@ -298,6 +311,27 @@ def open_pass(context: Context, t: Touched) -> Touched:
         next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
 
 
+def look_up(context: Context, t: Touched) -> Touched:
+    """With prefix caching: give a victim's blocks back, settle evictions, find what is cached of the candidate."""
+    dims, _, _, world, group = context
+    if not group.batching.prefix_caching:
+        return t
+    counts, rank, batch = t.counts, t.counts.rank, t.counts.batch
+    slot, request, offset = t.victim
+    is_forming = (slot == rank.forming_slot) & (slot != dims.null_slot)
+    tokens = jnp.where(is_forming, rank.forming_computed, offset + batch.counter)
+    rank, victims = prefix.release(context, t.rank, rank, request, t.is_preempting, tokens, t.preemptions)
+    rank = replace(rank, used_blocks=rank.used_blocks - victims.freed)
+    released = choose(t.is_preempting, victims, t.released)
+    is_forming = (rank.forming_slot != dims.null_slot) & ~has(counts, w.FORMED)
+    is_trying = t.is_placing & ~is_forming & (rank.waiting > 0)
+    rank, found, is_settled = prefix.look_up(
+        context, t.rank, rank, is_trying, t.candidate, t.lengths[PROMPT] + t.emitted, batch.budget, t.preemptions,
+        released)
+    return replace(t, counts=replace(counts, rank=rank), released=released, found=found,
+                   is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
+
+
 def fill(context: Context, t: Touched) -> Touched:
     """Place one prompt, or preempt one victim. Prompt-first engines look at their decodes here."""
     dims, _, _, world, group = context
@@ -307,7 +341,7 @@ def fill(context: Context, t: Touched) -> Touched:
     free_slot = jnp.where(t.retired.is_any, t.retired.slot, free_slot)
     counts, times, residue_row, placed, is_held, can_go_on = passes.place(
         dims, group, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
-        free_slot, t.slots)
+        free_slot, t.slots, t.found)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     rank = counts.rank
@@ -346,7 +380,8 @@ def fill(context: Context, t: Touched) -> Touched:
             counts = mark(counts, is_preempting, w.CLOSED)
         before_tail = take(world.slot_previous, t.rank, t.tail) if rules.keeps_running_list else null
         counts, residue_row, victim_emitted, own_link = passes.preempt(
-            dims, group, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT])
+            dims, group, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT],
+            t.released)
         link = choose(is_preempting, own_link, link)
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
@@ -367,7 +402,7 @@ def price(context: Context, t: Touched) -> Touched:
     is_stuck = is_idle & ~has(counts, w.PREEMPTED)
     counts = replace(counts, rank=replace(counts.rank, progress=progress))
     return replace(t, counts=counts, is_starting=is_formed & has_batch, is_stuck=is_stuck,
-                   price=passes.price(context.group, t.counts, t.times))
+                   price=passes.price(context.dims, context.group, t.counts, t.times))
 
 
 def launch(context: Context, t: Touched) -> Touched:
@@ -435,6 +470,13 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
             indices, values = zip(*links, strict=True)
             writes[name] = Put(own(name, indices), values)
     stack_top = stack.push_at(dims.num_slots - counts.rank.running - 1, is_returned, dims.slot_width - 1)
+    if t.found is not None:
+        rank = counts.rank
+        # The prompt that was placed, whole or in part, is computed up to here.
+        computed = jnp.where(placed.is_completing, t.lengths[PROMPT] + t.emitted, rank.forming_computed)
+        is_placed = placed.slot != null
+        writes |= prefix.writes(context, t.rank, t.found, t.released, t.candidate, is_placed, placed.is_admitted,
+                                is_new, computed)
     if t.due is not None:
         writes["due"] = Put((t.due[0],), t.due[1])
     if dims.num_records:
@@ -479,6 +521,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         num_finished=world.num_finished + retired.is_any,
         num_logged=world.num_logged + t.opens_log,
         fault=world.fault | jnp.where(t.is_stuck, w.STUCK, 0) | jnp.where(t.is_starting & ~is_possible, w.TOO_SLOW, 0)
+        | (0 if t.found is None else jnp.where(counts.rank.cache.end - counts.rank.cache.head > dims.log_size,
+                                               w.LOG_FULL, 0))
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=t.is_frozen.astype(jnp.int32))
     if dims.num_records:
@@ -486,7 +530,7 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     return progress, writes
 
 
-PHASES = (receive, settle, retire, open_pass, fill, price, launch)
+PHASES = (receive, settle, retire, open_pass, look_up, fill, price, launch)
 """In this order between `look` and `note`."""
 
 

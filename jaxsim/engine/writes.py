@@ -18,6 +18,9 @@ from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.world import World
 
+FEW = 8
+"""Entries that a single scenario writes one after the other; a scatter of many compiles much faster."""
+
 
 class Put(NamedTuple):
     """Overwrite an entry, or as many as the last index has; `index` and `value` may be tuples of scalars there.
@@ -96,9 +99,14 @@ def apply(dims: Dims, world: World, packing: packed.Packing, writes) -> World:
                 for name, write in packing.unpack(writes).items() if not is_own_row(name, write)}
 
     adds = [name for name, write in packing.unpack(writes).items() if isinstance(write, Add)]
-    put = put_one if writes["int32"].shape[1] == 1 else put_many
+    is_alone = writes["int32"].shape[1] == 1
+
+    def put(name, index, value):
+        write = put_one if is_alone and index.shape[0] <= FEW else put_many
+        return write(getattr(world, name), index, value, name in adds)
+
     return replace(world, **{
-        name: put(getattr(world, name), *entry, name in adds) if isinstance(entry, tuple) else entry
+        name: put(name, *entry) if isinstance(entry, tuple) else entry
         for name, entry in kernel(lambda: stage(aimed, None, "aim"), "aim").items()})
 
 

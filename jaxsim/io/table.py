@@ -12,12 +12,13 @@ from rich.text import Text
 
 from jaxsim.metrics import FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
 from jaxsim.spec.presets import load_preset
-from jaxsim.spec.scenario import RooflineCost, Scenario
+from jaxsim.spec.scenario import FittedCost, ProfiledCost, RooflineCost, Scenario
 
 WIDTH = 100
 
 _USUAL_HOST = "vllm-v1"
 _LONGEST_LABEL = 24
+_WORTH_TELLING = 0.01
 _STYLES = {"UNSTABLE": "bold red", "stopped by": "bold red", "TOO SHORT": "bold"}
 
 
@@ -75,8 +76,11 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     cost = _unusual_cost(scenario, preset.host)
     if cost:
         lines.append(cost)
-    if lane.num_prefix_blocks:
-        lines.append("the trace names shared prefixes, but prefix caching is not simulated: every prompt is"
+    device = scenario.device.spec() if scenario.device and isinstance(scenario.cost, RooflineCost) else None
+    if device is not None and device.calibration != "measured" and device.efficiency is None:
+        lines.append(f"kernel constants are those of {device.family}: {device.name} was not measured")
+    if lane.num_prefix_blocks and lane.cached_tokens is None:
+        lines.append("the trace names shared prefixes, but engine.enable_prefix_caching is off: every prompt is"
                      " computed in full")
     return lines
 
@@ -84,7 +88,7 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
 def _unusual_cost(scenario: Scenario, preset_host: str) -> str:
     """How iterations are priced, where it is not the usual way: only equal prices make schedulers comparable."""
     cost = scenario.cost
-    if not isinstance(cost, RooflineCost):
+    if isinstance(cost, FittedCost):
         return "cost: fitted coefficients"
     host = cost.host or preset_host
     overheads = "no host overhead" if host == "none" else f"host overhead of {host}"
@@ -93,6 +97,8 @@ def _unusual_cost(scenario: Scenario, preset_host: str) -> str:
         parts.append(f"{', '.join(sorted(cost.overrides))} overridden")
     if cost.distinct_experts != "expected":
         parts.append(f"distinct experts: {cost.distinct_experts}")
+    if isinstance(cost, ProfiledCost):
+        return ", ".join([f"cost: profile {Path(cost.path).name}", *parts])
     return f"cost: roofline, {', '.join(parts)}" if parts else ""
 
 
@@ -166,6 +172,10 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
             f" (instances {share(use['least_busy_share'])} to {share(use['most_busy_share'])})")
         facts += [("with work", f"{share(use['busy_share'])} of the time{spread}"),
                   ("running", f"{number(use['mean_running'])} requests an instance on average")]
+    beyond = m["cost"]["extrapolated_share"]
+    if beyond is not None and beyond > _WORTH_TELLING:
+        facts.append(("extrapolated", f"{share(beyond)} of the device's time: the profile has no measurements there,"
+                                      " the roofline stands in"))
     if m["unstable"]:
         told = sum(run["unstable"] is True for run in runs)
         facts.append(("UNSTABLE", f"in {told} of {len(runs)} runs more and more requests were waiting when arrivals"

@@ -33,6 +33,7 @@ class Batching(eqx.Module):
         admit: requests join at `any_time`, or only `when_empty` (static batching).
         async_scheduling: a pass sees only requests that waited when the previous iteration started.
         kv_accounting: blocks are tracked at all.
+        prefix_caching: blocks of equal prompt prefixes are shared and kept until they are evicted.
         has_context_limit: decodes beyond `decode_context_limit` tokens of context wait their turn.
 
     Numbers: max_num_seqs, max_num_batched_tokens, max_model_len, num_blocks, watermark_blocks;
@@ -65,12 +66,15 @@ class Batching(eqx.Module):
     async_scheduling: bool = eqx.field(static=True, default=False)
     kv_accounting: bool = eqx.field(static=True, default=True)
     has_context_limit: bool = eqx.field(static=True, default=False)
+    prefix_caching: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),
                               ("decode_needs_free_block", BLOCK_RULES), ("order", ORDERS), ("admit", ADMITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: not one of {', '.join(allowed)}")
+        if self.prefix_caching and not (self.is_unified and self.reserve == "none" and self.kv_accounting):
+            raise ValueError("prefix_caching: only with phase_mix = 'unified' and reserve = 'none'")
 
     @property
     def is_unified(self) -> bool:
@@ -91,6 +95,11 @@ class Batching(eqx.Module):
     def stalls(self) -> bool:
         """A running sequence may sit out an iteration."""
         return self.order == "priority" or self.has_context_limit
+
+    @property
+    def stamps_slots(self) -> bool:
+        """The order of all running sequences matters, not only who was admitted last."""
+        return self.scans_slots or self.prefix_caching
 
     @property
     def scans_slots(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxsim._core.errors import InputError
+from jaxsim._core.errors import InputError, suggest
 from jaxsim.cost.profile import OPERATORS, OperatorTable, Profile
 from jaxsim.profiles import _table
 
@@ -20,7 +20,10 @@ NAME = "jaxsim"
 KEY = b"jaxsim.profile"
 SCHEMA_VERSION = 1
 AXES = tuple(sorted({axis for operator in OPERATORS.values() for axis in operator.axes}))
-_FIELDS = ("model", "device", "tensor_parallel_size", "expert_parallel_size", "dtype", "kv_dtype")
+_FIELDS = {"model": str, "device": str, "tensor_parallel_size": int, "expert_parallel_size": int, "dtype": str,
+           "kv_dtype": str}
+_KINDS = {str: "text", int: "a whole number", dict: "a table"}
+_AGAIN = "write the profile again (`jaxsim import-profile`)"
 
 
 def write(profile: Profile, path: str | Path) -> Path:
@@ -54,16 +57,29 @@ def read(path: str | Path) -> Profile:
     raw = (schema.metadata or {}).get(KEY)
     if raw is None:
         raise InputError("profile", str(path), "is not a profile jaxsim wrote",
-                         "read it with the reader of its format first, and write that")
-    meta = json.loads(raw)
-    if meta.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"profile {path.name}, schema_version", meta.get("schema_version"),
-                         f"is not the one this version reads, {SCHEMA_VERSION}", "write the profile again")
+                         "turn it into one with `jaxsim import-profile`")
+    try:
+        meta = json.loads(raw)
+        version = meta.get("schema_version")
+    except (ValueError, AttributeError):
+        raise InputError(f"profile {path.name}, metadata", bytes(raw[:60]), "is not a JSON table", _AGAIN) from None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"profile {path.name}, schema_version", version,
+                         f"is not the one this version reads, {SCHEMA_VERSION}", _AGAIN)
+    for name, kind in {**_FIELDS, "provenance": dict}.items():
+        if type(meta.get(name)) is not kind:
+            raise InputError(f"profile {path.name}, {name}", meta.get(name), f"should be {_KINDS[kind]}", _AGAIN)
     frame = _table.read(path, ["operator", "seconds"], AXES)
     tables = {}
     for name, rows in frame.groupby("operator", sort=False):
-        axes = OPERATORS[name].axes if name in OPERATORS else ()
-        points = np.stack([_table.numbers(rows, axis, path) for axis in axes], axis=1) if axes else np.zeros((1, 1))
+        if name not in OPERATORS:
+            raise InputError(f"profile {path.name} row {rows.index[0]}, operator", name, "is not known",
+                             suggest(name, OPERATORS))
+        axes = OPERATORS[name].axes
+        for axis in axes:
+            if axis not in rows:
+                raise InputError(f"profile {path.name}, {name}", axis, "is a column this operator needs", _AGAIN)
+        points = np.stack([_table.numbers(rows, axis, path) for axis in axes], axis=1)
         tables[name] = OperatorTable(name, points, _table.numbers(rows, "seconds", path), path.name,
                                      tuple(f"row {i}" for i in rows.index))
     return Profile(tables, **{name: meta[name] for name in _FIELDS}, provenance=meta["provenance"])

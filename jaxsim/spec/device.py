@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim.spec.efficiency import DATASHEET, Efficiency, load_efficiency, transferred
 from jaxsim.spec.messages import convert_table
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -22,6 +23,9 @@ VISIBLE_SHARE = 0.988
 
 Source: mean of the RTX 4090 (0.980) and the 96 GiB RTX PRO 6000 (0.996) in aiconfigurator's system specs (shared data).
 """
+
+NOMINAL_MULTIPROCESSORS = 128
+"""Equal parts a device is cut into where their number is not known."""
 
 _FALLBACK = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16", "bf16": "fp32"}
 
@@ -41,6 +45,9 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     link, link_bytes_per_s: scale-up link, per direction per device, and devices_per_node that share it;
     internode_bytes_per_s: network beyond it; host_link, host_link_bytes_per_s: to the CPU.
     tdp_w, idle_w, active_idle_w (clocks up, nothing running), usd_per_h (reference, low, high).
+    calibration: where its kernel constants come from: "measured" (its own tables), "family:<device>" (those of a
+    measured device), "datasheet" (nothing near was measured: those of the H100); calibration_note: what to expect of
+    them; efficiency: constants written out, instead.
 
     Known gaps: prices are list or index values of early 2026 that differ 2 to 4 times between providers.
     """
@@ -73,6 +80,9 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     usd_per_h_high: Positive | None = None
     full_name: str = ""
     aliases: tuple[str, ...] = ()
+    calibration: Annotated[str, Meta(pattern="^(measured|datasheet|family:.+)$")] = "datasheet"
+    calibration_note: str = ""
+    efficiency: Efficiency | None = None
     confidence: str = ""
     source: str = ""
     notes: str = ""
@@ -111,6 +121,24 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 raise InputError("device.fp32_flops", None, f"{self.name} has no fp32 peak", "give one")
             compute = _FALLBACK[compute]
         return Peak(rates[compute], compute)
+
+    @property
+    def family(self) -> str:
+        """Name of the device whose kernel constants these are."""
+        kind, _, name = self.calibration.partition(":")
+        return {"measured": self.name, "datasheet": DATASHEET}.get(kind, name)
+
+    def kernel_efficiency(self) -> Efficiency:
+        """Constants of its kernels. Raises `InputError` where `calibration` names no record."""
+        if self.efficiency is not None or self.family == self.name:
+            return self.efficiency or load_efficiency(self.name)
+        like = load_device(self.family)
+        return transferred(load_efficiency(like.name), self.memory_bytes_per_s / like.memory_bytes_per_s,
+                           self._unit_flops / like._unit_flops)
+
+    @property
+    def _unit_flops(self) -> float:
+        return self.peak("bf16").flops / (self.num_multiprocessors or NOMINAL_MULTIPROCESSORS)
 
     @property
     def usable_memory_bytes(self) -> int:

@@ -14,7 +14,8 @@ class Dims:
 
     num_requests: padded requests of a scenario; num_executors: replicas; num_slots: sequences a rank can hold;
     block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records: iterations
-    kept on the tape (0: no tape); num_ranks: of an executor; num_batches: in flight of a rank.
+    kept on the tape (0: no tape); num_ranks: of an executor; num_batches: in flight of a rank; num_segments: of shared
+    prompts, 0 without prefix caching; path_width: segments of a prompt; log_size: releases on record, a power of two.
     """
 
     num_requests: int
@@ -25,6 +26,9 @@ class Dims:
     num_records: int = 0
     num_ranks: int = 1
     num_batches: int = 1
+    num_segments: int = 0
+    path_width: int = 0
+    log_size: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:

@@ -40,7 +40,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         scheduling_policy: order of the waiting queue.
         async_scheduling: the next iteration is scheduled while this one runs.
         watermark: share of the KV blocks that admissions leave free.
-        enable_prefix_caching: must be false: not there yet.
+        enable_prefix_caching: keep and share the KV blocks of equal prompt prefixes (vLLM V1 presets), which a trace
+            names. Off unless set, on by default in vLLM.
         dtype: weights and activations, the same as model.dtype.
         kv_cache_dtype: KV cache, the same as model.kv_dtype.
         enforce_eager: no CUDA graphs, so that every launch is paid by the host.

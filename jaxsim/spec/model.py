@@ -421,6 +421,8 @@ def _hf_dtype(config: Mapping[str, Any]) -> str:
     quantisation = _hf_table(config.get(where), where)
     method = str(quantisation.get("quant_method") or "").lower()
     by_method = {"fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "awq": "int4", "gptq": "int4"}
+    if method == "fp8" and quantisation.get("weight_block_size"):
+        return "fp8_block"
     if method in by_method:
         return by_method[method]
     if method == "compressed-tensors":

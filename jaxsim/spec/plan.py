@@ -1,41 +1,33 @@
 """How a model is laid out on devices, and in which number formats."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.spec.model import ModelSpec
+from jaxsim.spec.quantization import (
+    EXAMPLES,
+    KV_BYTES,
+    WEIGHT_ONLY,
+    Quantization,
+    WeightFormat,
+    is_quantization_name,
+)
 
 Degree = Annotated[int, Meta(ge=1)]
-ComputeType = Literal["fp32", "bf16", "fp8", "int8", "fp4"]
-
-
-class WeightFormat(NamedTuple):
-    """Bytes of a weight and the arithmetic it is multiplied in.
-
-    linear_bytes: projections and dense FFN; expert_bytes: routed experts; other_bytes: embeddings, LM head,
-    norms, router, which engines leave unquantised; activation_bytes; compute: tensor-core type of the matrix
-    products.
-    """
-
-    name: str
-    linear_bytes: float
-    expert_bytes: float
-    other_bytes: float
-    activation_bytes: float
-    compute: ComputeType
-
 
 _FORMATS = {f.name: f for f in (
     WeightFormat("float32", 4, 4, 4, 4, "fp32"),
     WeightFormat("bfloat16", 2, 2, 2, 2, "bf16"),
     WeightFormat("float16", 2, 2, 2, 2, "bf16"),
     WeightFormat("fp8", 1, 1, 2, 2, "fp8"),
+    # 8-bit values, one scale for every 128 x 128 (and for every 128 activations)
+    WeightFormat("fp8_block", 1, 1, 2, 2, "fp8"),
     WeightFormat("int8", 1, 1, 2, 2, "int8"),
-    # 4-bit values, one 16-bit scale for every 128
-    WeightFormat("int4", 0.515625, 0.515625, 2, 2, "bf16"),
+    # 4-bit values, one 16-bit scale for every 128, no zero points
+    WeightFormat("int4", 0.515625, 0.515625, 2, 2, "bf16", WEIGHT_ONLY),
     # 4-bit values, one 8-bit scale for every 16 (nvfp4)
     WeightFormat("fp4", 0.5625, 0.5625, 2, 2, "fp4"),
     # 4-bit experts with an 8-bit scale for every 32, the rest 16-bit; Hopper multiplies in bf16
@@ -46,30 +38,33 @@ _FORMAT_ALIASES = {
     "fp8_e4m3": "fp8", "float8_e4m3fn": "fp8", "w8a8": "int8", "w4a16": "int4", "awq": "int4", "gptq": "int4",
     "nvfp4": "fp4",
 }
-_KV_BYTES = {
-    "float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2, "half": 2,
-    "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1, "int4": 0.5,
-}
 
 
 def weight_format(dtype: str, model: ModelSpec | None = None) -> WeightFormat:
-    """The number format called `dtype`; "auto" is the model's own."""
+    """The number format called `dtype`; "auto" is the model's own.
+
+    Besides the formats here: names of `jaxsim.spec.quantization.Quantization.from_name`, such as "int3-g128".
+    """
     name = (model.dtype if model is not None else "bfloat16") if dtype == "auto" else dtype
     name = _FORMAT_ALIASES.get(str(name).lower(), str(name).lower())
+    if name not in _FORMATS and is_quantization_name(name):
+        return Quantization.from_name(name).weight_format(model)
     if name not in _FORMATS:
         of = f" (of {model.name})" if dtype == "auto" and model is not None else ""
         raise InputError("model.dtype", model.dtype if of else dtype, f"is not a weight format{of}",
-                         suggest(name, [*_FORMATS, *_FORMAT_ALIASES]))
+                         suggest(name, [*_FORMATS, *_FORMAT_ALIASES, *EXAMPLES]))
     return _FORMATS[name]
 
 
 def kv_cache_bytes(kv_dtype: str, dtype: str = "auto", model: ModelSpec | None = None) -> float:
-    """Bytes of a cached number; "auto" is the width of activations."""
+    """Bytes of a cached number; "auto" is what the name of a quantised `dtype` says, or the width of activations."""
     if kv_dtype == "auto":
-        return weight_format(dtype, model).activation_bytes
-    if str(kv_dtype).lower() not in _KV_BYTES:
-        raise InputError("model.kv_dtype", kv_dtype, "is not a KV cache format", suggest(kv_dtype, _KV_BYTES))
-    return _KV_BYTES[str(kv_dtype).lower()]
+        fmt = weight_format(dtype, model)
+        kv_format = Quantization.from_name(fmt.name).kv_format if fmt.name not in _FORMATS else "auto"
+        return fmt.activation_bytes if kv_format == "auto" else KV_BYTES[kv_format]
+    if str(kv_dtype).lower() not in KV_BYTES:
+        raise InputError("model.kv_dtype", kv_dtype, "is not a KV cache format", suggest(kv_dtype, KV_BYTES))
+    return KV_BYTES[str(kv_dtype).lower()]
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -139,6 +139,14 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
         """Blocks that admissions leave free, truncated as the engines do (none below 1/watermark)."""
         return int(self.watermark * num_blocks)
 
+    def most_tokens(self, num_sequences: int, longest: int) -> int:
+        """Tokens of the largest iteration of sequences of up to `longest` tokens.
+
+        Raised to a power of two, so that budgets and lengths share programs.
+        """
+        most = min(self.max_num_batched_tokens + num_sequences, num_sequences * (longest + 1), NO_TOKEN_LIMIT)
+        return min(1 << (most - 1).bit_length(), NO_TOKEN_LIMIT)
+
 
 def _decode(text: str, where: str) -> Preset:
     values = parse_toml(text, where)

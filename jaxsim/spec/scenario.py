@@ -317,11 +317,32 @@ class RooflineCost(_Section, frozen=True, tag_field="kind", tag="roofline"):
         host: whose host overheads are taken; those of the preset's engine if left out.
         distinct_experts: how many experts a batch reads: as expected under uniform routing, the tokens' top-k
             with no overlap, or all.
+        front_end_s: seconds of a request outside the engine (HTTP server, tokenizer), in TTFT and end to end; those of
+            `host` if left out, 0 where clocks are inside the engine.
     """
 
     overrides: dict[str, float] = {}
     host: Text | None = None
     distinct_experts: Literal["expected", "topk", "all"] = "expected"
+    front_end_s: NotNegative | None = None
+
+
+class ProfiledCost(_Section, frozen=True, tag_field="kind", tag="profiled"):
+    """Measured operator times; the roofline prices what was not measured and continues what was.
+
+        path: a profile that `jaxsim import-profile` wrote, of the model, device and tensor-parallel degree that run.
+        overrides: parameters of that roofline by name, instead of their calibrated values.
+        host: whose host overheads are taken, unless the profile holds its own; those of the preset's engine if left
+            out.
+        distinct_experts: as for the roofline; also where a profile's expert times are read.
+        front_end_s: as for the roofline.
+    """
+
+    path: Text
+    overrides: dict[str, float] = {}
+    host: Text | None = None
+    distinct_experts: Literal["expected", "topk", "all"] = "expected"
+    front_end_s: NotNegative | None = None
 
 
 class FittedCost(_Section, frozen=True, tag_field="kind", tag="fitted"):
@@ -331,12 +352,14 @@ class FittedCost(_Section, frozen=True, tag_field="kind", tag="fitted"):
         decode: iterations of decodes only.
         mixed: iterations of both; made from the other two if left out.
         exact: keep what float32 rounds off, to compare long runs with another simulator's to the microsecond.
+        front_end_s: seconds of a request outside the engine; 0 if left out.
     """
 
     prefill: Pieces
     decode: Pieces
     mixed: Pieces | None = None
     exact: bool = False
+    front_end_s: NotNegative | None = None
 
     def rows(self, kind: str) -> list[tuple[float, ...]] | None:
         """Rows (min_sequences, a, b, c, d, e) of `prefill`, `decode` or `mixed`; None where left out."""
@@ -372,7 +395,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     cluster: ClusterSection = ClusterSection()
     workload: WorkloadSection
     slo: SloSection = SloSection()
-    cost: RooflineCost | FittedCost = RooflineCost()
+    cost: RooflineCost | ProfiledCost | FittedCost = RooflineCost()
     num_seeds: Annotated[int, Meta(ge=1, le=10_000)] = 8
     warmup_s: NotNegative = 0.0
 
@@ -388,7 +411,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         tree = _builtin(values, "")
         cost = tree.get("cost")
         if isinstance(cost, dict) and "kind" not in cost and cost.keys().isdisjoint(FittedCost.__struct_fields__):
-            cost["kind"] = RooflineCost.__struct_config__.tag
+            cost["kind"] = (ProfiledCost if "path" in cost else RooflineCost).__struct_config__.tag
         try:
             scenario = msgspec.convert(tree, cls)
         except msgspec.ValidationError as error:
@@ -509,7 +532,8 @@ def _without_none(node: Any) -> Any:
     return [_without_none(v) for v in node] if isinstance(node, (list, tuple)) else node
 
 
-_PATHS = (("workload", "trace"), ("workload", "lengths_from"), ("model", "config"), ("engine", "preset"))
+_PATHS = (("workload", "trace"), ("workload", "lengths_from"), ("model", "config"), ("engine", "preset"),
+          ("cost", "path"))
 
 
 def _anchor(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -562,15 +586,17 @@ def _check(s: Scenario) -> None:
 
 def _check_engine(s: Scenario) -> None:
     engine = s.engine
-    if engine.enable_prefix_caching:
-        raise InputError("engine.enable_prefix_caching", True, "prefix caching is not there yet",
-                         "leave it out or write false, and compare with an engine that has it switched off")
     for field, instead in (("pipeline_parallel_size", "engine.tensor_parallel_size"),
                            ("data_parallel_size", "cluster.replicas")):
         if getattr(engine, field) != 1:
             raise InputError(f"engine.{field}", getattr(engine, field), "not there yet",
                              f"use 1, and {instead} where that is what you need")
-    resolve(engine)
+    scheduler = resolve(engine)
+    if engine.enable_prefix_caching and (scheduler.phase_mix != "unified" or scheduler.reserve != "none"
+                                         or not scheduler.kv_accounting):
+        raise InputError("engine.enable_prefix_caching", True,
+                         f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
+                         "use a preset 'vllm-v1', or leave it out")
     for ours, theirs in (("dtype", "dtype"), ("kv_dtype", "kv_cache_dtype")):
         given, other = s.model and getattr(s.model, ours), getattr(engine, theirs)
         if {given, other}.isdisjoint((None, "auto")) and given != other:
@@ -589,10 +615,10 @@ def _check_system(s: Scenario) -> None:
         s.model.spec()
     if s.device and s.device.numbers is not None:
         s.device.spec()
-    if isinstance(s.cost, RooflineCost):
+    if isinstance(s.cost, RooflineCost | ProfiledCost):
         for field in ("model", "device"):
             if getattr(s, field) is None:
-                raise InputError(field, None, "missing, and a roofline cost needs it",
+                raise InputError(field, None, f"missing, and a {s.cost.__struct_config__.tag} cost needs it",
                                  f"add a [{field}] section, or give coefficients with cost.kind = 'fitted'")
         for name, value in s.cost.overrides.items():
             if name.endswith("efficiency") and value > 1:

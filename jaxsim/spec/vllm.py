@@ -181,7 +181,7 @@ def import_vllm(command: str, *, device: str, base: dict[str, Any] | None = None
         raise InputError("vllm", command, "names no model", "write `vllm serve MODEL ...`")
     # The engine's own default; the simulator would refuse it spelled out.
     if sections["engine"].get("enable_prefix_caching") is None:
-        ignored.append("prefix caching (on by default in vLLM, not simulated yet)")
+        ignored.append("prefix caching (on by default in vLLM, off here without --enable-prefix-caching)")
     tree["engine"] = sections["engine"]
     if sections["cluster"]:
         tree["cluster"] = sections["cluster"]

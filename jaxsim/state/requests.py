@@ -19,7 +19,8 @@ class Requests(eqx.Module):
 
     table: prompt, output, max_tokens and place in the order of (priority, arrival); by_place: requests in that
     order; arrival: epoch, hi and lo of this request's arrival, then of the next one's; uniforms: the routers'
-    random numbers; count: requests that are real.
+    random numbers; count: requests that are real. paths, bounds: of each prompt, the segments it shares with others
+    from its start on (then the null segment), and in blocks where they begin and the last one ends.
     """
 
     table: Int[Array, "rows 4"]
@@ -27,6 +28,8 @@ class Requests(eqx.Module):
     arrival: Float[Array, "rows 6"]
     uniforms: Float[Array, "rows 2"]
     count: Int[Array, ""]
+    paths: Int[Array, "rows path"] | None = None
+    bounds: Int[Array, "rows path+1"] | None = None
 
     def stretched(self, factor: Float[Array, ""]) -> "Requests":
         """With every arrival time multiplied by a factor, and rounded to the arrival grid."""
@@ -48,11 +51,14 @@ class Requests(eqx.Module):
 def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[np.ndarray, " requests"],
                   output_tokens: Int[np.ndarray, " requests"], max_tokens: Int[np.ndarray, " requests"] | None = None,
                   uniforms: Float[np.ndarray, "requests 2"] | None = None, num_requests: int | None = None,
-                  priority: Int[np.ndarray, " requests"] | None = None) -> Requests:
+                  priority: Int[np.ndarray, " requests"] | None = None,
+                  paths: Int[np.ndarray, "requests path"] | None = None,
+                  bounds: Int[np.ndarray, "requests path+1"] | None = None, num_segments: int = 0) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.
-    priority: smaller is more urgent.
+    priority: smaller is more urgent. paths, bounds: of prompts through shared segments (-1: none), of which there is
+    room for `num_segments`.
     """
     count = len(arrival_s)
     rows = (num_requests or count) + 1
@@ -71,5 +77,10 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
     padded = np.zeros((rows, 2), np.float32)
     if uniforms is not None:
         padded[:count] = uniforms
-    return Requests(table, by_place, arrival, padded, np.int32(count))
+    if paths is not None:
+        behind = rows - count
+        paths = np.pad(np.where(paths < 0, num_segments, paths), ((0, behind), (0, 0)), constant_values=num_segments)
+        bounds = np.pad(bounds, ((0, behind), (0, 0)))
+        paths, bounds = paths.astype(np.int32), bounds.astype(np.int32)
+    return Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds)
 

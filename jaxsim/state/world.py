@@ -31,9 +31,10 @@ DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY, PASS, CHUNKED, ENDED = (1
 scheduled; something was preempted; admissions are over; nothing ran when the pass began; a pass is under way at
 all; the forming prompt's chunk is settled; the walk over running sequences ended early."""
 
-STUCK, STEP_LIMIT, TOO_SLOW, STARVED = 1, 2, 4, 8
+STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL = 1, 2, 4, 8, 16
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
-takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen."""
+takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen; more
+releases of cached blocks than the log of them holds."""
 
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 LIMIT, PLACE, SINCE = RESERVED, PROMPT, STAMP
@@ -42,7 +43,8 @@ the place in the running order (STAMP); under `reserve="expected"` max_tokens (L
 at admission (SINCE); under `order="priority"` the request's PLACE in that order."""
 
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
-OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set")
+OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
+           "references", "log", "newest")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -56,13 +58,25 @@ class Executor(eqx.Module):
     num_iterations: Int[Array, "*shape"]
 
 
+class Cache(eqx.Module):
+    """Blocks that nobody holds: those never used, those released and not evicted (both as they were when evictions were
+    last settled); where the log of releases begins and ends; and how many blocks more running requests hold, each by
+    itself, than are in use. See `jaxsim.engine.prefix`."""
+
+    never_used: Int[Array, "*shape"]
+    released: Int[Array, "*shape"]
+    head: Int[Array, "*shape"]
+    end: Int[Array, "*shape"]
+    shared: Int[Array, "*shape"]
+
+
 class Rank(eqx.Module):
     """A waiting queue (linked by request), a KV pool, and who runs.
 
     progress: of the scheduling pass; `forming_*` is the one partially computed prompt, `tail` the slot admitted last
     among those past their prompt, `visible` how many waiting requests a pass may see under asynchronous scheduling,
-    `next_stamp` the next place in the order of running sequences. `forming_chunk` and `cursor` belong to a pass that
-    walks the running sequences one by one.
+    `next_stamp` the next place in the order of running sequences; `cache` only with prefix caching. `forming_chunk`
+    and `cursor` belong to a pass that walks the running sequences one by one.
     """
 
     queue: Queue
@@ -79,6 +93,7 @@ class Rank(eqx.Module):
     forming_chunk: Int[Array, "*shape"]
     cursor: Int[Array, "*shape"]
     progress: Int[Array, "*shape"]
+    cache: Cache | None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -277,6 +292,15 @@ class World(eqx.Module):
     tape_times: Float[Array, "records 6"]
     tape_counts: Int[Array, "records 7"]
     num_recorded: Int[Array, ""]
+    # Prefix caching, else None: of every segment (then the null one, then two tails a request) the blocks in memory,
+    # its newest entry in the log of releases; of segments, who holds them; (blocks of the path that a request shares,
+    # keyed blocks behind it), and tokens it found at first.
+    resident: Int[Array, "ranks items"] | None = None
+    references: Int[Array, "ranks segments"] | None = None
+    log: Int[Array, "ranks entries"] | None = None
+    newest: Int[Array, "ranks items"] | None = None
+    shared: Int[Array, "rows 2"] | None = None
+    cached: Int[Array, " rows"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -287,8 +311,9 @@ def _zeros(cls, **fields):
 def empty_counts(dims: Dims) -> Counts:
     """An executor, rank and batch with nothing to do."""
     null, zero = jnp.int32(dims.null_slot), jnp.int32(0)
-    return Counts(_zeros(Executor), _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, tail=null),
-                  _zeros(Batch))
+    cache = _zeros(Cache) if dims.num_segments else None
+    rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, tail=null, cache=cache)
+    return Counts(_zeros(Executor), rank, _zeros(Batch))
 
 
 def empty_clocks(ratio_start: Float[Array, ""] | float = 0.0) -> Clocks:
@@ -313,11 +338,12 @@ def clock_rows(dims: Dims) -> Rows:
 
 def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3"] | None = None,
                   entry_fields: int = 3, waiting_words: int = 1,
-                  ratio_start: Float[Array, " executors"] | float = 0.0) -> World:
+                  ratio_start: Float[Array, " executors"] | float = 0.0,
+                  num_blocks: Int[Array, " executors"] | int = 0) -> World:
     """All queues empty, all pools free, time zero.
 
     source, due: state of the arrivals; entry_fields: columns of `slot_entries` in use; waiting_words: of a sorted
-    waiting queue; ratio_start: of each executor.
+    waiting queue; ratio_start, num_blocks: of each executor.
     """
     executors, width, rows = dims.num_executors, dims.slot_width, dims.num_requests + 1
     ranks, batches = dims.all_ranks, dims.all_batches
@@ -337,12 +363,21 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
     times = everywhere(empty_clocks())
     ratio = jnp.broadcast_to(jnp.asarray(ratio_start, jnp.float32), (executors,))[:, None]
     times = replace(times, rank=replace(times.rank, ratio=jnp.broadcast_to(ratio, times.rank.ratio.shape)))
+    counts, cached = everywhere(empty_counts(dims)), {}
+    if dims.num_segments:
+        never_used = jnp.broadcast_to(jnp.asarray(num_blocks, jnp.int32), (executors,))[:, None]
+        cache = replace(counts.rank.cache, never_used=jnp.broadcast_to(never_used, (executors, dims.num_ranks)))
+        counts = replace(counts, rank=replace(counts.rank, cache=cache))
+        items = dims.num_segments + 1 + 2 * rows
+        cached = dict(resident=ints(ranks, items), newest=ints(ranks, items, value=-1),
+                      references=ints(ranks, dims.num_segments + 1), log=ints(ranks, dims.log_size + 1),
+                      shared=ints(rows, 2), cached=ints(rows))
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
         fault=ints(), is_frozen=ints(),
         wake_hi=clock.never((executors,)).hi, wake_lo=floats(executors), phase=ints(executors, value=IDLE),
-        counts=count_rows(dims).row(everywhere(empty_counts(dims))), clocks=clock_rows(dims).row(times),
+        counts=count_rows(dims).row(counts), clocks=clock_rows(dims).row(times),
         outstanding=ints(ranks), slot_entries=ints(ranks, width, entry_fields),
         slot_previous=ints(ranks, width, value=dims.null_slot), slot_next=ints(ranks, width, value=dims.null_slot),
         free_slots=jnp.broadcast_to(stack.full(dims.num_slots, width), (ranks, width)),
@@ -351,4 +386,5 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(histogram.NUM_BINS),
-        tape_times=floats(dims.num_records + 1, 6), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints())
+        tape_times=floats(dims.num_records + 1, 6), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints(),
+        **cached)

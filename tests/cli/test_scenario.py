@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxsim._core.errors import InputError
 from jaxsim.spec.device import load_device
 from jaxsim.spec.model import load_model
-from jaxsim.spec.scenario import FittedCost, Scenario, WorkloadSection, json_schema
+from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario, WorkloadSection, json_schema
 from jaxsim.spec.toml import dump_toml, parse_toml, parse_value
 from jaxsim.workload import named
 
@@ -57,7 +57,8 @@ REFUSALS = [
     (changed(engine__phase_mix="unifed"), "engine.phase_mix", "did you mean 'unified'"),
     (changed(engine__block_size=12), "engine.block_size", "16, 32"),
     (changed(engine__preset="vlm-v1"), "engine.preset", "did you mean 'vllm-v1'"),
-    (changed(engine__enable_prefix_caching=True), "engine.enable_prefix_caching", "not there yet"),
+    (changed(engine__enable_prefix_caching=True, engine__preset="sglang"), "engine.enable_prefix_caching",
+     "as vLLM V1 does it"),
     (changed(engine__pipeline_parallel_size=2), "engine.pipeline_parallel_size", "not there yet"),
     (changed(engine__data_parallel_size=2), "engine.data_parallel_size", "cluster.replicas"),
     (changed(engine__max_num_seqs=600, engine__max_num_batched_tokens=512), "engine.max_num_seqs",
@@ -233,6 +234,24 @@ def test_numpy_counts_as_numbers():
     assert scenario == same and scenario.to_toml() == same.to_toml()
     with pytest.raises(InputError, match="workload.rate_rps = nan: not a finite number"):
         scenario.with_values({"workload.rate_rps": np.float64("nan")})
+
+
+def test_a_profile_is_a_cost(tmp_path):
+    scenario = Scenario.from_dict(BASE).with_values({"cost": {"path": "p.parquet", "host": "vllm-v0"}})
+    assert isinstance(scenario.cost, ProfiledCost) and scenario.cost.path == "p.parquet"
+    assert Scenario.from_dict(scenario.to_dict()) == scenario
+    (tmp_path / "s.toml").write_text(scenario.to_toml())
+    assert Scenario.from_toml(tmp_path / "s.toml").cost.path == str(tmp_path / "p.parquet")
+    for cost, field, says in (
+            ({"kind": "profiled"}, "cost.path", "missing"), ({"kind": "profiled", "path": ""}, "cost.path", "text"),
+            ({"kind": "profiled", "path": "p", "overrides": {"gemm_efficiency": 1.5}},
+             "cost.overrides.gemm_efficiency", "more than all"),
+            ({"kind": "roofline", "path": "p"}, "cost.path", "no such field")):
+        with pytest.raises(InputError, match=says) as info:
+            Scenario.from_dict(BASE | {"cost": cost})
+        assert info.value.field == field
+    with pytest.raises(InputError, match="device = None: missing, and a profiled cost needs it"):
+        Scenario.from_dict({k: v for k, v in BASE.items() if k != "device"} | {"cost": {"path": "p.parquet"}})
 
 
 def test_overrides_alone_are_those_of_the_roofline():

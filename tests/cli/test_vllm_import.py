@@ -79,7 +79,6 @@ def test_data_parallel_ranks_are_replicas_unless_they_step_together():
     ("vllm serve m --enable-lora", "--enable-lora = True: changes the timing"),
     ("vllm serve m --cpu-offload-gb 10", "--cpu-offload-gb"),
     ("vllm serve m --quantization bitsandbytes", "--quantization"),
-    ("vllm serve m --enable-prefix-caching", "prefix caching is not there yet"),
     ("vllm serve m --pipeline-parallel-size 2", "pipeline_parallel_size.*not there yet"),
     ("vllm serve m --max-num-seq 4", "did you mean 'max-num-seqs'"),
     ("vllm serve m --max-num-seqs", "has no value"),

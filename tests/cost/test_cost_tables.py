@@ -8,7 +8,8 @@ import pytest
 
 from jaxsim.cost.base import BatchStats
 from jaxsim.cost.roofline import roofline
-from jaxsim.kernels import ladder
+from jaxsim.cost.tabulated import SAMPLED, TOKENS
+from jaxsim.kernels import octaves
 from jaxsim.spec.device import load_device
 from jaxsim.spec.model import load_model
 from jaxsim.spec.plan import Plan
@@ -35,8 +36,8 @@ TABULATE = eqx.filter_jit(lambda cost, options: cost.tabulate(MAX_TOKENS, MAX_SE
 @pytest.mark.parametrize("name", MODELS)
 def test_tables_equal_direct_evaluation_at_the_knots(costs, name):
     cost, table = costs[name]
-    knots = ladder.knots(MAX_TOKENS)
-    for tokens in (int(knots[5]), int(knots[40]), int(knots[60]), MAX_TOKENS):
+    knots = octaves.knots(TOKENS, MAX_TOKENS)
+    for tokens in (int(knots[5]), int(knots[40]), int(knots[60]), int(knots[200]), MAX_TOKENS):
         stats = BatchStats.of(0, 0, 1, tokens, tokens + 500, float((tokens + 500) ** 2 - 500 ** 2))
         assert float(ITERATION(table, stats)) == pytest.approx(cost.explain(stats).seconds, rel=1e-5)
     for batch in (1, 3, 17, 100, 256):
@@ -48,27 +49,32 @@ def test_tables_equal_direct_evaluation_at_the_knots(costs, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_interpolation_between_the_knots(costs, name):
-    """Knots lie an eighth of the count apart, so a kink costs under 2 % and a smooth curve far less."""
+    """Knots lie a 64th of the count apart. Products step where a wave of tiles more begins: there a table is off by as
+    half of that step, over 1/64 of the count. (Without tiles the curve was smooth, and all counts within 2 %.)"""
     cost, table = costs[name]
     counts = np.arange(1, MAX_TOKENS + 1)
     exact = np.asarray(cost.token_seconds(jnp.asarray(counts, jnp.float32)))
-    read = np.asarray(jax.vmap(lambda c: ladder.look_up(table.by_tokens, c))(jnp.asarray(counts)))
+    read = np.asarray(jax.vmap(lambda c: octaves.look_up(TOKENS, table.by_tokens, c))(jnp.asarray(counts)))
     error = np.abs(read / exact - 1)
-    assert error.max() < 0.02 and error.mean() < 0.002
-    assert error[:16].max() < 1e-5
+    assert np.quantile(error, 0.95) < 0.03 and error.mean() < 0.005 and error.max() < 0.12
+    assert error[:128].max() < 1e-5
     counts = np.arange(1, MAX_SEQUENCES + 1)
     exact = np.asarray(cost.sampled_seconds(jnp.asarray(counts, jnp.float32)))
-    read = np.asarray(jax.vmap(lambda c: ladder.look_up(table.by_sampled, c))(jnp.asarray(counts)))
-    assert np.abs(read / exact - 1).max() < 0.02
+    read = np.asarray(jax.vmap(lambda c: octaves.look_up(SAMPLED, table.by_sampled, c))(jnp.asarray(counts)))
+    error = np.abs(read / exact - 1)
+    assert error[:32].max() < 1e-5 and np.quantile(error, 0.95) < 0.03 and error.max() < 0.12
 
 
 def test_sizes(costs):
     _, table = costs["llama-3.1-8b"]
-    assert table.by_tokens.shape == (ladder.num_knots(MAX_TOKENS),)
-    assert table.by_sampled.shape == (ladder.num_knots(MAX_SEQUENCES),)
-    assert table.by_sequences.shape == (MAX_SEQUENCES + 1, 4)
-    assert table.attention.shape == (5,) and int(table.window) == 0
-    assert int(costs["gpt-oss-20b"][1].window) == 128
+    assert table.by_tokens.shape == (len(octaves.knots(TOKENS, MAX_TOKENS)),)
+    assert table.by_sampled.shape == (len(octaves.knots(SAMPLED, MAX_SEQUENCES)),)
+    assert table.by_sequences.shape == (MAX_SEQUENCES + 1, 8)
+    assert table.attention.shape == (2, 15) and int(table.window) == 0
+    # A lane carries its tables.
+    assert sum(x.nbytes for x in jax.tree.leaves(table)) < 12_000
+    # A window of 128 tokens, and the tile of keys it begins in.
+    assert int(costs["gpt-oss-20b"][1].window) == 256
     assert all(np.all(np.isfinite(np.asarray(x))) for _, t in costs.values() for x in jax.tree.leaves(t))
 
 
@@ -90,11 +96,11 @@ def test_decode_pace_is_iteration_by_iteration(costs, name, options, batch, mean
 
 
 def test_decode_only_and_mixed_iterations_agree_where_they_meet(costs):
-    """A chunk of one token costs about what one more decode does, and a sweep over its history."""
+    """A chunk of one token costs about what one more decode does, and a tile that passes its history alone, unsplit."""
     _, table = costs["llama-3.1-70b"]
     decode = float(ITERATION(table, BatchStats.of(8, 8 * 1000)))
     mixed = float(ITERATION(table, BatchStats.of(7, 7 * 1000, 1, 1, 1000, 1000.0 ** 2 - 999 ** 2)))
-    assert decode < mixed < 1.07 * decode
+    assert decode < mixed < 1.1 * decode
 
 
 def test_batches_of_scenarios():

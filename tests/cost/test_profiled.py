@@ -188,7 +188,7 @@ def test_extrapolates_along_the_roofline(base):
         assert 1.05 < ratio < 1.35
     only = profiled(profile_of(base, ("qkv",)), base, 8192, 256, 4096).by_tokens[-1]
     plain = profiled(profile_of(base, ("lm_head",)), base, 8192, 256, 4096).by_tokens[-1]
-    qkv = base.model.layers * float(base._seconds(_work(base, "qkv", 8192))) / base.model.layers
+    qkv = base.model.layers * float(base.call_seconds(_work(base, "qkv", 8192)))
     assert float(only - plain) / qkv == pytest.approx(wobble(edge).item() - 1, abs=0.01)
 
 
@@ -222,7 +222,8 @@ def test_without_mixed_measurements_decodes_add_up(base):
     assert cost.mixed_attention is None
     both = one_chunk(256, 0, num_decode=16, decode_context=16_000)
     sum_s = float(cost.attention(one_chunk(256)) + cost.attention(BatchStats.of(16, 16_000)))
-    assert 0.8 * sum_s < float(cost.attention(both)) < sum_s
+    # They share a floor, of 10 us a layer in each.
+    assert 0.7 * sum_s < float(cost.attention(both)) < sum_s
 
 
 def test_several_chunks_cost_less_than_one_of_their_size(cost):
@@ -338,7 +339,7 @@ def test_measured_decode_step(measured_8b, batch, context, milliseconds):
 
 
 @pytest.mark.parametrize("name, p90", [("attention_decode", 0.01), ("attention_prefill", 0.02),
-                                       ("attention_mixed", 0.04)])
+                                       ("attention_mixed", 0.055)])
 def test_measured_attention_comes_back(measured_8b, name, p90):
     profile, base, cost = measured_8b
     errors = np.abs(attention_errors(cost, profile.tables[name], base.model.layers))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
-from jaxsim.engine import loop
+from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Group, Params
 from jaxsim.kernels import clock
 from jaxsim.policy import routing
@@ -22,6 +22,7 @@ from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import Requests, pack_requests
+from jaxsim.workload.workload import Workload
 from tests.reference import simulator
 
 LANES = 64
@@ -77,7 +78,7 @@ class Case:
     """One scenario: requests (arrival, prompt, output, max_tokens, priority), limits, cost coefficients.
 
     router: index into `MIXED`, for batches whose router is "mixed"; score: numbers of the router "score". cost:
-    instead of the coefficients.
+    instead of the coefficients. prefixes: hashes of the leading full blocks of each prompt, for prefix caching.
     """
 
     arrival_s: np.ndarray
@@ -91,6 +92,7 @@ class Case:
     router: int = 0
     cost: AbstractIterationCost | None = None
     score: tuple = SCORE
+    prefixes: list | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -98,7 +100,8 @@ class Case:
     def kept(self, mask: np.ndarray) -> "Case":
         """The same with fewer requests."""
         rows = ("arrival_s", "prompt", "output", "max_tokens", "priority", "uniforms")
-        return replace(self, **{name: getattr(self, name)[mask] for name in rows})
+        prefixes = self.prefixes and [p for p, is_kept in zip(self.prefixes, mask, strict=True) if is_kept]
+        return replace(self, prefixes=prefixes, **{name: getattr(self, name)[mask] for name in rows})
 
 
 def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size: int,
@@ -187,9 +190,23 @@ def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int 
         decode_needs_free_block=flags.decode_needs_free_block, victim=flags.victim,
         waiting_blocked_after_preempt=flags.waiting_blocked_after_preempt, order=flags.order,
         admit=flags.admit, async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
-        has_context_limit=flags.decode_context_limit is not None)
+        has_context_limit=flags.decode_context_limit is not None, prefix_caching=flags.prefix_caching)
     chosen = AnyRouter(i(case.router), routing.Score(*map(x, case.score))) if router == "mixed" else ROUTERS[router]()
     return Params((Group(batching, case.cost or fitted(*case.coefficients)),), chosen, i(max_steps))
+
+
+def segments(case: Case, dims: Dims) -> dict:
+    """Shared prompts as the engine reads them, in arrays of the width of `dims`."""
+    if not dims.num_segments:
+        return {}
+    made = Workload(
+        case.arrival_s, case.prompt, case.output, prefix_block_size=dims.block_size,
+        prefix_offsets=np.concatenate([[0], np.cumsum([len(p) for p in case.prefixes])]),
+        prefix_hashes=np.array([h for p in case.prefixes for h in p], np.int64))
+    prefixes = lower.shared_prefixes(made, dims.block_size)
+    assert prefixes.num_segments < dims.num_segments
+    packed = lower.make_requests(made, dims, prefixes)
+    return dict(paths=packed.paths[:len(case)], bounds=packed.bounds[:len(case)], num_segments=dims.num_segments)
 
 
 def stack(trees):
@@ -200,7 +217,8 @@ def inputs(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str) -
     """Arguments of `loop.run` for a batch."""
     params = stack([make_params(c, flags, router) for c in cases])
     requests = [pack_requests(c.arrival_s, c.prompt, c.output, c.max_tokens, c.uniforms,
-                              num_requests=dims.num_requests, priority=c.priority) for c in cases]
+                              num_requests=dims.num_requests, priority=c.priority, **segments(c, dims))
+                for c in cases]
     return params, stack(requests)
 
 
@@ -233,7 +251,8 @@ def unpack(dims: Dims, world: w.World, lane: int, count: int) -> dict:
         peak_blocks=counts.rank.peak_blocks.max(1), used_blocks=counts.rank.used_blocks.sum(1),
         counter=counts.batch.counter.max((1, 2)),
         itl=world.itl[lane], fault=int(world.fault[lane]), steps=int(world.steps[lane]),
-        finished=int(world.num_finished[lane]))
+        finished=int(world.num_finished[lane]),
+        **({} if world.cached is None else {"cached_tokens": world.cached[lane, :count]}))
 
 
 # --- the reference ------------------------------------------------------------------------------------------
@@ -273,7 +292,8 @@ def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
     """The reference's answer. Raises ValueError where a request can never be served."""
     requests = [simulator.Request(i, float(case.arrival_s[i]), int(case.prompt[i]), int(case.output[i]),
                                   int(case.max_tokens[i]), int(case.priority[i]),
-                                  tuple(float(u) for u in case.uniforms[i])) for i in range(len(case))]
+                                  tuple(float(u) for u in case.uniforms[i]),
+                                  tuple(case.prefixes[i]) if case.prefixes else ()) for i in range(len(case))]
     flags = replace(flags, **case.limits, block_size=dims.block_size)
     if router == "mixed":
         router = MIXED[case.router]

@@ -11,9 +11,10 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from jaxsim.cost import attention as a
 from jaxsim.cost import tabulated as t
 from jaxsim.engine import lower
-from jaxsim.kernels import ladder
+from jaxsim.kernels import octaves
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
 from tests.engine.cases import LANES, Case
@@ -37,15 +38,17 @@ def varied(rng: np.random.Generator, cost: t.TabulatedCost) -> t.TabulatedCost:
     """The same tables with a window, or a host that sometimes is slower than the device."""
     kind = rng.integers(3)
     if kind == 1:
-        attention = cost.attention.copy()
-        attention[t.DECODE_WINDOW] = 3 * attention[t.DECODE_CONTEXT]
+        rows = cost.by_sequences.copy()
+        rows[:, t.WINDOW] = 3 * rows[:, t.CONTEXT]
         window = np.int32(rng.integers(50, 600))
-        return eqx.tree_at(lambda c: (c.attention, c.window), cost, (attention, window))
+        return eqx.tree_at(lambda c: (c.by_sequences, c.window), cost, (rows, window))
     if kind == 2:
         rows = cost.by_sequences.copy()
         # Just above the device's time without context: it overtakes in the middle of a run.
         rows[:, t.DECODE_LAUNCH] = rows[:, t.DECODE_DEVICE] + rng.uniform(0, 2e-4)
-        attention = cost.attention * np.float32(20)
+        rows[:, t.CONTEXT] *= 20
+        attention = cost.attention.copy()
+        attention[:, [a.PAIR, a.TOKEN, a.TILE, a.LONGEST_KEYS, a.ADD_KEYS]] *= 20
         return eqx.tree_at(lambda c: (c.by_sequences, c.attention), cost, (rows, attention))
     return cost
 
@@ -80,22 +83,37 @@ def exact_cost(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], flo
     by_sequences, attention = cost.by_sequences.astype(np.float64), cost.attention.astype(np.float64)
     by_tokens, by_sampled = cost.by_tokens.astype(np.float64), cost.by_sampled.astype(np.float64)
 
-    def knots_of(table):
-        return next(k for n in range(1, 1 << 20, 8) if len(k := ladder.knots(n)) >= len(table))[: len(table)]
+    def knots_of(grid, table):
+        return next(k for n in range(1, 1 << 20, 8) if len(k := octaves.knots(grid, n)) >= len(table))[: len(table)]
 
-    token_knots, sampled_knots = knots_of(by_tokens), knots_of(by_sampled)
+    token_knots, sampled_knots = knots_of(t.TOKENS, by_tokens), knots_of(t.SAMPLED, by_sampled)
     window = int(cost.window)
+
+    def chunks(c: np.ndarray, s: simulator.BatchStatsRef, context: float) -> float:
+        each = s.prefill_tokens / s.num_prefill
+        keys = min(s.prefill_context / s.num_prefill, c[a.MOST_KEYS])
+        tiles = s.num_prefill * np.ceil(each / c[a.TILE_TOKENS])
+        pairs = min(s.prefill_pairs, 2 * c[a.MOST_KEYS] * s.prefill_tokens)
+        work = (c[a.PAIR] * pairs * tiles * c[a.TILE_TOKENS] / s.prefill_tokens + c[a.TOKEN] * s.prefill_tokens
+                + c[a.TILE] * tiles + c[a.DECODE] * s.num_decode + c[a.DECODE_CONTEXT] * context)
+        longest = c[a.LONGEST] + max(c[a.LONGEST_KEYS] * keys, c[a.LONGEST_CONTEXT] * context / max(s.num_decode, 1))
+        reads = c[a.READ_KEYS] * keys * s.num_prefill + c[a.READ_CONTEXT] * context
+        added = c[a.ADD_TOKEN] * s.prefill_tokens + c[a.ADD_KEYS] * keys * s.num_prefill
+        return np.hypot(np.hypot(work, longest) ** 2, reads ** 2) ** 0.5 + added
 
     def seconds(s: simulator.BatchStatsRef) -> float:
         row = by_sequences[min(s.num_decode + s.num_prefill, len(by_sequences) - 1)]
+        own = by_sequences[min(s.num_decode, len(by_sequences) - 1)]
+        contexts = [s.decode_context, min(s.decode_context, s.num_decode * window)]
+        reads = [own[t.CONTEXT] * contexts[0], own[t.WINDOW] * contexts[1]]
         if s.num_prefill:
             device = np.interp(s.prefill_tokens + s.num_decode, token_knots, by_tokens)
-            device += np.interp(s.num_sampled, sampled_knots, by_sampled)
+            device += np.interp(s.num_sampled, sampled_knots, by_sampled) + own[t.BESIDE]
+            device += sum(chunks(c, s, context) + c[a.APART] * read
+                          for c, context, read in zip(attention, contexts, reads, strict=True))
             launch = row[t.MIXED_LAUNCH]
         else:
-            device, launch = row[t.DECODE_DEVICE], row[t.DECODE_LAUNCH]
-        inside = min(s.decode_context, s.num_decode * window)
-        device += np.dot(attention, [s.decode_context, inside, s.num_prefill, s.prefill_context, s.prefill_pairs])
+            device, launch = own[t.DECODE_DEVICE] + sum(reads), row[t.DECODE_LAUNCH]
         return float(row[t.SERIAL] + max(launch, device))
 
     return seconds

@@ -5,6 +5,7 @@ fusions and conditionals. XLA on CPU only: other backends schedule differently.
 """
 
 import re
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -110,11 +111,12 @@ def large_shapes(dims, lanes: int) -> tuple[set[tuple[int, ...]], set[tuple[int,
     shapes = jax.eval_shape(lambda: c.w.initial_world(dims))
     large, small = set(), set()
     for name, annotation in World.__annotations__.items():
-        if name == "source":
+        if name == "source" or getattr(shapes, name) is None:
             continue
+        annotation = next(iter(typing.get_args(annotation)), annotation)  # optional ones
         axes = annotation.dim_str.split()
         shape = tuple(sorted((lanes, *getattr(shapes, name).shape)))
-        (large if {"rows", "slot_width"} & set(axes) else small).add(shape)
+        (large if {"rows", "slot_width", "items", "segments", "entries"} & set(axes) else small).add(shape)
     return large, small
 
 

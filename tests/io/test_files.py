@@ -16,7 +16,7 @@ from jaxsim.traces import read_trace
 from tests.metrics.lanes import blank_lane, scenario, simulated
 
 COLUMNS = ("request_id arrival_s input_tokens output_tokens ttft_s tpot_s e2e_s queue_s prefill_s decode_s"
-           " stall_s transfer_s cached_tokens preemptions instance tenant status").split()
+           " stall_s transfer_s front_end_s cached_tokens preemptions instance tenant status").split()
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def test_a_trace_is_named_and_ignored_prefixes_are_told(tmp_path):
     text = printed(Result([replay], [[lane]]))
     assert "trace monday.jsonl, 2 requests" in text and "prefix" not in text and "cost" not in text
     text = printed(Result([replay], [[dataclasses.replace(lane, num_prefix_blocks=7)]]))
-    assert "prefix caching is not simulated" in text
+    assert "engine.enable_prefix_caching is off" in text
 
 
 @pytest.mark.parametrize("values, line", [
@@ -78,6 +78,7 @@ def test_a_trace_is_named_and_ignored_prefixes_are_told(tmp_path):
     ({"engine__preset": "vllm-v0", "cost__host": "vllm-v1"}, None),
     ({"engine__preset": "vllm-v1@0.19"}, None),
     ({"cost__overrides": {"host_step_s": 0.0}}, "cost: roofline, host_step_s overridden"),
+    ({"device": {"name": "l40s"}}, "kernel constants are those of rtx_pro_6000: l40s was not measured"),
     ({"cost": {"kind": "fitted", "prefill": {"a": 1.0}, "decode": {"a": 1.0}}}, "cost: fitted coefficients")])
 def test_prices_that_differ_are_named(values, line):
     lines = table.describe(scenario(num_seeds=1, **values), blank_lane([0.0], [1.0]))
@@ -328,7 +329,7 @@ def test_every_key_and_column_is_on_the_page(starved):
     assert set(content["tenants"]["a"]) <= of_a_class
     metrics = {k: v for k, v in content.items() if k not in ("tenants", "intervals", "seeds", "scenario", "provenance")}
     assert set(flatten(metrics)) <= spans, set(flatten(metrics)) - spans
-    assert set(content) <= spans | {"slo", "queueing", "preemptions", "kv", "utilisation", "tenants"}
+    assert set(content) <= spans | {"slo", "queueing", "preemptions", "kv", "utilisation", "cost", "tenants"}
     provenance = content["provenance"]
     assert set(provenance) | set(provenance["imitates"]) <= spans and provenance["format"] in spans
     assert set(starved.requests.columns) <= spans

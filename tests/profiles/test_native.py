@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -38,6 +39,23 @@ def test_strangers_are_refused(profile, tmp_path):
     meta = json.loads(table.schema.metadata[native.KEY]) | {"schema_version": 99}
     pq.write_table(table.replace_schema_metadata({native.KEY: json.dumps(meta).encode()}), path)
     with pytest.raises(InputError, match="schema_version = 99"):
+        read(path)
+    for change, says in (({"model": 3}, "model = 3: should be text"),
+                         ({"tensor_parallel_size": "2"}, "should be a whole number"),
+                         ({"provenance": None}, "provenance = None: should be a table")):
+        broken = json.loads(table.schema.metadata[native.KEY]) | change
+        pq.write_table(table.replace_schema_metadata({native.KEY: json.dumps(broken).encode()}), path)
+        with pytest.raises(InputError, match=says):
+            read(path)
+    pq.write_table(table.replace_schema_metadata({native.KEY: b"[1"}), path)
+    with pytest.raises(InputError, match="is not a JSON table"):
+        read(path)
+    pq.write_table(table.drop_columns(["context_tokens"]), path)
+    with pytest.raises(InputError, match="context_tokens' ?: is a column this operator needs"):
+        read(path)
+    frame = table.to_pandas().assign(operator=lambda f: f["operator"].str.replace("qkv", "qvk"))
+    pq.write_table(pa.Table.from_pandas(frame).replace_schema_metadata(table.schema.metadata), path)
+    with pytest.raises(InputError, match=r"operator = 'qvk': is not known; did you mean 'qkv'"):
         read(path)
     (tmp_path / "text.parquet").write_text("no")
     with pytest.raises(InputError, match="cannot be read"):

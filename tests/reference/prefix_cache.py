@@ -75,6 +75,12 @@ class PrefixCache:
         """Tokens of the request that need not be computed if it is admitted now. Changes nothing."""
         return len(self._hit(request)) * self.block_size
 
+    def blocks_to_allocate(self, request: Request, num_tokens: int) -> int:
+        """Free blocks that admission takes: new ones, and those hit that nobody holds. Changes nothing."""
+        hit = self._hit(request)
+        num_new = self._blocks(len(hit) * self.block_size + num_tokens) - len(hit)
+        return num_new + sum(self.references[block] == 0 for block in hit)
+
     def allocate(self, request: Request, num_tokens: int | None = None) -> bool:
         """Admit a request: hold what is cached, and room for `num_tokens` more (default: all that is known).
 
@@ -85,10 +91,9 @@ class PrefixCache:
         cached = len(hit) * self.block_size
         num_tokens = request.known_tokens - cached if num_tokens is None else num_tokens
         assert 1 <= num_tokens <= request.known_tokens - cached
-        num_new = self._blocks(cached + num_tokens) - len(hit)
-        num_revived = sum(self.references[block] == 0 for block in hit)
-        if num_new + num_revived > self.num_free:
+        if self.blocks_to_allocate(request, num_tokens) > self.num_free:
             return False
+        num_new = self._blocks(cached + num_tokens) - len(hit)
         for block in hit:
             if self.references[block] == 0:
                 del self.free_queue[block]

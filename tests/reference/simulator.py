@@ -13,15 +13,19 @@ arrival to 2^-20 s, both half to even. With `round_times=False` times are float6
 Source: the schedulers of vLLM (V0 and V1), SGLang, TensorRT-LLM, Sarathi-Serve and Orca (the last two as in
 Vidur), and LLMServe/DistServe `simdistserve` (`decode_context_limit`).
 
-Known gaps: no prefix cache, no swapping, no speculation, no pipeline or data parallelism, one chunked prefill
-at a time; SGLang without its radix tree.
+Prefix caching (`Flags.prefix_caching`, vLLM V1 only): the pool of an instance is a `PrefixCache`, block by block.
+
+Known gaps: no swapping, no speculation, no pipeline or data parallelism, one chunked prefill at a time; SGLang
+without its radix tree; with asynchronous scheduling a block gets its key when scheduled all the same.
 """
 
 import heapq
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+
+from . import prefix_cache
 
 TICKS_PER_SECOND = 1 << 30
 ARRIVAL_GRID_TICKS = 1 << 10  # arrivals lie on 2^-20 s
@@ -54,6 +58,7 @@ class Flags:
       queue), and whether a request admitted in this same pass is charged by the estimate (`ratio`) or fully
       (`full`); is_expected_strict, resets_ratio_when_idle: whether what it asks for must be less than what is
       left, and whether an engine that falls idle starts from the first ratio again.
+    - prefix_caching: blocks of a known prefix are not computed again (`PrefixCache`).
     """
 
     phase_mix: str = "unified"
@@ -82,6 +87,7 @@ class Flags:
     expected_new_admissions: str = "ratio"
     is_expected_strict: bool = False
     resets_ratio_when_idle: bool = False
+    prefix_caching: bool = False
 
     def __post_init__(self):
         for name, allowed in (
@@ -113,6 +119,10 @@ class Flags:
             self.phase_mix != "prefill_first" or self.chunked_prefill or self.track_blocks
         ):
             raise ValueError("decode_context_limit needs prefill_first, whole prompts, no block accounting")
+        if self.prefix_caching and (
+            self.phase_mix != "unified" or self.reserve != "none" or not self.track_blocks
+        ):
+            raise ValueError("prefix_caching needs unified batches, no reservation, block accounting")
 
 
 # What a preset does not name is the default of Flags; sizes are the caller's business, except where an engine
@@ -175,7 +185,11 @@ def preset(name: str, **numbers) -> Flags:
 
 @dataclass(frozen=True)
 class Request:
-    """One request. `max_tokens` is the output limit the engine knows (default: the true output length)."""
+    """One request. `max_tokens` is the output limit the engine knows (default: the true output length).
+
+    prefix_hashes: what distinguishes the tokens of each leading full block of the prompt (blocks of the engine);
+    blocks behind the last hash are nobody else's.
+    """
 
     id: int
     arrival_s: float
@@ -184,6 +198,7 @@ class Request:
     max_tokens: int | None = None
     priority: int = 0
     uniforms: tuple[float, float] = (0.0, 0.0)
+    prefix_hashes: tuple[Hashable, ...] = ()
 
     def __post_init__(self):
         if self.max_tokens is None:
@@ -207,7 +222,10 @@ class BatchStatsRef:
 
 @dataclass(frozen=True)
 class RequestResult:
-    """What happened to one request; times in seconds, `arrival_s` as simulated (on its grid)."""
+    """What happened to one request; times in seconds, `arrival_s` as simulated (on its grid).
+
+    cached_tokens: tokens found in the prefix cache at the first admission; hit_tokens: at all admissions.
+    """
 
     id: int
     instance: int
@@ -217,6 +235,8 @@ class RequestResult:
     finish_s: float
     preemptions: int
     status: str
+    cached_tokens: int = 0
+    hit_tokens: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -292,12 +312,14 @@ class Job:
 
     request: Request
     arrival: float  # ticks, as all times here
-    computed: int = 0  # tokens whose KV is held
+    computed: int = 0  # tokens whose KV is held, cached ones included
     emitted: int = 0  # output tokens so far; survives preemption
     blocks: int = 0
     is_prefilled: bool = False  # emitted since it was last admitted: decodes from here on
     preemptions: int = 0
-    lost_tokens: int = 0  # computed and thrown away by preemptions
+    lost_tokens: int = 0  # held and given back by preemptions
+    cached_tokens: int | None = None  # found in the prefix cache at the first admission
+    hit_tokens: int = 0  # at all admissions
     instance: int | None = None
     scheduled: float | None = None
     first_token: float | None = None
@@ -313,10 +335,18 @@ class Job:
         """Output tokens the engine must expect."""
         return self.request.max_tokens - self.emitted
 
+    @property
+    def for_cache(self) -> prefix_cache.Request:
+        """The job as the prefix cache sees it now."""
+        return prefix_cache.Request(self.request.id, self.request.prefix_hashes, self.known)
+
 
 @dataclass(eq=False)
 class Instance:
-    """One replica: a queue, a running list in admission order, a pool, at most one iteration in flight."""
+    """One replica: a queue, a running list in admission order, a pool, at most one iteration in flight.
+
+    With prefix caching the pool is `cache`, and `free_blocks` follows it: blocks nobody holds, cached or not.
+    """
 
     index: int
     free_blocks: int
@@ -329,6 +359,7 @@ class Instance:
     waiting_at_start: set[int] | None = None
     # Ids preempted by passes at this instant that scheduled nothing.
     preempted_before: list[int] = field(default_factory=list)
+    cache: prefix_cache.PrefixCache | None = None
 
     @property
     def outstanding(self) -> int:
@@ -442,8 +473,34 @@ def take(instance: Instance, job: Job, blocks: int) -> None:
 
 
 def release(instance: Instance, job: Job) -> None:
-    instance.free_blocks += job.blocks
+    if instance.cache is not None:
+        instance.cache.free(job.for_cache)
+        instance.free_blocks = instance.cache.num_free
+    else:
+        instance.free_blocks += job.blocks
     job.blocks = 0
+
+
+def hold_cached(instance: Instance, job: Job, chunk: int) -> None:
+    """Admission with a prefix cache: the job holds what is cached of it, and room for its first chunk behind."""
+    cached = instance.cache.lookup(job.for_cache)
+    assert instance.cache.allocate(job.for_cache, chunk), "admitted without room"
+    job.computed = cached
+    job.hit_tokens += cached
+    if job.cached_tokens is None:
+        job.cached_tokens = cached
+    follow_cache(instance, job)
+
+
+def grow_cached(instance: Instance, job: Job, tokens: int) -> None:
+    """Room in the prefix cache for the next tokens of a running job."""
+    assert instance.cache.grow(job.for_cache, tokens), "scheduled without room"
+    follow_cache(instance, job)
+
+
+def follow_cache(instance: Instance, job: Job) -> None:
+    job.blocks = len(instance.cache.held[job.request.id])
+    instance.free_blocks = instance.cache.num_free
 
 
 def is_expected_to_fit(instance: Instance, job: Job, admitted_now: list[Job], flags: Flags) -> bool:
@@ -518,7 +575,10 @@ def schedule_running(instance: Instance, plan: Plan, flags: Flags) -> None:
             preempt(instance, victim, plan, flags)
             if victim is job:
                 return
-        take(instance, job, lacking)
+        if instance.cache is not None:
+            grow_cached(instance, job, tokens)
+        else:
+            take(instance, job, lacking)
         plan.add(job, tokens)
         position += 1
 
@@ -570,10 +630,15 @@ def admit(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | None
         job = next(heads, None)
         if job is None:
             return
-        if not flags.chunked_prefill and job.known > plan.budget:
+        # With a prefix cache the first chunk starts behind what is cached now.
+        cached = 0 if instance.cache is None else instance.cache.lookup(job.for_cache)
+        if not flags.chunked_prefill and job.known - cached > plan.budget:
             return
-        chunk = min(job.known, plan.budget)
-        blocks = blocks_at_admission(job, chunk, flags)
+        chunk = min(job.known - cached, plan.budget)
+        if instance.cache is not None:
+            blocks = instance.cache.blocks_to_allocate(job.for_cache, chunk)
+        else:
+            blocks = blocks_at_admission(job, chunk, flags)
         if flags.track_blocks and instance.free_blocks - blocks < flags.watermark_blocks:
             return
         if flags.reserve == "expected" and not is_expected_to_fit(instance, job, admitted, flags):
@@ -581,7 +646,10 @@ def admit(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | None
         instance.waiting.remove(job)
         instance.running.append(job)
         admitted.append(job)
-        take(instance, job, blocks)
+        if instance.cache is not None:
+            hold_cached(instance, job, chunk)
+        else:
+            take(instance, job, blocks)
         plan.add(job, chunk)
 
 
@@ -650,7 +718,10 @@ def refuse_impossible(request: Request, flags: Flags) -> None:
             problem = f"context {last_context} exceeds max_model_len"
         room = flags.num_blocks - flags.watermark_blocks
         if flags.reserve == "none":
-            first_chunk = min(most_to_prefill, flags.max_num_batched_tokens)
+            # What is cached is held at admission too, whatever the budget.
+            first_chunk = most_to_prefill
+            if not flags.prefix_caching:
+                first_chunk = min(first_chunk, flags.max_num_batched_tokens)
             fits = ceil_div(last_context, flags.block_size) <= flags.num_blocks
             fits = fits and ceil_div(first_chunk, flags.block_size) <= room
         elif flags.reserve in ("prompt", "expected"):
@@ -663,6 +734,8 @@ def refuse_impossible(request: Request, flags: Flags) -> None:
             fits = fits and all(is_expected_to_fit(empty, job, [], flags) for job in comebacks)
         if not fits:
             problem = "its blocks exceed the pool"
+    if flags.prefix_caching and len(request.prefix_hashes) > request.prompt // flags.block_size:
+        raise ValueError(f"request {request.id} has more prefix hashes than full blocks in its prompt")
     if problem is not None:
         raise ValueError(f"request {request.id} can never be served: {problem}")
 
@@ -674,7 +747,14 @@ def check_instance(instance: Instance, flags: Flags) -> None:
     assert len({id(job) for job in running + waiting}) == len(running) + len(waiting)
     assert all(job.blocks == 0 and job.computed == 0 for job in waiting)
     assert 0 <= instance.free_blocks <= flags.num_blocks
-    assert instance.free_blocks + sum(job.blocks for job in running) == flags.num_blocks
+    if instance.cache is not None:
+        instance.cache.check()
+        held = instance.cache.held
+        assert {name: len(blocks) for name, blocks in held.items()} == {j.request.id: j.blocks for j in running}
+        num_held = len({block for blocks in held.values() for block in blocks})
+        assert instance.free_blocks == instance.cache.num_free == flags.num_blocks - num_held
+    else:
+        assert instance.free_blocks + sum(job.blocks for job in running) == flags.num_blocks
     if flags.track_blocks:
         assert all(job.blocks * flags.block_size >= job.computed for job in running)
     if flags.order == "priority":
@@ -748,6 +828,9 @@ def simulate(
         refuse_impossible(request, flags)
 
     instances = [Instance(i, flags.num_blocks, flags.new_token_ratio_init) for i in range(num_instances)]
+    if flags.prefix_caching:
+        for instance in instances:
+            instance.cache = prefix_cache.PrefixCache(flags.num_blocks, flags.block_size)
     iterations: list[IterationRecord] = []
     iteration_ends: list[list[float]] = [[] for _ in instances]
     num_routed = 0
@@ -851,7 +934,7 @@ def simulate(
         assert job.arrival <= job.scheduled <= job.first_token <= job.finish
     assert sum(record.stats.num_sampled for record in iterations) == sum(r.output for r in requests)
     processed = sum(sum(record.batch.values()) for record in iterations)
-    assert processed == sum(job.computed + job.lost_tokens for job in jobs)
+    assert processed == sum(job.computed + job.lost_tokens - job.hit_tokens for job in jobs)
     assert sum(len(record.preempted) for record in iterations) == sum(job.preemptions for job in jobs)
 
     return ReferenceResult(
@@ -865,6 +948,8 @@ def simulate(
                 finish_s=to_seconds(job.finish),
                 preemptions=job.preemptions,
                 status="finished",
+                cached_tokens=job.cached_tokens or 0,
+                hit_tokens=job.hit_tokens,
             )
             for job in jobs
         ],

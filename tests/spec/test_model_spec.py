@@ -142,7 +142,8 @@ HF_CONFIGS = {
                       moe_intermediate_size=2048, n_shared_experts=1, first_k_dense_replace=3,
                       moe_layer_freq=1,
                       kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64,
-                      v_head_dim=128, topk_method="noaux_tc", quantization_config={"quant_method": "fp8"}),
+                      v_head_dim=128, topk_method="noaux_tc",
+                      quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
     "deepseek-v2-lite": hf(model_type="deepseek_v2", hidden_size=2048, intermediate_size=10944,
                            num_attention_heads=16, num_key_value_heads=16, num_hidden_layers=27,
                            vocab_size=102400, max_position_embeddings=163840, n_routed_experts=64,
@@ -177,6 +178,7 @@ def test_hugging_face_number_formats():
     assert dtype() == "bfloat16"
     assert dtype(torch_dtype=None, dtype="float16") == "float16"
     assert dtype(quantization_config={"quant_method": "awq"}) == "int4"
+    assert dtype(quantization_config={"quant_method": "fp8"}) == "fp8"
     eight_bits = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"num_bits": 8}}
     assert dtype(quantization_config={"quant_method": "compressed-tensors",
                                       "config_groups": {"group_0": eight_bits}}) == "int8"

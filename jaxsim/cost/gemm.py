@@ -1,0 +1,184 @@
+"""Seconds of matrix products: tiles of the output, in waves over the multiprocessors, against the bytes they read.
+
+    product   floor + pnorm_3(waves x tile, bytes / (BW read)) [+ quantising the activations]
+              weights stored in fewer bits than they are multiplied in cost arithmetic once a tile
+    experts   floor + kernels + pnorm_3(weight bytes / (BW read), tiles of both products) + rows / (BW row)
+
+Source: fits to vLLM operator tables; docs/cost-model.md has the constants, the tables and the errors.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsim.cost.rates import Rates, smooth_maximum
+from jaxsim.spec.efficiency import ExpertEfficiency, GemmEfficiency
+
+POWER = 3.0
+"""Of the smooth maximum of tiles and bytes."""
+
+EXPERT_COLUMNS = 128
+"""Columns of a tile of the experts' products."""
+
+
+class Gemm(eqx.Module):
+    """Products (m x k) (k x n) of one number format; leaves as in `GemmEfficiency`, None where not there.
+
+        tile    2 (Tm + dequantise) Tn (k / s + prologue) (1 + edge (1/Tm + 1/Tn)) / (peak eta / SMs)
+        waves   ceil(N / SMs), N = ceil(m / Tm) ceil(n / Tn);   s = clip(SMs / N, 1, k / split)
+        bytes   weights + m k a + 2 m n, with a = 1 where activations are quantised, which adds 3 m k / (BW quantise)
+
+    Weight-only kernels turn each weight into 16 bits once for every tile that reads it, so the cost falls with the
+    tile's height: `dequantise` is rows of multiplication that take as long.
+    """
+
+    floor_s: Float[Array, ""]
+    efficiency: Float[Array, ""]
+    read_efficiency: Float[Array, ""]
+    prologue: Float[Array, ""]
+    edge: Float[Array, ""]
+    narrow_efficiency: Float[Array, ""] | None
+    split: Float[Array, ""] | None
+    quantise_efficiency: Float[Array, ""] | None
+    dequantise_rows: Float[Array, ""] | None
+    tiles: tuple[tuple[int, int], ...] = eqx.field(static=True)
+    row_limits: tuple[int, ...] = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, record: GemmEfficiency) -> "Gemm":
+        """Leaves from a record."""
+        def leaf(value):
+            return jnp.asarray(value, float)
+
+        return cls(leaf(record.floor_s), leaf(record.efficiency), leaf(record.read_efficiency), leaf(record.prologue),
+                   leaf(record.edge), leaf(record.narrow_efficiency) if record.narrow_efficiency < 1 else None,
+                   leaf(record.split) if record.split else None,
+                   leaf(record.quantise_efficiency) if record.quantise_efficiency else None,
+                   leaf(record.dequantise_rows) if record.dequantise_rows else None,
+                   record.tiles, record.row_limits)
+
+    def _tiled(self, index: int, m, n, k, rates: Rates) -> Float[Array, "*shape"]:
+        rows, columns = self.tiles[index]
+        count, units = jnp.ceil(m / rows) * jnp.ceil(n / columns), rates.num_multiprocessors
+        depth = k
+        if self.split is not None:
+            depth = k / jnp.clip(units / jnp.maximum(count, 1.0), 1.0, jnp.maximum(k / self.split, 1.0))
+        rate = rates.flops / units * self.efficiency
+        if index and self.narrow_efficiency is not None:
+            rate = rate * self.narrow_efficiency
+        waves = jnp.maximum(jnp.ceil(count / units), 1.0)
+        lost = 1 + self.edge * (1 / rows + 1 / columns)
+        worked = rows if self.dequantise_rows is None else rows + self.dequantise_rows
+        return waves * 2.0 * worked * columns * (depth + self.prologue) * lost / rate
+
+    def parts(self, m: Float[Array, "*shape"], n: float, k: float, weight_bytes: float, rates: Rates,
+              activation_bytes: float = 2.0) -> tuple[Array, Array, Array]:
+        """Seconds of floor, tiles and bytes.
+
+        weight_bytes: of the whole matrix; activation_bytes: of one number.
+        """
+        times = [self._tiled(i, m, n, k, rates) for i in range(len(self.tiles))]
+        tiled = times[-1]
+        limits = self.row_limits[::-1] or (None,) * (len(times) - 1)
+        for time, limit in zip(times[-2::-1], limits, strict=True):
+            tiled = jnp.minimum(tiled, time) if limit is None else jnp.where(m <= limit, time, tiled)
+        read = activation_bytes if self.quantise_efficiency is None else 1.0
+        memory = (weight_bytes + m * k * read + m * n * activation_bytes) / (rates.bytes_per_s * self.read_efficiency)
+        return self.floor_s, tiled, memory
+
+    def seconds(self, m: Float[Array, "*shape"], n: float, k: float, weight_bytes: float, rates: Rates,
+                activation_bytes: float = 2.0) -> Float[Array, "*shape"]:
+        """Seconds of one product; arguments as of `parts`."""
+        floor, tiled, memory = self.parts(m, n, k, weight_bytes, rates, activation_bytes)
+        seconds = floor + smooth_maximum(POWER, tiled, memory)
+        if self.quantise_efficiency is None:
+            return seconds
+        return seconds + m * k * (1.0 + activation_bytes) / (rates.bytes_per_s * self.quantise_efficiency)
+
+
+class Experts(eqx.Module):
+    """The fused block of routed experts on one rank; leaves as in `ExpertEfficiency`.
+
+        tiles   min over T of sum over both products of max(blocks_T ceil(n/128) / SMs, 1) x 256 T (k + prologue)
+                (1 + half_rows / T) / (peak eta / SMs),   blocks_T = sum over local experts of ceil(tokens of it / T)
+        rows    all m k routed rows, local or not: kernels between the products pass over every one
+    """
+
+    floor_s: Float[Array, ""]
+    kernels_s: Float[Array, ""]
+    efficiency: Float[Array, ""]
+    read_efficiency: Float[Array, ""]
+    prologue: Float[Array, ""]
+    half_rows: Float[Array, ""]
+    row_efficiency: Float[Array, ""]
+    tiles: tuple[int, ...] = eqx.field(static=True)
+    choice: Literal["fastest", "tokens"] = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, record: ExpertEfficiency) -> "Experts":
+        """Leaves from a record."""
+        names = ("floor_s", "kernels_s", "efficiency", "read_efficiency", "prologue", "half_rows", "row_efficiency")
+        return cls(*(jnp.asarray(getattr(record, name), float) for name in names), record.tiles, record.choice)
+
+    def parts(self, load: "ExpertLoad", rates: Rates) -> tuple[Array, Array, Array, Array]:
+        """Seconds of floor, tiles, weights, and rows between the products."""
+        units = rates.num_multiprocessors
+        up = 2 if load.gated else 1
+        times = []
+        for rows in self.tiles:
+            rate = rates.flops / units * self.efficiency / (1 + self.half_rows / rows)
+            times.append(sum(
+                jnp.maximum(load.blocks[rows] * -(-columns // EXPERT_COLUMNS) / units, 1.0)
+                * 2 * EXPERT_COLUMNS * rows * (depth + self.prologue) / rate
+                for columns, depth in ((up * load.inner, load.hidden), (load.hidden, load.inner))))
+        if self.choice == "tokens":
+            tiled = jnp.where(load.tokens <= load.num_experts, times[0], times[-1])
+        else:
+            tiled = times[0]
+            for time in times[1:]:
+                tiled = jnp.minimum(tiled, time)
+        row_bytes = load.tokens * (load.per_token * ((up + 1) * load.inner + load.hidden) + load.hidden)
+        between = load.activation_bytes * row_bytes / (rates.bytes_per_s * self.row_efficiency)
+        floor = self.floor_s + self.kernels_s * jnp.minimum(load.tokens / 16, 1.0)
+        return floor, tiled, load.weight_bytes / (rates.bytes_per_s * self.read_efficiency), between
+
+    def seconds(self, load: "ExpertLoad", rates: Rates) -> Float[Array, "*shape"]:
+        """Seconds of one block."""
+        floor, tiled, weights, between = self.parts(load, rates)
+        return floor + smooth_maximum(POWER, tiled, weights) + between
+
+
+class ExpertLoad(NamedTuple):
+    """What one rank's experts are given.
+
+    tokens: of the ranks together, each to `per_token` experts of `num_experts`; blocks: for each tile height,
+    tiles that the local experts' tokens fill. weight_bytes: of the distinct local experts.
+    hidden, inner: sizes of an expert here.
+    """
+
+    tokens: Float[Array, "*shape"]
+    blocks: Mapping[int, Float[Array, "*shape"]]
+    weight_bytes: Float[Array, "*shape"]
+    per_token: int
+    num_experts: int
+    hidden: int
+    inner: int
+    gated: bool = True
+    activation_bytes: float = 2.0
+
+
+def expected_blocks(pairs: Float[Array, "*shape"], distinct: Float[Array, "*shape"], rows: int
+                    ) -> Float[Array, "*shape"]:
+    """Tiles of so many `rows` that `pairs` routed rows fill on `distinct` experts: D max(1, pairs/(D T) + (1 - 1/T)/2).
+
+    Source: simulation of uniform routing; a tile is half empty on average.
+    """
+    per_expert = pairs / jnp.maximum(distinct, TINY)
+    return distinct * jnp.maximum(1.0, per_expert / rows + (1 - 1 / rows) / 2)
+
+
+TINY = 1e-6
+"""Fewest distinct experts, where there are no tokens."""

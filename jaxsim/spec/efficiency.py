@@ -1,0 +1,266 @@
+"""How close a device's kernels come to its datasheet: the constants of `jaxsim.cost`'s forms, as TOML holds them.
+
+Shares are of a datasheet peak (FLOP/s, memory or link bytes/s), seconds are of one call of one kernel, rows and
+k are counts of matrix elements. Every section names the table it was fitted on. A device without tables takes the
+record of its family (`transferred`).
+"""
+
+import functools
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from jaxsim._core.errors import InputError, suggest
+from jaxsim.spec.messages import convert_table
+
+Share = Annotated[float, Meta(gt=0, le=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+Factor = Annotated[float, Meta(ge=0)]
+Tile = tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]]
+Rows = Annotated[int, Meta(ge=1)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    source: Annotated[str, Meta(min_length=1)]
+
+
+class GemmEfficiency(_Section, frozen=True):
+    """Matrix products of one number format (`jaxsim.cost.gemm`).
+
+    floor_s; efficiency: of the peak, inside a tile; read_efficiency: of the bandwidth. prologue: start and end of a
+    tile, in elements of k. tiles: rows x columns of an output tile, of which the fastest runs, or, with
+    row_limits, the first whose limit the product's rows keep to, else the last. split: k elements a slice keeps at
+    least when tiles are fewer than multiprocessors, 0 = never cut.
+    edge: rows of a tile lost to each edge. narrow_efficiency: rate of tiles after the first, against it.
+    quantise_efficiency: of the bandwidth, quantising the activations; 0 = they are not. dequantise_rows: rows of a tile
+    that take as long as turning its weights into 16 bits; 0 = the weights are multiplied as they are stored.
+    """
+
+    floor_s: Seconds
+    efficiency: Share
+    read_efficiency: Share
+    prologue: Factor
+    tiles: tuple[Tile, ...]
+    row_limits: tuple[Rows, ...] = ()
+    split: Factor = 0.0
+    edge: Factor = 0.0
+    narrow_efficiency: Share = 1.0
+    quantise_efficiency: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    dequantise_rows: Factor = 0.0
+
+    def __post_init__(self):
+        if self.row_limits and len(self.row_limits) != len(self.tiles) - 1:
+            raise InputError("efficiency.gemm.row_limits", self.row_limits, "should be one fewer than tiles")
+
+
+class ExpertEfficiency(_Section, frozen=True):
+    """The fused block of routed experts (`jaxsim.cost.gemm`).
+
+    floor_s, kernels_s: of any call, and more as tokens grow to 16. efficiency, read_efficiency, prologue: as in a
+    GEMM; half_rows: tile rows at which half of the rate is reached. row_efficiency: of the bandwidth, for the rows
+    between the products. tiles: rows of a tile; choice: the fastest, or the first up to a token an expert and the last
+    above.
+    configs: [experts, inner size of an expert on this rank] that have a kernel configuration of their own.
+    """
+
+    floor_s: Seconds
+    kernels_s: Seconds
+    efficiency: Share
+    read_efficiency: Share
+    prologue: Factor
+    half_rows: Factor
+    row_efficiency: Share
+    tiles: tuple[Rows, ...] = (16, 32, 64, 128)
+    choice: Literal["fastest", "tokens"] = "fastest"
+    configs: tuple[tuple[int, int], ...] = ()
+
+
+class DecodeEfficiency(_Section, frozen=True):
+    """Attention of one new token a sequence (`jaxsim.cost.attention`).
+
+    kernel: "fa3" splits contexts always, "fa2" only of grouped heads. floor_s; item_s: of each wave of (sequence, KV
+    head) items after the first; combine_s: for each doubling of the splits. read_efficiency, read_efficiency_8bit: of
+    the bandwidth, by cache width; flops_efficiency: of the 16-bit peak; sweep_s: an item passes a token (256 bytes of K
+    or V); swap_s: rearranging grouped queries. query_factor: traffic of queries and outputs. head_exponent,
+    floor_head_exponent: of head size / 128, of item_s and floor_s; group_factor: item_s grows by it for each 64 query
+    heads a KV head; window_s: of each wave in a windowed layer.
+    """
+
+    kernel: Literal["fa2", "fa3"]
+    floor_s: Seconds
+    item_s: Seconds
+    combine_s: Seconds
+    read_efficiency: Share
+    read_efficiency_8bit: Share
+    flops_efficiency: Share = 0.6
+    sweep_s: Seconds = 0.0
+    swap_s: Seconds = 0.0
+    query_factor: Factor = 1.0
+    head_exponent: Factor = 0.0
+    floor_head_exponent: Factor = 0.0
+    group_factor: Factor = 0.0
+    window_s: Seconds = 0.0
+
+
+class PrefillEfficiency(_Section, frozen=True):
+    """Attention of calls that hold prompt chunks (`jaxsim.cost.attention`).
+
+    tile_rows, tile_keys: of a tile; packed: whether it holds all query heads of a KV head. floor_s; item_s: of a tile;
+    efficiency: of the 16-bit peak; io_factor: traffic of queries, outputs and keys. factor_8bit, factor_head64: time
+    with an 8-bit cache, with heads of 64. joined_rows: rows of a tile that a decoding sequence takes for each query
+    head in such a call, 0 = it runs as if alone. joined_read_factor: how often its cache is read then.
+    """
+
+    packed: bool
+    tile_rows: Rows
+    tile_keys: Annotated[int, Meta(ge=0)]
+    floor_s: Seconds
+    item_s: Seconds
+    efficiency: Share
+    io_factor: Factor
+    factor_8bit: Factor = 1.0
+    factor_head64: Factor = 1.0
+    joined_rows: Annotated[int, Meta(ge=0)] = 0
+    joined_read_factor: Factor = 1.0
+
+
+class LatentEfficiency(_Section, frozen=True):
+    """Multi-head latent attention besides its projections (`jaxsim.cost.attention`).
+
+    decode_floor_s, decode_floor_8bit_s: by weight format; decode_step_s: more as sequences grow to 32.
+    read_efficiency, read_efficiency_8bit, flops_efficiency: of absorbed decode. prefill_*: of prefill; copies: how
+    often queries, keys and values are moved before it.
+    """
+
+    decode_floor_s: Seconds
+    decode_floor_8bit_s: Seconds
+    decode_step_s: Seconds
+    read_efficiency: Share
+    read_efficiency_8bit: Share
+    flops_efficiency: Share
+    prefill_floor_s: Seconds
+    prefill_item_s: Seconds
+    prefill_efficiency: Share
+    copies: Factor
+
+
+class NcclEfficiency(_Section, frozen=True):
+    """A collective of NCCL: two protocols (`jaxsim.cost.collectives`).
+
+    latency_s, low_efficiency: of the protocol for small messages; bulk_latency_s, efficiency: for large ones;
+    rank_s: for each further rank.
+    """
+
+    latency_s: Seconds
+    rank_s: Seconds
+    low_efficiency: Share
+    bulk_latency_s: Seconds
+    efficiency: Share
+
+
+class CustomAllReduceEfficiency(_Section, frozen=True):
+    """vLLM's own all-reduce (`jaxsim.cost.collectives`).
+
+    latency_s: one shot; two_shot_s: more in two shots; efficiency: of the link; bulk_latency_s, bulk_efficiency: beyond
+    its buffer.
+    """
+
+    latency_s: Seconds
+    two_shot_s: Seconds
+    efficiency: Share
+    bulk_latency_s: Seconds
+    bulk_efficiency: Share
+
+
+class HopEfficiency(_Section, frozen=True):
+    """A message from one device to another: latency_s, efficiency of the link."""
+
+    latency_s: Seconds
+    efficiency: Share
+
+
+class ElementwiseEfficiency(_Section, frozen=True):
+    """Norms, rotary, activation, sampler: floor_s of a kernel, efficiency of the bandwidth."""
+
+    floor_s: Seconds
+    efficiency: Share
+
+
+class Efficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All constants of a device. gemm, experts: by number format; nccl: by collective."""
+
+    gemm: dict[str, GemmEfficiency]
+    experts: dict[str, ExpertEfficiency]
+    decode: DecodeEfficiency
+    prefill: PrefillEfficiency
+    latent: LatentEfficiency
+    elementwise: ElementwiseEfficiency
+    nccl: dict[str, NcclEfficiency]
+    custom_all_reduce: CustomAllReduceEfficiency
+    hop: HopEfficiency
+
+    def __post_init__(self):
+        for section, needed in (("gemm", ("bf16",)), ("experts", ("bf16",)), ("nccl", COLLECTIVES)):
+            for name in needed:
+                if name not in getattr(self, section):
+                    raise InputError(f"efficiency.{section}.{name}", None, "missing",
+                                     f"give a [{section}.{name}] table")
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any], path: str = "efficiency") -> "Efficiency":
+        """From a table of the sections above."""
+        return convert_table(table, cls, path, "efficiency", "see scenarios/devices/efficiency")
+
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_to_all")
+
+DATASHEET = "h100_sxm_80"
+"""Whose constants a device takes that nobody has measured, nor one like it: the best measured one's."""
+
+
+MOST_TRANSFERRED = 0.8
+"""No share grows beyond what copies reach when it is carried to a slower memory."""
+
+
+@functools.cache
+def load_efficiency(name: str) -> Efficiency:
+    """The record called like its device. Raises `InputError`."""
+    folder = resources.files("jaxsim.scenarios") / "devices" / "efficiency"
+    file = folder / f"{name}.toml"
+    if not file.is_file():
+        known = sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+        raise InputError("device.calibration", f"family:{name}", "no such record", suggest(name, known))
+    tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    if "like" in tables:
+        # What is not measured here is said to be another record's.
+        tables = _merged(tomllib.loads((folder / f"{tables.pop('like')}.toml").read_text(encoding="utf-8")), tables)
+    return Efficiency.from_dict(tables, file.name)
+
+
+def _merged(below: dict, above: dict) -> dict:
+    return below | {k: _merged(below[k], v) if k in ("gemm", "experts", "nccl") else v for k, v in above.items()}
+
+
+def transferred(record: Efficiency, bandwidth_ratio: float, unit_ratio: float = 1.0) -> Efficiency:
+    """The record for a device with so many times the memory bandwidth, and FLOP/s of a multiprocessor.
+
+    Seconds and shares carry over. But kernels that are bound by conversion and not by memory keep their bytes/s: rows
+    between expert products, quantisation, 8-bit caches (source: H100 constants against H200 tables); and an item
+    passes tokens at the speed of its multiprocessor (source: `sweep_s` of A100 and RTX PRO 6000). A weight takes as
+    many instructions to dequantise anywhere, so they are worth more rows where tensor cores are faster.
+    """
+    def kept(share: float) -> float:
+        return min(share / bandwidth_ratio, max(share, MOST_TRANSFERRED))
+
+    replace = msgspec.structs.replace
+    return replace(
+        record,
+        gemm={name: replace(g, quantise_efficiency=kept(g.quantise_efficiency),
+                            dequantise_rows=g.dequantise_rows * unit_ratio) for name, g in record.gemm.items()},
+        experts={name: replace(e, row_efficiency=kept(e.row_efficiency)) for name, e in record.experts.items()},
+        decode=replace(record.decode, read_efficiency_8bit=kept(record.decode.read_efficiency_8bit),
+                       sweep_s=record.decode.sweep_s / unit_ratio))
