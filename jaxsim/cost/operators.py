@@ -19,8 +19,8 @@ from jaxsim.cost.gemm import ExpertLoad, expected_blocks
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, WeightFormat
 
-GEMM, EXPERTS, ELEMENTWISE, ALL_REDUCE, ALL_GATHER, ALL_TO_ALL, HOP = (
-    "gemm", "experts", "elementwise", "all_reduce", "all_gather", "all_to_all", "hop")
+GEMM, EXPERTS, ELEMENTWISE, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, HOP = (
+    "gemm", "experts", "elementwise", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "hop")
 
 EXPERT_KERNELS = 12
 """Launches of a fused MoE block: routing, alignment, two grouped products, activation, sum, and casts and fills."""
@@ -134,9 +134,17 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str) 
         inner = model.shared_experts * model.moe_ffn // plan.tensor_parallel_size
         work += _ffn("shared_expert", calls, m, d, inner, model.gated, fmt.linear_bytes, a)
     if plan.enable_expert_parallel and plan.data_parallel_size > 1:
-        message = m * model.experts_per_token * d * a / plan.tensor_parallel_size
-        # Dispatch and combine.
-        work.append(Work("expert_exchange", ALL_TO_ALL, 2 * calls, 1, message_bytes=message, ranks=plan.expert_ranks))
+        if plan.all_to_all:
+            message = m * model.experts_per_token * d * a / plan.tensor_parallel_size
+            # Dispatch and combine.
+            work.append(Work("expert_exchange", ALL_TO_ALL, 2 * calls, 1, message_bytes=message,
+                             ranks=plan.expert_ranks))
+        else:
+            # vLLM's default backend: every rank gets all tokens, hidden states and router logits, and sums come back.
+            ranks = plan.data_parallel_size
+            work += [Work("expert_gather", ALL_GATHER, calls, 1, message_bytes=m * ranks * (d + model.experts) * a,
+                          ranks=ranks),
+                     Work("expert_scatter", REDUCE_SCATTER, calls, 1, message_bytes=m * ranks * d * a, ranks=ranks)]
     return work
 
 
@@ -159,8 +167,8 @@ def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Ar
     if model.num_moe_layers:
         work += _expert_work(model, plan, fmt, m, distinct)
     if tp > 1:
-        # One for the embedding, two a layer; with data ranks, expert layers combine in their exchange.
-        exchanged = model.num_moe_layers if plan.enable_expert_parallel and plan.data_parallel_size > 1 else 0
+        # One for the embedding, two a layer; where tokens are sent to their experts, these combine on the way back.
+        exchanged = model.num_moe_layers if plan.all_to_all and plan.data_parallel_size > 1 else 0
         work.append(Work("all_reduce", ALL_REDUCE, 2 * model.layers + 1 - exchanged, 1,
                          message_bytes=m * d * a, ranks=tp))
     if plan.pipeline_parallel_size > 1:

@@ -85,8 +85,8 @@ class Roofline(eqx.Module):
         memory_bytes_per_s; link_bytes_per_s: per direction; hop_bytes_per_s: between pipeline stages;
         num_multiprocessors (a whole number).
         gemm, gemm_16: products in the format of the linear layers, and in 16 bits; experts; elementwise; decode,
-        prefill, latent (None without latent attention): attention; all_reduce, all_gather, all_to_all, hop:
-        messages. Their own leaves: `jaxsim.spec.efficiency`.
+        prefill, latent (None without latent attention): attention; all_reduce, all_gather, reduce_scatter,
+        all_to_all, hop: messages. Their own leaves: `jaxsim.spec.efficiency`.
         host_step_s, host_sequence_s: host seconds of an iteration and of each sequence in it, which do not
         overlap the device, unless scheduling is asynchronous: then only async_step_s stays serial and the
         others join the launches. launch_kernel_s: host seconds to issue one kernel or captured piece;
@@ -115,6 +115,7 @@ class Roofline(eqx.Module):
     latent: Latent | None
     all_reduce: CustomAllReduce | Nccl
     all_gather: Nccl
+    reduce_scatter: Nccl
     all_to_all: Nccl
     hop: Hop
 
@@ -404,7 +405,8 @@ Source: between the several us a kernel of SKIP (arXiv 2504.11750) and the 50 us
 
 _PREFIXES = {"gemm": ("gemm", "gemm_16"), "expert": ("experts",), "elementwise": ("elementwise",),
              "decode": ("decode",), "prefill": ("prefill",), "latent": ("latent",), "all_reduce": ("all_reduce",),
-             "all_gather": ("all_gather",), "all_to_all": ("all_to_all",), "hop": ("hop",)}
+             "all_gather": ("all_gather",), "reduce_scatter": ("reduce_scatter",),
+             "all_to_all": ("all_to_all",), "hop": ("hop",)}
 """Overrides are called PREFIX_LEAF; `gemm_efficiency` is that of linear layers and of 16-bit products."""
 
 
@@ -445,6 +447,7 @@ def _messages(record: Efficiency, device: DeviceSpec, plan: Plan, all_reduce: st
     return dict(link_bytes_per_s=min(inside, outside) if is_outside else inside,
                 hop_bytes_per_s=min(inside, outside) if hop_outside else inside,
                 all_reduce=reduce, all_gather=Nccl.of(nccl["all_gather"], "all_gather"),
+                reduce_scatter=Nccl.of(nccl["reduce_scatter"], "reduce_scatter"),
                 all_to_all=Nccl.of(nccl["all_to_all"], "all_to_all"), hop=Hop.of(hop))
 
 

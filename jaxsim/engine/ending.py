@@ -12,7 +12,7 @@ from jaxsim.engine.events import Event
 from jaxsim.kernels import clock, packed, residues
 from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims
-from jaxsim.state.world import Clocks, Counts, Executor, ExecutorTimes
+from jaxsim.state.world import Clocks, Counts, ExecutorTimes
 
 
 class Retired(NamedTuple):
@@ -78,9 +78,16 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
     if group.batching.reserve == "expected":
         faded = integrals.ratio - group.batching.ratio_decay * batch.extra.astype(jnp.float32)
         integrals = replace(integrals, ratio=jnp.maximum(faded, group.batching.ratio_floor))
-    settled_times = Clocks(ExecutorTimes(clock.add(times.executor.busy, total_s)), integrals,
+    executor, busy = counts.executor, clock.add(times.executor.busy, total_s)
+    num_iterations = executor.num_iterations + 1 + batch.extra
+    if dims.num_ranks > 1:
+        # An iteration of all ranks counts once.
+        is_first = event.rank == 0
+        num_iterations = jnp.where(is_first, num_iterations, executor.num_iterations)
+        busy = clock.select(is_first, busy, times.executor.busy)
+    settled_times = Clocks(ExecutorTimes(busy), integrals,
                            replace(own, gap_s=gap_s, chunk_pairs=jnp.float32(0)))
-    settled = Counts(Executor(counts.executor.num_iterations + 1 + batch.extra), settled_rank, settled_batch)
+    settled = Counts(replace(executor, num_iterations=num_iterations), settled_rank, settled_batch)
     times = replace(times, batch=own)
     return choose(is_first_look, settled, counts), choose(is_first_look, settled_times, times), samples_s, weights
 

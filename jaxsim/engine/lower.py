@@ -15,7 +15,7 @@ from jaxsim.engine.common import Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.policy.arrivals import ClosedLoop, SortedArrivals
 from jaxsim.policy.batching import Batching
-from jaxsim.policy.routing import router
+from jaxsim.policy.routing import DataParallel, RoundRobin, router
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
@@ -50,16 +50,31 @@ class System:
     num_blocks: int
     max_model_len: int
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that iterate together, exchanging tokens for their experts."""
+        return self.plan.data_parallel_size if self.plan.enable_expert_parallel else 1
+
+    @property
+    def num_independent(self) -> int:
+        """Ranks of a replica that iterate by themselves."""
+        return self.plan.data_parallel_size // self.num_ranks
+
 
 def resolve_system(scenario: Scenario) -> System:
     """Look everything up, derive the KV pool. Raises `InputError` for whatever does not go together."""
     engine = scenario.engine
-    plan = Plan(tensor_parallel_size=engine.tensor_parallel_size,
-                enable_expert_parallel=engine.enable_expert_parallel)
+    plan = Plan(tensor_parallel_size=engine.tensor_parallel_size, data_parallel_size=engine.data_parallel_size,
+                enable_expert_parallel=engine.enable_expert_parallel,
+                all_to_all=engine.all2all_backend not in ("allgather_reducescatter", "naive"))
     model = device = None
     if scenario.model is not None:
         model = scenario.model.spec()
         plan = plan.check(model)
+        if model.experts and plan.data_parallel_size > 1 and not plan.enable_expert_parallel:
+            raise InputError("engine.data_parallel_size", plan.data_parallel_size,
+                             f"with the experts of {model.name} cut over all ranks is not there yet",
+                             "set engine.enable_expert_parallel = true, or use cluster.replicas")
     if scenario.device is not None:
         device = scenario.device.spec()
     scheduler = resolve(
@@ -197,8 +212,10 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost,
     w, source = scenario.workload, SortedArrivals()
     if w.kind == "closed-loop":
         source = ClosedLoop(integer(w.concurrency), real((w.think_s or 0.0) + front_end_s(scenario, system)))
-    return Params((Group(batching, cost),), router(scenario.cluster.router, scenario.cluster.router_weights),
-                  integer(max_steps), source)
+    routing = router(scenario.cluster.router, scenario.cluster.router_weights)
+    if system.plan.data_parallel_size > 1 and scenario.cluster.replicas == 1 and isinstance(routing, RoundRobin):
+        routing = DataParallel()
+    return Params((Group(batching, cost),), routing, integer(max_steps), source)
 
 
 class Prefixes(NamedTuple):
@@ -257,9 +274,9 @@ def shared_prefixes(workload: Workload, block_size: int) -> Prefixes:
     return Prefixes(paths, np.maximum.accumulate(bounds, axis=1))
 
 
-def step_limit(workload: Workload) -> int:
-    """Steps after which a run is stopped."""
+def step_limit(workload: Workload, num_ranks: int = 1) -> int:
+    """Steps after which a run is stopped; ranks that iterate together take turns."""
     tokens = int(workload.input_tokens.sum()) + int(workload.output_tokens.sum())
-    return int(min(1_000 + MAX_STEPS_A_TOKEN * tokens, 2**31 - 1))
+    return int(min(1_000 + MAX_STEPS_A_TOKEN * tokens * num_ranks, 2**31 - 1))
 
 

@@ -172,8 +172,8 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [Lane(index, system, workload, dims,
-                  lower.make_params(scenario, system, cost, lower.step_limit(workload)), longest, prefix,
-                  lower.front_end_s(scenario, system))
+                  lower.make_params(scenario, system, cost, lower.step_limit(workload, dims.num_ranks)), longest,
+                  prefix, lower.front_end_s(scenario, system))
             for workload, prefix in zip(workloads, prefixes, strict=True)]
 
 
@@ -193,7 +193,8 @@ def _dims(scenario: Scenario, system: lower.System, num_requests: int, record_st
     slots = max(min(system.scheduler.max_num_seqs, num_requests), SMALLEST_SLOTS)
     # Padded by up to an eighth, for the same reason.
     step = 1 << max(num_requests.bit_length() - 4, 0)
-    return Dims(num_requests=-(-num_requests // step) * step, num_executors=scenario.cluster.replicas,
+    return Dims(num_requests=-(-num_requests // step) * step,
+                num_executors=scenario.cluster.replicas * system.num_independent, num_ranks=system.num_ranks,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
                 num_records=RECORDS_A_REQUEST * num_requests + 1000 if record_steps else 0)
 

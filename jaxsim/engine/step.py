@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import ending, events, passes, prefix
+from jaxsim.engine import ending, events, lockstep, passes, prefix
 from jaxsim.engine.common import MAX_SPAN_S, Context, Params, choose, has, mark, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
@@ -51,7 +51,8 @@ class Touched(eqx.Module):
     wake: Time
 
     # receive: the source's state; the link of the queue that changes (and may again in `fill`); under a sorted queue
-    # the arriving request's place and the first place that waits.
+    # the arriving request's place and the first place that waits; what an arrival leaves of the jump of several ranks.
+    cut_extra: Int[Array, ""] | None = None
     source: PyTree = None
     link: queues.Link | None = None
     places: tuple[Int[Array, ""], Int[Array, ""]] | None = None
@@ -109,8 +110,9 @@ class Touched(eqx.Module):
     price: tuple[Float[Array, ""], DecodePace] | None = None
     is_starting: Bool[Array, ""] | None = None
 
-    # launch.
+    # launch; of several ranks, what their turn comes to.
     plan: Plan | None = None
+    turn: lockstep.Turn | None = None
 
 
 def step(dims: Dims, packing: packed.Packing, params: Params, requests: Requests, world: World, writes
@@ -164,9 +166,13 @@ def look(context: Context, _) -> Touched:
     dims, world = context.dims, context.world
     event, is_frozen = events.next_event(context)
     e = event.executor
-    rank = e if dims.num_ranks == 1 else e * dims.num_ranks + event.rank
-    batch = rank if dims.num_batches == 1 else rank * dims.num_batches + event.batch
     count_row, clock_row = take(world.counts, e), take(world.clocks, e)
+    rank = e
+    if dims.num_ranks > 1:
+        turn = w.count_rows(dims).everything(count_row).executor.turn
+        event = event._replace(rank=jnp.where(event.is_arrival, event.rank, turn))
+        rank = e * dims.num_ranks + event.rank
+    batch = rank if dims.num_batches == 1 else rank * dims.num_batches + event.batch
     return Touched(
         event, is_frozen, rank, batch, count_row, clock_row,
         w.count_rows(dims).one(count_row, event.rank, event.batch),
@@ -191,18 +197,23 @@ def receive(context: Context, t: Touched) -> Touched:
     is_cut = (is_running & (counts.batch.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
     counts = replace(counts, rank=replace(counts.rank, queue=queue))
+    cut_extra = jnp.int32(context.dims.max_jump) if context.dims.num_ranks > 1 else None
     if rules.admit != "when_empty":
         cut, cut_end = ending.cut_jump(event, counts, t.times)
         counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
+        if cut_extra is not None:
+            cut_extra = jnp.where(is_cut, cut.batch.extra, cut_extra)
     if rules.async_scheduling:
         is_seen = event.is_arrival & ending.is_before_last(event, counts, t.times)
         counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
     # A sorted queue changes once a step, and the pass may change it too. An earlier end elsewhere may bring an arrival.
-    if rules.order != "priority" and not (params.source.answers and context.dims.num_executors > 1):
+    if (rules.order != "priority" and context.dims.num_ranks == 1
+            and not (params.source.answers and context.dims.num_executors > 1)):
         goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S)
         event = event._replace(now=clock.select(goes_on, wake, event.now), is_ending=event.is_ending | goes_on)
     source = params.source.delivered(world.source, arriving, event.is_arrival)
-    return replace(t, event=event, counts=counts, wake=wake, source=source, link=link, places=places)
+    return replace(t, event=event, counts=counts, wake=wake, source=source, link=link, places=places,
+                   cut_extra=cut_extra)
 
 
 def settle(context: Context, t: Touched) -> Touched:
@@ -255,6 +266,9 @@ def open_pass(context: Context, t: Touched) -> Touched:
     has_work = (counts.rank.running > 0) | (counts.rank.waiting > 0)
     is_due = (has_ended & has_work) | (event.is_arrival & (t.phase == w.IDLE))
     is_passing = event.is_passing | (is_due & ~event.is_tied)
+    if dims.num_ranks > 1:
+        # Only when all ranks have settled.
+        is_passing = event.is_passing & has_work
     counts = passes.begin_pass(group, is_passing, counts)
     was_closed = has(counts, w.CLOSED)
     candidate = counts.rank.queue.front
@@ -412,6 +426,17 @@ def launch(context: Context, t: Touched) -> Touched:
     counts, times, plan = passes.start(
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
         jnp.minimum(t.next_key, own_key), t.is_held, *t.price)
+    if context.dims.num_ranks > 1:
+        is_skipped = event.is_passing & ~t.has_work
+        counts, times = lockstep.runs_along(context.dims, is_skipped, counts, times)
+        is_resting = t.has_ended & ~t.has_work
+        if context.group.batching.reserve == "expected":
+            ratio = jnp.where(is_resting, context.group.batching.ratio_start, times.rank.ratio)
+            times = replace(times, rank=replace(times.rank, ratio=ratio))
+        turn = lockstep.take_turn(
+            context, event, (t.count_row, t.clock_row), counts, times, cut_extra=t.cut_extra, has_ended=t.has_ended,
+            is_formed=t.is_starting | is_skipped, phase=t.phase, wake=t.wake)
+        return replace(t, counts=counts, times=times, plan=plan, wake=turn.wake, phase=turn.phase, turn=turn)
     is_waiting_pass = (t.is_passing & ~t.is_starting) | (t.is_due & event.is_tied)
     is_resting = t.has_ended & ~t.has_work
     wake = clock.select(t.has_more | is_waiting_pass, event.now, t.wake)
@@ -452,6 +477,16 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     def row(rows, before, record):
         return record if dims.all_batches == 1 else rows.replaced(before, event.rank, event.batch, record)
 
+    if t.turn is None:
+        rows = row(w.count_rows(dims), t.count_row, counts), row(w.clock_rows(dims), t.clock_row, t.times)
+        logged = jnp.where(logs, counts.batch.log_row, scratch)
+        first_ends = jnp.stack([epoch, t.plan.first_end.hi, t.plan.first_end.lo])
+    else:
+        rows, started = (t.turn.counts, t.turn.clocks), t.turn.everything[0].batch
+        first_end = t.turn.first_end
+        logged = jnp.where(t.turn.is_launching & (started.joining_first > 0), started.log_row, scratch).ravel()
+        first_ends = jnp.broadcast_to(jnp.stack([epoch, first_end.hi, first_end.lo]), (*logged.shape, 3))
+
     if rules.grows:
         entering = jnp.where(t.is_preempting, t.victim[0], entering)
         is_returned = is_returned | t.is_preempting
@@ -480,12 +515,12 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     if t.due is not None:
         writes["due"] = Put((t.due[0],), t.due[1])
     if dims.num_records:
-        writes |= record(dims, world, t.plan, t.rank, stamp, counts, t.times)
+        writes |= (record(dims, world, t.plan, t.rank, stamp, counts, t.times) if t.turn is None else
+                   record_all(dims, world, t.turn, event.executor, stamp))
     writes |= {
         "wake_hi": Put(own("wake_hi"), t.wake.hi), "wake_lo": Put(own("wake_lo"), t.wake.lo),
         "phase": Put(own("phase"), t.phase),
-        "counts": Put(own("counts"), row(w.count_rows(dims), t.count_row, counts)),
-        "clocks": Put(own("clocks"), row(w.clock_rows(dims), t.clock_row, t.times)),
+        "counts": Put(own("counts"), rows[0]), "clocks": Put(own("clocks"), rows[1]),
         "slot_keys": Put(own("slot_keys", (leaving, entering)), (jnp.int32(packed.EMPTY), own_key)),
         "slot_entries": Put(own("slot_entries", placed.slot), placed.entry),
         "free_slots": Put(own("free_slots", stack_top), returned),
@@ -494,8 +529,7 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
                       jnp.stack([jnp.where(placed.is_first_token, counts.batch.log_row, -1), t.rank])),
         "scheduled": Put((jnp.where(is_new, t.candidate, scratch),), stamp),
         "finished": Put((jnp.where(retired.is_any, retired.request, scratch),), stamp),
-        "first_tokens": Put((jnp.where(logs, counts.batch.log_row, scratch),),
-                            jnp.stack([epoch, t.plan.first_end.hi, t.plan.first_end.lo])),
+        "first_tokens": Put((logged,), first_ends),
         "itl": Add((histogram.bin_of(t.itl_s),), t.itl_weights),
     }
     if dims.all_ranks > 1:
@@ -526,7 +560,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=t.is_frozen.astype(jnp.int32))
     if dims.num_records:
-        progress["num_recorded"] = world.num_recorded + t.plan.is_any
+        progress["num_recorded"] = world.num_recorded + (
+            t.plan.is_any if t.turn is None else dims.num_ranks * t.turn.is_launching)
     return progress, writes
 
 
@@ -543,3 +578,19 @@ def record(dims: Dims, world: World, plan: Plan, rank: Int[Array, ""], stamp: Fl
     row = jnp.stack([rank, own.running, own.waiting, own.used_blocks, batch.extra + 1, batch.chunk_tokens,
                      plan.num_decode])
     return {"tape_times": Put((index,), jnp.concatenate([stamp, seconds])), "tape_counts": Put((index,), row)}
+
+
+def record_all(dims: Dims, world: World, turn: lockstep.Turn, executor: Int[Array, ""], stamp: Float[Array, " 3"]
+               ) -> Writes:
+    """The same where ranks iterate together: a row for each."""
+    counts, times = turn.everything
+    places = world.num_recorded + jnp.arange(dims.num_ranks)
+    index = jnp.where(turn.is_launching, jnp.minimum(places, dims.num_records), dims.num_records)
+    own, batch, in_flight = counts.rank, *(jax.tree.map(lambda x: x[:, 0], x) for x in (counts.batch, times.batch))
+    seconds = jnp.stack([in_flight.first.hi, in_flight.pace.hi, in_flight.growth_s], axis=-1)
+    rank = executor * dims.num_ranks + jnp.arange(dims.num_ranks)
+    decoding = jnp.where(batch.advance == 1, batch.count - batch.stalled, 0)
+    rows = jnp.stack([rank, own.running, own.waiting, own.used_blocks, batch.extra + 1, batch.chunk_tokens, decoding],
+                     axis=-1)
+    return {"tape_times": Put((index,), jnp.concatenate([jnp.broadcast_to(stamp, (dims.num_ranks, 3)), seconds], -1)),
+            "tape_counts": Put((index,), rows)}

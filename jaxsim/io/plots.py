@@ -1,51 +1,21 @@
-"""Plots of a run: latency distributions, load over time, and what happened to single requests.
+"""Plots of a run: latency distributions, load over time, and what happened to single requests."""
 
-Drawn without a display. matplotlib is imported when the first plot is drawn, so that nothing else waits for
-it.
-"""
-
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from jaxsim.io.figure import FAINT, INK, LIMIT, LINE, drawn, heading
 from jaxsim.io.table import number
 from jaxsim.metrics import FINISHED, STATUS_NAMES, Interval, LaneResult, Result, request_frame
 
 PHASES = {"queue": "#E69F00", "prefill": "#0072B2", "stall": "#D55E00", "decode": "#66C2A5"}
 """Colours told apart by readers with any colour vision (after Okabe and Ito)."""
 
-_INK, _FAINT, _LINE, _LIMIT = "#222222", "#777777", "#0072B2", "#D55E00"
-_STYLE = {
-    "figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor": "#999999",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.7, "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11,
-    "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": _INK, "text.color": _INK,
-    "xtick.color": _FAINT, "ytick.color": _FAINT, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
-    "legend.frameon": False, "legend.fontsize": 9,
-}
-_DPI = 130
 _STEPS = (1, 2, 2.5, 5, 10)
 _MOST_POINTS = 2000
 _MOST_ROWS = 80
-
-
-@contextlib.contextmanager
-def _figure(path: Path, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    # Agg and not pyplot's default: a window system may be absent, and pyplot would keep every figure alive.
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(*args, layout="constrained", **kwargs)
-        FigureCanvasAgg(figure)
-        yield figure
-        figure.savefig(path, dpi=_DPI)
 
 
 def _label(result: Result, index: int) -> str:
@@ -56,10 +26,6 @@ def _first_seed(result: Result, index: int) -> str:
     """The scenario and the one run that a plot over time shows."""
     seeds, many = result.scenarios[index].seeds, len(result.lanes[index])
     return f"{_label(result, index)}, seed {seeds[0]}" + (f" (the first of {many})" if many > 1 else "")
-
-
-def _heading(figure: Any, text: str) -> None:
-    figure.suptitle(text, x=0.008, ha="left", fontsize=10, color=_FAINT)
 
 
 def _thousands(value: float, _: int | None = None) -> str:
@@ -78,13 +44,13 @@ def plot_latencies(result: Result, path: str | Path, index: int = 0) -> Path:
     panels = (("Time to first token", "ttft", "ttft", "ttft_s"), ("Time per output token", "tpot", "tpot", "tpot_s"),
               ("End to end", "e2e", "e2el", "e2e_s"))
     has_limits = any(metrics["slo"][f"{limit}_ms"] is not None for _, limit, _, _ in panels)
-    with _figure(path, figsize=(11, 4.1)) as figure:
+    with drawn(path, figsize=(11, 4.1)) as figure:
         axes = figure.subplots(1, 3, sharey=True)
         for axis, (title, limit, name, column) in zip(axes, panels, strict=True):
             for frame in frames if len(frames) > 1 else ():
-                axis.step(*_cdf(frame[column]), where="post", color=_LINE, alpha=0.25, linewidth=0.8)
+                axis.step(*_cdf(frame[column]), where="post", color=LINE, alpha=0.25, linewidth=0.8)
             values, shares = _cdf(pooled[column])
-            axis.step(values, shares, where="post", color=_LINE, linewidth=2)
+            axis.step(values, shares, where="post", color=LINE, linewidth=2)
             limit_ms = metrics["slo"][f"{limit}_ms"]
             axis.set_title(title, pad=20 if has_limits else 7)
             axis.set_ylim(0, 1.08)
@@ -99,9 +65,9 @@ def plot_latencies(result: Result, path: str | Path, index: int = 0) -> Path:
                 _mark_limit(axis, limit_ms, metrics["slo"][f"{limit}_attainment"])
         axes[0].set_ylabel("share of requests")
         seeds = f", {len(frames)} seeds" if len(frames) > 1 else ""
-        _heading(figure, f"{_label(result, index)}{seeds}")
+        heading(figure, f"{_label(result, index)}{seeds}")
         figure.supxlabel("\n".join(_footnotes(pooled, len(frames), scenario.slo.tpot_ms is not None)),
-                         x=0.008, ha="left", fontsize=8.5, color=_FAINT)
+                         x=0.008, ha="left", fontsize=8.5, color=FAINT)
     return path
 
 
@@ -175,8 +141,8 @@ def _mark_percentiles(axis: Any, marks: dict[int, tuple[float | None, Interval]]
         level = percentile / 100
         if ends is not None:
             # The interval of a mean of few seeds may reach below zero, where no logarithm goes.
-            axis.hlines(level, max(ends[0], axis.get_xlim()[0]), ends[1], color=_INK, linewidth=1, zorder=3)
-        axis.plot(value, level, "o", color=_LINE, markersize=5, markeredgecolor="white", zorder=5)
+            axis.hlines(level, max(ends[0], axis.get_xlim()[0]), ends[1], color=INK, linewidth=1, zorder=3)
+        axis.plot(value, level, "o", color=LINE, markersize=5, markeredgecolor="white", zorder=5)
         # Rising curves leave room on the lower right and the upper left.
         is_right = _place(axis, value) > 0.65
         axis.annotate(f"p{percentile}  {number(value)}", (value, level), fontsize=9, zorder=6,
@@ -186,14 +152,14 @@ def _mark_percentiles(axis: Any, marks: dict[int, tuple[float | None, Interval]]
 
 
 def _mark_limit(axis: Any, limit_ms: float, met: float | None) -> None:
-    axis.axvline(limit_ms, color=_LIMIT, linestyle=(0, (4, 3)), linewidth=1.3)
+    axis.axvline(limit_ms, color=LIMIT, linestyle=(0, (4, 3)), linewidth=1.3)
     # Above the frame, where no curve runs.
     place = _place(axis, limit_ms)
     side = "left" if place < 0.35 else "right" if place > 0.65 else "center"
     share = "" if met is None else f", met by {100 * met:.1f} %"
     axis.annotate(f"limit {_thousands(limit_ms)} ms{share}", (limit_ms, 1), xycoords=("data", "axes fraction"),
                   xytext=({"left": -4, "right": 4, "center": 0}[side], 4), textcoords="offset points",
-                  color=_LIMIT, fontsize=9, ha=side, va="bottom")
+                  color=LIMIT, fontsize=9, ha=side, va="bottom")
 
 
 def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
@@ -203,13 +169,13 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
     path, lane = Path(path), result.lanes[index][0]
     curves = _curves(lane)
     num_instances = len(lane.busy_s)
-    with _figure(path, figsize=(11, 5.4)) as figure:
+    with drawn(path, figsize=(11, 5.4)) as figure:
         axes = np.atleast_1d(figure.subplots(len(curves), 1, sharex=True))
         for axis, (title, series, colour, is_share) in zip(axes, curves, strict=True):
             times, total, low, high = series
             axis.fill_between(times, 0, total, step="post", color=colour, alpha=0.18, linewidth=0)
             axis.step(times, total, where="post", color=colour, linewidth=1.3)
-            axis.axvline(lane.arrival_s[-1], color=_FAINT, linestyle=(0, (1, 2)), linewidth=1.2)
+            axis.axvline(lane.arrival_s[-1], color=FAINT, linestyle=(0, (1, 2)), linewidth=1.2)
             axis.set_title(title)
             if is_share:
                 peak = float(np.max(total if high is None else high))
@@ -217,7 +183,7 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
                 axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
                 axis.set_ylabel("of the blocks")
                 if low is not None:
-                    axis.fill_between(times, low, high, step="post", color=_INK, alpha=0.14, linewidth=0,
+                    axis.fill_between(times, low, high, step="post", color=INK, alpha=0.14, linewidth=0,
                                       label="emptiest to fullest instance")
                     axis.legend(loc="lower left", bbox_to_anchor=(0.2, 0.97), borderaxespad=0.2)
             else:
@@ -226,8 +192,8 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
                 axis.yaxis.set_major_formatter(FuncFormatter(_thousands))
                 axis.set_ylabel("requests")
                 if not np.any(total):
-                    axis.annotate("none", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=_FAINT)
-        _heading(figure, _first_seed(result, index))
+                    axis.annotate("none", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=FAINT)
+        heading(figure, _first_seed(result, index))
         axes[-1].xaxis.set_major_formatter(FuncFormatter(_thousands))
         axes[-1].set_xlabel("seconds" + (f", {num_instances} instances" if num_instances > 1 else ""))
         axes[-1].set_xlim(0, float(curves[0][1][0][-1]))
@@ -236,7 +202,7 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
         axes[0].annotate("last arrival", (lane.arrival_s[-1], 1), xycoords=("data", "axes fraction"),
                          xytext=(3 if place > 0.9 else -3 if place < 0.1 else 0, 3), textcoords="offset points",
                          ha="right" if place > 0.9 else "left" if place < 0.1 else "center", va="bottom",
-                         fontsize=9, color=_FAINT)
+                         fontsize=9, color=FAINT)
     return path
 
 
@@ -316,7 +282,7 @@ def plot_requests(result: Result, path: str | Path, index: int = 0) -> Path:
 
     path, lane = Path(path), result.lanes[index][0]
     frame = _window(request_frame(lane))
-    with _figure(path, figsize=(11, 5.4)) as figure:
+    with drawn(path, figsize=(11, 5.4)) as figure:
         axis = figure.subplots()
         start = frame["arrival_s"].to_numpy()
         rows = np.arange(len(frame))
@@ -339,7 +305,7 @@ def plot_requests(result: Result, path: str | Path, index: int = 0) -> Path:
         ticks = np.flatnonzero(ids % (10 if len(ids) > 20 else 5 if len(ids) > 8 else 1) == 0)
         axis.set_yticks(ticks, [_thousands(int(ids[t])) for t in ticks])
         axis.xaxis.set_major_formatter(FuncFormatter(_thousands))
-        _heading(figure, _first_seed(result, index))
+        heading(figure, _first_seed(result, index))
         axis.legend(ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
     return path
 

@@ -66,6 +66,8 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     model = (scenario.model.name or scenario.model.config) if scenario.model else "model of the fitted cost"
     device = f" on {scenario.device.name}" if scenario.device else ""
     degree = f" x {engine.tensor_parallel_size}" if engine.tensor_parallel_size > 1 else ""
+    if engine.data_parallel_size > 1:
+        degree += f" x DP {engine.data_parallel_size}" + (" EP" if engine.enable_expert_parallel else "")
     many = f", {cluster.replicas} replicas ({cluster.router})" if cluster.replicas > 1 else ""
     kind = f"{workload.kind} {Path(workload.trace).name}" if workload.trace else workload.kind
     lengths = f" with lengths from {Path(workload.lengths_from).name}" if workload.lengths_from else ""

@@ -98,6 +98,20 @@ class LeastKV(AbstractRouting):
         return jnp.argmin(view.used_blocks).astype(jnp.int32)
 
 
+class DataParallel(AbstractRouting):
+    """Least of 4 x waiting + running; ties to the lowest index.
+
+    Source: vllm-project/vllm, `vllm/v1/engine/core_client.py` (`DPLBAsyncMPClient.get_core_engine_for_request`), whose
+    counts are up to 100 ms old, its own requests since added; here they are those of the moment.
+    """
+
+    reads_waiting = True
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Argmin of outstanding + 3 x waiting."""
+        return jnp.argmin(view.outstanding + 3 * view.waiting).astype(jnp.int32)
+
+
 class Score(AbstractRouting):
     """Lowest weighted load, the parametric score that covers most published routers.
 

@@ -216,7 +216,7 @@ class Efficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return convert_table(table, cls, path, "efficiency", "see scenarios/devices/efficiency")
 
 
-COLLECTIVES = ("all_reduce", "all_gather", "all_to_all")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 DATASHEET = "h100_sxm_80"
 """Whose constants a device takes that nobody has measured, nor one like it: the best measured one's."""

@@ -18,6 +18,8 @@ Order = Literal["fcfs", "priority"]
 Admit = Literal["any_time", "when_empty"]
 BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
 
+AllToAll = Literal["allgather_reducescatter", "naive", "pplx", "deepep_high_throughput", "deepep_low_latency"]
+
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One serving engine, as its command line describes it. A field left out is what the preset says.
@@ -34,8 +36,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         num_gpu_blocks_override: KV blocks, instead of what memory gives.
         tensor_parallel_size: devices that share each layer.
         pipeline_parallel_size: pipeline stages (only 1 yet).
-        data_parallel_size: data-parallel ranks (only 1 yet; cluster.replicas gives independent engines).
+        data_parallel_size: ranks with a queue and a KV pool each. With experts (enable_expert_parallel) they iterate
+            together, else each by itself. Requests go to the rank with the least of 4 x waiting + running, unless
+            cluster.router is set to choose among all ranks.
         enable_expert_parallel: whole experts are spread over the devices, instead of a slice of each.
+        all2all_backend: how tokens reach experts on other data-parallel ranks: gathered everywhere and summed back
+            ("allgather_reducescatter"), or sent to where they are needed (the others).
         enable_chunked_prefill: a prompt may be split over iterations.
         scheduling_policy: order of the waiting queue.
         async_scheduling: the next iteration is scheduled while this one runs.
@@ -57,7 +63,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         decode_context_limit: context tokens that one decode iteration may hold.
         schedule_conservativeness: scales the expected-growth reserve (SGLang's flag).
 
-    Known gaps: prefix caching, pipeline and data parallelism inside an engine are refused.
+    Known gaps: pipeline parallelism is refused.
     """
 
     preset: Text = "vllm-v1"
@@ -71,6 +77,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     pipeline_parallel_size: Degree = 1
     data_parallel_size: Degree = 1
     enable_expert_parallel: bool = False
+    all2all_backend: AllToAll = "allgather_reducescatter"
     enable_chunked_prefill: bool | None = None
     scheduling_policy: Order | None = None
     async_scheduling: bool | None = None

@@ -71,7 +71,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Parallel degrees of one serving instance, by vLLM's names.
 
     With `enable_expert_parallel` whole experts are spread over tensor x data ranks, attention is
-    data-parallel over `data_parallel_size` and a step exchanges tokens among them. Without it, data-parallel
+    data-parallel over `data_parallel_size` and a step exchanges tokens among them: `all_to_all` sends each to the
+    ranks of its experts, otherwise all are gathered everywhere and their sums scattered. Without it, data-parallel
     ranks are independent copies.
     """
 
@@ -79,6 +80,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     pipeline_parallel_size: Degree = 1
     data_parallel_size: Degree = 1
     enable_expert_parallel: bool = False
+    all_to_all: bool = False
 
     def __post_init__(self):
         for field in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):

@@ -422,22 +422,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @classmethod
     def from_toml(cls, path: str | Path) -> "Scenario":
         """From a file, or the shipped scenario of that name. Relative paths inside a file count from its folder."""
-        remedy = "give a scenario file, or a name of `jaxsim list scenarios`"
-        if not isinstance(path, (str, os.PathLike)) or not str(path):
-            raise InputError("scenario", path, "is not the path of a file", remedy)
-        given, path = str(path), Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError("scenario", given, "is not UTF-8 text", "save it as UTF-8") from None
-        except (OSError, ValueError) as error:
-            if given in shipped_scenarios():
-                return cls.named(given)
-            if isinstance(error, FileNotFoundError) and path.suffix != ".toml":
-                raise InputError("scenario", given, "no such file, and no scenario of that name",
-                                 suggest(given, shipped_scenarios())) from None
-            raise InputError("scenario", given, getattr(error, "strerror", None) or "cannot be read", remedy) from None
-        return cls.from_dict(_anchor(parse_toml(text, given), path.parent))
+        return cls.from_dict(read_tree(path))
 
     @classmethod
     def named(cls, name: str) -> "Scenario":
@@ -446,7 +431,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         if not isinstance(name, str) or name not in shipped:
             raise InputError("scenario", name, "no scenario of that name", suggest(str(name), shipped))
         with resources.as_file(shipped[name]) as path:
-            return cls.from_dict(_anchor(parse_toml(path.read_text(encoding="utf-8"), str(path)), path.parent))
+            return cls.from_dict(read_tree(path))
 
     @property
     def dtype(self) -> str:
@@ -495,6 +480,26 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
                 raise InputError("a field name", dotted, "is not text", 'write e.g. {"engine.max_num_seqs": 64}')
             _assign(tree, dotted, value)
         return type(self).from_dict(tree)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The fields of a scenario file, or of the shipped scenario of that name, not checked yet."""
+    remedy = "give a scenario file, or a name of `jaxsim list scenarios`"
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise InputError("scenario", path, "is not the path of a file", remedy)
+    given, path = str(path), Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError("scenario", given, "is not UTF-8 text", "save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        if given in shipped_scenarios():
+            return Scenario.named(given).to_dict()
+        if isinstance(error, FileNotFoundError) and path.suffix != ".toml":
+            raise InputError("scenario", given, "no such file, and no scenario of that name",
+                             suggest(given, shipped_scenarios())) from None
+        raise InputError("scenario", given, getattr(error, "strerror", None) or "cannot be read", remedy) from None
+    return _anchor(parse_toml(text, given), path.parent)
 
 
 def shipped_scenarios() -> dict[str, Any]:
@@ -586,11 +591,9 @@ def _check(s: Scenario) -> None:
 
 def _check_engine(s: Scenario) -> None:
     engine = s.engine
-    for field, instead in (("pipeline_parallel_size", "engine.tensor_parallel_size"),
-                           ("data_parallel_size", "cluster.replicas")):
-        if getattr(engine, field) != 1:
-            raise InputError(f"engine.{field}", getattr(engine, field), "not there yet",
-                             f"use 1, and {instead} where that is what you need")
+    if engine.pipeline_parallel_size != 1:
+        raise InputError("engine.pipeline_parallel_size", engine.pipeline_parallel_size, "not there yet",
+                         "use 1, and engine.tensor_parallel_size where that is what you need")
     scheduler = resolve(engine)
     if engine.enable_prefix_caching and (scheduler.phase_mix != "unified" or scheduler.reserve != "none"
                                          or not scheduler.kv_accounting):

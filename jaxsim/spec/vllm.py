@@ -25,7 +25,7 @@ _TAKEN = {
     "max-num-seqs": "engine.max_num_seqs", "max-num-batched-tokens": "engine.max_num_batched_tokens",
     "tensor-parallel-size": "engine.tensor_parallel_size", "tp": "engine.tensor_parallel_size",
     "pipeline-parallel-size": "engine.pipeline_parallel_size", "pp": "engine.pipeline_parallel_size",
-    "data-parallel-size": "cluster.replicas", "dp": "cluster.replicas",
+    "data-parallel-size": "engine.data_parallel_size", "dp": "engine.data_parallel_size",
     "scheduling-policy": "engine.scheduling_policy",
 }
 """Flags with a value, and the scenario's field."""
@@ -173,10 +173,6 @@ def import_vllm(command: str, *, device: str, base: dict[str, Any] | None = None
             ignored.append(f"--{flag}")
         else:
             unknown.append(f"--{flag}")
-    if sections["engine"].get("enable_expert_parallel") and sections["cluster"].get("replicas", 1) != 1:
-        raise InputError("--data-parallel-size", sections["cluster"]["replicas"],
-                         "with expert parallelism the ranks step together, which is not simulated yet",
-                         "use --tensor-parallel-size for the whole group")
     if model is None:
         raise InputError("vllm", command, "names no model", "write `vllm serve MODEL ...`")
     # The engine's own default; the simulator would refuse it spelled out.

@@ -53,9 +53,10 @@ WHOLE_ROWS = (*OF_EXECUTOR, "residues")
 
 
 class Executor(eqx.Module):
-    """What its ranks share. num_iterations: so far."""
+    """What its ranks share. num_iterations: so far; turn: of several ranks the one that goes on, else None."""
 
     num_iterations: Int[Array, "*shape"]
+    turn: Int[Array, "*shape"] | None
 
 
 class Cache(eqx.Module):
@@ -313,7 +314,8 @@ def empty_counts(dims: Dims) -> Counts:
     null, zero = jnp.int32(dims.null_slot), jnp.int32(0)
     cache = _zeros(Cache) if dims.num_segments else None
     rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, tail=null, cache=cache)
-    return Counts(_zeros(Executor), rank, _zeros(Batch))
+    executor = Executor(zero, zero if dims.num_ranks > 1 else None)
+    return Counts(executor, rank, _zeros(Batch))
 
 
 def empty_clocks(ratio_start: Float[Array, ""] | float = 0.0) -> Clocks:

@@ -19,7 +19,8 @@ LEVELS = {
     "jaxsim.traces": 4, "jaxsim.profiles": 4,
     "jaxsim.engine": 5,
     "jaxsim.io": 6,
-    "jaxsim.cli": 7, "jaxsim.bench": 7, "jaxsim.__main__": 7, "jaxsim": 7,
+    "jaxsim.validate": 7, "jaxsim.calibrate": 7,
+    "jaxsim.cli": 8, "jaxsim.bench": 8, "jaxsim.__main__": 8, "jaxsim": 8,
     "jaxsim.scenarios": 0,
 }
 """Units of the package; the longest prefix of a module's name is its unit."""
@@ -28,6 +29,9 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     # The command line answers --help and --version without loading JAX.
     "jaxsim.cli": "*",
     # Drawing is optional and matplotlib slow to load.
+    "jaxsim.io.figure": "matplotlib",
+    "jaxsim.calibrate.command": "*",
+    "jaxsim.calibrate.report": "matplotlib",
     "jaxsim.io.plots": "matplotlib",
     # Not on every platform; the memory of a run is then left out.
     "jaxsim.bench": "resource",
@@ -103,7 +107,7 @@ def problems(found: list[Import]) -> list[str]:
             if LEVELS[theirs] > LEVELS[ours]:
                 wrong.append(f"{where} imports {target}: level {LEVELS[theirs]} from level {LEVELS[ours]}")
             is_abstract = bool(entry.names) and all(name.startswith("Abstract") for name in entry.names)
-            if LEVELS[theirs] == LEVELS[ours] and not is_abstract and LEVELS[ours] not in (0, 7):
+            if LEVELS[theirs] == LEVELS[ours] and not is_abstract and LEVELS[ours] not in (0, 8):
                 wrong.append(f"{where} imports its sibling {target}")
             if ours == "jaxsim._core" and LEVELS[theirs] == 0:
                 wrong.append(f"{where} imports {target}: _core knows nobody")

@@ -60,7 +60,6 @@ REFUSALS = [
     (changed(engine__enable_prefix_caching=True, engine__preset="sglang"), "engine.enable_prefix_caching",
      "as vLLM V1 does it"),
     (changed(engine__pipeline_parallel_size=2), "engine.pipeline_parallel_size", "not there yet"),
-    (changed(engine__data_parallel_size=2), "engine.data_parallel_size", "cluster.replicas"),
     (changed(engine__max_num_seqs=600, engine__max_num_batched_tokens=512), "engine.max_num_seqs",
      "at most 512"),
     (changed(engine__max_model_len=400), "engine.max_model_len", "576"),

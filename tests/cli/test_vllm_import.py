@@ -68,10 +68,9 @@ def test_other_ways_to_start_it(tmp_path):
     assert imported("vllm serve m --model m")[0].model.name == "m"
 
 
-def test_data_parallel_ranks_are_replicas_unless_they_step_together():
-    assert imported("vllm serve m -dp 4")[0].cluster.replicas == 4
-    with pytest.raises(InputError, match="step together"):
-        imported("vllm serve m -dp 4 --enable-expert-parallel")
+def test_data_parallel_ranks():
+    engine = imported("vllm serve m -dp 4 --enable-expert-parallel")[0].engine
+    assert engine.data_parallel_size == 4 and engine.enable_expert_parallel
 
 
 @pytest.mark.parametrize("line, says", [
@@ -108,6 +107,6 @@ def test_the_rest_comes_from_the_base():
             "cluster": {"router": "random"}}
     scenario, _ = imported("vllm serve m -dp 2", base=base, preset="vllm-v1@0.19")
     assert scenario.slo.ttft_ms == 9.0 and scenario.workload.kind == "batch"
-    assert (scenario.cluster.replicas, scenario.cluster.router) == (2, "random")
+    assert (scenario.engine.data_parallel_size, scenario.cluster.router) == (2, "random")
     assert scenario.engine.preset == "vllm-v1@0.19"
     assert base["cluster"] == {"router": "random"}

@@ -89,7 +89,7 @@ def test_tensor_parallelism_shares_the_work(name):
 
 def test_expert_parallelism_exchanges_tokens():
     model = load_model("deepseek-v3")
-    plan = Plan(data_parallel_size=8, enable_expert_parallel=True)
+    plan = Plan(data_parallel_size=8, enable_expert_parallel=True, all_to_all=True)
     works = {w.name: w for w in all_work(model, plan, 32.0)}
     # Dispatch and combine, a call each: k copies of each token.
     exchange = works["expert_exchange"]
@@ -100,6 +100,18 @@ def test_expert_parallelism_exchanges_tokens():
     assert float(works["experts"].weight_bytes) == pytest.approx(float(alone["experts"].weight_bytes) / 8)
     # The busiest rank carries more than its share.
     assert float(works["experts"].flops) > float(alone["experts"].flops) / 8
+
+
+def test_expert_parallelism_gathers_tokens():
+    model = load_model("qwen3-30b-a3b")
+    plan = Plan(tensor_parallel_size=2, data_parallel_size=4, enable_expert_parallel=True)
+    works = {w.name: w for w in all_work(model, plan, 32.0)}
+    # Hidden states and router logits of all ranks' tokens go to each, sums come back.
+    gather, scatter = works["expert_gather"], works["expert_scatter"]
+    assert gather.calls == scatter.calls == 48 and gather.ranks == scatter.ranks == 4
+    assert float(gather.message_bytes) == 4 * 32 * (2048 + 128) * 2
+    assert float(scatter.message_bytes) == 4 * 32 * 2048 * 2
+    assert works["all_reduce"].calls == 2 * 48 + 1 and "expert_exchange" not in works
 
 
 def test_pipeline_hops():

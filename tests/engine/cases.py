@@ -298,7 +298,7 @@ def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
     if router == "mixed":
         router = MIXED[case.router]
     rule = {"score": score_reference(flags.num_blocks, case.score), "first": lambda *_: 0}.get(router, router)
-    return simulator.simulate(requests, flags, dims.num_executors, rule, cost or dyadic_cost(case))
+    return simulator.simulate(requests, flags, dims.all_ranks, rule, cost or dyadic_cost(case), ranks=dims.num_ranks)
 
 
 def answer(result: simulator.ReferenceResult, num_executors: int, num_blocks: int) -> dict:

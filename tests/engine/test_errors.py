@@ -205,7 +205,7 @@ def no_nan(node) -> bool:
 
 def test_a_run_that_is_stopped_says_which_bound(monkeypatch):
     """The step limit, its name in the result, numbers only where there are any."""
-    monkeypatch.setattr(lower, "step_limit", lambda workload: 30)
+    monkeypatch.setattr(lower, "step_limit", lambda workload, _: 30)
     result = jaxsim.simulate(Scenario.from_dict(FITTED))
     assert len(result.faults) == 1 and "steps" in result.faults[0]
     (metrics,) = result.metrics
@@ -217,7 +217,7 @@ def test_a_run_that_is_stopped_says_which_bound(monkeypatch):
 
 
 def test_a_run_that_never_got_anywhere_has_no_nan(monkeypatch):
-    monkeypatch.setattr(lower, "step_limit", lambda workload: 0)
+    monkeypatch.setattr(lower, "step_limit", lambda workload, _: 0)
     result = jaxsim.simulate(Scenario.from_dict(FITTED))
     (metrics,) = result.metrics
     assert metrics["fault"] and metrics["completed"] == 0

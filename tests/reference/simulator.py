@@ -794,6 +794,7 @@ def simulate(
     cost: Callable[[BatchStatsRef], float],
     *,
     round_times: bool = True,
+    ranks: int = 1,
 ) -> ReferenceResult:
     """Serves all requests to the end.
 
@@ -802,6 +803,7 @@ def simulate(
     - router: a name of `ROUTERS` or a function (request, instances, requests routed so far) -> index.
     - cost: seconds of one iteration.
     - round_times: False keeps float64 seconds as they come instead of the grids.
+    - ranks: so many instances each, one behind the other, iterate together: none starts or ends before the others.
 
     Raises ValueError for a request that can never be served, AssertionError where a law is broken.
     """
@@ -839,10 +841,17 @@ def simulate(
     heapq.heapify(events)
     now = 0
 
+    def together(instance: Instance) -> list[Instance]:
+        first = instance.index // ranks * ranks
+        return instances[first : first + ranks]
+
     def ask_for_pass(instance: Instance) -> None:
-        if instance.in_flight is None and not instance.is_pass_due and instance.outstanding:
-            instance.is_pass_due = True
-            heapq.heappush(events, (now, PHASE_PASS, instance.index))
+        leader = together(instance)[0]
+        if leader.is_pass_due or any(i.in_flight is not None for i in together(instance)):
+            return
+        if any(i.outstanding for i in together(instance)):
+            leader.is_pass_due = True
+            heapq.heappush(events, (now, PHASE_PASS, leader.index))
 
     def end_iteration(instance: Instance) -> None:
         batch, instance.in_flight = instance.in_flight, None
@@ -864,8 +873,7 @@ def simulate(
                 instance.running.remove(job)  # to the back of the queue of decodes
                 instance.running.append(job)
         check_between_iterations(instance, flags)
-        ask_for_pass(instance)
-        if not instance.is_pass_due:
+        if not instance.outstanding:
             instance.waiting_at_start = None  # idle: whoever comes next is seen at once
             if flags.resets_ratio_when_idle:
                 instance.new_token_ratio = flags.new_token_ratio_init
@@ -878,8 +886,7 @@ def simulate(
         enqueue(instance, job, flags, at_front=False)
         ask_for_pass(instance)
 
-    def start_iteration(instance: Instance) -> None:
-        instance.is_pass_due = False
+    def start_iteration(instance: Instance) -> float:
         visible = instance.waiting_at_start if flags.async_scheduling else None
         plan = scheduling_pass(instance, flags, visible)
         check_batch(instance, plan, flags)
@@ -889,8 +896,7 @@ def simulate(
             # Nothing runs and something waits: the engine's loop comes round at once, seeing everybody.
             assert plan.preempted or visible is not None, "an idle instance with work is stuck"
             instance.waiting_at_start = None
-            ask_for_pass(instance)
-            return
+            return start_iteration(instance)
         for job, _ in plan.entries:
             if job.scheduled is None:
                 job.scheduled = now
@@ -912,18 +918,23 @@ def simulate(
         instance.preempted_before = []
         instance.waiting_at_start = {job.request.id for job in instance.waiting}
         instance.in_flight = plan.entries
-        heapq.heappush(events, (now + duration, PHASE_ITERATION_END, instance.index))
+        return duration
 
     while events:
         time, phase, index = heapq.heappop(events)
         assert time >= now, "the clock ran back"
         now = time
         if phase == PHASE_ITERATION_END:
-            end_iteration(instances[index])
+            for instance in together(instances[index]):
+                if instance.in_flight is not None:
+                    end_iteration(instance)
+            ask_for_pass(instances[index])
         elif phase == PHASE_ARRIVAL:
             arrive(jobs[index])
         else:
-            start_iteration(instances[index])
+            instances[index].is_pass_due = False
+            longest = max(start_iteration(i) for i in together(instances[index]) if i.outstanding)
+            heapq.heappush(events, (now + longest, PHASE_ITERATION_END, index))
 
     for instance in instances:
         assert not instance.waiting and not instance.running and instance.in_flight is None

@@ -1,0 +1,174 @@
+"""Operating points at fixed concurrency: so many clients, each with one request at a time, against TTFT and TPOT.
+
+A point is a closed loop: all clients send at once, each sends again as soon as it has its answer, `WAVES` requests a
+client. Latencies are means over all of them, the first wave included, as benchmark clients report them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxsim._core.errors import InputError, suggest
+from jaxsim.engine import lower
+from jaxsim.engine.simulate import simulate
+from jaxsim.metrics import LaneResult, request_frame
+from jaxsim.spec.scenario import Scenario
+from jaxsim.validate.measured import number_column, read_table
+
+COLUMNS = ("model", "device", "tensor_parallel_size", "data_parallel_size", "expert_parallel_size", "isl", "osl",
+           "concurrency", "ttft_ms", "tpot_ms")
+OPTIONAL = ("preset", "dtype", "kv_dtype", "range_ratio")
+"""What differs between points beyond that: the engine imitated, number formats, and the shortest length as a share of
+isl and osl, between which and the whole lengths are uniform (benchmark clients call it so; 1 = all are equal)."""
+
+FIELD = "points"
+
+WAVES = 10
+"""Requests a client. Source: InferenceX sends ten prompts for every client."""
+
+SPARE_TOKENS = 256
+"""Of max_model_len beyond the longest request, unless the scenario says otherwise."""
+
+FASTEST_TPOT_MS, SLOWEST_TPOT_MS = 0.1, 5000.0
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Points measured and simulated: the file's columns, `simulated_ttft_ms`, `simulated_tpot_ms`, their signed
+    relative errors `ttft_ms_error`, `tpot_ms_error`, and `refused`, why a point was not simulated."""
+
+    frame: pd.DataFrame
+    notes: tuple[str, ...]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Median and 90th percentile of absolute errors, median error, by latency."""
+        found = {}
+        for name in ("ttft_ms", "tpot_ms"):
+            errors = self.frame[f"{name}_error"].dropna().to_numpy(np.float64)
+            if len(errors):
+                found[name] = {"median_absolute_error": float(np.median(np.abs(errors))),
+                               "p90_absolute_error": float(np.percentile(np.abs(errors), 90)),
+                               "median_error": float(np.median(errors)), "count": len(errors)}
+        return found
+
+
+def read_points(path: str | Path) -> pd.DataFrame:
+    """The points of a file, checked. Raises `InputError` naming the row."""
+    frame = read_table(path, FIELD, COLUMNS).reset_index(drop=True)
+    for name in COLUMNS[2:8]:
+        frame[name] = number_column(frame, name, FIELD, low=1, is_whole=True).astype(np.int64)
+    for name in ("ttft_ms", "tpot_ms"):
+        frame[name] = number_column(frame, name, FIELD, low=1e-6)
+    if "range_ratio" in frame:
+        frame["range_ratio"] = number_column(frame, "range_ratio", FIELD, low=1e-6)
+    middle = float(frame["tpot_ms"].median())
+    if not FASTEST_TPOT_MS <= middle <= SLOWEST_TPOT_MS:
+        raise InputError(f"{FIELD} tpot_ms", f"{middle:.3g} in the median", "cannot be milliseconds",
+                         "multiply by 1000 if they are seconds, divide if they are microseconds")
+    for name in ("model", "device"):
+        if frame[name].isna().any():
+            row = int(frame[name].isna().to_numpy().argmax())
+            raise InputError(f"{FIELD} row {row + 1}, {name}", None, "is missing", "give its name")
+    return frame
+
+
+def point_scenario(base: dict[str, Any], row: dict[str, Any]) -> Scenario:
+    """The closed loop of one point on top of the fields of a scenario. Raises `InputError`."""
+    tree = {**base, "schema_version": 1, "num_seeds": 1}
+    tree.pop("warmup_s", None)
+    has_cost_of_its_own = tree.get("cost", {}).get("kind") == "fitted"
+    model = {key: value for key, value in tree.get("model", {}).items() if key not in ("name", "config", "dimensions")}
+    tree["model"] = {**model, "name": str(row["model"]), **{k: row[k] for k in ("dtype", "kv_dtype") if _given(row, k)}}
+    tree["device"] = {"name": str(row["device"])}
+    longest = int(row["isl"]) + int(row["osl"]) + SPARE_TOKENS
+    engine = dict(tree.get("engine", {}))
+    if _given(row, "preset"):
+        engine["preset"] = str(row["preset"])
+    tensor, data, expert = (int(row[f"{kind}_parallel_size"]) for kind in ("tensor", "data", "expert"))
+    if expert not in (1, tensor * data):
+        raise InputError("expert_parallel_size", expert, f"is neither 1 nor {tensor * data}, all ranks",
+                         "experts are spread over all ranks, or cut over the tensor-parallel ones")
+    engine |= {"tensor_parallel_size": tensor, "data_parallel_size": data, "enable_expert_parallel": expert > 1}
+    engine.setdefault("max_model_len", longest)
+    engine.setdefault("max_num_seqs", max(256, -(-int(row["concurrency"]) // data)))
+    tree["engine"] = engine
+    ratio = float(row["range_ratio"]) if _given(row, "range_ratio") else 1.0
+    tree["workload"] = {
+        "kind": "closed-loop", "concurrency": int(row["concurrency"]),
+        "num_requests": WAVES * int(row["concurrency"]),
+        "input": _length(int(row["isl"]), ratio), "output": _length(int(row["osl"]), ratio)}
+    if has_cost_of_its_own:
+        raise InputError("cost.kind", "fitted", "has one system's coefficients, and points have many systems",
+                         "use kind = 'roofline'")
+    return Scenario.from_dict(tree)
+
+
+def _given(row: dict[str, Any], name: str) -> bool:
+    value = row.get(name)
+    return value is not None and value == value and value != ""
+
+
+def _length(tokens: int, ratio: float) -> Any:
+    if ratio >= 1:
+        return tokens
+    return {"kind": "uniform", "min_tokens": max(round(ratio * tokens), 1), "max_tokens": tokens}
+
+
+def simulate_points(path: str | Path, base: Scenario | None = None) -> Points:
+    """Simulate every point of a file; one that cannot be says why, and the others go on.
+
+    base: engine, cost and limits that all points share. Raises `InputError` where the file is wrong, or no point can
+    be simulated.
+    """
+    frame = read_points(path)
+    common = {} if base is None else {k: v for k, v in base.to_dict().items() if k not in ("workload", "device")}
+    scenarios, refused = {}, [None] * len(frame)
+    for index, row in enumerate(frame.to_dict("records")):
+        try:
+            scenario = point_scenario(common, row)
+            lower_check(scenario)
+            scenarios[index] = scenario
+        except InputError as error:
+            refused[index] = str(error)
+    if not scenarios:
+        raise InputError(FIELD, str(path), f"has no point that can be simulated; the first: {refused[0]}",
+                         suggest(str(frame["model"].iloc[0]), [], "see `jaxsim list models` and `jaxsim list devices`"))
+    result = simulate(list(scenarios.values()))
+    for index, lanes in zip(scenarios, result.lanes, strict=True):
+        if lanes[0].fault:
+            refused[index] = lanes[0].fault
+    simulated = {index: latencies_ms(lanes[0]) for index, lanes in zip(scenarios, result.lanes, strict=True)
+                 if refused[index] is None}
+    for i, name in enumerate(("ttft_ms", "tpot_ms")):
+        frame[f"simulated_{name}"] = [simulated[k][i] if k in simulated else np.nan for k in range(len(frame))]
+        frame[f"{name}_error"] = frame[f"simulated_{name}"] / frame[name] - 1
+    frame["refused"] = refused
+    return Points(frame, tuple(_notes(frame, scenarios)))
+
+
+def lower_check(scenario: Scenario) -> None:
+    """Refuse now what cannot be simulated."""
+    system = lower.resolve_system(scenario)
+    lower.check_requests(system, lower.make_workload(scenario, 0))
+
+
+def latencies_ms(lane: LaneResult) -> tuple[float, float]:
+    """Mean TTFT and TPOT of all requests."""
+    frame = request_frame(lane)
+    return float(frame["ttft_s"].mean() * 1e3), float(frame["tpot_s"].mean() * 1e3)
+
+
+def _notes(frame: pd.DataFrame, scenarios: dict[int, Scenario]):
+    many = int(frame["refused"].notna().sum())
+    if many:
+        first = frame[frame["refused"].notna()].iloc[0]
+        yield f"{many} of {len(frame)} points were not simulated, the first: {first['refused']}"
+    families = {s.device.spec().name: s.device.spec() for s in scenarios.values()}
+    for name, device in families.items():
+        if device.calibration != "measured":
+            yield f"{name} was not calibrated: constants of {device.family}"
+    if "range_ratio" not in frame:
+        yield "all prompts and outputs have the full length; give a column range_ratio where a client drew them"
