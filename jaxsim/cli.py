@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxsim.calibrate.command import add_parser as add_calibrate
+
 USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
 
 _DISTRIBUTION = "jaxsim-serving"
@@ -246,6 +248,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--no-plots", action="store_true", help="do not draw the plots")
     check.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
     check.set_defaults(command=_validate)
+
+    add_calibrate(commands).set_defaults(command=_calibrate)
 
     bench = commands.add_parser("bench", help="measure how fast the simulator is",
                                 description="Measure how fast the simulator is on this machine.")
@@ -586,6 +590,14 @@ def _system(options: argparse.Namespace) -> Any:
     tree = read_tree(options.scenario)
     tree.setdefault("workload", {"kind": "batch"})
     return Scenario.from_dict(tree).with_values(_assignments(options.values))
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from jaxsim.calibrate.command import run
+
+    _keep_programs()
+    _find_devices()
+    return run(options)
 
 
 def _bench(options: argparse.Namespace) -> int:

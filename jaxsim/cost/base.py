@@ -11,7 +11,7 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 UNBOUNDED = 1 << 30
 """Iterations a pace holds for when no edge lies ahead."""
@@ -23,6 +23,7 @@ class BatchStats(eqx.Module):
     num_decode: sequences that decode one token each.
     decode_context: KV tokens read by them, the new one included, summed; decode_shared: those of them that another
     sequence of the batch reads as well (cached prefixes), each sequence after the first counted.
+    longest_context: of the tokens that one of them reads; 0 unless the cost reads it.
     num_prefill: prompt chunks; prefill_tokens: their new tokens; prefill_context: the KV tokens each ends with
     (history + chunk), summed; prefill_pairs: sum of (history + chunk)^2 - history^2, which is twice the causal
     query-key pairs less the tokens.
@@ -37,6 +38,7 @@ class BatchStats(eqx.Module):
     prefill_pairs: Float[Array, ""]
     num_sampled: Int[Array, ""]
     decode_shared: Int[Array, ""] | int = 0
+    longest_context: Int[Array, ""] | int = 0
 
     @property
     def distinct_context(self) -> Int[Array, ""]:
@@ -45,12 +47,12 @@ class BatchStats(eqx.Module):
 
     @classmethod
     def of(cls, num_decode=0, decode_context=0, num_prefill=0, prefill_tokens=0, prefill_context=0,
-           prefill_pairs=0.0, num_sampled=None, decode_shared=0) -> "BatchStats":
+           prefill_pairs=0.0, num_sampled=None, decode_shared=0, longest_context=0) -> "BatchStats":
         """From plain numbers; `num_sampled` defaults to every sequence in the batch."""
         num_sampled = num_decode + num_prefill if num_sampled is None else num_sampled
         ints = (num_decode, decode_context, num_prefill, prefill_tokens, prefill_context)
         return cls(*(jnp.asarray(x, jnp.int32) for x in ints), jnp.asarray(prefill_pairs, jnp.float32),
-                   jnp.asarray(num_sampled, jnp.int32), jnp.asarray(decode_shared, jnp.int32))
+                   *(jnp.asarray(x, jnp.int32) for x in (num_sampled, decode_shared, longest_context)))
 
 
 class DecodePace(eqx.Module):
@@ -67,14 +69,19 @@ class DecodePace(eqx.Module):
 class AbstractIterationCost(eqx.Module):
     """Seconds of an iteration. Implementations hold only arrays, made before the loop."""
 
+    @property
+    def reads_longest(self) -> bool:
+        """Whether `longest_context` matters; finding it takes a look at all sequences."""
+        return False
+
     @abc.abstractmethod
     def iteration(self, stats: BatchStats) -> Float[Array, ""]:
         """Seconds of one iteration of any composition."""
 
     @abc.abstractmethod
-    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0
-               ) -> DecodePace:
-        """Pace of decode-only iterations; `context`, `shared` are the first one's `decode_context`, `decode_shared`."""
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,
+               longest: Int[Array, ""] | int = 0) -> DecodePace:
+        """Pace of decode-only iterations; `context`, `shared`, `longest` as `BatchStats` of the first has them."""
 
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """What float32 left of `seconds = iteration(stats)`, where the model is known better than that."""
@@ -83,6 +90,15 @@ class AbstractIterationCost(eqx.Module):
     def decode_remainder(self, num_sequences: Int[Array, ""], context: Int[Array, ""],
                          first_s: Float[Array, ""]) -> Float[Array, ""]:
         """The same for `first_s` of `decode(num_sequences, context)`."""
+        return jnp.float32(0)
+
+
+    def together_seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]
+                         ) -> Float[Array, ""]:
+        """What ranks that iterate together add to the slowest's seconds, for the tokens of all.
+
+        is_decode: whether none has a prompt chunk; tokens: of all ranks; most: sequences of the fullest.
+        """
         return jnp.float32(0)
 
 
@@ -96,10 +112,20 @@ class OneOf(AbstractIterationCost):
         """Seconds by the chosen cost."""
         return self._chosen(lambda cost: cost.iteration(stats))
 
-    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0
-               ) -> DecodePace:
+    @property
+    def reads_longest(self) -> bool:
+        """Whether any does."""
+        return any(cost.reads_longest for cost in self.costs)
+
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,
+               longest: Int[Array, ""] | int = 0) -> DecodePace:
         """Pace by the chosen cost."""
-        return self._chosen(lambda cost: cost.decode(num_sequences, context, shared))
+        return self._chosen(lambda cost: cost.decode(num_sequences, context, shared, longest))
+
+    def together_seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]
+                         ) -> Float[Array, ""]:
+        """By the chosen cost."""
+        return self._chosen(lambda cost: cost.together_seconds(is_decode, tokens, most))
 
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """Remainder by the chosen cost."""

@@ -41,8 +41,8 @@ class FittedCost(AbstractIterationCost):
         return (a + b * stats.prefill_tokens + c * stats.decode_context + d * num_sequences
                 + e * stats.prefill_pairs)
 
-    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0
-               ) -> DecodePace:
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,
+               longest: Int[Array, ""] | int = 0) -> DecodePace:
         """Decode-only pace: the context grows by one token a sequence, so seconds grow by c a sequence. Shared tokens
         cost what others do."""
         a, _, c, d, _ = self.coefficients[self._piece(jnp.int32(DECODE), num_sequences)]

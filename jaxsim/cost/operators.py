@@ -44,6 +44,10 @@ DISTINCT_EXPERTS = (TOPK, EXPECTED, ALL)
 """Experts an iteration reads: k whatever the batch (GenZ), expected under uniform routing, or all."""
 
 
+TOGETHER = ("experts", "expert_gather", "expert_scatter", "expert_exchange")
+"""Operators of the tokens of all data-parallel ranks."""
+
+
 class Work(NamedTuple):
     """One operator, over an array of token counts.
 
@@ -67,11 +71,13 @@ class Work(NamedTuple):
     load: ExpertLoad | None = None
 
 
-def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: str = EXPECTED
-                     ) -> Float[Array, " counts"]:
-    """Experts that `tokens` tokens touch in one layer: E (1 - (1 - k/E)^m) when expected.
+def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: str = EXPECTED,
+                     skew: Float[Array, ""] | float = 0.0) -> Float[Array, " counts"]:
+    """Experts that `tokens` tokens touch in one layer, when expected: with popularities of coefficient of variation v,
 
-    Source: uniform independent top-k routing. Known gaps: real routers are skewed and touch fewer.
+        E (1 - (1 + x v^2)^(-1/v^2)),  x = -m ln(1 - k/E);    E (1 - (1 - k/E)^m) for v = 0
+
+    Source: independent top-k routing; gamma-distributed popularities (the zero term of a negative binomial law).
     """
     tokens = jnp.asarray(tokens, float)
     share = model.experts_per_token / model.experts
@@ -79,7 +85,11 @@ def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: st
         return jnp.full_like(tokens, model.experts_per_token)
     if mode == ALL or share == 1:
         return jnp.full_like(tokens, model.experts)
-    return -model.experts * jnp.expm1(tokens * jnp.log1p(-share))
+    routed = -tokens * jnp.log1p(-share)
+    square = jnp.square(jnp.maximum(jnp.asarray(skew, float), 1e-3))
+    # Below 1e-3 the law is that of v = 0 to the sixth digit.
+    untouched = jnp.where(jnp.asarray(skew) < 1e-3, routed, jnp.log1p(routed * square) / square)
+    return -model.experts * jnp.expm1(-untouched)
 
 
 def _gemm(name, calls, m, rows, columns, weight_bytes, activation_bytes, is_linear=True):
@@ -112,12 +122,12 @@ def _attention_projections(model: ModelSpec, plan: Plan, fmt: WeightFormat, m) -
     return work
 
 
-def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str) -> list[Work]:
+def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, skew) -> list[Work]:
     d, calls, a = model.hidden, model.num_moe_layers, fmt.activation_bytes
     rank = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks)
     matrices = 3 if model.gated else 2
     together = m * (plan.data_parallel_size if plan.enable_expert_parallel else 1)
-    distinct = distinct_experts(model, together, mode) / plan.expert_ranks
+    distinct = distinct_experts(model, together, mode, skew) / plan.expert_ranks
     pairs = together * model.experts_per_token / plan.expert_ranks
     if plan.expert_ranks > 1:
         # Busiest of R ranks under balanced random routing: mu + sqrt(2 mu ln R).
@@ -149,8 +159,11 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str) 
 
 
 def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Array, " counts"],
-               distinct: str = EXPECTED) -> list[Work]:
-    """Everything of an iteration that depends only on its number of tokens, attention itself excepted."""
+               distinct: str = EXPECTED, skew: Float[Array, ""] | float = 0.0) -> list[Work]:
+    """Everything of an iteration that depends only on its number of tokens, attention itself excepted.
+
+    distinct, skew: as `distinct_experts` takes them.
+    """
     m, d, a, tp = tokens, model.hidden, fmt.activation_bytes, plan.tensor_parallel_size
     rank = model.rank_shape(tp)
     work = [Work("embedding", ELEMENTWISE, 1, 1, activation_bytes=2 * m * d * a / tp)]
@@ -165,7 +178,7 @@ def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Ar
         work.append(Work("ffn_activation", ELEMENTWISE, model.num_dense_layers, 1,
                          activation_bytes=m * (3 if model.gated else 2) * rank.ffn * a))
     if model.num_moe_layers:
-        work += _expert_work(model, plan, fmt, m, distinct)
+        work += _expert_work(model, plan, fmt, m, distinct, skew)
     if tp > 1:
         # One for the embedding, two a layer; where tokens are sent to their experts, these combine on the way back.
         exchanged = model.num_moe_layers if plan.all_to_all and plan.data_parallel_size > 1 else 0

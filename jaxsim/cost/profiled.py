@@ -20,14 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim._core.errors import InputError
 from jaxsim.cost import attention, operators
+from jaxsim.cost.attention import Tail
 from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats, DecodePace
 from jaxsim.cost.gemm import expected_blocks
 from jaxsim.cost.profile import OPERATORS, OperatorTable, Profile, Rate, Resampled, interpolate
 from jaxsim.cost.roofline import Roofline, pad_to_graph
+from jaxsim.cost.tabulated import Together
 from jaxsim.kernels import octaves
 from jaxsim.spec.device import DeviceSpec, load_device
 from jaxsim.spec.model import ModelSpec, load_model
@@ -95,8 +97,9 @@ class Profiled(AbstractIterationCost):
 
     Every table entry is a differentiable leaf; between knots the result is linear in each statistic.
 
-    Known gaps: contexts and chunks enter through sums only, so a batch of unequal contexts costs as much as an
-    even one (`attention_skew` measurements are not used).
+    tail: what unequal contexts add, by the roofline's form and constants. together: as in `TabulatedCost`.
+
+    Known gaps: chunks enter through sums only.
     """
 
     by_tokens: Float[Array, " token_knots"]
@@ -107,6 +110,13 @@ class Profiled(AbstractIterationCost):
     mixed_attention: Float[Array, "chunk_knots key_knots decode_knots context_knots"] | None
     mixed_chunks: Float[Array, " tokens"] | None
     attention_floor_s: Float[Array, ""]
+    tail: Tail | None = None
+    together: Together | None = None
+
+    @property
+    def reads_longest(self) -> bool:
+        """With a tail."""
+        return self.tail is not None
 
     def _row(self, num_sequences: Int[Array, ""]) -> Float[Array, " 4"]:
         return self.by_sequences[jnp.minimum(num_sequences, self.by_sequences.shape[0] - 1)]
@@ -137,11 +147,28 @@ class Profiled(AbstractIterationCost):
 
     def attention(self, stats: BatchStats) -> Float[Array, ""]:
         """Seconds of attention, all layers."""
-        return jnp.where(stats.num_prefill == 0, self._decode_attention(stats.num_decode, stats.distinct_context),
-                         self._mixed_attention(stats))
+        alone = self._decode_attention(stats.num_decode, stats.distinct_context)
+        mixed = self._mixed_attention(stats)
+        if self.tail is not None:
+            alone = alone + self.tail.alone(stats.num_decode, stats.decode_context, stats.longest_context)
+            mixed = mixed + self.tail.beside(stats.num_decode, stats.decode_context, stats.longest_context,
+                                             stats.num_prefill, stats.prefill_context)
+        return jnp.where(stats.num_prefill == 0, alone, mixed)
+
+    def together_seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]
+                         ) -> Float[Array, ""]:
+        """Experts and exchange."""
+        return jnp.float32(0) if self.together is None else self.together.seconds(is_decode, tokens, most)
 
     def device_seconds(self, stats: BatchStats) -> Float[Array, ""]:
-        """Seconds of the device lane."""
+        """Seconds of the device lane, of ranks that are all alike."""
+        own = self._own_seconds(stats)
+        if self.together is None:
+            return own
+        tokens = (stats.prefill_tokens + stats.num_decode) * self.together.num_ranks
+        return own + self.together.seconds(stats.num_prefill == 0, tokens, stats.num_decode)
+
+    def _own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
         plain = (octaves.look_up(TOKENS, self.by_tokens, stats.prefill_tokens + stats.num_decode)
                  + octaves.look_up(SAMPLED, self.by_sampled, stats.num_sampled))
         row = self._row(stats.num_decode)
@@ -151,11 +178,12 @@ class Profiled(AbstractIterationCost):
         """Seconds of one iteration."""
         row = self._row(stats.num_decode + stats.num_prefill)
         launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
-        return row[SERIAL] + jnp.maximum(launch, self.device_seconds(stats))
+        return row[SERIAL] + jnp.maximum(launch, self._own_seconds(stats))
 
-    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0
-               ) -> DecodePace:
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,
+               longest: Int[Array, ""] | int = 0) -> DecodePace:
         """Pace until the mean context leaves its cell or the device overtakes the host."""
+        tail_s = 0.0 if self.tail is None else self.tail.alone(num_sequences, context, longest)
         context = context - shared
         row = self._row(num_sequences)
         rows, columns = self.decode_attention.shape
@@ -167,7 +195,7 @@ class Profiled(AbstractIterationCost):
         start, end = (low + (high - low) * share for low, high in zip(corners[:2], corners[2:], strict=True))
         growth = (end - start) / width.astype(jnp.float32)
         over = (context - low * count).astype(jnp.float32) / count.astype(jnp.float32)
-        device = row[DECODE_DEVICE] + start + growth * over
+        device = row[DECODE_DEVICE] + start + growth * over + tail_s
         slack = row[DECODE_LAUNCH] - device
         is_host_bound = slack > 0
         to_device = jnp.where(is_host_bound & (growth > 0), slack / jnp.where(growth > 0, growth, 1.0), UNBOUNDED)
@@ -190,7 +218,8 @@ class _Rates(NamedTuple):
 
     def _work(self, name: str, counts) -> operators.Work | None:
         base, counts = self.base, jnp.asarray(counts, float)
-        works = (operators.token_work(base.model, base.plan, base.weights, counts, base.distinct_experts)
+        works = (operators.token_work(base.model, base.plan, base.weights, counts, base.distinct_experts,
+                                      base.expert_skew)
                  + operators.head_work(base.model, base.plan, base.weights, counts))
         return next((w for w in works if w.name == name), None)
 
@@ -439,11 +468,15 @@ class _Builder(NamedTuple):
         part = self.table("experts_touched", *(values for values, _ in grids))
         return Resampled(*(x[grids[0][1].reshape(-1), grids[1][1].reshape(-1)] for x in part))
 
+    def together(self, counts) -> Resampled:
+        """What ranks that iterate together do with the tokens of all, so many on each."""
+        counts = np.asarray(counts, np.float64)
+        return self.works(self.base.token_works(jnp.asarray(counts, float), together=True), counts)
+
     def tokens(self, counts) -> Resampled:
-        """Everything that depends on the tokens of an iteration, attention excepted."""
+        """Everything else that depends on the tokens of an iteration, attention excepted."""
         base, counts = self.base, np.asarray(counts, np.float64)
-        total = self.works(operators.token_work(base.model, base.plan, base.weights, jnp.asarray(counts, float),
-                                                base.distinct_experts), counts)
+        total = self.works(base.token_works(jnp.asarray(counts, float), together=False), counts)
         for name in ("qk_norm", "residual_add"):
             if name in self.profile.tables:
                 total = _add(total, _scaled(self.table(name, counts), base.model.layers))
@@ -537,7 +570,9 @@ def with_extrapolated(profile: Profile, base: Roofline, max_tokens: int, max_seq
     mixed = make.mixed_attention(
         chunks, octaves.knots(MIXED_KEYS, 2 * max_context),
         octaves.knots(MIXED_DECODES, max_sequences), octaves.knots(MIXED_CONTEXT, max_context))
-    parts = (make.tokens(octaves.knots(TOKENS, max_tokens)), make.sampled(octaves.knots(SAMPLED, max_sequences)),
+    knots, ranks = octaves.knots(TOKENS, max_tokens), base.num_ranks
+    joint = (make.together(knots), make.together(padded)) if ranks > 1 else None
+    parts = (make.tokens(knots), make.sampled(octaves.knots(SAMPLED, max_sequences)),
              decode, attention, make.prefill_attention(octaves.knots(CHUNK, max_tokens),
                                                        octaves.knots(KEYS, 2 * max_context)), mixed)
 
@@ -548,7 +583,8 @@ def with_extrapolated(profile: Profile, base: Roofline, max_tokens: int, max_seq
         places = None if mix is None else np.interp(np.arange(max_tokens + 1), chunks, np.arange(len(chunks)))
         return Profiled(*(None if x is None else jnp.asarray(x, jnp.float32) for x in (
             by_tokens, by_sampled, np.stack([by_count, *lanes], axis=1), decodes, prefills, mix, places,
-            floor)))
+            floor)), tail=base.tail if i == 0 else None, together=joint and Together(
+                *(jnp.asarray(part[i], jnp.float32) for part in joint), num_ranks=ranks))
 
     return tables(0), tables(1)
 

@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.cost import attention as attend
 from jaxsim.cost import operators
-from jaxsim.cost.attention import AttentionShape, Decode, Latent, LatentShape, Prefill
+from jaxsim.cost.attention import AttentionShape, Decode, Latent, LatentShape, Prefill, Tail
 from jaxsim.cost.base import BatchStats
 from jaxsim.cost.collectives import CUSTOM_RANKS, CustomAllReduce, Hop, Nccl, over_network, over_pcie
 from jaxsim.cost.gemm import Experts, Gemm
 from jaxsim.cost.operators import AttentionWork, Work
 from jaxsim.cost.rates import Rates
-from jaxsim.cost.tabulated import SAMPLED, TOKENS, TabulatedCost
+from jaxsim.cost.tabulated import SAMPLED, TOKENS, TabulatedCost, Together
 from jaxsim.kernels import octaves
 from jaxsim.spec.device import NOMINAL_MULTIPROCESSORS, DeviceSpec
 from jaxsim.spec.efficiency import Efficiency
@@ -90,7 +90,7 @@ class Roofline(eqx.Module):
         host_step_s, host_sequence_s: host seconds of an iteration and of each sequence in it, which do not
         overlap the device, unless scheduling is asynchronous: then only async_step_s stays serial and the
         others join the launches. launch_kernel_s: host seconds to issue one kernel or captured piece;
-        launch_graph_s: one graph.
+        launch_graph_s: one graph. expert_skew: coefficient of variation of the experts' popularity.
 
     Static: model, plan, weights (number format), kv_bytes, distinct_experts.
 
@@ -124,6 +124,7 @@ class Roofline(eqx.Module):
     async_step_s: Float[Array, ""]
     launch_kernel_s: Float[Array, ""]
     launch_graph_s: Float[Array, ""]
+    expert_skew: Float[Array, ""]
 
     model: ModelSpec = eqx.field(static=True)
     plan: Plan = eqx.field(static=True)
@@ -157,9 +158,21 @@ class Roofline(eqx.Module):
     def _total(self, works: list[Work], counts: Float[Array, " counts"]) -> Float[Array, " counts"]:
         return sum((w.calls * self.call_seconds(w) for w in works), jnp.zeros_like(counts))
 
-    def token_works(self, tokens: Float[Array, " counts"]) -> list[Work]:
-        """Operators that depend on the tokens of an iteration."""
-        return operators.token_work(self.model, self.plan, self.weights, tokens, self.distinct_experts)
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that iterate together, around experts they share."""
+        return self.plan.data_parallel_size if self.plan.enable_expert_parallel else 1
+
+    def token_works(self, tokens: Float[Array, " counts"], together: bool | None = None) -> list[Work]:
+        """Operators that depend on the tokens of an iteration, with as many tokens on every rank.
+
+        together: only what ranks that iterate together do with the tokens of all, or only the rest.
+        """
+        works = operators.token_work(self.model, self.plan, self.weights, tokens, self.distinct_experts,
+                                     self.expert_skew)
+        if together is None:
+            return works
+        return [w for w in works if (self.num_ranks > 1 and w.name in operators.TOGETHER) == together]
 
     def sampled_works(self, sampled: Float[Array, " counts"]) -> list[Work]:
         """Operators that depend on the sampled sequences."""
@@ -208,8 +221,13 @@ class Roofline(eqx.Module):
         return window + attend.WINDOW_TILE if window else 0
 
     def token_seconds(self, tokens: Float[Array, " counts"]) -> Float[Array, " counts"]:
-        """Device seconds of an iteration with chunks that depend on its tokens, the floor of attention included."""
-        return self._total(self.token_works(tokens), tokens) + self.chunk_floor_s
+        """Device seconds of an iteration with chunks that depend on its tokens, the floor of attention included, what
+        ranks do together not."""
+        return self._total(self.token_works(tokens, together=False), tokens) + self.chunk_floor_s
+
+    def together_seconds(self, tokens: Float[Array, " counts"]) -> Float[Array, " counts"]:
+        """Device seconds of what ranks that iterate together do with the tokens of all, so many on each."""
+        return self._total(self.token_works(tokens, together=True), tokens)
 
     def sampled_seconds(self, sampled: Float[Array, " counts"]) -> Float[Array, " counts"]:
         """Device seconds that depend on the sampled sequences: LM head, sampler."""
@@ -219,7 +237,7 @@ class Roofline(eqx.Module):
                        ) -> Float[Array, " counts"]:
         """Device seconds of a decode-only iteration less its context reads, run at `padded` tokens."""
         fixed, *_ = self.decode_attention(sequences)
-        return self._total(self.token_works(padded), padded) + fixed + self.sampled_seconds(sequences)
+        return self._total(self.token_works(padded, together=False), padded) + fixed + self.sampled_seconds(sequences)
 
     @property
     def num_kernels(self) -> float:
@@ -260,14 +278,25 @@ class Roofline(eqx.Module):
         counts = np.arange(max_sequences + 1)
         padded = pad_to_graph(counts) if cuda_graphs else counts
         sequences = jnp.asarray(counts, float_type)
-        decode = self.decode_seconds(sequences, jnp.asarray(padded, float_type))
+        padded = jnp.asarray(padded, float_type)
+        decode, together = self.decode_seconds(sequences, padded), None
+        if self.num_ranks > 1:
+            together = Together(self.together_seconds(tokens), self.together_seconds(padded), self.num_ranks)
         launch, mixed_launch, serial = self.host_seconds(sequences, cuda_graphs=cuda_graphs,
                                                          async_scheduling=async_scheduling)
         return TabulatedCost(
             by_tokens=self.token_seconds(tokens), by_sampled=self.sampled_seconds(sampled),
             by_sequences=jnp.stack([decode, launch, mixed_launch, serial, self._beside(sequences),
                                     *self.decode_attention(sequences)[1:]], axis=1),
-            attention=self.chunk_coefficients(), window=jnp.asarray(self.window_reach, jnp.int32))
+            attention=self.chunk_coefficients(), window=jnp.asarray(self.window_reach, jnp.int32), tail=self.tail,
+            together=together)
+
+    @property
+    def tail(self) -> Tail | None:
+        """What unequal contexts add to decode attention."""
+        if self.latent is not None:
+            return None
+        return self.decode.tail(self.attention_shape(), self.rates(), self._attention_work.full_layers)
 
     def _beside(self, sequences: Float[Array, " counts"]) -> Float[Array, " counts"]:
         """What the attention of decodes adds beside chunks, its reads excepted: all but the floor they share."""
@@ -298,13 +327,19 @@ class Roofline(eqx.Module):
         context = jnp.asarray(stats.decode_context, float)
         inside = jnp.minimum(context, decodes * self.window_reach)
         context = context - jnp.where(full > 0, saved / jnp.maximum(full, 1e-30), 0.0) * float(stats.decode_shared)
+        tail = self.tail
         if not is_mixed:
-            return works, {"attention_floor": fixed, "attention_decode": full * context + windowed * inside}
+            extra = 0.0 if tail is None else tail.alone(
+                stats.num_decode, stats.decode_context, stats.longest_context)
+            return works, {"attention_floor": fixed, "attention_decode": full * context + windowed * inside + extra}
         coefficients = self.chunk_coefficients()
         chunks = [jnp.asarray(x, float) for x in (stats.prefill_tokens, stats.num_prefill, stats.prefill_pairs,
                                                   stats.prefill_context)]
         alone = jnp.sum(attend.chunk_seconds(coefficients, *chunks, jnp.zeros(()), jnp.zeros(2)))
         both = jnp.sum(attend.chunk_seconds(coefficients, *chunks, decodes, jnp.stack([context, inside])))
+        if tail is not None:
+            both = both + tail.beside(stats.num_decode, stats.decode_context, stats.longest_context,
+                                      stats.num_prefill, stats.prefill_context)
         apart = self._beside(decodes) + coefficients[0, attend.APART] * (full * context + windowed * inside)
         return works, {"attention_floor": self.chunk_floor_s, "attention_prefill": alone,
                        "attention_decode": both - alone + apart}
@@ -393,7 +428,7 @@ included; asynchronous: five runs of vLLM 0.15 on H100 (inference-sim/training),
 0.9 ms of vLLM 0.19 on an RTX PRO 6000 (casys-kaist/LLMServingSim).
 """
 
-FRONT_ENDS = {"vllm-v0": 6e-3, "vllm-v1": 6e-3, "none": 0.0}
+FRONT_ENDS = {"vllm-v0": 16e-3, "vllm-v1": 6e-3, "none": 0.0}
 """Seconds of a request outside the engine, by engine generation: HTTP server, tokenizer, and the way to the engine."""
 
 LAUNCHES = dict(launch_kernel_s=30e-6, launch_graph_s=60e-6)
@@ -401,6 +436,14 @@ LAUNCHES = dict(launch_kernel_s=30e-6, launch_graph_s=60e-6)
 
 Source: between the several us a kernel of SKIP (arXiv 2504.11750) and the 50 us of SGLang without graphs
 (microsoft/apex_plus).
+"""
+
+EXPERT_SKEW = 0.6
+"""Coefficient of variation of the popularity of experts.
+
+Source: seconds of decode iterations from 9 to 214 sequences of Qwen3-30B-A3B on two RTX PRO 6000 (casys-kaist/
+LLMServingSim): within 4 % at 0.6, 10 % too slow at few sequences at 0, 10 % too fast at 1.2. Routers of other models
+differ: gpt-oss-120b in vLLM on H200 (InferenceX) is closer to 1.
 """
 
 _PREFIXES = {"gemm": ("gemm", "gemm_16"), "expert": ("experts",), "elementwise": ("elementwise",),
@@ -477,7 +520,7 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
     numbers = dict(peak_flops=peak.flops, memory_bytes_per_s=device.memory_bytes_per_s,
                    attention_flops=device.peak("fp32" if fmt.compute == "fp32" else "bf16").flops,
                    link_bytes_per_s=parts.pop("link_bytes_per_s"), hop_bytes_per_s=parts.pop("hop_bytes_per_s"),
-                   **HOSTS[host], **LAUNCHES)
+                   **HOSTS[host], **LAUNCHES, expert_skew=EXPERT_SKEW)
     cost = Roofline(
         **{name: jnp.asarray(value, float) for name, value in numbers.items()}, **parts,
         num_multiprocessors=jnp.asarray(device.num_multiprocessors or NOMINAL_MULTIPROCESSORS, jnp.int32), model=model,

@@ -4,10 +4,11 @@ Whatever computes operator times does so once per scenario, before the loop, and
 max-plus: `serial + max(launch, device)`.
 """
 
+import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.cost.attention import APART, chunk_seconds
+from jaxsim.cost.attention import APART, Tail, chunk_seconds
 from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats, DecodePace
 from jaxsim.kernels import octaves
 
@@ -20,6 +21,24 @@ FULL_LAYERS, WINDOW_LAYERS = range(2)
 TOKENS, SAMPLED = (0, 6), (0, 4)
 """Grids of counts (`octaves`): every one up to 128 (32), then 64 (16) knots an octave, which resolve tiles of 128 rows
 up to 8,192 tokens."""
+
+
+class Together(eqx.Module):
+    """Seconds of what the ranks of an executor do with the tokens of all: experts, and the exchange around them.
+
+    by_tokens: on the grid `TOKENS`, by tokens a rank, where some have prompt chunks. by_sequences: of decodes only, for
+    every count of the fullest rank, to whose captured graph the others are padded.
+    """
+
+    by_tokens: Float[Array, " token_knots"]
+    by_sequences: Float[Array, " sequences"]
+    num_ranks: int = eqx.field(static=True)
+
+    def seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]) -> Float[Array, ""]:
+        """Arguments as of `AbstractIterationCost.together_seconds`."""
+        each = (tokens + self.num_ranks - 1) // self.num_ranks
+        return jnp.where(is_decode, self.by_sequences[jnp.minimum(most, self.by_sequences.shape[0] - 1)],
+                         octaves.look_up(TOKENS, self.by_tokens, each))
 
 
 class TabulatedCost(AbstractIterationCost):
@@ -35,7 +54,8 @@ class TabulatedCost(AbstractIterationCost):
         former a token saves that was read for another sequence.
     attention: coefficients of `attention.chunk_seconds`, for all full and all windowed layers.
     window: tokens of a context that windowed layers read, 0 where there are none. Sequences are taken at the batch's
-        mean context.
+        mean context. tail: what unequal contexts add, in full layers. together: of ranks that iterate together; then
+        an iteration is without it, and `device_seconds` those of ranks that are all alike.
     """
 
     by_tokens: Float[Array, " token_knots"]
@@ -43,6 +63,13 @@ class TabulatedCost(AbstractIterationCost):
     by_sequences: Float[Array, "sequences 8"]
     attention: Float[Array, "2 columns"]
     window: Int[Array, ""]
+    tail: Tail | None = None
+    together: Together | None = None
+
+    @property
+    def reads_longest(self) -> bool:
+        """With a tail."""
+        return self.tail is not None
 
     def _row(self, num_sequences: Int[Array, ""]) -> Float[Array, " 8"]:
         return self.by_sequences[jnp.minimum(num_sequences, self.by_sequences.shape[0] - 1)]
@@ -62,13 +89,31 @@ class TabulatedCost(AbstractIterationCost):
             stats.prefill_tokens, stats.num_prefill, stats.prefill_context, stats.num_decode))
         together = chunk_seconds(self.attention, tokens, chunks, stats.prefill_pairs, keys, decodes, contexts)
         apart = self.attention[:, APART] * row[CONTEXT:WINDOW + 1] * contexts
-        return row[BESIDE] + jnp.sum(together + apart)
+        seconds = row[BESIDE] + jnp.sum(together + apart)
+        if self.tail is None:
+            return seconds
+        return seconds + self.tail.beside(stats.num_decode, stats.decode_context, stats.longest_context,
+                                          stats.num_prefill, stats.prefill_context)
+
+    def together_seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]
+                         ) -> Float[Array, ""]:
+        """Experts and exchange."""
+        return jnp.float32(0) if self.together is None else self.together.seconds(is_decode, tokens, most)
 
     def device_seconds(self, stats: BatchStats) -> Float[Array, ""]:
         """Seconds of the device lane."""
+        own = self._own_seconds(stats)
+        if self.together is None:
+            return own
+        tokens = (stats.prefill_tokens + stats.num_decode) * self.together.num_ranks
+        return own + self.together.seconds(stats.num_prefill == 0, tokens, stats.num_decode)
+
+    def _own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
         row = self._row(stats.num_decode)
         decode = (row[DECODE_DEVICE] + row[CONTEXT] * stats.decode_context - row[SHARED] * stats.decode_shared
                   + row[WINDOW] * self._windowed(stats.num_decode, stats.decode_context))
+        if self.tail is not None:
+            decode = decode + self.tail.alone(stats.num_decode, stats.decode_context, stats.longest_context)
         mixed = (octaves.look_up(TOKENS, self.by_tokens, stats.prefill_tokens + stats.num_decode)
                  + octaves.look_up(SAMPLED, self.by_sampled, stats.num_sampled) + self.chunk_attention(stats))
         return jnp.where(stats.num_prefill == 0, decode, mixed)
@@ -77,16 +122,18 @@ class TabulatedCost(AbstractIterationCost):
         """Seconds of one iteration."""
         row = self._row(stats.num_decode + stats.num_prefill)
         launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
-        return row[SERIAL] + jnp.maximum(launch, self.device_seconds(stats))
+        return row[SERIAL] + jnp.maximum(launch, self._own_seconds(stats))
 
-    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0
-               ) -> DecodePace:
+    def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,
+               longest: Int[Array, ""] | int = 0) -> DecodePace:
         """Pace until the device overtakes the host, or the mean context leaves the sliding window."""
         row = self._row(num_sequences)
         count = num_sequences.astype(jnp.float32)
         room = num_sequences * self.window - context
         device = (row[DECODE_DEVICE] + row[CONTEXT] * context - row[SHARED] * shared
                   + row[WINDOW] * self._windowed(num_sequences, context))
+        if self.tail is not None:
+            device = device + self.tail.alone(num_sequences, context, longest)
         growth = count * (row[CONTEXT] + jnp.where(room >= num_sequences, row[WINDOW], 0.0))
         slack = row[DECODE_LAUNCH] - device
         is_host_bound = slack > 0

@@ -6,8 +6,8 @@ has anything to decide, and a rank without requests runs along (engines let it c
 iteration the ranks take turns within the instant: each settles and retires, then each runs its scheduling pass; the
 last to form its batch starts the iteration of all.
 
-Source: vllm-project/vllm, `vllm/v1/engine/core.py` (`DPEngineCoreProc`). Approximated: what a rank's iteration costs is
-asked with as many tokens on every other rank as on its own.
+Source: vllm-project/vllm, `vllm/v1/engine/core.py` (`DPEngineCoreProc`). Approximated: ranks wait for each other once
+an iteration and not once a layer, so the slowest is so in all layers.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine.common import MAX_SPAN_S, Context, choose, span
+from jaxsim.engine.common import MAX_SPAN_S, Context, Group, choose, span
 from jaxsim.engine.events import Event
 from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
@@ -68,7 +68,7 @@ def take_turn(context: Context, event: Event, rows: tuple[Array, Array], counts:
         counts.executor, turn=jnp.where(is_over, following, counts.executor.turn)))
     everyone = count_rows.everything(count_rows.replaced(rows[0], event.rank, event.batch, counts))
     clocks = clock_rows.everything(clock_rows.replaced(rows[1], event.rank, event.batch, times))
-    batch, own = together(everyone.batch, clocks.batch, event.now)
+    batch, own = together(context.group, everyone.batch, clocks.batch, event.now)
     extra = jnp.minimum(everyone.batch.extra, cut_extra)
     everyone = replace(everyone, batch=choose(is_launching, batch, replace(everyone.batch, extra=extra)))
     clocks = replace(clocks, batch=choose(is_launching, own, clocks.batch))
@@ -91,10 +91,11 @@ def take_turn(context: Context, event: Event, rows: tuple[Array, Array], counts:
                 (everyone, clocks))
 
 
-def together(batch: Batch, own: BatchTimes, now: Time) -> tuple[Batch, BatchTimes]:
+def together(group: Group, batch: Batch, own: BatchTimes, now: Time) -> tuple[Batch, BatchTimes]:
     """All ranks' batches, each of which would start alone, with the iteration that they start together.
 
-    The slowest first iteration; of the paces the slowest, as long as it is that, and no rank's jump is over.
+    The slowest first iteration; of the paces the slowest, as long as it is that, and no rank's jump is over. To both
+    comes what the ranks do with the tokens of all.
     """
     def of(rank):
         return DecodePace(Time(own.pace.hi[rank, 0], own.pace.lo[rank, 0]), own.growth_s[rank, 0], batch.extra[rank, 0])
@@ -114,6 +115,13 @@ def together(batch: Batch, own: BatchTimes, now: Time) -> tuple[Batch, BatchTime
         overtakes = jnp.where(faster > 0, (slowest.first_s.hi - one.first_s.hi) / jnp.where(faster > 0, faster, 1.0),
                               1e9)
         extra = jnp.minimum(extra, jnp.minimum(overtakes, 1e9).astype(jnp.int32))
+    decodes = jnp.where(batch.advance == 1, batch.count - batch.stalled, 0)
+    followers = batch.count + batch.joining
+    has_chunks, no_chunks = jnp.any(batch.num_chunks > 0), jnp.bool_(True)
+    first = Time(first.hi + clock.on_grid(group.cost.together_seconds(
+        ~has_chunks, jnp.sum(decodes + batch.chunk_tokens), jnp.max(decodes))), first.lo)
+    pace_s = group.cost.together_seconds(no_chunks, jnp.sum(followers), jnp.max(followers))
+    slowest = replace(slowest, first_s=Time(slowest.first_s.hi + pace_s, slowest.first_s.lo))
     longest_s = jnp.maximum(slowest.first_s.hi + slowest.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / longest_s, 1e9).astype(jnp.int32))
 

@@ -151,11 +151,11 @@ def _instance(lane: LaneResult, instance: int) -> dict[str, np.ndarray]:
     first = {"num_decode": decodes, "decode_context": np.rint(decodes * context[:, 0]),
              "num_prefill": np.where(chunk > 0, np.maximum(num_chunks, 1), 0), "prefill_tokens": chunk,
              "prefill_context": np.rint(np.where(chunk > 0, (chunk + keys) / 2, 0)), "prefill_pairs": chunk * keys,
-             "num_sampled": decodes + completed, "decode_shared": zeros,
+             "num_sampled": decodes + completed, "decode_shared": zeros, "longest_context": zeros,
              "weight": np.ones_like(iterations)}
     then = {"num_decode": following, "decode_context": np.rint(following * context[:, 1]), "num_prefill": zeros,
             "prefill_tokens": zeros, "prefill_context": zeros, "prefill_pairs": zeros, "num_sampled": following,
-            "decode_shared": zeros,
+            "decode_shared": zeros, "longest_context": zeros,
             "weight": iterations - 1}
     return {name: np.concatenate([first[name], then[name]]) for name in first}
 

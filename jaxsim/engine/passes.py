@@ -195,9 +195,12 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     return counts, times, residue_row, placed, is_held, can_go_on
 
 
-def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks
+def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, ""] | None = None
                ) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
-    """What the iteration that was formed does; then the sequences that decode behind it, and their context."""
+    """What the iteration that was formed does; then the sequences that decode behind it, and their context.
+
+    longest: the largest offset among the sequences, where the cost reads it.
+    """
     rules, batch = group.batching, counts.batch
     is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
     decodes = jnp.where(is_prompt_only, 0, batch.count - batch.stalled)
@@ -207,16 +210,21 @@ def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks
         batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.batch.chunk_pairs, decodes + batch.joining)
     if rules.prefix_caching:
         stats = replace(stats, decode_shared=shared_tokens(dims, counts, stats.decode_context))
+    if longest is not None:
+        stats = replace(stats, longest_context=jnp.maximum(longest + batch.counter + 1, 0))
     after_first = batch.counter + jnp.where(is_prompt_only, 0, 1)
     followers = batch.count + batch.joining
     return stats, followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1)
 
 
-def price(dims: Dims, group: Group, counts: Counts, times: Clocks) -> tuple[Float[Array, ""], DecodePace]:
+def price(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, ""] | None
+          ) -> tuple[Float[Array, ""], DecodePace]:
     """Seconds of the iteration that was formed, and the pace of the decode iterations that can follow it."""
-    stats, followers, context = statistics(dims, group, counts, times)
+    stats, followers, context = statistics(dims, group, counts, times, longest)
     shared = shared_tokens(dims, counts, context) if group.batching.prefix_caching else 0
-    return group.cost.iteration(stats), group.cost.decode(followers, context, shared)
+    # One more than in the first iteration, if that moved the clock; where it did not, a token is nothing.
+    after = 0 if longest is None else stats.longest_context + 1
+    return group.cost.iteration(stats), group.cost.decode(followers, context, shared, after)
 
 
 def shared_tokens(dims: Dims, counts: Counts, context: Int[Array, ""]) -> Int[Array, ""]:

@@ -63,10 +63,11 @@ class Touched(eqx.Module):
 
     # retire: who left; whether more leave at this instant; the smallest completion key that stays; the last of the
     # running list and the links that change in it; the entry of `World.due` that changes; all slots, if the pass scans
-    # them.
+    # them; the largest offset of those that stay, if the cost reads it.
     due: tuple[Int[Array, ""], Float[Array, " 3"]] | None = None
     released: prefix.Release | None = None
     slots: Slots | None = None
+    longest: Int[Array, ""] | None = None
     retired: Retired | None = None
     has_more: Bool[Array, ""] | None = None
     next_key: Int[Array, ""] | None = None
@@ -238,6 +239,10 @@ def retire(context: Context, t: Touched) -> Touched:
         counts = replace(counts, rank=replace(counts.rank, tail=tail))
     if group.batching.scans_slots:
         slots = Slots(keys, take(world.slot_entries, t.rank), retired.slot)
+    longest = None
+    if group.cost.reads_longest:
+        is_in = (keys != packed.EMPTY) & (jnp.arange(dims.slot_width) != retired.slot)
+        longest = jnp.max(jnp.where(is_in, take(world.slot_entries, t.rank)[:, w.OFFSET], -packed.EMPTY))
     released = None
     if group.batching.prefix_caching:
         preemptions = take(world.progress, retired.request)[1]
@@ -251,7 +256,7 @@ def retire(context: Context, t: Touched) -> Touched:
         due = tuple(entry)
         event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
     return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, released=released,
-                   retired=retired, has_more=has_more, next_key=next_key, tail=tail,
+                   retired=retired, has_more=has_more, next_key=next_key, tail=tail, longest=longest,
                    unlinked=unlinked and tuple(unlinked), slots=slots)
 
 
@@ -415,8 +420,11 @@ def price(context: Context, t: Touched) -> Touched:
     progress = jnp.where(is_idle, 0, counts.rank.progress)
     is_stuck = is_idle & ~has(counts, w.PREEMPTED)
     counts = replace(counts, rank=replace(counts.rank, progress=progress))
+    longest = t.longest
+    if longest is not None:
+        longest = jnp.maximum(longest, jnp.where(t.placed.is_completing, t.placed.entry[w.OFFSET], longest))
     return replace(t, counts=counts, is_starting=is_formed & has_batch, is_stuck=is_stuck,
-                   price=passes.price(context.dims, context.group, t.counts, t.times))
+                   price=passes.price(context.dims, context.group, t.counts, t.times, longest))
 
 
 def launch(context: Context, t: Touched) -> Touched:

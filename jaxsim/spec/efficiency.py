@@ -85,7 +85,8 @@ class DecodeEfficiency(_Section, frozen=True):
     kernel: "fa3" splits contexts always, "fa2" only of grouped heads. floor_s; item_s: of each wave of (sequence, KV
     head) items after the first; combine_s: for each doubling of the splits. read_efficiency, read_efficiency_8bit: of
     the bandwidth, by cache width; flops_efficiency: of the 16-bit peak; sweep_s: an item passes a token (256 bytes of K
-    or V); swap_s: rearranging grouped queries. query_factor: traffic of queries and outputs. head_exponent,
+    or V), tail_s: once the others are done, so that the longest context is waited for (0 = it is not);
+    swap_s: rearranging grouped queries. query_factor: traffic of queries and outputs. head_exponent,
     floor_head_exponent: of head size / 128, of item_s and floor_s; group_factor: item_s grows by it for each 64 query
     heads a KV head; window_s: of each wave in a windowed layer.
     """
@@ -100,6 +101,7 @@ class DecodeEfficiency(_Section, frozen=True):
     sweep_s: Seconds = 0.0
     swap_s: Seconds = 0.0
     query_factor: Factor = 1.0
+    tail_s: Seconds = 0.0
     head_exponent: Factor = 0.0
     floor_head_exponent: Factor = 0.0
     group_factor: Factor = 0.0
@@ -263,4 +265,4 @@ def transferred(record: Efficiency, bandwidth_ratio: float, unit_ratio: float = 
                             dequantise_rows=g.dequantise_rows * unit_ratio) for name, g in record.gemm.items()},
         experts={name: replace(e, row_efficiency=kept(e.row_efficiency)) for name, e in record.experts.items()},
         decode=replace(record.decode, read_efficiency_8bit=kept(record.decode.read_efficiency_8bit),
-                       sweep_s=record.decode.sweep_s / unit_ratio))
+                       sweep_s=record.decode.sweep_s / unit_ratio, tail_s=record.decode.tail_s / unit_ratio))

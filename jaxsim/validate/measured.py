@@ -87,8 +87,9 @@ def number_column(frame: pd.DataFrame, name: str, field: str, *, low: float = 0.
         bad, problem = values != np.rint(values), "is not a whole number"
     if bad.any():
         at = int(np.argmax(bad))
-        raise InputError(f"{field} row {at + 1}, {name}", frame[name].iloc[at], problem,
-                         "correct the row, or leave it out")
+        value = frame[name].iloc[at]
+        raise InputError(f"{field} row {at + 1}, {name}", value.item() if isinstance(value, np.generic) else value,
+                         problem, "correct the row, or leave it out")
     return values
 
 

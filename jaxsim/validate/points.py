@@ -63,7 +63,7 @@ def read_points(path: str | Path) -> pd.DataFrame:
     for name in ("ttft_ms", "tpot_ms"):
         frame[name] = number_column(frame, name, FIELD, low=1e-6)
     if "range_ratio" in frame:
-        frame["range_ratio"] = number_column(frame, "range_ratio", FIELD, low=1e-6)
+        frame["range_ratio"] = number_column(frame, "range_ratio", FIELD, low=1e-6, may_be_empty=True)
     middle = float(frame["tpot_ms"].median())
     if not FASTEST_TPOT_MS <= middle <= SLOWEST_TPOT_MS:
         raise InputError(f"{FIELD} tpot_ms", f"{middle:.3g} in the median", "cannot be milliseconds",

@@ -31,7 +31,6 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     # Drawing is optional and matplotlib slow to load.
     "jaxsim.io.figure": "matplotlib",
     "jaxsim.calibrate.command": "*",
-    "jaxsim.calibrate.report": "matplotlib",
     "jaxsim.io.plots": "matplotlib",
     # Not on every platform; the memory of a run is then left out.
     "jaxsim.bench": "resource",

@@ -1,8 +1,8 @@
 """The forms with each device's constants against tables of its real kernels: median error 10 %, nine tenths in 30 %.
 
 Constants were fitted on these tables, so this guards the tier against drifting from them; docs/cost-model.md has errors
-held out and on tables of other sources. `jaxsim.calibrate.tables` leaves out rows that a table has
-wrong, with why.
+held out and on tables of other sources. `jaxsim.calibrate.tables` leaves out rows that a table has wrong,
+with why.
 """
 
 import msgspec

@@ -1,0 +1,43 @@
+"""Measured runs of the shared data, simulated with the shipped constants. Bounds are those docs/accuracy.md promises."""
+
+import numpy as np
+import pytest
+
+from tests.validate import runs
+
+
+def errors(comparison, statistic="mean"):
+    """Signed, of TTFT, TPOT and end to end."""
+    return np.array([comparison.metrics[f"{statistic}_{name}"].error for name in ("ttft_ms", "tpot_ms", "e2el_ms")])
+
+
+def test_profiled_runs(shared_data, tmp_path):
+    """The tables of the same GPU, KV blocks derived, clocks inside the engine."""
+    dense, experts = (run.replay(tmp_path) for run in runs.rtx(shared_data, tmp_path))
+    assert np.all(np.abs(errors(dense)) < [0.05, 0.015, 0.02]) and np.all(np.abs(errors(dense, "p99")) < 0.05)
+    # Not met: mean TTFT, 1 s in the mean and 0.14 s in the median, is that of the few who queue at the very peak.
+    assert np.all(np.abs(errors(experts)) < [0.18, 0.015, 0.02]) and np.all(np.abs(errors(experts, "p99")) < 0.05)
+    assert dense.utilisation["extrapolated"] < 0.01 < experts.utilisation["extrapolated"] < 0.3
+
+
+def test_runs_behind_http(shared_data, tmp_path):
+    """One device, one set of constants, unsaturated and warm."""
+    found = np.array([errors(run.replay(tmp_path)) for run in runs.h100(shared_data) if "reasoning" not in run.name])
+    assert len(found) == 5
+    assert np.all(np.median(np.abs(found), axis=0) < [0.12, 0.05, 0.05])
+    assert np.all(np.abs(found[:, 2]) < 0.12)
+
+
+def test_older_vllm(shared_data):
+    """Means of vLLM 0.6 runs at 2, 4 and 8 ranks."""
+    found = runs.apex(shared_data)
+    assert len(found) == 7
+    assert found["tpot_ms_error"].abs().median() < 0.05 and found["ttft_ms_error"].abs().median() < 0.15
+
+
+@pytest.mark.parametrize("source, step, at_least", [("exact", 1, 5), ("inferred", 3, 8)])
+def test_stage_aggregates(shared_data, source, step, at_least):
+    """Means by rate stage, of models that no constant was fitted on."""
+    found = runs.aggregates(shared_data, source, step)
+    assert len(found) >= at_least
+    assert found["e2el_ms_error"].abs().median() < 0.07 and found["ttft_ms_error"].abs().median() < 0.18
