@@ -1,4 +1,4 @@
-"""Measured runs of the shared data, simulated with the shipped constants. Bounds are those docs/accuracy.md promises."""
+"""Measured runs of the shared data, simulated with the shipped constants. Bounds: docs/accuracy.md."""
 
 import numpy as np
 import pytest
