@@ -26,10 +26,10 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
                     "  llmservingsim, plain, vidur   layers of one model, with --model",
         epilog="example: jaxsim calibrate --device h100 --format aiconfigurator gemm.parquet moe.parquet --output cal\n"
                "exit status: 0 done, 2 an input that cannot be used or a place that cannot be written to")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a table, or ROLE=FILE")
-    parser.add_argument("--device", required=True, metavar="D",
+    parser.add_argument("files", nargs="*", metavar="FILE", help="a table, or ROLE=FILE")
+    parser.add_argument("--device", metavar="D",
                         help="a name of `jaxsim list devices`, or a TOML file with [device] name and [device.numbers]")
-    parser.add_argument("--format", required=True, metavar="F",
+    parser.add_argument("--format", metavar="F",
                         help="aiconfigurator, profile, llmservingsim, plain or vidur")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--model", metavar="M", help="model of a profile of layers: a name of `jaxsim list models`")
@@ -40,6 +40,13 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample and the folds (default: 0)")
     parser.add_argument("--folds", type=int, default=5, metavar="K",
                         help="parts of the shapes, each held out once (default: 5)")
+    parser.add_argument("--run", nargs=2, action="append", default=[], metavar=("SCENARIO", "MEASURED"), dest="runs",
+                        help="instead of tables: a run as `jaxsim validate` takes it (repeatable)")
+    parser.add_argument("--fit", action="append", default=[], metavar="FIELD",
+                        help="with --run: what to fit (repeatable; default: cost.front_end_s and, with asynchronous"
+                             " scheduling, cost.overrides.async_step_s, else cost.overrides.host_step_s)")
+    parser.add_argument("--skip", type=int, default=0, metavar="N",
+                        help="with --run: the first N requests of each are replayed and not compared")
     parser.add_argument("--no-plots", action="store_true", help="do not draw the plots")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
     parser.set_defaults(command=run)
@@ -54,7 +61,10 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')}", getattr(options, name), "is too small",
                              f"give {least} or more")
+    _check_kind(options)
     folder = _folder(options.output)
+    if options.runs:
+        return _run_of_runs(options, folder)
 
     from jaxsim.calibrate import fit, report, tables
     from jaxsim.io.result import to_json
@@ -74,6 +84,47 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(to_json(report.as_json(result)))
     else:
         report.print_report(result, out)
+        print(f"\n{folder}{os.sep}: {', '.join(path.name for path in written)}")
+    return 0
+
+
+def _check_kind(options: argparse.Namespace) -> None:
+    from jaxsim._core.errors import InputError
+
+    tables = {"FILE": options.files, "--device": options.device, "--format": options.format}
+    if options.runs:
+        for name, value in tables.items():
+            if value:
+                raise InputError(name, value, "does not go with --run", "fit tables and runs one after the other")
+        return
+    for name, value in (("--fit", options.fit), ("--skip", options.skip)):
+        if value:
+            raise InputError(name, value, "has no effect without --run", "leave it out")
+    for name, value in tables.items():
+        if not value:
+            raise InputError(name, value, "missing", "give tables with --device and --format, or runs with --run")
+
+
+def _run_of_runs(options: argparse.Namespace, folder: Path) -> int:
+    from jaxsim.calibrate import report, runs
+    from jaxsim.io.result import to_json
+    from jaxsim.io.table import console
+    from jaxsim.spec.presets import resolve
+    from jaxsim.spec.scenario import Scenario, read_tree
+
+    pairs = [(Scenario.from_dict({"workload": {"kind": "batch"}} | read_tree(scenario)), path)
+             for scenario, path in options.runs]
+    names = options.fit
+    if not names:
+        is_async = resolve(pairs[0][0].engine).async_scheduling
+        names = ["cost.front_end_s", f"cost.overrides.{'async' if is_async else 'host'}_step_s"]
+    told = console(sys.stderr)
+    found = runs.fit_runs(runs.EndToEnd.read(pairs, options.skip), names, lambda text: told.print(text, soft_wrap=True))
+    written = report.write_runs(found, folder)
+    if options.json:
+        sys.stdout.write(to_json(report.runs_json(found)))
+    else:
+        report.print_runs(found, console())
         print(f"\n{folder}{os.sep}: {', '.join(path.name for path in written)}")
     return 0
 

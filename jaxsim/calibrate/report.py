@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jaxsim._core.errors import InputError
 from jaxsim.calibrate.fit import Calibrated, Calibration, Errors, family_of, is_own, written
+from jaxsim.calibrate.runs import EngineFit
 from jaxsim.io.figure import FAINT, LIMIT, LINE, drawn, heading
 from jaxsim.io.result import to_json
 from jaxsim.spec.device import DeviceSpec
@@ -195,3 +196,62 @@ def write(result: Calibration, folder: Path, console: Console, *, plots: bool = 
     if plots:
         paths += [plot_family(one, folder / f"{one.family}.png") for one in result.families]
     return paths
+
+
+# ---- of end-to-end runs
+
+
+_LATENCIES = ("TTFT", "TPOT", "e2e")
+
+
+def runs_json(found: EngineFit) -> dict[str, Any]:
+    """Values, their errors, and the signed errors of every run."""
+    fit = found.fit
+
+    def known(values):
+        return {name: float(x) if math.isfinite(x) else None for name, x in values}
+
+    return {
+        "format": FORMAT, "values": dict(fit.values), "log_errors": known(fit.errors.items()),
+        "data_log_errors": known(fit.data_errors.items()), "converged": fit.converged, "undetermined": list(fit.undetermined),
+        "notes": fit.sentences(),
+        "runs": [{"measured": run.path, **{
+            name: known(zip(_LATENCIES, part[i], strict=True)) for name, part in (
+                ("before", found.before), ("after", found.after), ("held_out", found.held_out))}}
+            for i, run in enumerate(found.data.runs)]}
+
+
+def write_runs(found: EngineFit, folder: Path) -> list[Path]:
+    """`overrides.toml`, fields of a scenario, and `report.json`."""
+    tree: dict[str, Any] = {}
+    for dotted, value in found.overrides().items():
+        *parents, last = dotted.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = float(f"{value:.4g}")
+    paths = [folder / "overrides.toml", folder / "report.json"]
+    paths[0].write_text(dump_toml(tree), encoding="utf-8")
+    paths[1].write_text(to_json(runs_json(found)), encoding="utf-8")
+    return paths
+
+
+def print_runs(found: EngineFit, console: Console) -> None:
+    """Errors run by run, the values, and what is not identified."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("simulated / measured - 1 in %: TTFT, TPOT, e2e")
+    for name in ("before", "fitted", "left out"):
+        table.add_column(name, justify="right")
+
+    def cell(errors):
+        return "-" if np.isnan(errors).all() else ", ".join(f"{100 * e:+.1f}" for e in errors)
+
+    for run, *parts in zip(found.data.runs, found.before, found.after, found.held_out, strict=True):
+        table.add_row(Path(run.path).name, *map(cell, parts))
+    console.print(table)
+    for name, value in found.fit.values.items():
+        error = found.fit.data_errors[name]
+        spread = "" if not math.isfinite(error) else f" ± {100 * error:.0f} %"
+        console.print(f"{name} = {value:.4g}{spread}")
+    for text in found.fit.sentences():
+        console.print(text, soft_wrap=True)

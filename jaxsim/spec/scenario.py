@@ -410,7 +410,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
                              "give nested dictionaries, or use Scenario.from_toml(path) or Scenario.named(name)")
         tree = _builtin(values, "")
         cost = tree.get("cost")
-        if isinstance(cost, dict) and "kind" not in cost and cost.keys().isdisjoint(FittedCost.__struct_fields__):
+        of_fitted = set(FittedCost.__struct_fields__) - set(RooflineCost.__struct_fields__)
+        if isinstance(cost, dict) and "kind" not in cost and cost.keys().isdisjoint(of_fitted):
             cost["kind"] = (ProfiledCost if "path" in cost else RooflineCost).__struct_config__.tag
         try:
             scenario = msgspec.convert(tree, cls)

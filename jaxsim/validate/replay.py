@@ -70,17 +70,21 @@ def replay(scenario: Scenario, path: str, *, skip: int = 0) -> Comparison:
     scenario = scenario.with_values({"workload": {"kind": "trace", "trace": str(path)}, "num_seeds": 1,
                                      "warmup_s": None})
     run = read_run(path, resolve(scenario.engine).block_size)
-    compared = run.is_answered & (np.arange(len(run.workload)) >= skip)
-    if skip < 0 or not compared.any():
+    if not 0 <= skip < len(run.workload) or not run.is_answered[skip:].any():
         raise InputError("--skip", skip, f"leaves none of {int(run.is_answered.sum())} answered requests to compare",
                          "give a smaller number, 0 or more")
     result = simulate(scenario, record_steps=True, workload=run.workload)
     lane = result.lanes[0][0]
-    frame = request_frame(lane)
+    frame = with_measured(request_frame(lane), run, skip)
+    return Comparison(run, result, compare(frame), frame, utilisation(lane), tuple(_notes(run, scenario, lane, skip)))
+
+
+def with_measured(frame: pd.DataFrame, run: MeasuredRun, skip: int) -> pd.DataFrame:
+    """Requests that were answered, but for the first `skip` of the run, with measured latencies beside simulated."""
+    compared = run.is_answered & (np.arange(len(run.workload)) >= skip)
     gaps = np.maximum(run.workload.output_tokens - 1, 1)
     tpot_s = np.where(run.workload.output_tokens > 1, (run.e2e_s - run.ttft_s) / gaps, np.nan)
-    frame = frame.assign(measured_ttft_s=run.ttft_s, measured_tpot_s=tpot_s, measured_e2e_s=run.e2e_s)[compared]
-    return Comparison(run, result, compare(frame), frame, utilisation(lane), tuple(_notes(run, scenario, lane, skip)))
+    return frame.assign(measured_ttft_s=run.ttft_s, measured_tpot_s=tpot_s, measured_e2e_s=run.e2e_s)[compared]
 
 
 def compare(frame: pd.DataFrame) -> dict[str, Metric]:

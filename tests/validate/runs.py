@@ -110,8 +110,10 @@ def apex(folder: Path) -> pd.DataFrame:
         d = pd.read_csv(source / f"{about['run']}.csv")
         ranks = int(about["parallelism"].removeprefix("TP"))
         # Two-GPU runs were capped at the 24,272 tokens of their KV pool; the others chunk at 512 tokens.
-        own = {"enable_chunked_prefill": False, "max_num_batched_tokens": 24272, "max_model_len": 24272,
-               "num_gpu_blocks_override": 1517} if (ranks == 2) else {"enable_chunked_prefill": True, "max_num_batched_tokens": 512}
+        own = {"enable_chunked_prefill": True, "max_num_batched_tokens": 512}
+        if ranks == 2:
+            own = {"enable_chunked_prefill": False, "max_num_batched_tokens": 24272, "max_model_len": 24272,
+                   "num_gpu_blocks_override": 1517}
         system = scenario(model, "h100", {"preset": "vllm-v0", "tensor_parallel_size": ranks, **formats, **own})
         lane = run_means(system, Workload((d["arrival_us"] - d["arrival_us"].iloc[0]).to_numpy() * 1e-6,
                                           d["input_tokens"].to_numpy(), d["output_tokens"].to_numpy()))
