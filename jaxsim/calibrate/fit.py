@@ -191,8 +191,8 @@ def problem(observations: Observations, device: DeviceSpec, record: Efficiency) 
         kernel = eqx.tree_at(lambda k: [getattr(k, name) for name in leaves], kernel, [values[n] for n in leaves])
         return jnp.log(made.seconds(kernel, data["rows"])) - data["log_s"]
 
-    return Problem(errors, parameters(record, family), {"rows": made.data, "log_s": np.log(observations.seconds)},
-                   scale=SCALE)
+    data = {"rows": made.data, "log_s": np.log(observations.seconds)}
+    return Problem.compiled(errors, parameters(record, family), data, scale=SCALE)
 
 
 def folds_of(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:

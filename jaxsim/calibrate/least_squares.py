@@ -103,13 +103,13 @@ def double_precision() -> AbstractContextManager:
 
 
 class Problem:
-    """Errors as a function of named parameters, compiled once and solved for any weights of the rows.
+    """Errors as a function of named parameters, solved for any weights of the rows.
 
-    errors: from a dictionary of scalars and `data` (any pytree of arrays) to one error a row, differentiable in JAX.
+    evaluate: from logarithms of the parameters to one error a row, and the derivatives (`rows parameters`).
     """
 
-    def __init__(self, errors: Callable[[dict[str, Array], Any], Float[Array, " rows"]],
-                 parameters: Sequence[Parameter], data: Any, *, scale: float = 0.1):
+    def __init__(self, evaluate: Callable[[Float[np.ndarray, " parameters"]], tuple[np.ndarray, np.ndarray]],
+                 parameters: Sequence[Parameter], *, scale: float = 0.1):
         if not parameters:
             raise InputError("calibration parameters", [], "there is nothing to fit", "give at least one")
         for p in parameters:
@@ -122,26 +122,37 @@ class Problem:
             [[p.lower, p.upper, p.start, p.centre if math.isfinite(p.width) else p.start] for p in parameters]).T
         self._pull = np.array([1 / p.width for p in parameters])
         self._last: tuple[bytes, np.ndarray, np.ndarray] | None = None
+        self._compute = evaluate
 
+    @classmethod
+    def compiled(cls, errors: Callable[[dict[str, Array], Any], Float[Array, " rows"]],
+                 parameters: Sequence[Parameter], data: Any, *, scale: float = 0.1) -> "Problem":
+        """Of errors that JAX differentiates, from a dictionary of scalars and `data` (any pytree of arrays)."""
+        names = [p.name for p in parameters]
+
+        @jax.jit
         def both(x, data):
             def of(x):
-                found = errors(dict(zip(self._names, jnp.exp(x), strict=True)), data)
+                found = errors(dict(zip(names, jnp.exp(x), strict=True)), data)
                 return found, found
 
             jacobian, found = jax.jacfwd(of, has_aux=True)(x)
             return found, jacobian
 
-        self._compiled = jax.jit(both)
         with double_precision():
-            self._data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), data)
+            data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), data)
+
+        def evaluate(x):
+            with double_precision():
+                return both(jnp.asarray(x), data)
+
+        return cls(evaluate, parameters, scale=scale)
 
     def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # SciPy asks for errors and Jacobian of the same point one after the other.
         key = x.tobytes()
         if self._last is None or self._last[0] != key:
-            with double_precision():
-                found = self._compiled(jnp.asarray(x), self._data)
-            self._last = key, *(np.asarray(f, np.float64) for f in found)
+            self._last = key, *(np.asarray(f, np.float64) for f in self._compute(x))
         return self._last[1:]
 
     def errors(self, values: Mapping[str, float]) -> Float[np.ndarray, " rows"]:

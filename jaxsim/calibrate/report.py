@@ -213,8 +213,8 @@ def runs_json(found: EngineFit) -> dict[str, Any]:
 
     return {
         "format": FORMAT, "values": dict(fit.values), "log_errors": known(fit.errors.items()),
-        "data_log_errors": known(fit.data_errors.items()), "converged": fit.converged, "undetermined": list(fit.undetermined),
-        "notes": fit.sentences(),
+        "data_log_errors": known(fit.data_errors.items()), "converged": fit.converged,
+        "undetermined": list(fit.undetermined), "notes": fit.sentences(),
         "runs": [{"measured": run.path, **{
             name: known(zip(_LATENCIES, part[i], strict=True)) for name, part in (
                 ("before", found.before), ("after", found.after), ("held_out", found.held_out))}}

@@ -71,22 +71,18 @@ class EndToEnd:
                 for name in LATENCIES]
 
 
-class Simulated(Problem):
-    """A problem whose rows are replays and whose Jacobian is a difference of them."""
+def replays(data: EndToEnd, parameters: Sequence[Parameter]) -> Problem:
+    """A problem whose rows are replays, and their derivatives differences of them."""
+    names, upper = [p.name for p in parameters], np.log([p.upper for p in parameters])
 
-    def __init__(self, data: EndToEnd, parameters: Sequence[Parameter]):
-        super().__init__(lambda values, _: None, parameters, (), scale=SCALE)
-        self._runs = data
+    def evaluate(x):
+        # Backwards at an upper bound.
+        steps = np.where(x + STEP > upper, -STEP, STEP)
+        points = np.exp(np.concatenate([x[None], x + np.diag(steps)]))
+        found = data.errors([dict(zip(names, p.tolist(), strict=True)) for p in points])
+        return found[0], (found[1:] - found[0]).T / steps
 
-    def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        key = x.tobytes()
-        if self._last is None or self._last[0] != key:
-            # Backwards at an upper bound.
-            steps = np.where(x + STEP > self._upper, -STEP, STEP)
-            points = np.exp(np.concatenate([x[None], x + np.diag(steps)]))
-            found = self._runs.errors([dict(zip(self._names, p.tolist(), strict=True)) for p in points])
-            self._last = key, found[0], (found[1:] - found[0]).T / steps
-        return self._last[1:]
+    return Problem(evaluate, parameters, scale=SCALE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +108,7 @@ def fit_runs(data: EndToEnd, names: Sequence[str], progress: Callable[[str], Non
             raise InputError("--fit", name, "cannot be fitted to runs", suggest(name, PARAMETERS))
     if not names or len(set(names)) < len(names):
         raise InputError("--fit", list(names), "is empty or names a field twice", f"choose of {', '.join(PARAMETERS)}")
-    problem = Simulated(data, [PARAMETERS[name] for name in names])
+    problem = replays(data, [PARAMETERS[name] for name in names])
     many, start = len(data.runs), {name: PARAMETERS[name].start for name in names}
     labels = np.repeat(np.arange(many), len(LATENCIES))
 

@@ -77,7 +77,8 @@ def test_the_command(measured, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ([], "FILE"), (["--device", "h100", "x.csv"], "--format"), (["--skip", "3", "x.csv"], "has no effect without --run"),
+    ([], "FILE"), (["--device", "h100", "x.csv"], "--format"),
+    (["--skip", "3", "x.csv"], "has no effect without --run"),
     (["--run", "a.toml", "b.csv", "--device", "h100"], "does not go with --run"),
     (["--run", "a.toml", "b.csv"], "a.toml"), (["--run", "default", "b.csv"], "b.csv")])
 def test_wrong_options(arguments, says, tmp_path, monkeypatch, capsys):
