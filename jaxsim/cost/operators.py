@@ -44,6 +44,9 @@ DISTINCT_EXPERTS = (TOPK, EXPECTED, ALL)
 """Experts an iteration reads: k whatever the batch (GenZ), expected under uniform routing, or all."""
 
 
+SMALLEST_SKEW = 0.03
+"""Below, popularities are taken for equal: a difference of less than a thousandth, which float32 would round off."""
+
 TOGETHER = ("experts", "expert_gather", "expert_scatter", "expert_exchange")
 """Operators of the tokens of all data-parallel ranks."""
 
@@ -75,9 +78,10 @@ def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: st
                      skew: Float[Array, ""] | float = 0.0) -> Float[Array, " counts"]:
     """Experts that `tokens` tokens touch in one layer, when expected: with popularities of coefficient of variation v,
 
-        E (1 - (1 + x v^2)^(-1/v^2)),  x = -m ln(1 - k/E);    E (1 - (1 - k/E)^m) for v = 0
+        E (1 - (1 + m x)^(-1/v^2)),  x = (1 - k/E)^(-v^2) - 1;    E (1 - (1 - k/E)^m) for v = 0
 
-    Source: independent top-k routing; gamma-distributed popularities (the zero term of a negative binomial law).
+    Source: independent top-k routing; gamma-distributed popularities (the zero term of a negative binomial law), of a
+    mean that makes one token touch k.
     """
     tokens = jnp.asarray(tokens, float)
     share = model.experts_per_token / model.experts
@@ -85,10 +89,10 @@ def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: st
         return jnp.full_like(tokens, model.experts_per_token)
     if mode == ALL or share == 1:
         return jnp.full_like(tokens, model.experts)
-    routed = -tokens * jnp.log1p(-share)
-    square = jnp.square(jnp.maximum(jnp.asarray(skew, float), 1e-3))
-    # Below 1e-3 the law is that of v = 0 to the sixth digit.
-    untouched = jnp.where(jnp.asarray(skew) < 1e-3, routed, jnp.log1p(routed * square) / square)
+    each = -jnp.log1p(-share)
+    square = jnp.square(jnp.maximum(jnp.asarray(skew, float), SMALLEST_SKEW))
+    untouched = jnp.where(jnp.asarray(skew) < SMALLEST_SKEW, tokens * each,
+                          jnp.log1p(tokens * jnp.expm1(each * square)) / square)
     return -model.experts * jnp.expm1(-untouched)
 
 

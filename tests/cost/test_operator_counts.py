@@ -102,6 +102,23 @@ def test_expert_parallelism_exchanges_tokens():
     assert float(works["experts"].flops) > float(alone["experts"].flops) / 8
 
 
+def test_skewed_experts():
+    """One token touches k, many touch all, and in between fewer the more popularities differ."""
+    model, tokens = load_model("qwen3-30b-a3b"), np.array([1.0, 16.0, 64.0, 1e5])
+    counts = [np.asarray(distinct_experts(model, tokens, skew=v)) for v in (0.0, 0.02, 0.05, 0.3, 0.6, 1.2)]
+    np.testing.assert_allclose([c[0] for c in counts], 8, rtol=1e-4)
+    np.testing.assert_allclose([c[3] for c in counts[:-1]], 128, rtol=2e-3)
+    np.testing.assert_allclose(counts[2], counts[0], rtol=2e-3)
+    assert np.all(np.diff(np.array(counts)[2:, 1:3], axis=0) < 0)
+    # Against draws: 64 tokens, popularities of a gamma law.
+    rng, touched = np.random.default_rng(0), []
+    for _ in range(300):
+        weight = rng.gamma(1 / 0.36, size=128)
+        rate = 64 * 8 * weight / weight.sum()
+        touched.append((rng.poisson(rate) > 0).sum())
+    assert counts[4][2] == pytest.approx(np.mean(touched), rel=0.02)
+
+
 def test_expert_parallelism_gathers_tokens():
     model = load_model("qwen3-30b-a3b")
     plan = Plan(tensor_parallel_size=2, data_parallel_size=4, enable_expert_parallel=True)
