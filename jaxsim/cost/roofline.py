@@ -446,7 +446,7 @@ EXPERT_SKEW = 0.5
 """Coefficient of variation of the popularity of experts.
 
 Source: seconds of decode iterations with 9 to 214 sequences of Qwen3-30B-A3B on two RTX PRO 6000 (casys-kaist/
-LLMServingSim): no error in the median at 0.5, within 4 % from 20 sequences on; at few sequences 8 % too slow at 0, 8 % too
+LLMServingSim): no error in the median at 0.5, within 4 % from 20 sequences on; at few sequences 8 % slow at 0, 8 %
 fast at 1.2. Routers of other models differ: gpt-oss-120b in vLLM on H200 (InferenceX) is closer to 1.
 """
 
