@@ -15,7 +15,7 @@ H100 = dict(device_name="h100_sxm_80", memory_bytes=80 * GIB)
 A100 = dict(device_name="a100_sxm_80", memory_bytes=80 * GIB)
 
 REFERENCE_NAMES = {
-    "vllm-v1@0.9": "vllm-v1", "vllm-v1@0.19": "vllm-v1-async", "vllm-v0@0.6": "vllm-v0", "sarathi": "sarathi",
+    "vllm-v1@0.9": "vllm-v1", "vllm-v1@0.15": "vllm-v1-async", "vllm-v1@0.19": "vllm-v1-async", "vllm-v0@0.6": "vllm-v0", "sarathi": "sarathi",
     "orca": "orca", "static": "static", "sglang@0.5": "sglang", "tensorrt-llm@1.0": "tensorrt-llm",
     "distserve-sim-vllm": "simdistserve-vllm",
 }
@@ -64,6 +64,9 @@ def test_the_engine_takes_every_preset(name):
 
 def test_unversioned_names():
     assert resolve(EngineConfig()).preset == "vllm-v1@0.9"
+    # Asynchronous scheduling is the default from 0.14 on, another sampler from 0.17 on.
+    assert [load_preset(f"vllm-v1@0.{n}").version for n in (9, 13, 14, 16, 17, 19)] == [
+        "0.9", "0.9", "0.15", "0.15", "0.19", "0.19"]
     assert [load_preset(n).name for n in ("vllm-v0", "sglang", "tensorrt-llm")] == [
         "vllm-v0@0.6", "sglang@0.5", "tensorrt-llm@1.0"]
     with pytest.raises(InputError, match="did you mean 'sarathi'"):

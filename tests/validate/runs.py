@@ -59,7 +59,7 @@ def h100(folder: Path) -> list[Run]:
             "output_tokens": int(about["output_len_requested"]), "ttft_s": (d["ttft_us"] * 1e-6).mask(failed),
             "e2e_s": (d["e2e_us"] * 1e-6).mask(failed), "prefix_block_ids": ids, "stage": d["stage"]})
         runs.append(Run(name, scenario(about["model"], "h100", {
-            "preset": "vllm-v1@0.19", "tensor_parallel_size": int(about["tp"]), "dtype": "float16", "max_num_seqs": 128,
+            "preset": "vllm-v1@0.15", "tensor_parallel_size": int(about["tp"]), "dtype": "float16", "max_num_seqs": 128,
             "max_num_batched_tokens": 2048, "max_model_len": 4096, "enable_prefix_caching": True,
             "num_gpu_blocks_override": int(about["kv_blocks_gpu"])}, name=name), table, WARM))
     return runs
@@ -162,7 +162,7 @@ def aggregates(folder: Path, source: str = "exact", step: int = 1) -> pd.DataFra
                             prefix_offsets=blocks * np.arange(len(arrival) + 1), prefix_hashes=ids)
         dtype = {"FP8": "fp8"}.get(about["precision"], "float16")
         given = about["kv_blocks_gpu"]
-        engine = {"preset": "vllm-v1@0.19", "tensor_parallel_size": int(about["tp"]), "dtype": dtype,
+        engine = {"preset": "vllm-v1@0.15", "tensor_parallel_size": int(about["tp"]), "dtype": dtype,
                   "max_num_seqs": int(about["max_num_seqs"]), "max_model_len": int(about["max_model_len"]),
                   "max_num_batched_tokens": int(about["max_num_batched_tokens"]), "enable_prefix_caching": True,
                   **({"num_gpu_blocks_override": int(given)} if given == given else {})}
