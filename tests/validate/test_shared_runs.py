@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from jaxsim.engine.simulate import simulate
+from jaxsim.spec.scenario import Scenario
 from tests.validate import runs
 
 
@@ -41,3 +43,19 @@ def test_stage_aggregates(shared_data, source, step, at_least):
     found = runs.aggregates(shared_data, source, step)
     assert len(found) >= at_least
     assert found["e2el_ms_error"].abs().median() < 0.07 and found["ttft_ms_error"].abs().median() < 0.18
+
+
+@pytest.mark.parametrize("capacity_tokens, share", [(1 << 28, 0.374), (4_000_000, 0.185), (16_000_000, 0.342)])
+def test_hit_rates_of_a_production_trace(shared_data, capacity_tokens, share):
+    """Prompt tokens found in the cache, by its size, within 2 points: Mooncake's conversation trace, one fast engine."""
+    block = 256
+    scenario = Scenario.from_dict({
+        "schema_version": 1, "num_seeds": 1,
+        "engine": {"enable_prefix_caching": True, "max_model_len": 1 << 18, "block_size": block, "max_num_seqs": 256,
+                   "max_num_batched_tokens": 1 << 20, "num_gpu_blocks_override": capacity_tokens // block},
+        "workload": {"kind": "trace", "trace": str(shared_data / "traces" / "mooncake_conversation_trace.jsonl")},
+        # Fast enough that hardly anybody waits: what is cached depends on the order of the trace alone.
+        "cost": {"kind": "fitted", "prefill": {"a": 1e-3, "b": 1e-8}, "decode": {"a": 1e-3}}})
+    lane = simulate(scenario).lanes[0][0]
+    assert lane.fault == "" and len(lane.arrival_s) > 12_000
+    assert lane.cached_tokens.sum() / lane.input_tokens.sum() == pytest.approx(share, abs=0.02)
