@@ -47,7 +47,7 @@ def test_stage_aggregates(shared_data, source, step, at_least):
 
 @pytest.mark.parametrize("capacity_tokens, share", [(1 << 28, 0.374), (4_000_000, 0.185), (16_000_000, 0.342)])
 def test_hit_rates_of_a_production_trace(shared_data, capacity_tokens, share):
-    """Prompt tokens found in the cache, by its size, within 2 points: Mooncake's conversation trace, one fast engine."""
+    """Prompt tokens found in the cache, by its size, within 2 points: Mooncake conversations, one fast engine."""
     block = 256
     scenario = Scenario.from_dict({
         "schema_version": 1, "num_seeds": 1,
