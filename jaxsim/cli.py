@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsim.calibrate.command import add_parser as add_calibrate
+from jaxsim.validate.command import add_parser as add_validate
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
 
@@ -225,30 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--out", required=True, metavar="FILE", help="the file written (Parquet)")
     profile.set_defaults(command=_import_profile)
 
-    check = commands.add_parser(
-        "validate", help="replay a measured run, or fixed-concurrency points, and show the errors",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Simulate what was measured and report signed errors, simulated over measured less 1.\n\n"
-                    "  --measured FILE  one request a row: arrival_s, input_tokens, output_tokens, ttft_s, e2e_s;\n"
-                    "                   optional prefix_block_ids (of the prompt's blocks, separated by spaces)\n"
-                    "  --points FILE    one operating point a row: model, device, tensor_parallel_size,\n"
-                    "                   data_parallel_size, expert_parallel_size, isl, osl, concurrency, ttft_ms,\n"
-                    "                   tpot_ms; optional preset, dtype, kv_dtype, range_ratio",
-        epilog="The scenario gives model, device, engine and cost; its workload is not used (it may be left out).\n"
-               "exit status: 0 done, 2 an input that cannot be used, 3 a bound stopped the simulation")
-    check.add_argument("--scenario", metavar="FILE", help="the system; optional with --points")
-    what = check.add_mutually_exclusive_group(required=True)
-    what.add_argument("--measured", metavar="FILE", help="a run, request by request (CSV or Parquet)")
-    what.add_argument("--points", metavar="FILE", help="operating points at fixed concurrency (CSV or Parquet)")
-    check.add_argument("--skip", type=int, default=0, metavar="N",
-                       help="leave the first N requests out of the comparison (warm-up), not out of the replay")
-    check.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="values",
-                       help="replace a field of the scenario (repeatable)")
-    check.add_argument("--out", metavar="DIR", help="folder for the files (default: results/validate-NAME)")
-    check.add_argument("--no-plots", action="store_true", help="do not draw the plots")
-    check.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
-    check.set_defaults(command=_validate)
-
+    add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
 
     bench = commands.add_parser("bench", help="measure how fast the simulator is",
@@ -541,41 +519,18 @@ def _import_profile(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from jaxsim._core.errors import InputError
+    from jaxsim.validate.command import run
 
-    if options.points and options.skip:
-        raise InputError("--skip", options.skip, "has no effect with --points", "leave it out")
-    if options.measured and not options.scenario:
-        raise InputError("--scenario", None, "missing, and --measured needs it", "give the system that was measured")
     scenario = _system(options)
     label = re.sub(r"[^\w.-]+", "-", (scenario.name if scenario else "") or "points").strip("-.") or "scenario"
     folder = _folder(f"results/validate-{label}" if options.out is None else options.out)
     _keep_programs()
     _find_devices()
-    from jaxsim.io.result import to_json
-    from jaxsim.validate import plots, points, replay, show
-
-    if options.points:
-        found = points.simulate_points(options.points, scenario)
-        content, frame, is_stopped = show.points_json(found), found.frame, False
-    else:
-        found = replay.replay(scenario, options.measured, skip=options.skip)
-        content, frame, is_stopped = show.as_json(found), found.requests, bool(found.lane.fault)
     try:
-        (folder / "validation.json").write_text(to_json(content), encoding="utf-8")
-        frame.to_csv(folder / "validation.csv", index=False)
-        if not options.no_plots:
-            (plots.plot_points if options.points else plots.plot_comparison)(found, folder / "validation.png")
+        return STOPPED if run(options, scenario, folder) else 0
     except OSError as error:
         return _fail(f"{error.filename or folder}: cannot be written ({error.strerror or error}); make room, or give"
                      " another folder with --out")
-    if options.json:
-        sys.stdout.write(to_json(content))
-    elif options.points:
-        show.print_points(found)
-    else:
-        show.print_comparison(found)
-    return STOPPED if is_stopped else 0
 
 
 def _system(options: argparse.Namespace) -> Any:
@@ -583,6 +538,10 @@ def _system(options: argparse.Namespace) -> Any:
     from jaxsim._core.errors import InputError
     from jaxsim.spec.scenario import Scenario, read_tree
 
+    if options.points and options.skip:
+        raise InputError("--skip", options.skip, "has no effect with --points", "leave it out")
+    if options.measured and not options.scenario:
+        raise InputError("--scenario", None, "missing, and --measured needs it", "give the system that was measured")
     if not options.scenario:
         if options.values:
             raise InputError("--set", options.values[0], "has no scenario to change", "give one with --scenario")

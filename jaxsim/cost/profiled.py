@@ -20,26 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxsim._core.errors import InputError
 from jaxsim.cost import attention, operators
 from jaxsim.cost.attention import Tail
-from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats, DecodePace
+from jaxsim.cost.base import UNBOUNDED, BatchStats, DecodePace
 from jaxsim.cost.gemm import expected_blocks
 from jaxsim.cost.profile import OPERATORS, OperatorTable, Profile, Rate, Resampled, interpolate
 from jaxsim.cost.roofline import Roofline, pad_to_graph
-from jaxsim.cost.tabulated import Together
+from jaxsim.cost.tabulated import DECODE_DEVICE, SAMPLED, TOKENS, AbstractTables, Together
 from jaxsim.kernels import octaves
 from jaxsim.spec.device import DeviceSpec, load_device
 from jaxsim.spec.model import ModelSpec, load_model
 from jaxsim.spec.plan import kv_cache_bytes, weight_format
-
-DECODE_DEVICE, DECODE_LAUNCH, MIXED_LAUNCH, SERIAL = range(4)
-"""Columns of `Profiled.by_sequences`."""
-
-TOKENS, SAMPLED = (0, 6), (0, 4)
-"""Counts: every one up to 128 (32), then 64 (16) knots an octave: tile steps of GEMMs show at multiples of 16."""
 
 DECODES, CONTEXT = (0, 1), (4, 2)
 """Decode attention: sequences, 2 knots an octave (published ones are powers of two); context in units of 16."""
@@ -84,7 +78,7 @@ def _cell(grid: octaves.Grid, value: Int[Array, ""], num_knots: int, divisor=Non
     return index, over / (divisor << octave).astype(jnp.float32)
 
 
-class Profiled(AbstractIterationCost):
+class Profiled(AbstractTables):
     """Resampled operator tables of one rank: seconds of all layers, on the grids of this module.
 
     by_tokens: everything that depends on the tokens of an iteration with chunks; by_sampled: LM head and sampler.
@@ -112,14 +106,6 @@ class Profiled(AbstractIterationCost):
     attention_floor_s: Float[Array, ""]
     tail: Tail | None = None
     together: Together | None = None
-
-    @property
-    def reads_longest(self) -> bool:
-        """With a tail."""
-        return self.tail is not None
-
-    def _row(self, num_sequences: Int[Array, ""]) -> Float[Array, " 4"]:
-        return self.by_sequences[jnp.minimum(num_sequences, self.by_sequences.shape[0] - 1)]
 
     def _decode_attention(self, num_decode, context) -> Float[Array, ""]:
         rows, columns = self.decode_attention.shape
@@ -155,37 +141,19 @@ class Profiled(AbstractIterationCost):
                                              stats.num_prefill, stats.prefill_context)
         return jnp.where(stats.num_prefill == 0, alone, mixed)
 
-    def together_seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]
-                         ) -> Float[Array, ""]:
-        """Experts and exchange."""
-        return jnp.float32(0) if self.together is None else self.together.seconds(is_decode, tokens, most)
-
-    def device_seconds(self, stats: BatchStats) -> Float[Array, ""]:
-        """Seconds of the device lane, of ranks that are all alike."""
-        own = self._own_seconds(stats)
-        if self.together is None:
-            return own
-        tokens = (stats.prefill_tokens + stats.num_decode) * self.together.num_ranks
-        return own + self.together.seconds(stats.num_prefill == 0, tokens, stats.num_decode)
-
-    def _own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+    def own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+        """Device seconds without what ranks do together."""
         plain = (octaves.look_up(TOKENS, self.by_tokens, stats.prefill_tokens + stats.num_decode)
                  + octaves.look_up(SAMPLED, self.by_sampled, stats.num_sampled))
-        row = self._row(stats.num_decode)
+        row = self.row(stats.num_decode)
         return self.attention(stats) + jnp.where(stats.num_prefill == 0, row[DECODE_DEVICE], plain)
-
-    def iteration(self, stats: BatchStats) -> Float[Array, ""]:
-        """Seconds of one iteration."""
-        row = self._row(stats.num_decode + stats.num_prefill)
-        launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
-        return row[SERIAL] + jnp.maximum(launch, self._own_seconds(stats))
 
     def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,
                longest: Int[Array, ""] | int = 0) -> DecodePace:
         """Pace until the mean context leaves its cell or the device overtakes the host."""
         tail_s = 0.0 if self.tail is None else self.tail.alone(num_sequences, context, longest)
         context = context - shared
-        row = self._row(num_sequences)
+        row = self.row(num_sequences)
         rows, columns = self.decode_attention.shape
         count = jnp.maximum(num_sequences, 1)
         index, low, octave = octaves.rung(CONTEXT, lax.div(context, count), columns)
@@ -196,13 +164,8 @@ class Profiled(AbstractIterationCost):
         growth = (end - start) / width.astype(jnp.float32)
         over = (context - low * count).astype(jnp.float32) / count.astype(jnp.float32)
         device = row[DECODE_DEVICE] + start + growth * over + tail_s
-        slack = row[DECODE_LAUNCH] - device
-        is_host_bound = slack > 0
-        to_device = jnp.where(is_host_bound & (growth > 0), slack / jnp.where(growth > 0, growth, 1.0), UNBOUNDED)
         to_edge = jnp.where(index < columns - 2, lax.div((low + width) * count - context, count) + 1, UNBOUNDED)
-        horizon = jnp.minimum(to_edge, jnp.minimum(to_device, UNBOUNDED).astype(jnp.int32))
-        return DecodePace(row[SERIAL] + jnp.maximum(row[DECODE_LAUNCH], device),
-                          jnp.where(is_host_bound, 0.0, growth), jnp.maximum(horizon, 1))
+        return self.paced(row, device, growth, to_edge)
 
 
 # ---- rooflines of single operators, for what lies outside the tables

@@ -543,7 +543,7 @@ def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> R
     for name, value in overrides.items():
         if name not in places:
             raise InputError("cost.overrides." + name, value, "is not a parameter of the roofline",
-                             suggest(name, places))
+                             suggest(name, places, "docs/cost-model.md, section 3, has their names: FAMILY_LEAF"))
         is_rate = name.endswith(("flops", "bytes_per_s", "efficiency", "efficiency_8bit"))
         if not np.all(np.asarray(value) >= 0) or (is_rate and not np.all(np.asarray(value) > 0)):
             raise InputError("cost.overrides." + name, value, "must be positive",

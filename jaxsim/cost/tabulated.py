@@ -4,6 +4,8 @@ Whatever computes operator times does so once per scenario, before the loop, and
 max-plus: `serial + max(launch, device)`.
 """
 
+import abc
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -13,7 +15,7 @@ from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats, Decod
 from jaxsim.kernels import octaves
 
 DECODE_DEVICE, DECODE_LAUNCH, MIXED_LAUNCH, SERIAL, BESIDE, CONTEXT, WINDOW, SHARED = range(8)
-"""Columns of `TabulatedCost.by_sequences`."""
+"""Columns of `TabulatedCost.by_sequences`; the first four are those of any tables."""
 
 FULL_LAYERS, WINDOW_LAYERS = range(2)
 """Rows of `TabulatedCost.attention`."""
@@ -41,7 +43,62 @@ class Together(eqx.Module):
                          octaves.look_up(TOKENS, self.by_tokens, each))
 
 
-class TabulatedCost(AbstractIterationCost):
+class AbstractTables(AbstractIterationCost):
+    """Tables of one rank, and its two lanes.
+
+    by_sequences: for every count 0..max, the first columns as above. tail: what unequal contexts add, None where they
+    do not. together: of ranks that iterate together; then an iteration is without it.
+    """
+
+    by_sequences: eqx.AbstractVar[Float[Array, "sequences columns"]]
+    tail: eqx.AbstractVar[Tail | None]
+    together: eqx.AbstractVar[Together | None]
+
+    @abc.abstractmethod
+    def own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+        """Device seconds of an iteration without what ranks do together."""
+
+    @property
+    def reads_longest(self) -> bool:
+        """With a tail."""
+        return self.tail is not None
+
+    def row(self, num_sequences: Int[Array, ""]) -> Float[Array, " columns"]:
+        """Of so many sequences, or of the most there are."""
+        return self.by_sequences[jnp.minimum(num_sequences, self.by_sequences.shape[0] - 1)]
+
+    def iteration(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds of one iteration."""
+        row = self.row(stats.num_decode + stats.num_prefill)
+        launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
+        return row[SERIAL] + jnp.maximum(launch, self.own_seconds(stats))
+
+    def together_seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]
+                         ) -> Float[Array, ""]:
+        """Experts and exchange."""
+        return jnp.float32(0) if self.together is None else self.together.seconds(is_decode, tokens, most)
+
+    def device_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds of the device lane, of ranks that are all alike."""
+        own = self.own_seconds(stats)
+        if self.together is None:
+            return own
+        tokens = (stats.prefill_tokens + stats.num_decode) * self.together.num_ranks
+        return own + self.together.seconds(stats.num_prefill == 0, tokens, stats.num_decode)
+
+    def paced(self, row: Float[Array, " columns"], device_s: Float[Array, ""], growth_s: Float[Array, ""],
+              to_edge: Float[Array, ""] | Int[Array, ""]) -> DecodePace:
+        """Pace of decodes that take `device_s` and grow by `growth_s`, until the device overtakes the host or they
+        reach an edge."""
+        slack = row[DECODE_LAUNCH] - device_s
+        is_host_bound = slack > 0
+        to_device = jnp.where(is_host_bound & (growth_s > 0), slack / jnp.where(growth_s > 0, growth_s, 1.0), UNBOUNDED)
+        horizon = jnp.minimum(jnp.minimum(to_device, UNBOUNDED).astype(jnp.int32), to_edge.astype(jnp.int32))
+        return DecodePace(row[SERIAL] + jnp.maximum(row[DECODE_LAUNCH], device_s),
+                          jnp.where(is_host_bound, 0.0, growth_s), jnp.maximum(horizon, 1))
+
+
+class TabulatedCost(AbstractTables):
     """Tables over counts, coefficients of attention.
 
     by_tokens: device seconds of everything that depends only on the tokens of the iteration (projections, FFN,
@@ -66,20 +123,12 @@ class TabulatedCost(AbstractIterationCost):
     tail: Tail | None = None
     together: Together | None = None
 
-    @property
-    def reads_longest(self) -> bool:
-        """With a tail."""
-        return self.tail is not None
-
-    def _row(self, num_sequences: Int[Array, ""]) -> Float[Array, " 8"]:
-        return self.by_sequences[jnp.minimum(num_sequences, self.by_sequences.shape[0] - 1)]
-
     def _windowed(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> Int[Array, ""]:
         return jnp.minimum(context, num_sequences * self.window)
 
     def chunk_attention(self, stats: BatchStats) -> Float[Array, ""]:
         """Seconds of attention in an iteration with prompt chunks, its decodes included, its floor excepted."""
-        row = self._row(stats.num_decode)
+        row = self.row(stats.num_decode)
         contexts = jnp.stack([stats.decode_context, self._windowed(stats.num_decode, stats.decode_context)]).astype(
             jnp.float32)
         # In tokens, as decodes beside chunks have prices of their own.
@@ -95,21 +144,9 @@ class TabulatedCost(AbstractIterationCost):
         return seconds + self.tail.beside(stats.num_decode, stats.decode_context, stats.longest_context,
                                           stats.num_prefill, stats.prefill_context)
 
-    def together_seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]
-                         ) -> Float[Array, ""]:
-        """Experts and exchange."""
-        return jnp.float32(0) if self.together is None else self.together.seconds(is_decode, tokens, most)
-
-    def device_seconds(self, stats: BatchStats) -> Float[Array, ""]:
-        """Seconds of the device lane."""
-        own = self._own_seconds(stats)
-        if self.together is None:
-            return own
-        tokens = (stats.prefill_tokens + stats.num_decode) * self.together.num_ranks
-        return own + self.together.seconds(stats.num_prefill == 0, tokens, stats.num_decode)
-
-    def _own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
-        row = self._row(stats.num_decode)
+    def own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+        """Device seconds without what ranks do together."""
+        row = self.row(stats.num_decode)
         decode = (row[DECODE_DEVICE] + row[CONTEXT] * stats.decode_context - row[SHARED] * stats.decode_shared
                   + row[WINDOW] * self._windowed(stats.num_decode, stats.decode_context))
         if self.tail is not None:
@@ -118,16 +155,10 @@ class TabulatedCost(AbstractIterationCost):
                  + octaves.look_up(SAMPLED, self.by_sampled, stats.num_sampled) + self.chunk_attention(stats))
         return jnp.where(stats.num_prefill == 0, decode, mixed)
 
-    def iteration(self, stats: BatchStats) -> Float[Array, ""]:
-        """Seconds of one iteration."""
-        row = self._row(stats.num_decode + stats.num_prefill)
-        launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
-        return row[SERIAL] + jnp.maximum(launch, self._own_seconds(stats))
-
     def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,
                longest: Int[Array, ""] | int = 0) -> DecodePace:
         """Pace until the device overtakes the host, or the mean context leaves the sliding window."""
-        row = self._row(num_sequences)
+        row = self.row(num_sequences)
         count = num_sequences.astype(jnp.float32)
         room = num_sequences * self.window - context
         device = (row[DECODE_DEVICE] + row[CONTEXT] * context - row[SHARED] * shared
@@ -135,11 +166,6 @@ class TabulatedCost(AbstractIterationCost):
         if self.tail is not None:
             device = device + self.tail.alone(num_sequences, context, longest)
         growth = count * (row[CONTEXT] + jnp.where(room >= num_sequences, row[WINDOW], 0.0))
-        slack = row[DECODE_LAUNCH] - device
-        is_host_bound = slack > 0
-        to_device = jnp.where(is_host_bound & (growth > 0), slack / jnp.where(growth > 0, growth, 1.0), UNBOUNDED)
         to_window = jnp.where((room > 0) & (row[WINDOW] > 0),
                               room.astype(jnp.float32) / jnp.maximum(count, 1.0), UNBOUNDED)
-        horizon = jnp.clip(jnp.minimum(to_device, to_window), 1, UNBOUNDED).astype(jnp.int32)
-        return DecodePace(row[SERIAL] + jnp.maximum(row[DECODE_LAUNCH], device),
-                          jnp.where(is_host_bound, 0.0, growth), horizon)
+        return self.paced(row, device, growth, to_window)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.engine import loop, lower, measured
+from jaxsim.engine import loop, lower, measured, tape
 from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock
 from jaxsim.metrics import LaneResult, Result
@@ -235,7 +235,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
-        steps=_tape(dims, world, lane) if dims.num_records else None)
+        steps=tape.read(dims, world, lane) if dims.num_records else None)
 
 
 def _arrivals(world: World, lane: int, made: Lane) -> np.ndarray:
@@ -244,26 +244,3 @@ def _arrivals(world: World, lane: int, made: Lane) -> np.ndarray:
     due = world.due[lane, :len(made.workload)]
     # One that never came, where a bound stopped the run.
     return np.where(np.isinf(due[:, 1]), np.nan, clock.join_reference(*due.T))
-
-
-def _tape(dims: Dims, world: World, lane: int) -> dict[str, np.ndarray]:
-    """Iterations as they went: a plan that an arrival cut short ends where its instance goes on."""
-    length = min(int(world.num_recorded[lane]), dims.num_records)
-    epoch, hi, lo, *rest = world.tape_times[lane, :length].T
-    first_s, pace_s, growth_s = (x.astype(np.float64) for x in rest)
-    names = ("instance", "running", "waiting", "used_blocks", "iterations", "prefill_tokens", "decode_seqs")
-    steps = dict(zip(names, world.tape_counts[lane, :length].T.copy(), strict=True))
-    start_s, extra = clock.join_reference(epoch, hi, lo), steps["iterations"] - 1.0
-    duration_s = first_s + extra * pace_s + growth_s * extra * (extra - 1) / 2
-    for instance in range(dims.all_ranks):
-        rows = np.flatnonzero(steps["instance"] == instance)
-        lasts_s = np.diff(start_s[rows], append=np.inf)
-        # A cut takes away whole iterations; less than half of one is rounding.
-        slack_s = 0.5 * np.where(extra[rows] > 0, pace_s[rows], first_s[rows])
-        is_cut = lasts_s < duration_s[rows] - slack_s
-        cut, behind_s = rows[is_cut], lasts_s[is_cut] - first_s[rows[is_cut]]
-        linear = pace_s[cut] - growth_s[cut] / 2
-        left = 2 * behind_s / (linear + np.sqrt(linear**2 + 2 * growth_s[cut] * np.maximum(behind_s, 0)))
-        steps["iterations"][cut] = 1 + np.rint(np.maximum(left, 0))
-        duration_s[cut] = lasts_s[is_cut]
-    return {"time_s": start_s, "duration_s": duration_s, "first_s": np.minimum(first_s, duration_s), **steps}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import ending, events, lockstep, passes, prefix
+from jaxsim.engine import ending, events, lockstep, passes, prefix, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, Params, choose, has, mark, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
@@ -523,8 +523,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     if t.due is not None:
         writes["due"] = Put((t.due[0],), t.due[1])
     if dims.num_records:
-        writes |= (record(dims, world, t.plan, t.rank, stamp, counts, t.times) if t.turn is None else
-                   record_all(dims, world, t.turn, event.executor, stamp))
+        writes |= (tape.record(dims, world, t.plan, t.rank, stamp, counts, t.times) if t.turn is None else
+                   tape.record_all(dims, world, t.turn, event.executor, stamp))
     writes |= {
         "wake_hi": Put(own("wake_hi"), t.wake.hi), "wake_lo": Put(own("wake_lo"), t.wake.lo),
         "phase": Put(own("phase"), t.phase),
@@ -575,30 +575,3 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
 
 PHASES = (receive, settle, retire, open_pass, look_up, fill, price, launch)
 """In this order between `look` and `note`."""
-
-
-def record(dims: Dims, world: World, plan: Plan, rank: Int[Array, ""], stamp: Float[Array, " 3"],
-           counts: Counts, times: Clocks) -> Writes:
-    """Append the iteration that starts, and the jump planned behind it, to the tape; past its end, to the scratch."""
-    index = jnp.where(plan.is_any, jnp.minimum(world.num_recorded, dims.num_records), dims.num_records)
-    seconds = jnp.stack([times.batch.first.hi, times.batch.pace.hi, times.batch.growth_s])
-    own, batch = counts.rank, counts.batch
-    row = jnp.stack([rank, own.running, own.waiting, own.used_blocks, batch.extra + 1, batch.chunk_tokens,
-                     plan.num_decode])
-    return {"tape_times": Put((index,), jnp.concatenate([stamp, seconds])), "tape_counts": Put((index,), row)}
-
-
-def record_all(dims: Dims, world: World, turn: lockstep.Turn, executor: Int[Array, ""], stamp: Float[Array, " 3"]
-               ) -> Writes:
-    """The same where ranks iterate together: a row for each."""
-    counts, times = turn.everything
-    places = world.num_recorded + jnp.arange(dims.num_ranks)
-    index = jnp.where(turn.is_launching, jnp.minimum(places, dims.num_records), dims.num_records)
-    own, batch, in_flight = counts.rank, *(jax.tree.map(lambda x: x[:, 0], x) for x in (counts.batch, times.batch))
-    seconds = jnp.stack([in_flight.first.hi, in_flight.pace.hi, in_flight.growth_s], axis=-1)
-    rank = executor * dims.num_ranks + jnp.arange(dims.num_ranks)
-    decoding = jnp.where(batch.advance == 1, batch.count - batch.stalled, 0)
-    rows = jnp.stack([rank, own.running, own.waiting, own.used_blocks, batch.extra + 1, batch.chunk_tokens, decoding],
-                     axis=-1)
-    return {"tape_times": Put((index,), jnp.concatenate([jnp.broadcast_to(stamp, (dims.num_ranks, 3)), seconds], -1)),
-            "tape_counts": Put((index,), rows)}

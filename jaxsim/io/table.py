@@ -78,6 +78,8 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     cost = _unusual_cost(scenario, preset.host)
     if cost:
         lines.append(cost)
+    if lane.front_end_s:
+        lines.append(f"{lane.front_end_s * 1e3:g} ms of TTFT and E2E are outside the engine (cost.front_end_s)")
     device = scenario.device.spec() if scenario.device and isinstance(scenario.cost, RooflineCost) else None
     if device is not None and device.calibration != "measured" and device.efficiency is None:
         lines.append(f"kernel constants are those of {device.family}: {device.name} was not measured")

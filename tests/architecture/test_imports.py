@@ -32,6 +32,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     # Drawing is optional and matplotlib slow to load.
     "jaxsim.io.figure": "matplotlib",
     "jaxsim.calibrate.command": "*",
+    "jaxsim.validate.command": "*",
     "jaxsim.io.plots": "matplotlib",
     # Not on every platform; the memory of a run is then left out.
     "jaxsim.bench": "resource",
