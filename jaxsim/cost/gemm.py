@@ -116,34 +116,39 @@ class Experts(eqx.Module):
     row_efficiency: Float[Array, ""]
     tiles: tuple[int, ...] = eqx.field(static=True)
     choice: Literal["fastest", "tokens"] = eqx.field(static=True)
+    multiples: tuple[int, int] = eqx.field(static=True)
 
     @classmethod
     def of(cls, record: ExpertEfficiency) -> "Experts":
         """Leaves from a record."""
         names = ("floor_s", "kernels_s", "efficiency", "read_efficiency", "prologue", "half_rows", "row_efficiency")
-        return cls(*(jnp.asarray(getattr(record, name), float) for name in names), record.tiles, record.choice)
+        return cls(*(jnp.asarray(getattr(record, name), float) for name in names), record.tiles, record.choice,
+                   (record.hidden_multiple, record.inner_multiple))
 
     def parts(self, load: "ExpertLoad", rates: Rates) -> tuple[Array, Array, Array, Array]:
         """Seconds of floor, tiles, weights, and rows between the products."""
         units = rates.num_multiprocessors
         up = 2 if load.gated else 1
+        hidden, inner = (-(-size // multiple) * multiple
+                         for size, multiple in zip((load.hidden, load.inner), self.multiples, strict=True))
         times = []
         for rows in self.tiles:
             rate = rates.flops / units * self.efficiency / (1 + self.half_rows / rows)
             times.append(sum(
                 jnp.maximum(load.blocks[rows] * -(-columns // EXPERT_COLUMNS) / units, 1.0)
                 * 2 * EXPERT_COLUMNS * rows * (depth + self.prologue) / rate
-                for columns, depth in ((up * load.inner, load.hidden), (load.hidden, load.inner))))
+                for columns, depth in ((up * inner, hidden), (hidden, inner))))
         if self.choice == "tokens":
             tiled = jnp.where(load.tokens <= load.num_experts, times[0], times[-1])
         else:
             tiled = times[0]
             for time in times[1:]:
                 tiled = jnp.minimum(tiled, time)
-        row_bytes = load.tokens * (load.per_token * ((up + 1) * load.inner + load.hidden) + load.hidden)
+        row_bytes = load.tokens * (load.per_token * ((up + 1) * inner + hidden) + hidden)
         between = load.activation_bytes * row_bytes / (rates.bytes_per_s * self.row_efficiency)
         floor = self.floor_s + self.kernels_s * jnp.minimum(load.tokens / 16, 1.0)
-        return floor, tiled, load.weight_bytes / (rates.bytes_per_s * self.read_efficiency), between
+        weight_bytes = load.weight_bytes * (hidden * inner / (load.hidden * load.inner))
+        return floor, tiled, weight_bytes / (rates.bytes_per_s * self.read_efficiency), between
 
     def seconds(self, load: "ExpertLoad", rates: Rates) -> Float[Array, "*shape"]:
         """Seconds of one block."""

@@ -9,7 +9,7 @@ by operator; `Roofline.tabulate` turns it into the small tables that the event l
 the time of one iteration goes.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -29,8 +29,10 @@ from jaxsim.cost.tabulated import SAMPLED, TOKENS, TabulatedCost, Together
 from jaxsim.kernels import octaves
 from jaxsim.spec.device import NOMINAL_MULTIPROCESSORS, DeviceSpec
 from jaxsim.spec.efficiency import Efficiency
+from jaxsim.spec.engine import MoeBackend
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, WeightFormat, kv_cache_bytes, weight_format
+from jaxsim.spec.quantization import WEIGHT_ONLY
 
 CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
 """Batch sizes captured by vLLM; a decode batch is padded to the next. Source: its compilation config."""
@@ -457,9 +459,9 @@ _PREFIXES = {"gemm": ("gemm", "gemm_16"), "expert": ("experts",), "elementwise":
 """Overrides are called PREFIX_LEAF; `gemm_efficiency` is that of linear layers and of 16-bit products."""
 
 
-def _products(record: Efficiency, weights: WeightFormat, compute: str, model: ModelSpec, plan: Plan
+def _products(record: Efficiency, weights: WeightFormat, compute: str, model: ModelSpec, plan: Plan, moe_backend: str
               ) -> tuple[Gemm, Gemm, Experts]:
-    """Kernels of a weight format whose products run in `compute`."""
+    """Kernels of a weight format whose products run in `compute`. Raises `InputError`."""
     name, kernel = "bf16", weights.kernel or weights.name
     if compute in ("fp8", "int8", "fp4"):
         name = weights.name if weights.name in record.gemm else "fp8" if "fp8" in record.gemm else "bf16"
@@ -468,6 +470,11 @@ def _products(record: Efficiency, weights: WeightFormat, compute: str, model: Mo
         # Only weight-only kernels dequantise: 8-bit weights on a device without their arithmetic keep 16-bit constants.
         name = weights.kernel if weights.kernel in record.gemm else name
         expert = kernel if kernel in record.experts else expert
+    if model.experts and moe_backend == "marlin" and expert != WEIGHT_ONLY:
+        expert += "_marlin"
+        if expert not in record.experts:
+            raise InputError("engine.moe_backend", moe_backend,
+                             f"has no constants for experts in {weights.name} on this device", "use 'auto'")
     tuned = record.experts.get(expert + "_tuned")
     inner = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks).moe_ffn
     if tuned and (model.experts, inner) in tuned.configs:
@@ -500,22 +507,24 @@ def _messages(record: Efficiency, device: DeviceSpec, plan: Plan, all_reduce: st
 
 def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dtype: str = "auto",
              kv_dtype: str = "auto", *, host: str = "vllm-v1", distinct_experts: str = operators.EXPECTED,
-             all_reduce: Literal["custom", "nccl"] = "custom", **overrides: float) -> Roofline:
+             all_reduce: Literal["custom", "nccl"] = "custom", moe_backend: MoeBackend = "auto",
+             **overrides: float) -> Roofline:
     """A roofline with the device's constants, any leaf of which `overrides` replaces by name.
 
     dtype, kv_dtype: number formats ("auto" = the checkpoint's own). A format the device has no arithmetic for
     keeps its bytes and is multiplied in the next wider type it has. host: a name in `HOSTS`.
     distinct_experts: "topk", "expected" or "all". all_reduce: vLLM's own where it can run, or NCCL's always.
+    moe_backend: kernels of the experts.
     """
     plan = (plan or Plan()).check(model)
     fmt = weight_format(dtype, model)
     for field, value, known in (
             ("host", host, HOSTS), ("distinct_experts", distinct_experts, operators.DISTINCT_EXPERTS),
-            ("all_reduce", all_reduce, ("custom", "nccl"))):
+            ("all_reduce", all_reduce, ("custom", "nccl")), ("moe_backend", moe_backend, get_args(MoeBackend))):
         if value not in known:
             raise InputError(f"cost.{field}", value, "is not known", suggest(value, known))
     record, peak = device.kernel_efficiency(), device.peak(fmt.compute)
-    gemm, gemm_16, experts = _products(record, fmt, peak.compute, model, plan)
+    gemm, gemm_16, experts = _products(record, fmt, peak.compute, model, plan, moe_backend)
     element = record.elementwise
     parts = dict(gemm=gemm, gemm_16=gemm_16, experts=experts, decode=Decode.of(record.decode),
                  prefill=Prefill.of(record.prefill), latent=Latent.of(record.latent) if model.is_mla else None,

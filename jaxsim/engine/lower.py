@@ -180,7 +180,7 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int) 
         return measured.tables(scenario, s, system.model, system.device, system.plan, num_slots, longest)[0]
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
-                     **scenario.cost.overrides)
+                     moe_backend=scenario.engine.moe_backend, **scenario.cost.overrides)
     return model.tabulate(s.most_tokens(num_slots, longest), num_slots, cuda_graphs=not scenario.engine.enforce_eager,
                           async_scheduling=s.async_scheduling)
 

@@ -43,7 +43,7 @@ def tables(scenario: Scenario, scheduler: Scheduler, model: ModelSpec, device: D
     """
     cost = scenario.cost
     base = (model, device, plan, scenario.dtype, scenario.kv_dtype, cost.host or scheduler.host,
-            cost.distinct_experts, tuple(sorted(cost.overrides.items())))
+            cost.distinct_experts, scenario.engine.moe_backend, tuple(sorted(cost.overrides.items())))
     # A power of two, as that of the tokens.
     sizes = (scheduler.most_tokens(num_slots, longest), num_slots, 1 << (longest - 1).bit_length())
     return _tables(cost.path, _stamp(cost.path), base, sizes, not scenario.engine.enforce_eager,
@@ -70,9 +70,9 @@ def _profile(path: str, stamp: tuple[int, ...]) -> Profile:
 
 
 @functools.lru_cache(maxsize=64)
-def _base(model, device, plan, dtype, kv_dtype, host, distinct_experts, overrides) -> Roofline:
+def _base(model, device, plan, dtype, kv_dtype, host, distinct_experts, moe_backend, overrides) -> Roofline:
     return roofline(model, device, plan, dtype, kv_dtype, host=host, distinct_experts=distinct_experts,
-                    **dict(overrides))
+                    moe_backend=moe_backend, **dict(overrides))
 
 
 @functools.lru_cache(maxsize=64)

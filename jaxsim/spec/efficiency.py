@@ -65,6 +65,7 @@ class ExpertEfficiency(_Section, frozen=True):
     between the products. tiles: rows of a tile; choice: the fastest, or the first up to a token an expert and the last
     above.
     configs: [experts, inner size of an expert on this rank] that have a kernel configuration of their own.
+    hidden_multiple, inner_multiple: what the sizes of an expert are padded to a multiple of.
     """
 
     floor_s: Seconds
@@ -77,6 +78,8 @@ class ExpertEfficiency(_Section, frozen=True):
     tiles: tuple[Rows, ...] = (16, 32, 64, 128)
     choice: Literal["fastest", "tokens"] = "fastest"
     configs: tuple[tuple[int, int], ...] = ()
+    hidden_multiple: Rows = 1
+    inner_multiple: Rows = 1
 
 
 class DecodeEfficiency(_Section, frozen=True):

@@ -20,6 +20,8 @@ BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 AllToAll = Literal["allgather_reducescatter", "naive", "pplx", "deepep_high_throughput", "deepep_low_latency"]
 
+MoeBackend = Literal["auto", "marlin"]
+
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One serving engine, as its command line describes it. A field left out is what the preset says.
@@ -42,6 +44,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         enable_expert_parallel: whole experts are spread over the devices, instead of a slice of each.
         all2all_backend: how tokens reach experts on other data-parallel ranks: gathered everywhere and summed back
             ("allgather_reducescatter"), or sent to where they are needed (the others).
+        moe_backend: kernels of the experts: what vLLM takes unless told, or Marlin's, which multiply 4-bit weights in
+            16 bits (VLLM_MXFP4_USE_MARLIN).
         enable_chunked_prefill: a prompt may be split over iterations.
         scheduling_policy: order of the waiting queue.
         async_scheduling: the next iteration is scheduled while this one runs.
@@ -78,6 +82,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     data_parallel_size: Degree = 1
     enable_expert_parallel: bool = False
     all2all_backend: AllToAll = "allgather_reducescatter"
+    moe_backend: MoeBackend = "auto"
     enable_chunked_prefill: bool | None = None
     scheduling_policy: Order | None = None
     async_scheduling: bool | None = None

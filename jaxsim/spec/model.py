@@ -9,6 +9,7 @@ import functools
 import json
 import numbers
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -495,11 +496,24 @@ def _model_names() -> dict[str, str]:
     return names
 
 
+_COPIES = (("fp8", "fp8"), ("nvfp4", "fp4"), ("fp4", "fp4"), ("awq", "int4"), ("gptq", "int4"), ("w4a16", "int4"),
+           ("w8a8", "int8"))
+"""Endings of the names of quantised copies, and their weight formats."""
+
+
 def load_model(name: str) -> ModelSpec:
-    """A model of the catalogue, by Hugging Face id or short name ("llama-3.1-8b"); case does not matter."""
+    """A model of the catalogue, by Hugging Face id or short name ("llama-3.1-8b"); case does not matter.
+
+    A quantised copy is known by its ending, whoever made it ("nvidia/Llama-3.1-8B-Instruct-FP8").
+    """
+    names, called = _model_names(), str(name).strip().lower()
     try:
-        return model_catalogue()[_model_names()[str(name).strip().lower()]]
+        return model_catalogue()[names[called]]
     except KeyError:
+        copied = re.fullmatch(r"(?:.*/)?(.+?)-(fp8(?:-dynamic|-kv)?|(?:nv)?fp4|awq|gptq-int4|w4a16|w8a8)", called)
+        if copied and copied[1] in names:
+            dtype = next(to for start, to in _COPIES if copied[2].startswith(start))
+            return msgspec.structs.replace(model_catalogue()[names[copied[1]]], dtype=dtype)
         config = "model.config, the path of a Hugging Face config.json"
         if str(name).endswith(".json") or os.path.exists(str(name)):
             raise InputError("model.name", name, "is a file, not a name",

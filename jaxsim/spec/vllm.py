@@ -26,7 +26,7 @@ _TAKEN = {
     "tensor-parallel-size": "engine.tensor_parallel_size", "tp": "engine.tensor_parallel_size",
     "pipeline-parallel-size": "engine.pipeline_parallel_size", "pp": "engine.pipeline_parallel_size",
     "data-parallel-size": "engine.data_parallel_size", "dp": "engine.data_parallel_size",
-    "scheduling-policy": "engine.scheduling_policy",
+    "scheduling-policy": "engine.scheduling_policy", "moe-backend": "engine.moe_backend",
 }
 """Flags with a value, and the scenario's field."""
 

@@ -50,7 +50,7 @@ class MeasuredRun:
 def read_table(path: str | Path, field: str, required: tuple[str, ...]) -> pd.DataFrame:
     """A CSV or Parquet table with the required columns. Raises `InputError`."""
     path = Path(path).expanduser()
-    remedy = f"give a CSV or Parquet file with the columns {', '.join(required)}"
+    remedy = "give a CSV or Parquet file" + (f" with the columns {', '.join(required)}" if required else "")
     if not path.is_file():
         near = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
         raise InputError(field, str(path), "is not there" if not path.exists() else "is not a file",
@@ -65,12 +65,17 @@ def read_table(path: str | Path, field: str, required: tuple[str, ...]) -> pd.Da
     except (ValueError, OSError, pd.errors.ParserWarning) as error:
         raise InputError(field, str(path), f"cannot be read ({error})", remedy) from error
     frame.columns = [str(name).strip() for name in frame.columns]
+    return checked(frame, field, str(path), required)
+
+
+def checked(frame: pd.DataFrame, field: str, path: str, required: tuple[str, ...]) -> pd.DataFrame:
+    """The table, if it has the required columns and any row. Raises `InputError`."""
     missing = [name for name in required if name not in frame.columns]
     if missing:
-        raise InputError(field, str(path), f"lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}",
+        raise InputError(field, path, f"lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}",
                          f"found {', '.join(frame.columns)}; times in seconds")
     if not len(frame):
-        raise InputError(field, str(path), "holds no rows", remedy)
+        raise InputError(field, path, "holds no rows", "give one row at least")
     return frame
 
 

@@ -16,13 +16,15 @@ from jaxsim.engine import lower
 from jaxsim.engine.simulate import simulate
 from jaxsim.metrics import LaneResult, request_frame
 from jaxsim.spec.scenario import Scenario
-from jaxsim.validate.measured import number_column, read_table
+from jaxsim.validate import silicon
+from jaxsim.validate.measured import checked, number_column, read_table
 
 COLUMNS = ("model", "device", "tensor_parallel_size", "data_parallel_size", "expert_parallel_size", "isl", "osl",
            "concurrency", "ttft_ms", "tpot_ms")
 OPTIONAL = ("preset", "dtype", "kv_dtype", "range_ratio")
 """What differs between points beyond that: the engine imitated, number formats, and the shortest length as a share of
-isl and osl, between which and the whole lengths are uniform (benchmark clients call it so; 1 = all are equal)."""
+isl and osl, between which and the whole lengths are uniform (benchmark clients call it so; 1 = all are equal). A column
+with a dot in its name is a field of the scenario ("engine.max_num_batched_tokens")."""
 
 FIELD = "points"
 
@@ -55,9 +57,15 @@ class Points:
         return found
 
 
-def read_points(path: str | Path) -> pd.DataFrame:
-    """The points of a file, checked. Raises `InputError` naming the row."""
-    frame = read_table(path, FIELD, COLUMNS).reset_index(drop=True)
+def read_points(path: str | Path) -> tuple[pd.DataFrame, list[str]]:
+    """The points of a file, checked, and what was left out of it. Raises `InputError` naming the row.
+
+    A table with aiconfigurator's columns (`jaxsim.validate.silicon`) is read as it is.
+    """
+    frame, notes = read_table(path, FIELD, ()), []
+    if silicon.is_silicon(frame):
+        frame, notes = silicon.convert(frame)
+    frame = checked(frame, FIELD, str(path), COLUMNS).reset_index(drop=True)
     for name in COLUMNS[2:8]:
         frame[name] = number_column(frame, name, FIELD, low=1, is_whole=True).astype(np.int64)
     for name in ("ttft_ms", "tpot_ms"):
@@ -72,7 +80,7 @@ def read_points(path: str | Path) -> pd.DataFrame:
         if frame[name].isna().any():
             row = int(frame[name].isna().to_numpy().argmax())
             raise InputError(f"{FIELD} row {row + 1}, {name}", None, "is missing", "give its name")
-    return frame
+    return frame, notes
 
 
 def point_scenario(base: dict[str, Any], row: dict[str, Any]) -> Scenario:
@@ -103,6 +111,12 @@ def point_scenario(base: dict[str, Any], row: dict[str, Any]) -> Scenario:
     if has_cost_of_its_own:
         raise InputError("cost.kind", "fitted", "has one system's coefficients, and points have many systems",
                          "use kind = 'roofline'")
+    for name in row:
+        if "." in name and _given(row, name):
+            section, _, field = name.partition(".")
+            value = row[name]
+            whole = isinstance(value, float) and value.is_integer()
+            tree[section] = {**tree.get(section, {}), field: int(value) if whole else value}
     return Scenario.from_dict(tree)
 
 
@@ -123,7 +137,7 @@ def simulate_points(path: str | Path, base: Scenario | None = None) -> Points:
     base: engine, cost and limits that all points share. Raises `InputError` where the file is wrong, or no point can
     be simulated.
     """
-    frame = read_points(path)
+    frame, left_out = read_points(path)
     common = {} if base is None else {k: v for k, v in base.to_dict().items() if k not in ("workload", "device")}
     scenarios, refused = {}, [None] * len(frame)
     for index, row in enumerate(frame.to_dict("records")):
@@ -146,7 +160,7 @@ def simulate_points(path: str | Path, base: Scenario | None = None) -> Points:
         frame[f"simulated_{name}"] = [simulated[k][i] if k in simulated else np.nan for k in range(len(frame))]
         frame[f"{name}_error"] = frame[f"simulated_{name}"] / frame[name] - 1
     frame["refused"] = refused
-    return Points(frame, tuple(_notes(frame, scenarios)))
+    return Points(frame, (*left_out, *_notes(frame, scenarios)))
 
 
 def lower_check(scenario: Scenario) -> None:

@@ -86,6 +86,10 @@ def test_experts():
     sixty_four = (1.0 * 256 * 64 * 1000 + 256 * 64 * 1280) / 4e11
     assert tiled == exact(min(sixteen, sixty_four))
     assert float(kernel.seconds(load, RATES)) == exact(floor + (tiled ** 3 + weights ** 3) ** (1 / 3) + rows)
+    # Sizes padded to 1,024 and 1,536 do as experts of that size do.
+    padded = Experts(**{**vars(kernel), "multiples": (256, 512)})
+    whole = load._replace(hidden=1024, inner=1536, weight_bytes=load.weight_bytes * 1024 * 1536 / (1000 * 1280))
+    assert [float(x) for x in padded.parts(load, RATES)] == [exact(float(x)) for x in kernel.parts(whole, RATES)]
     # A tile each, or a row in T and half a tile.
     assert float(expected_blocks(jnp.asarray(6.0), jnp.asarray(4.0), 16)) == 4
     assert float(expected_blocks(jnp.asarray(256.0), jnp.asarray(4.0), 16)) == exact(4 * (4 + 15 / 32))

@@ -52,6 +52,19 @@ def test_prefill_of_70b_on_two_h100():
     assert 2 * step.flops == pytest.approx(438e12, rel=0.04)
 
 
+def test_marlin_multiplies_slower_and_reads_as_fast():
+    """gpt-oss with VLLM_MXFP4_USE_MARLIN, which its public runs set: prompts of 8k tokens take 1.5 times as long."""
+    auto, marlin = (make("gpt-oss-120b", tensor_ranks=2, dtype="auto", moe_backend=b) for b in ("auto", "marlin"))
+    one, other = (float(cost.explain(prefill(8192)).seconds) for cost in (auto, marlin))
+    assert 1.4 < other / one < 2.2
+    decode = BatchStats.of(4, 4 * 1000)
+    assert float(marlin.explain(decode).seconds) == pytest.approx(float(auto.explain(decode).seconds), rel=0.1)
+    with pytest.raises(InputError, match="moe_backend"):
+        make("mixtral-8x7b", moe_backend="marlin")
+    # A dense model has no experts for it.
+    assert make("llama-3.1-8b", moe_backend="marlin").explain(decode) == make("llama-3.1-8b").explain(decode)
+
+
 @pytest.mark.parametrize("tensor_ranks, all_reduce, measured_ms", [
     (2, "nccl", 31.8), (4, "custom", 20.1), (8, "custom", 13.83)])
 def test_decode_step_of_70b_under_vllm_06(tensor_ranks, all_reduce, measured_ms):

@@ -91,6 +91,8 @@ def test_expert_layers():
 
 def test_names():
     assert load_model("LLAMA-3.1-8B") is load_model("meta-llama/Meta-Llama-3.1-8B-Instruct")
+    copy = load_model("nvidia/Llama-3.1-8B-Instruct-FP8")
+    assert copy.dtype == "fp8" and copy.layers == 32 and load_model("Qwen/Qwen3-32B-AWQ").dtype == "int4"
     with pytest.raises(InputError, match="did you mean .*llama-3.1-8b"):
         load_model("lama-3.1-8b")
     with pytest.raises(InputError, match="jaxsim list models") as refusal:

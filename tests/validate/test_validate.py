@@ -11,7 +11,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import simulate
 from jaxsim.metrics import request_frame
 from jaxsim.spec.scenario import Scenario
-from jaxsim.validate import points
+from jaxsim.validate import points, silicon
 from jaxsim.validate.measured import read_run
 from jaxsim.validate.replay import compare, replay
 
@@ -177,6 +177,32 @@ def test_points(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert len(printed["points"]) == 5 and printed["metrics"]["ttft_ms"]["median_absolute_error"] >= 0
     assert "2 of 5 points were not simulated" in " ".join(printed["notes"])
+
+
+def test_a_column_with_a_dot_is_a_field(tmp_path):
+    rows = [POINT, POINT | {"engine.max_num_seqs": 1}]
+    path = tmp_path / "points.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    frame = points.simulate_points(path).frame
+    # One of four clients is served at a time.
+    assert frame["simulated_ttft_ms"].iloc[1] > 10 * frame["simulated_ttft_ms"].iloc[0]
+
+
+def test_aiconfigurators_table_is_read_as_it_is():
+    row = {"backend": "vllm", "backend_version": "0.18.0", "model_path": "openai/gpt-oss-120b", "system": "h200_sxm",
+           "precision": "fp4", "mode": "agg", "isl": 1024, "osl": 1024, "tp_size": 2, "attention_dp_size": np.nan,
+           "moe_ep_size": 1, "concurrency": 16, "ttft_ms": 90.0, "tpot_ms": 8.0, "provenance": "inferencex-dump",
+           "ambiguous": 0}
+    frame, notes = silicon.convert(pd.DataFrame([
+        row, row | {"backend": "trtllm", "precision": "fp8", "model_path": "meta-llama/Llama-3.1-70B", "isl": 8192},
+        row | {"mode": "disagg"}, row | {"ambiguous": 1}, row | {"concurrency": np.nan}]))
+    assert len(frame) == 2 and len(notes) == 3
+    first, second = frame.to_dict("records")
+    assert (first["model"], first["preset"], first["data_parallel_size"]) == ("openai/gpt-oss-120b", "vllm-v1@0.19", 1)
+    assert (first["dtype"], first["range_ratio"], first["engine.moe_backend"]) == ("auto", 0.8, "marlin")
+    assert (second["dtype"], second["kv_dtype"], second["engine.max_num_batched_tokens"]) == ("fp8", "fp8", 8320)
+    assert points.point_scenario({}, second).engine.max_num_batched_tokens == 8320
+    assert points.point_scenario({}, first).engine.moe_backend == "marlin"
 
 
 @pytest.mark.parametrize("changes, says", [
