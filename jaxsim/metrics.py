@@ -68,7 +68,7 @@ class LaneResult:
         in the prefix cache when it was first admitted; None without one.
     extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
-        waiting, used_blocks, iterations, prefill_tokens, decode_seqs.
+        waiting, used_blocks, iterations, prefill_tokens, decode_seqs. lost_steps: rows that it had no room for.
     """
 
     arrival_s: Float[np.ndarray, " requests"]
@@ -99,6 +99,7 @@ class LaneResult:
     cached_tokens: Int[np.ndarray, " requests"] | None = None
     extrapolated_share: float | None = None
     front_end_s: float = 0.0
+    lost_steps: int = 0
 
     @property
     def num_requests(self) -> int:
@@ -112,7 +113,7 @@ class LaneResult:
 
     @property
     def duration_s(self) -> float | None:
-        """From the first arrival to the last completion; None if nothing completed."""
+        """From the first arrival at the engine to the last completion; None if nothing completed."""
         if not self.is_finished.any():
             return None
         return float(self.finish_s[self.is_finished].max() - self.arrival_s[0])
@@ -217,7 +218,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
     measured, done = frame[is_measured], frame[is_done]
     duration_s = None
     if is_done.any():
-        duration_s = float(lane.finish_s[is_done].max() - lane.arrival_s[is_measured][0])
+        duration_s = float(lane.finish_s[is_done].max() - lane.arrival_s[is_measured][0]) + lane.front_end_s
     met = meets(measured, slo)
 
     def per_second(amount: float) -> float | None:

@@ -92,12 +92,18 @@ class AbstractIterationCost(eqx.Module):
         """The same for `first_s` of `decode(num_sequences, context)`."""
         return jnp.float32(0)
 
-
     def together_seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]
                          ) -> Float[Array, ""]:
         """What ranks that iterate together add to the slowest's seconds, for the tokens of all.
 
         is_decode: whether none has a prompt chunk; tokens: of all ranks; most: sequences of the fullest.
+        """
+        return jnp.float32(0)
+
+    def host_seconds(self, is_decode: Bool[Array, ""], num_sequences: Int[Array, ""]) -> Float[Array, ""]:
+        """What an iteration of ranks that iterate together takes at least, whatever their devices do.
+
+        Where this is not 0, `iteration` and `decode` are of the device alone, as `together_seconds` come to it first.
         """
         return jnp.float32(0)
 
@@ -126,6 +132,10 @@ class OneOf(AbstractIterationCost):
                          ) -> Float[Array, ""]:
         """By the chosen cost."""
         return self._chosen(lambda cost: cost.together_seconds(is_decode, tokens, most))
+
+    def host_seconds(self, is_decode: Bool[Array, ""], num_sequences: Int[Array, ""]) -> Float[Array, ""]:
+        """By the chosen cost."""
+        return self._chosen(lambda cost: cost.host_seconds(is_decode, num_sequences))
 
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """Remainder by the chosen cost."""

@@ -47,7 +47,7 @@ class AbstractTables(AbstractIterationCost):
     """Tables of one rank, and its two lanes.
 
     by_sequences: for every count 0..max, the first columns as above. tail: what unequal contexts add, None where they
-    do not. together: of ranks that iterate together; then an iteration is without it.
+    do not. together: of ranks that iterate together; then an iteration is without it, and without the launch lane.
     """
 
     by_sequences: eqx.AbstractVar[Float[Array, "sequences columns"]]
@@ -70,8 +70,17 @@ class AbstractTables(AbstractIterationCost):
     def iteration(self, stats: BatchStats) -> Float[Array, ""]:
         """Seconds of one iteration."""
         row = self.row(stats.num_decode + stats.num_prefill)
+        if self.together is not None:
+            return row[SERIAL] + self.own_seconds(stats)
         launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
         return row[SERIAL] + jnp.maximum(launch, self.own_seconds(stats))
+
+    def host_seconds(self, is_decode: Bool[Array, ""], num_sequences: Int[Array, ""]) -> Float[Array, ""]:
+        """Serial and launches."""
+        if self.together is None:
+            return jnp.float32(0)
+        row = self.row(num_sequences)
+        return row[SERIAL] + jnp.where(is_decode, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
 
     def together_seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]
                          ) -> Float[Array, ""]:
@@ -90,6 +99,8 @@ class AbstractTables(AbstractIterationCost):
               to_edge: Float[Array, ""] | Int[Array, ""]) -> DecodePace:
         """Pace of decodes that take `device_s` and grow by `growth_s`, until the device overtakes the host or they
         reach an edge."""
+        if self.together is not None:
+            return DecodePace(row[SERIAL] + device_s, growth_s, jnp.maximum(to_edge.astype(jnp.int32), 1))
         slack = row[DECODE_LAUNCH] - device_s
         is_host_bound = slack > 0
         to_device = jnp.where(is_host_bound & (growth_s > 0), slack / jnp.where(growth_s > 0, growth_s, 1.0), UNBOUNDED)

@@ -76,7 +76,9 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         times.rank, running=clock.add(times.rank.running, total_s * rank.running),
         held=clock.add(times.rank.held, total_s * (0.5 * (rank.used_blocks + used))))
     if group.batching.reserve == "expected":
-        faded = integrals.ratio - group.batching.ratio_decay * batch.extra.astype(jnp.float32)
+        # A rank that only runs along decodes nothing.
+        decode_iterations = jnp.where(decoding > 0, batch.extra, 0) if dims.num_ranks > 1 else batch.extra
+        faded = integrals.ratio - group.batching.ratio_decay * decode_iterations.astype(jnp.float32)
         integrals = replace(integrals, ratio=jnp.maximum(faded, group.batching.ratio_floor))
     executor, busy = counts.executor, clock.add(times.executor.busy, total_s)
     num_iterations = executor.num_iterations + 1 + batch.extra

@@ -113,7 +113,7 @@ def _entry(dims: Dims, structure):
 
 
 def latencies(dims: Dims, params: Params, requests: Requests, world: World) -> Latencies:
-    """What every request of one scenario met with."""
+    """What every request of one scenario met with, in the engine: `cost.front_end_s` comes to TTFT and end to end."""
     rows = slice(0, dims.num_requests)
     log_row, _ = world.placed[rows].T
     arrival = params.source.arrivals(params.source.prepare(requests), world.due)[rows]

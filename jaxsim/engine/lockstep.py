@@ -91,11 +91,16 @@ def take_turn(context: Context, event: Event, rows: tuple[Array, Array], counts:
                 (everyone, clocks))
 
 
+def later(time: Time, other_s: Float[Array, ""]) -> Time:
+    """The longer of two durations."""
+    return clock.select(time.hi < other_s, Time(other_s, jnp.float32(0)), time)
+
+
 def together(group: Group, batch: Batch, own: BatchTimes, now: Time) -> tuple[Batch, BatchTimes]:
     """All ranks' batches, each of which would start alone, with the iteration that they start together.
 
     The slowest first iteration; of the paces the slowest, as long as it is that, and no rank's jump is over. To both
-    comes what the ranks do with the tokens of all.
+    comes what the ranks do with the tokens of all, unless the slowest host takes longer than that anyway.
     """
     def of(rank):
         return DecodePace(Time(own.pace.hi[rank, 0], own.pace.lo[rank, 0]), own.growth_s[rank, 0], batch.extra[rank, 0])
@@ -118,10 +123,21 @@ def together(group: Group, batch: Batch, own: BatchTimes, now: Time) -> tuple[Ba
     decodes = jnp.where(batch.advance == 1, batch.count - batch.stalled, 0)
     followers = batch.count + batch.joining
     has_chunks, no_chunks = jnp.any(batch.num_chunks > 0), jnp.bool_(True)
-    first = Time(first.hi + clock.on_grid(group.cost.together_seconds(
+    cost, most = group.cost, jnp.max(followers)
+    first = Time(first.hi + clock.on_grid(cost.together_seconds(
         ~has_chunks, jnp.sum(decodes + batch.chunk_tokens), jnp.max(decodes))), first.lo)
-    pace_s = group.cost.together_seconds(no_chunks, jnp.sum(followers), jnp.max(followers))
-    slowest = replace(slowest, first_s=Time(slowest.first_s.hi + pace_s, slowest.first_s.lo))
+    for rank in range(num_ranks):
+        host_s = cost.host_seconds(batch.num_chunks[rank, 0] == 0, decodes[rank, 0] + batch.num_chunks[rank, 0])
+        first = later(first, clock.on_grid(host_s))
+    device_s = slowest.first_s.hi + cost.together_seconds(no_chunks, jnp.sum(followers), most)
+    # Host seconds grow with the sequences.
+    host_s = cost.host_seconds(no_chunks, most)
+    is_host_bound, growth_s = host_s > device_s, slowest.growth_s
+    to_device = jnp.where(is_host_bound & (growth_s > 0), (host_s - device_s) / jnp.where(growth_s > 0, growth_s, 1.0),
+                          1e9)
+    extra = jnp.minimum(extra, jnp.maximum(jnp.minimum(to_device, 1e9).astype(jnp.int32), 1))
+    slowest = replace(slowest, first_s=later(Time(device_s, slowest.first_s.lo), host_s),
+                      growth_s=jnp.where(is_host_bound, 0.0, growth_s))
     longest_s = jnp.maximum(slowest.first_s.hi + slowest.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / longest_s, 1e9).astype(jnp.int32))
 

@@ -15,7 +15,7 @@ from jaxsim.engine.common import Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.policy.arrivals import ClosedLoop, SortedArrivals
 from jaxsim.policy.batching import Batching
-from jaxsim.policy.routing import DataParallel, RoundRobin, router
+from jaxsim.policy.routing import DataParallel, router
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
@@ -212,9 +212,11 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost,
     w, source = scenario.workload, SortedArrivals()
     if w.kind == "closed-loop":
         source = ClosedLoop(integer(w.concurrency), real((w.think_s or 0.0) + front_end_s(scenario, system)))
-    routing = router(scenario.cluster.router, scenario.cluster.router_weights)
-    if system.plan.data_parallel_size > 1 and scenario.cluster.replicas == 1 and isinstance(routing, RoundRobin):
+    name, weights = scenario.cluster.router, scenario.cluster.router_weights
+    if name is None and system.plan.data_parallel_size > 1 and not weights:
         routing = DataParallel()
+    else:
+        routing = router(name or "round_robin", weights)
     return Params((Group(batching, cost),), routing, integer(max_steps), source)
 
 

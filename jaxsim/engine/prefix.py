@@ -89,10 +89,23 @@ def tail_of(dims: Dims, request: Int[Array, ""], preemptions: Int[Array, ""]) ->
     return dims.num_segments + 1 + 2 * request + (preemptions & 1)
 
 
+WIDE = 16
+"""Entries that are summed pairwise; longer rows in pieces of so many."""
+
+
 def sums_before(values: Int[Array, " n"]) -> Int[Array, " n"]:
     """Sums of what stands before each entry."""
-    index = jnp.arange(values.shape[0])
-    return jnp.sum(jnp.where(index[None, :] < index[:, None], values[None, :], 0), axis=1)
+    size = values.shape[0]
+    if size > WIDE:
+        pieces = jnp.pad(values, (0, -size % WIDE)).reshape(-1, WIDE)
+        whole = sums_before(jnp.sum(pieces, axis=1))
+        return (whole[:, None] + _sums_before(pieces)).reshape(-1)[:size]
+    return _sums_before(values)
+
+
+def _sums_before(values: Int[Array, "*rows n"]) -> Int[Array, "*rows n"]:
+    index = jnp.arange(values.shape[-1])
+    return jnp.sum(jnp.where(index[None, :] < index[:, None], values[..., None, :], 0), axis=-1)
 
 
 def release(context: Context, which: Int[Array, ""], rank: Rank, request: Int[Array, ""], is_any: Bool[Array, ""],
@@ -153,8 +166,9 @@ def look_up(context: Context, which: Int[Array, ""], rank: Rank, is_trying: Bool
     path = path_of(context, candidate)
     gone = jnp.where(items[None, :] == path.items[:, None], evicted[None, :], 0)
     resident = take(world.resident, which, path.items) - jnp.sum(gone, axis=1)
-    returned = (released.path.items[None, :] == path.items[:, None]) & released.is_owned[None, :]
-    references = take(world.references, which, path.items) - jnp.sum(returned, axis=1)
+    # A segment stands at the same place in all paths.
+    returned = (released.path.items == path.items) & released.is_owned
+    references = take(world.references, which, path.items) - returned
     limit = (known - 1) >> dims.block_bits
     is_broken = resident < path.lengths
     is_reached = sums_before(is_broken.astype(jnp.int32)) == 0

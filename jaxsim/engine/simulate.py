@@ -22,7 +22,7 @@ from jaxsim.state.world import World
 from jaxsim.workload.workload import Workload
 
 RECORDS_A_REQUEST = 8
-"""Rows of the tape a request, on top of a thousand."""
+"""Rows of the tape a request and rank, on top of a thousand and of one for each chunk of a prompt."""
 
 SMALLEST_SLOTS = 8
 
@@ -96,7 +96,7 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
 
 def _with_share(scenario: Scenario, lane: Lane, result: LaneResult) -> LaneResult:
     """With the extrapolated share of a profiled cost."""
-    if not isinstance(scenario.cost, ProfiledCost) or result.steps is None:
+    if not isinstance(scenario.cost, ProfiledCost) or result.steps is None or result.lost_steps:
         return result
     system = lane.system
     both = measured.tables(scenario, system.scheduler, system.model, system.device, system.plan, lane.dims.num_slots,
@@ -158,13 +158,16 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     """The runs of a checked scenario, one a seed. Raises `InputError` for what cannot be simulated."""
     system = lower.resolve_system(scenario)
     if given is None and scenario.num_requests is not None:
-        _check_memory([(_dims(scenario, system, scenario.num_requests, record_steps), scenario.num_seeds)])
+        _check_memory([(_dims(scenario, system, scenario.num_requests), scenario.num_seeds)])
     workloads = [given or lower.make_workload(scenario, seed) for seed in scenario.seeds]
     for workload in workloads:
         lower.check_requests(system, workload)
     most = max(len(workload) for workload in workloads)
     longest = max(int((workload.input_tokens + workload.output_tokens).max()) for workload in workloads)
-    dims = _dims(scenario, system, most, record_steps)
+    dims = _dims(scenario, system, most)
+    if record_steps:
+        chunks = max(int((w.input_tokens // system.scheduler.max_num_batched_tokens).sum()) for w in workloads)
+        dims = dataclasses.replace(dims, num_records=dims.num_ranks * (RECORDS_A_REQUEST * most + 1000 + chunks))
     prefixes = [None] * len(workloads)
     if scenario.engine.enable_prefix_caching:
         prefixes = [lower.shared_prefixes(workload, system.scheduler.block_size) for workload in workloads]
@@ -188,15 +191,14 @@ def _with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
         log_size=padded(2 * max(p.num_releases for p in prefixes) + 4096))
 
 
-def _dims(scenario: Scenario, system: lower.System, num_requests: int, record_steps: bool) -> Dims:
+def _dims(scenario: Scenario, system: lower.System, num_requests: int) -> Dims:
     # Never more slots than could be filled; powers of two, so that scenarios share programs.
     slots = max(min(system.scheduler.max_num_seqs, num_requests), SMALLEST_SLOTS)
     # Padded by up to an eighth, for the same reason.
     step = 1 << max(num_requests.bit_length() - 4, 0)
     return Dims(num_requests=-(-num_requests // step) * step,
                 num_executors=scenario.cluster.replicas * system.num_independent, num_ranks=system.num_ranks,
-                num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
-                num_records=RECORDS_A_REQUEST * num_requests + 1000 if record_steps else 0)
+                num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
 
 
 def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
@@ -235,7 +237,8 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
-        steps=tape.read(dims, world, lane) if dims.num_records else None)
+        steps=tape.read(dims, world, lane) if dims.num_records else None,
+        lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0)
 
 
 def _arrivals(world: World, lane: int, made: Lane) -> np.ndarray:

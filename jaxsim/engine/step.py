@@ -199,7 +199,10 @@ def receive(context: Context, t: Touched) -> Touched:
               & (counts.rank.running < rules.max_num_seqs))
     counts = replace(counts, rank=replace(counts.rank, queue=queue))
     cut_extra = jnp.int32(context.dims.max_jump) if context.dims.num_ranks > 1 else None
-    if rules.admit != "when_empty":
+    if rules.admit == "when_empty":
+        # Only a rank that runs along with others is empty.
+        is_cut = is_cut & (counts.rank.running == 0)
+    if rules.admit != "when_empty" or cut_extra is not None:
         cut, cut_end = ending.cut_jump(event, counts, t.times)
         counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
         if cut_extra is not None:
@@ -555,14 +558,16 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes["slot_keys"] = Put(own("slot_keys"), jnp.where((index == leaving) | (index == null), packed.EMPTY, keys))
         is_entering = (index == entering)[:, None]
         writes["slot_entries"] = Put(own("slot_entries"), jnp.where(is_entering, placed.entry, t.slots.entries))
-    in_flight = t.times.batch
-    is_possible = (in_flight.first.hi <= MAX_SPAN_S) & (in_flight.pace.hi <= MAX_SPAN_S)
+    in_flight, is_launching = t.times.batch, t.is_starting
+    if t.turn is not None:
+        in_flight, is_launching = t.turn.everything[1].batch, t.turn.is_launching
+    is_possible = jnp.all((in_flight.first.hi <= MAX_SPAN_S) & (in_flight.pace.hi <= MAX_SPAN_S))
     progress = dict(
         steps=world.steps + is_active,
         num_routed=world.num_routed + event.is_arrival, source=t.source,
         num_finished=world.num_finished + retired.is_any,
         num_logged=world.num_logged + t.opens_log,
-        fault=world.fault | jnp.where(t.is_stuck, w.STUCK, 0) | jnp.where(t.is_starting & ~is_possible, w.TOO_SLOW, 0)
+        fault=world.fault | jnp.where(t.is_stuck, w.STUCK, 0) | jnp.where(is_launching & ~is_possible, w.TOO_SLOW, 0)
         | (0 if t.found is None else jnp.where(counts.rank.cache.end - counts.rank.cache.head > dims.log_size,
                                                w.LOG_FULL, 0))
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),

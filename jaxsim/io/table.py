@@ -68,7 +68,8 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     degree = f" x {engine.tensor_parallel_size}" if engine.tensor_parallel_size > 1 else ""
     if engine.data_parallel_size > 1:
         degree += f" x DP {engine.data_parallel_size}" + (" EP" if engine.enable_expert_parallel else "")
-    many = f", {cluster.replicas} replicas ({cluster.router})" if cluster.replicas > 1 else ""
+    usual = "least_loaded rank" if engine.data_parallel_size > 1 else "round_robin"
+    many = f", {cluster.replicas} replicas ({cluster.router or usual})" if cluster.replicas > 1 else ""
     kind = f"{workload.kind} {Path(workload.trace).name}" if workload.trace else workload.kind
     lengths = f" with lengths from {Path(workload.lengths_from).name}" if workload.lengths_from else ""
     rate = f" at {workload.rate_rps:g} requests/s" if workload.rate_rps else ""
@@ -78,6 +79,8 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     cost = _unusual_cost(scenario, preset.host)
     if cost:
         lines.append(cost)
+    if lane.lost_steps:
+        lines.append(f"curves over time and the timeline end early: {lane.lost_steps:,} iterations were not kept")
     if lane.front_end_s:
         lines.append(f"{lane.front_end_s * 1e3:g} ms of TTFT and E2E are outside the engine (cost.front_end_s)")
     device = scenario.device.spec() if scenario.device and isinstance(scenario.cost, RooflineCost) else None

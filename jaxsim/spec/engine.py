@@ -40,7 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         pipeline_parallel_size: pipeline stages (only 1 yet).
         data_parallel_size: ranks with a queue and a KV pool each. With experts (enable_expert_parallel) they iterate
             together, else each by itself. Requests go to the rank with the least of 4 x waiting + running, unless
-            cluster.router is set to choose among all ranks.
+            cluster.router says otherwise.
         enable_expert_parallel: whole experts are spread over the devices, instead of a slice of each.
         all2all_backend: how tokens reach experts on other data-parallel ranks: gathered everywhere and summed back
             ("allgather_reducescatter"), or sent to where they are needed (the others).

@@ -108,12 +108,13 @@ class ClusterSection(_Section, frozen=True):
     """How many engines, and who chooses among them.
 
         replicas: independent engines, each with its own queue and KV pool.
-        router: a name of `jaxsim list policies`, or the dotted path of a router class.
+        router: a name of `jaxsim list policies`, or the dotted path of a router class; round_robin if left out, or with
+            data-parallel ranks vLLM's own balancer among all of them.
         router_weights: numbers of the router, where it has any.
     """
 
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
-    router: Text = "round_robin"
+    router: Text | None = None
     router_weights: dict[str, float] = {}
 
 
