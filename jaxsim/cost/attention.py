@@ -262,7 +262,7 @@ class Prefill(eqx.Module):
         """
         units, head = rates.num_multiprocessors, shape.head_dim
         key = 4 * head * seconds_per_flop(rates, self.efficiency)
-        key = key * (self.factor_8bit if shape.cache_bytes == 1 else 1.0) * (self.factor_head64 if head == 64 else 1.0)
+        key = key * (self.factor_8bit if shape.cache_bytes < 2 else 1.0) * (self.factor_head64 if head == 64 else 1.0)
         kappa = self.tile_rows * key
         tile_tokens = self.tile_rows * (shape.kv_heads / shape.heads if self.packed else 1)
         share = (shape.kv_heads if self.packed else shape.heads) / units

@@ -104,7 +104,8 @@ class Experts(eqx.Module):
 
         tiles   min over T of sum over both products of max(blocks_T ceil(n/128) / SMs, 1) x 256 T (k + prologue)
                 (1 + half_rows / T) / (peak eta / SMs),   blocks_T = sum over local experts of ceil(tokens of it / T)
-        rows    all m k routed rows, local or not: kernels between the products pass over every one
+        rows    all m k routed rows, local or not: kernels between the products pass over every one, unless tokens are
+                sent to the ranks of their experts
     """
 
     floor_s: Float[Array, ""]
@@ -144,7 +145,8 @@ class Experts(eqx.Module):
             tiled = times[0]
             for time in times[1:]:
                 tiled = jnp.minimum(tiled, time)
-        row_bytes = load.tokens * (load.per_token * ((up + 1) * inner + hidden) + hidden)
+        rows = load.tokens if load.row_tokens is None else load.row_tokens
+        row_bytes = rows * (load.per_token * ((up + 1) * inner + hidden) + hidden)
         between = load.activation_bytes * row_bytes / (rates.bytes_per_s * self.row_efficiency)
         floor = self.floor_s + self.kernels_s * jnp.minimum(load.tokens / 16, 1.0)
         weight_bytes = load.weight_bytes * (hidden * inner / (load.hidden * load.inner))
@@ -161,7 +163,7 @@ class ExpertLoad(NamedTuple):
 
     tokens: of the ranks together, each to `per_token` experts of `num_experts`; blocks: for each tile height,
     tiles that the local experts' tokens fill. weight_bytes: of the distinct local experts.
-    hidden, inner: sizes of an expert here.
+    hidden, inner: sizes of an expert here. row_tokens: tokens whose rows are on this rank, None = all.
     """
 
     tokens: Float[Array, "*shape"]
@@ -173,6 +175,7 @@ class ExpertLoad(NamedTuple):
     inner: int
     gated: bool = True
     activation_bytes: float = 2.0
+    row_tokens: Float[Array, "*shape"] | None = None
 
 
 def expected_blocks(pairs: Float[Array, "*shape"], distinct: Float[Array, "*shape"], rows: int

@@ -41,7 +41,7 @@ LOGITS_MESSAGE_BYTES = 2
 
 TOPK, EXPECTED, ALL = "topk", "expected", "all"
 DISTINCT_EXPERTS = (TOPK, EXPECTED, ALL)
-"""Experts an iteration reads: k whatever the batch (GenZ), expected under uniform routing, or all."""
+"""Experts an iteration reads: k whatever the batch (GenZ), expected by their popularity, or all."""
 
 
 SMALLEST_SKEW = 0.03
@@ -56,7 +56,7 @@ class Work(NamedTuple):
 
     flops, weight_bytes, activation_bytes: of one call. shape: (m, n, k) of a GEMM; is_linear: whether it is in the
     format of the linear layers, or in 16 bits. load: of routed experts. message_bytes and ranks: of a collective, the
-    whole buffer of one call.
+    whole buffer of one call; is_exchange: among the ranks of experts, not of tensors.
     kernels: launches of one call; calls: layers that make it.
     """
 
@@ -72,6 +72,12 @@ class Work(NamedTuple):
     shape: tuple | None = None
     is_linear: bool = True
     load: ExpertLoad | None = None
+    is_exchange: bool = False
+
+
+def sends_tokens(plan: Plan) -> bool:
+    """Whether each token is sent to the ranks of its experts, and only there."""
+    return plan.all_to_all and plan.enable_expert_parallel and plan.data_parallel_size > 1
 
 
 def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: str = EXPECTED,
@@ -137,10 +143,11 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, 
         # Busiest of R ranks under balanced random routing: mu + sqrt(2 mu ln R).
         pairs = pairs + jnp.sqrt(2 * jnp.log(float(plan.expert_ranks)) * pairs)
         pairs = jnp.minimum(pairs, together * min(model.experts_per_token, rank.num_experts))
+    row_tokens = pairs / model.experts_per_token if sends_tokens(plan) else None
     one = 2.0 * matrices * d * rank.moe_ffn
     weights = matrices * d * rank.moe_ffn * fmt.expert_bytes * distinct
     load = ExpertLoad(together, {rows: expected_blocks(pairs, distinct, rows) for rows in EXPERT_TILES}, weights,
-                      model.experts_per_token, model.experts, d, rank.moe_ffn, model.gated, a)
+                      model.experts_per_token, model.experts, d, rank.moe_ffn, model.gated, a, row_tokens)
     work = [_gemm("router", calls, m, d, model.experts, fmt.other_bytes, a, is_linear=False),
             Work("experts", EXPERTS, calls, EXPERT_KERNELS, flops=one * pairs, weight_bytes=weights,
                  activation_bytes=pairs * (2 * d + matrices * rank.moe_ffn) * a, load=load)]
@@ -148,17 +155,18 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, 
         inner = model.shared_experts * model.moe_ffn // plan.tensor_parallel_size
         work += _ffn("shared_expert", calls, m, d, inner, model.gated, fmt.linear_bytes, a)
     if plan.enable_expert_parallel and plan.data_parallel_size > 1:
-        if plan.all_to_all:
+        if sends_tokens(plan):
             message = m * model.experts_per_token * d * a / plan.tensor_parallel_size
             # Dispatch and combine.
             work.append(Work("expert_exchange", ALL_TO_ALL, 2 * calls, 1, message_bytes=message,
-                             ranks=plan.expert_ranks))
+                             ranks=plan.expert_ranks, is_exchange=True))
         else:
             # vLLM's default backend: every rank gets all tokens, hidden states and router logits, and sums come back.
             ranks = plan.data_parallel_size
             work += [Work("expert_gather", ALL_GATHER, calls, 1, message_bytes=m * ranks * (d + model.experts) * a,
-                          ranks=ranks),
-                     Work("expert_scatter", REDUCE_SCATTER, calls, 1, message_bytes=m * ranks * d * a, ranks=ranks)]
+                          ranks=ranks, is_exchange=True),
+                     Work("expert_scatter", REDUCE_SCATTER, calls, 1, message_bytes=m * ranks * d * a, ranks=ranks,
+                          is_exchange=True)]
     return work
 
 
@@ -185,7 +193,7 @@ def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Ar
         work += _expert_work(model, plan, fmt, m, distinct, skew)
     if tp > 1:
         # One for the embedding, two a layer; where tokens are sent to their experts, these combine on the way back.
-        exchanged = model.num_moe_layers if plan.all_to_all and plan.data_parallel_size > 1 else 0
+        exchanged = model.num_moe_layers if sends_tokens(plan) else 0
         work.append(Work("all_reduce", ALL_REDUCE, 2 * model.layers + 1 - exchanged, 1,
                          message_bytes=m * d * a, ranks=tp))
     if plan.pipeline_parallel_size > 1:

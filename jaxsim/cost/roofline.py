@@ -27,15 +27,18 @@ from jaxsim.cost.operators import AttentionWork, Work
 from jaxsim.cost.rates import Rates
 from jaxsim.cost.tabulated import SAMPLED, TOKENS, TabulatedCost, Together
 from jaxsim.kernels import octaves
-from jaxsim.spec.device import NOMINAL_MULTIPROCESSORS, DeviceSpec
-from jaxsim.spec.efficiency import Efficiency
+from jaxsim.spec.device import NOMINAL_MULTIPROCESSORS, DeviceSpec, Link, load_device
+from jaxsim.spec.efficiency import Efficiency, section_records
 from jaxsim.spec.engine import MoeBackend
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, WeightFormat, kv_cache_bytes, weight_format
 from jaxsim.spec.quantization import WEIGHT_ONLY
 
 CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
-"""Batch sizes captured by vLLM; a decode batch is padded to the next. Source: its compilation config."""
+"""Tokens of an iteration captured by vLLM; fewer are padded to the next, pieces between attention too.
+
+Source: its compilation config, `cudagraph_capture_sizes` and PIECEWISE mode.
+"""
 
 UNLIMITED = 1e30
 """Bytes/s of reads that cost nothing."""
@@ -84,11 +87,11 @@ class Roofline(eqx.Module):
 
     Leaves (scalars; SI units; shares are of the stated peak):
         peak_flops: dense peak of the linear layers' products; attention_flops: of 16-bit ones.
-        memory_bytes_per_s; link_bytes_per_s: per direction; hop_bytes_per_s: between pipeline stages;
-        num_multiprocessors (a whole number).
+        memory_bytes_per_s; link_bytes_per_s: per direction, among tensor-parallel ranks; exchange_bytes_per_s: among
+        those that share experts; hop_bytes_per_s: between pipeline stages; num_multiprocessors (a whole number).
         gemm, gemm_16: products in the format of the linear layers, and in 16 bits; experts; elementwise; decode,
-        prefill, latent (None without latent attention): attention; all_reduce, all_gather, reduce_scatter,
-        all_to_all, hop: messages. Their own leaves: `jaxsim.spec.efficiency`.
+        prefill, latent (None without latent attention): attention; all_reduce, all_gather, hop, and for experts
+        exchange_gather, reduce_scatter, all_to_all: messages. Their own leaves: `jaxsim.spec.efficiency`.
         host_step_s, host_sequence_s: host seconds of an iteration and of each sequence in it, which do not
         overlap the device, unless scheduling is asynchronous: then only async_step_s stays serial and the
         others join the launches. launch_kernel_s: host seconds to issue one kernel or captured piece;
@@ -96,8 +99,9 @@ class Roofline(eqx.Module):
 
     Static: model, plan, weights (number format), kv_bytes, distinct_experts.
 
-    Known gaps: no overlap of collectives with compute; expert routing uniform; sequence lengths enter
-    attention only through sums; with pipeline stages an iteration is the whole way through all stages
+    Known gaps: no overlap of collectives with compute; popularities of experts have one spread for all models, and the
+    busiest rank's load is that of uniform routing; sequence lengths enter attention through sums and, with
+    FlashAttention 2, the longest context; with pipeline stages an iteration is the whole way through all stages
     (latency, not throughput).
     """
 
@@ -105,6 +109,7 @@ class Roofline(eqx.Module):
     attention_flops: Float[Array, ""]
     memory_bytes_per_s: Float[Array, ""]
     link_bytes_per_s: Float[Array, ""]
+    exchange_bytes_per_s: Float[Array, ""]
     hop_bytes_per_s: Float[Array, ""]
     num_multiprocessors: Int[Array, ""]
 
@@ -117,6 +122,7 @@ class Roofline(eqx.Module):
     latent: Latent | None
     all_reduce: CustomAllReduce | Nccl
     all_gather: Nccl
+    exchange_gather: Nccl
     reduce_scatter: Nccl
     all_to_all: Nccl
     hop: Hop
@@ -155,6 +161,9 @@ class Roofline(eqx.Module):
                     + moved / (self.memory_bytes_per_s * self.elementwise.efficiency))
         if work.kind == operators.HOP:
             return self.hop.seconds(work.message_bytes, self.hop_bytes_per_s)
+        if work.is_exchange:
+            kernel = self.exchange_gather if work.kind == operators.ALL_GATHER else getattr(self, work.kind)
+            return kernel.seconds(work.ranks, work.message_bytes, self.exchange_bytes_per_s)
         return getattr(self, work.kind).seconds(work.ranks, work.message_bytes, self.link_bytes_per_s)
 
     def _total(self, works: list[Work], counts: Float[Array, " counts"]) -> Float[Array, " counts"]:
@@ -272,10 +281,13 @@ class Roofline(eqx.Module):
         """The tables the loop reads, up to `max_tokens` tokens and `max_sequences` sequences an iteration.
 
         Differentiable in every leaf. Decode-only iterations are exact for every count; iterations with prompt
-        chunks are exact at the knots of the ladder and linear between them.
+        chunks are exact at the knots of the ladder and linear between them. Both run at the size of a captured graph,
+        or of captured pieces, up to the largest.
         """
         float_type = self.peak_flops.dtype
-        tokens = jnp.asarray(octaves.knots(TOKENS, max_tokens), float_type)
+        knots = octaves.knots(TOKENS, max_tokens)
+        tokens = jnp.asarray(knots, float_type)
+        run_at = jnp.asarray(pad_to_graph(knots) if cuda_graphs else knots, float_type)
         sampled = jnp.asarray(octaves.knots(SAMPLED, max_sequences), float_type)
         counts = np.arange(max_sequences + 1)
         padded = pad_to_graph(counts) if cuda_graphs else counts
@@ -287,7 +299,7 @@ class Roofline(eqx.Module):
         launch, mixed_launch, serial = self.host_seconds(sequences, cuda_graphs=cuda_graphs,
                                                          async_scheduling=async_scheduling)
         return TabulatedCost(
-            by_tokens=self.token_seconds(tokens), by_sampled=self.sampled_seconds(sampled),
+            by_tokens=self.token_seconds(run_at), by_sampled=self.sampled_seconds(sampled),
             by_sequences=jnp.stack([decode, launch, mixed_launch, serial, self._beside(sequences),
                                     *self.decode_attention(sequences)[1:]], axis=1),
             attention=self.chunk_coefficients(), window=jnp.asarray(self.window_reach, jnp.int32), tail=self.tail,
@@ -311,8 +323,9 @@ class Roofline(eqx.Module):
     def operator_seconds(self, stats: BatchStats, *, cuda_graphs: bool = True) -> dict[str, Float[Array, ""]]:
         """Device seconds of one iteration by operator, all calls, evaluated directly (no tables).
 
-        A decode-only iteration runs at the size its captured graph is padded to. "attention_floor" is what attention
-        takes without contexts, "attention_decode" what decodes add, "attention_prefill" what prompt chunks add.
+        An iteration runs at the size its captured graph, or pieces of one, are padded to. "attention_floor" is what
+        attention takes without contexts, "attention_decode" what decodes add, "attention_prefill" what prompt chunks
+        add.
         """
         works, attention = self._of(stats, cuda_graphs)
         return {w.name: w.calls * self.call_seconds(w) for w in works} | attention
@@ -321,8 +334,8 @@ class Roofline(eqx.Module):
         num_decode, is_mixed = float(stats.num_decode), int(stats.num_prefill) > 0
         sampled = float(stats.num_sampled) if is_mixed else num_decode
         tokens = num_decode + float(stats.prefill_tokens)
-        if not is_mixed and cuda_graphs:
-            tokens = float(pad_to_graph(np.asarray([num_decode]))[0])
+        if cuda_graphs:
+            tokens = float(pad_to_graph(np.asarray([tokens]))[0])
         works = self.token_works(jnp.asarray(tokens, float)) + self.sampled_works(jnp.asarray(sampled, float))
         decodes = jnp.asarray(num_decode, float)
         fixed, full, windowed, saved = self.decode_attention(decodes)
@@ -396,14 +409,19 @@ class Roofline(eqx.Module):
         inside = min(context, float(stats.num_decode) * self.window_reach)
         read = work.full_layers * context + work.window_layers * inside
         new, keys = float(stats.prefill_tokens), float(stats.prefill_context)
-        layers, again = self.model.layers, max(keys - new, 0.0)
+        # Twice the causal pairs, those in the window, and the keys that some query sees.
+        causal, window = pairs + new, self.model.sliding_window
+        seen = min(causal, 2 * window * new)
+        reached = min(keys, new + float(stats.num_prefill) * window)
+        again = max(keys - new, 0.0)
         bound = "memory" if kernel.is_memory_bound(self.attention_shape(), self.rates()) else "compute"
         amounts = {
             "attention_floor": (0.0, 0.0, "latency"),
             "attention_decode": (work.decode_flops * read, work.decode_bytes * read, bound),
             "attention_prefill": (
-                work.full_layers * work.pair_flops * (pairs + new) + layers * work.chunk_flops * again,
-                layers * work.chunk_bytes * keys, "compute")}
+                work.pair_flops * (work.full_layers * causal + work.window_layers * seen)
+                + self.model.layers * work.chunk_flops * again,
+                work.chunk_bytes * (work.full_layers * keys + work.window_layers * reached), "compute")}
         return [OperatorCost(name, float(s), amounts[name][0], amounts[name][1], 0.0, amounts[name][2])
                 for name, s in seconds.items()]
 
@@ -452,23 +470,26 @@ LLMServingSim): no error in the median at 0.5, within 4 % from 20 sequences on; 
 fast at 1.2. Routers of other models differ: gpt-oss-120b in vLLM on H200 (InferenceX) is closer to 1.
 """
 
+LINKS = ("link_bytes_per_s", "exchange_bytes_per_s", "hop_bytes_per_s")
+
 _PREFIXES = {"gemm": ("gemm", "gemm_16"), "expert": ("experts",), "elementwise": ("elementwise",),
              "decode": ("decode",), "prefill": ("prefill",), "latent": ("latent",), "all_reduce": ("all_reduce",),
-             "all_gather": ("all_gather",), "reduce_scatter": ("reduce_scatter",),
+             "all_gather": ("all_gather", "exchange_gather"), "reduce_scatter": ("reduce_scatter",),
              "all_to_all": ("all_to_all",), "hop": ("hop",)}
 """Overrides are called PREFIX_LEAF; `gemm_efficiency` is that of linear layers and of 16-bit products."""
 
 
-def _products(record: Efficiency, weights: WeightFormat, compute: str, model: ModelSpec, plan: Plan, moe_backend: str
-              ) -> tuple[Gemm, Gemm, Experts]:
-    """Kernels of a weight format whose products run in `compute`. Raises `InputError`."""
+def _sections(record: Efficiency, weights: WeightFormat, compute: str, model: ModelSpec, plan: Plan, moe_backend: str
+              ) -> tuple[str, str]:
+    """Names of the constants of linear layers and of experts, for products in `compute`. Raises `InputError`."""
     name, kernel = "bf16", weights.kernel or weights.name
     if compute in ("fp8", "int8", "fp4"):
         name = weights.name if weights.name in record.gemm else "fp8" if "fp8" in record.gemm else "bf16"
     expert = name if name in record.experts else "bf16"
     if compute == "bf16":
         # Only weight-only kernels dequantise: 8-bit weights on a device without their arithmetic keep 16-bit constants.
-        name = weights.kernel if weights.kernel in record.gemm else name
+        # Where only experts are quantised, the rest has 16 bits.
+        name = weights.kernel if weights.kernel in record.gemm and weights.linear_bytes < 2 else name
         expert = kernel if kernel in record.experts else expert
     if model.experts and moe_backend == "marlin" and expert != WEIGHT_ONLY:
         expert += "_marlin"
@@ -479,30 +500,83 @@ def _products(record: Efficiency, weights: WeightFormat, compute: str, model: Mo
     inner = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks).moe_ffn
     if tuned and (model.experts, inner) in tuned.configs:
         expert += "_tuned"
-    return Gemm.of(record.gemm[name]), Gemm.of(record.gemm["bf16"]), Experts.of(record.experts[expert])
+    return name, expert
+
+
+NOT_MEASURED = ("not measured", "constants of")
+"""How the source of a section begins whose format has no table."""
+
+
+def notes(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dtype: str = "auto", *,
+          moe_backend: MoeBackend = "auto") -> tuple[str, ...]:
+    """What a reader should know of the constants that `roofline` takes: whose they are where not of this device, or of
+    this format, and which links were assumed. Nothing where all were measured.
+    """
+    plan, fmt, record = plan or Plan(), weight_format(dtype, model), device.kernel_efficiency()
+    compute, found = device.peak(fmt.compute).compute, []
+    linear, expert = _sections(record, fmt, compute, model, plan, moe_backend)
+    linear, expert = f"gemm.{linear}", f"experts.{expert}"
+    used = [linear, *(("latent",) if model.is_mla else ("decode", "prefill")), *((expert,) if model.experts else ())]
+    if device.efficiency is None:
+        if device.family != device.name:
+            found.append(f"kernel constants are those of {device.family}: {device.name} was not measured")
+        records, lent = section_records(load_device(device.family).name), {}
+        for section in used:
+            if records[section] != load_device(device.family).name:
+                lent.setdefault(records[section], []).append(section)
+        found += [f"{', '.join(sections)}: not measured on {load_device(device.family).name}, constants of {other}"
+                  for other, sections in lent.items()]
+    for section in used:
+        kind, _, name = section.partition(".")
+        source = (getattr(record, kind)[name] if name else getattr(record, kind)).source
+        if source.startswith(NOT_MEASURED):
+            found.append(f"{section}: not measured, {source.removeprefix('not measured: ').partition(';')[0]}")
+    narrow = {linear: fmt.linear_bytes < 2, expert: bool(model.experts) and fmt.expert_bytes < 2}
+    found += [f"{fmt.name} in {compute} was not measured: constants of {section}"
+              for section, is_narrow in narrow.items() if is_narrow and not _is_of(section, fmt)]
+    links = [link for link in _links(device, plan) if link.ranks > 1]
+    if any(link.kind == "host" for link in links):
+        found.append("messages between devices go over PCIe, whose constants are a guess")
+    found += [f"{device.name} does not say its links: {text} taken" for text in
+              dict.fromkeys(text for link in links for text in link.assumed)]
+    return tuple(found)
+
+
+def _is_of(section: str, fmt: WeightFormat) -> bool:
+    """Whether constants are of a format."""
+    name = section.partition(".")[2].removesuffix("_tuned").removesuffix("_marlin")
+    return name in (fmt.name, fmt.kernel)
+
+
+def _links(device: DeviceSpec, plan: Plan) -> tuple[Link, Link, Link]:
+    """Of a device to its group of tensors, of experts, and to the next stage: ranks of one stage lie side by side."""
+    tensors, ranks = plan.tensor_parallel_size, plan.data_parallel_size if plan.enable_expert_parallel else 1
+    group = plan.expert_ranks if operators.sends_tokens(plan) else ranks
+    exchange = device.link_among(group, tensors * ranks if ranks > 1 else 1)
+    stages = plan.pipeline_parallel_size
+    return (device.link_among(tensors), exchange,
+            device.link_among(min(stages, 2), tensors * stages if stages > 1 else 1))
+
+
+def _over(link: Link, record):
+    """Constants of messages for a kind of link."""
+    return {"network": over_network, "host": over_pcie}.get(link.kind, lambda same: same)(record)
 
 
 def _messages(record: Efficiency, device: DeviceSpec, plan: Plan, all_reduce: str) -> dict:
-    """Links, and collectives over them: vLLM's own all-reduce inside a switched node, NCCL otherwise."""
-    per_node = device.devices_per_node or 8
-    inside = device.link_bytes_per_s or device.host_link_bytes_per_s or 1e9
-    outside = device.internode_bytes_per_s or 12.5e9
-    group = plan.expert_ranks if plan.enable_expert_parallel else plan.tensor_parallel_size
-    is_outside = max(group, plan.tensor_parallel_size) > per_node
-    hop_outside = plan.tensor_parallel_size * plan.pipeline_parallel_size > per_node
-    nccl, hop = record.nccl, record.hop
-    if is_outside or not device.is_switched:
-        nccl = {name: (over_network if is_outside else over_pcie)(r) for name, r in nccl.items()}
-    if hop_outside or not device.is_switched:
-        hop = (over_network if hop_outside else over_pcie)(hop)
-    can_be_custom = device.is_switched and not is_outside and plan.tensor_parallel_size in CUSTOM_RANKS
+    """Links, and collectives over them: vLLM's own all-reduce where devices read each other, NCCL otherwise."""
+    tensors, experts, stages = _links(device, plan)
+    can_be_custom = tensors.kind == "direct" and plan.tensor_parallel_size in CUSTOM_RANKS
+
+    def nccl(name: str, link: Link) -> Nccl:
+        return Nccl.of(_over(link, record.nccl[name]), name)
+
     reduce = (CustomAllReduce.of(record.custom_all_reduce) if all_reduce == "custom" and can_be_custom
-              else Nccl.of(nccl["all_reduce"], "all_reduce"))
-    return dict(link_bytes_per_s=min(inside, outside) if is_outside else inside,
-                hop_bytes_per_s=min(inside, outside) if hop_outside else inside,
-                all_reduce=reduce, all_gather=Nccl.of(nccl["all_gather"], "all_gather"),
-                reduce_scatter=Nccl.of(nccl["reduce_scatter"], "reduce_scatter"),
-                all_to_all=Nccl.of(nccl["all_to_all"], "all_to_all"), hop=Hop.of(hop))
+              else nccl("all_reduce", tensors))
+    return dict(link_bytes_per_s=tensors.bytes_per_s, exchange_bytes_per_s=experts.bytes_per_s,
+                hop_bytes_per_s=stages.bytes_per_s, all_reduce=reduce, all_gather=nccl("all_gather", tensors),
+                exchange_gather=nccl("all_gather", experts), reduce_scatter=nccl("reduce_scatter", experts),
+                all_to_all=nccl("all_to_all", experts), hop=Hop.of(_over(stages, record.hop)))
 
 
 def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dtype: str = "auto",
@@ -524,15 +598,16 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
         if value not in known:
             raise InputError(f"cost.{field}", value, "is not known", suggest(value, known))
     record, peak = device.kernel_efficiency(), device.peak(fmt.compute)
-    gemm, gemm_16, experts = _products(record, fmt, peak.compute, model, plan, moe_backend)
+    linear, expert = _sections(record, fmt, peak.compute, model, plan, moe_backend)
     element = record.elementwise
-    parts = dict(gemm=gemm, gemm_16=gemm_16, experts=experts, decode=Decode.of(record.decode),
+    parts = dict(gemm=Gemm.of(record.gemm[linear]), gemm_16=Gemm.of(record.gemm["bf16"]),
+                 experts=Experts.of(record.experts[expert]), decode=Decode.of(record.decode),
                  prefill=Prefill.of(record.prefill), latent=Latent.of(record.latent) if model.is_mla else None,
                  elementwise=Elementwise(jnp.asarray(element.floor_s, float), jnp.asarray(element.efficiency, float)),
                  **_messages(record, device, plan, all_reduce))
     numbers = dict(peak_flops=peak.flops, memory_bytes_per_s=device.memory_bytes_per_s,
                    attention_flops=device.peak("fp32" if fmt.compute == "fp32" else "bf16").flops,
-                   link_bytes_per_s=parts.pop("link_bytes_per_s"), hop_bytes_per_s=parts.pop("hop_bytes_per_s"),
+                   **{name: parts.pop(name) for name in LINKS},
                    **HOSTS[host], **LAUNCHES, expert_skew=EXPERT_SKEW)
     cost = Roofline(
         **{name: jnp.asarray(value, float) for name, value in numbers.items()}, **parts,
@@ -544,6 +619,9 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
 def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> Roofline:
     """`cost` with leaves replaced by name. Raises `InputError`."""
     places = {name: [(name,)] for name in numbers}
+    # One number for all groups, unless that of experts is given too.
+    if "exchange_bytes_per_s" not in overrides:
+        places["link_bytes_per_s"].append(("exchange_bytes_per_s",))
     for prefix, parts in _PREFIXES.items():
         for part in parts:
             for name, leaf in vars(getattr(cost, part) or Elementwise(None, None)).items():

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxsim.cost.roofline import notes
 from jaxsim.metrics import FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
+from jaxsim.spec.plan import Plan
 from jaxsim.spec.presets import load_preset
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, RooflineCost, Scenario
 
@@ -23,15 +25,15 @@ _STYLES = {"UNSTABLE": "bold red", "stopped by": "bold red", "TOO SHORT": "bold"
 
 
 def console(file: TextIO | None = None) -> Console:
-    """A console of at most 100 columns; a pipe gets plain text of that width."""
+    """A console of at most 100 columns; a pipe gets plain text of that width. Brackets in names are text."""
     terminal = Console(file=file, highlight=False)
-    return Console(file=file, highlight=False, soft_wrap=False,
+    return Console(file=file, highlight=False, soft_wrap=False, markup=False, emoji=False,
                    width=min(terminal.width, WIDTH) if terminal.is_terminal else WIDTH)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number a person reads: three significant digits, more where they stand before the point."""
-    if value is None:
+    """A number a person reads: three significant digits, more where they stand before the point; "-" for none."""
+    if value is None or not np.isfinite(value):
         return "-"
     if value == 0:
         return "0"
@@ -83,9 +85,11 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
         lines.append(f"curves over time and the timeline end early: {lane.lost_steps:,} iterations were not kept")
     if lane.front_end_s:
         lines.append(f"{lane.front_end_s * 1e3:g} ms of TTFT and E2E are outside the engine (cost.front_end_s)")
-    device = scenario.device.spec() if scenario.device and isinstance(scenario.cost, RooflineCost) else None
-    if device is not None and device.calibration != "measured" and device.efficiency is None:
-        lines.append(f"kernel constants are those of {device.family}: {device.name} was not measured")
+    if scenario.model and scenario.device and isinstance(scenario.cost, RooflineCost):
+        plan = Plan(tensor_parallel_size=engine.tensor_parallel_size, data_parallel_size=engine.data_parallel_size,
+                    enable_expert_parallel=engine.enable_expert_parallel)
+        lines += notes(scenario.model.spec(), scenario.device.spec(), plan, scenario.dtype,
+                       moe_backend=engine.moe_backend)
     if lane.num_prefix_blocks and lane.cached_tokens is None:
         lines.append("the trace names shared prefixes, but engine.enable_prefix_caching is off: every prompt is"
                      " computed in full")

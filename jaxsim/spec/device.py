@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
-from jaxsim.spec.efficiency import DATASHEET, Efficiency, load_efficiency, transferred
+from jaxsim.spec.efficiency import DATASHEET, Efficiency, like_of, load_efficiency, transferred
 from jaxsim.spec.messages import convert_table
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -37,12 +37,36 @@ class Peak(NamedTuple):
     compute: str
 
 
+Topology = Literal["switch", "mesh", "pair", "torus", "host"]
+"""How devices of a node reach each other.
+
+switch: each has its whole link to any other; mesh: a link to each other of the node, which share `link_bytes_per_s`;
+pair: a bridge to one other, else through the host; torus: taken as a switch, but no device reads another's memory;
+host: PCIe.
+"""
+
+
+class Link(NamedTuple):
+    """Of one device in a group of so many ranks. kind: direct (memory of peers can be read), torus, host, network;
+    assumed: numbers that the device does not give, in words."""
+
+    ranks: int
+    bytes_per_s: float
+    kind: Literal["direct", "torus", "host", "network"]
+    assumed: tuple[str, ...] = ()
+
+
+DEVICES_PER_NODE, NETWORK_BYTES_PER_S, LINK_BYTES_PER_S = 8, 12.5e9, 1e9
+"""Where a device does not say: the usual server, 100 Gbit/s, and little enough to be seen."""
+
+
 class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One accelerator (or CPU socket), in SI units; None = not known or not there.
 
     memory_bytes: nominal; visible_memory_bytes: what the driver shows an engine; memory_bytes_per_s: peak.
     bf16_flops (or fp16), fp8_flops, int8_flops, fp4_flops, fp32_flops: dense peaks, FLOP/s.
-    link, link_bytes_per_s: scale-up link, per direction per device, and devices_per_node that share it;
+    link, link_bytes_per_s: scale-up link, per direction per device, and devices_per_node that share it; topology: how
+    it joins them, by default "host" for PCIe and where there is no link, else "switch";
     internode_bytes_per_s: network beyond it; host_link, host_link_bytes_per_s: to the CPU.
     tdp_w, idle_w, active_idle_w (clocks up, nothing running), usd_per_h (reference, low, high).
     calibration: where its kernel constants come from: "measured" (its own tables), "family:<device>" (those of a
@@ -68,6 +92,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     base_hz: Positive | None = None
     link: str = ""
     link_bytes_per_s: Positive | None = None
+    topology: Topology | None = None
     devices_per_node: Annotated[int, Meta(ge=1)] | None = None
     internode_bytes_per_s: Positive | None = None
     host_link: str = ""
@@ -130,11 +155,17 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     def kernel_efficiency(self) -> Efficiency:
         """Constants of its kernels. Raises `InputError` where `calibration` names no record."""
-        if self.efficiency is not None or self.family == self.name:
-            return self.efficiency or load_efficiency(self.name)
+        if self.efficiency is not None:
+            return self.efficiency
+        if self.family == self.name:
+            return load_efficiency(self.name, *self._ratios(load_device(like_of(self.name))))
         like = load_device(self.family)
-        return transferred(load_efficiency(like.name), self.memory_bytes_per_s / like.memory_bytes_per_s,
-                           self._unit_flops / like._unit_flops)
+        record = load_efficiency(like.name, *like._ratios(load_device(like_of(like.name))))
+        return transferred(record, *self._ratios(like))
+
+    def _ratios(self, like: "DeviceSpec") -> tuple[float, float]:
+        """How many times the memory bandwidth of another device, and FLOP/s of a multiprocessor."""
+        return self.memory_bytes_per_s / like.memory_bytes_per_s, self._unit_flops / like._unit_flops
 
     @property
     def _unit_flops(self) -> float:
@@ -150,10 +181,28 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                              "give device.memory_bytes or engine.num_gpu_blocks_override")
         return int(self.memory_bytes * VISIBLE_SHARE)
 
-    @property
-    def is_switched(self) -> bool:
-        """Whether the scale-up link is more than PCIe."""
-        return bool(self.link) and not self.link.startswith("PCIe")
+    def link_among(self, ranks: int, span: int | None = None) -> Link:
+        """The link of a device to the others of a group of so many `ranks`, which lie among `span` devices in a row."""
+        span, per_node = span or ranks, self.devices_per_node or DEVICES_PER_NODE
+        topology = self.topology or ("host" if not self.link or self.link.startswith("PCIe") else "switch")
+        given, assumed = self.link_bytes_per_s, ()
+        if topology == "pair" and span > 2:
+            topology, given = "host", self.host_link_bytes_per_s
+        inside = given or self.host_link_bytes_per_s
+        if inside is None:
+            inside, assumed = LINK_BYTES_PER_S, (f"a link of {LINK_BYTES_PER_S / 1e9:g} GB/s",)
+        elif given is None:
+            topology, assumed = "host", (f"a link of {inside / 1e9:g} GB/s, as to the host",)
+        if topology == "mesh":
+            inside *= max(min(ranks, per_node) - 1, 1) / max(per_node - 1, 1)
+        if span <= per_node:
+            kind = topology if topology in ("host", "torus") else "direct"
+            return Link(ranks, inside, kind, assumed)
+        if self.devices_per_node is None:
+            assumed += (f"nodes of {per_node} devices",)
+        if self.internode_bytes_per_s is None:
+            assumed += (f"a network of {NETWORK_BYTES_PER_S / 1e9:g} GB/s a device",)
+        return Link(ranks, min(inside, self.internode_bytes_per_s or NETWORK_BYTES_PER_S), "network", assumed)
 
 
 @functools.cache

@@ -221,6 +221,9 @@ class Efficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return convert_table(table, cls, path, "efficiency", "see scenarios/devices/efficiency")
 
 
+_NAMED = ("gemm", "experts", "nccl")
+"""Sections of several tables."""
+
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 DATASHEET = "h100_sxm_80"
@@ -232,22 +235,45 @@ MOST_TRANSFERRED = 0.8
 
 
 @functools.cache
-def load_efficiency(name: str) -> Efficiency:
-    """The record called like its device. Raises `InputError`."""
+def _tables(name: str) -> dict[str, Any]:
+    """The file called like its device, as it stands. Raises `InputError`."""
     folder = resources.files("jaxsim.scenarios") / "devices" / "efficiency"
     file = folder / f"{name}.toml"
     if not file.is_file():
         known = sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
         raise InputError("device.calibration", f"family:{name}", "no such record", suggest(name, known))
-    tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    if "like" in tables:
-        # What is not measured here is said to be another record's.
-        tables = _merged(tomllib.loads((folder / f"{tables.pop('like')}.toml").read_text(encoding="utf-8")), tables)
-    return Efficiency.from_dict(tables, file.name)
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def like_of(name: str) -> str:
+    """The record that has what the one called `name` has not; itself where it has everything. Raises `InputError`."""
+    return _tables(name).get("like", name)
+
+
+@functools.cache
+def load_efficiency(name: str, bandwidth_ratio: float = 1.0, unit_ratio: float = 1.0) -> Efficiency:
+    """The record called like its device, with what it lacks from `like_of` it. Raises `InputError`.
+
+    bandwidth_ratio, unit_ratio: of the two devices, as `transferred` takes them.
+    """
+    tables = {section: value for section, value in _tables(name).items() if section != "like"}
+    if like_of(name) != name:
+        below = transferred(load_efficiency(like_of(name)), bandwidth_ratio, unit_ratio)
+        tables = _merged(msgspec.to_builtins(below), tables)
+    return Efficiency.from_dict(tables, f"{name}.toml")
 
 
 def _merged(below: dict, above: dict) -> dict:
-    return below | {k: _merged(below[k], v) if k in ("gemm", "experts", "nccl") else v for k, v in above.items()}
+    return below | {k: below[k] | v if k in _NAMED else v for k, v in above.items()}
+
+
+def section_records(name: str) -> dict[str, str]:
+    """Whose tables each section of a record was fitted on: "gemm.bf16", "decode", ... and names of records."""
+    found = section_records(like_of(name)) if like_of(name) != name else {}
+    for kind, value in _tables(name).items():
+        if kind != "like":
+            found |= {f"{kind}.{part}": name for part in value} if kind in _NAMED else {kind: name}
+    return found
 
 
 def transferred(record: Efficiency, bandwidth_ratio: float, unit_ratio: float = 1.0) -> Efficiency:

@@ -421,23 +421,17 @@ def _hf_dtype(config: Mapping[str, Any]) -> str:
     where = "quantization_config"
     quantisation = _hf_table(config.get(where), where)
     method = str(quantisation.get("quant_method") or "").lower()
-    by_method = {"fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "awq": "int4", "gptq": "int4"}
+    by_method = {"fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4"}
     if method == "fp8" and quantisation.get("weight_block_size"):
         return "fp8_block"
     if method in by_method:
         return by_method[method]
+    if method in ("gptq", "awq"):
+        return _hf_grouped(quantisation, method)
     if method == "compressed-tensors":
-        groups = list(_hf_table(quantisation.get("config_groups"), f"{where}.config_groups").values())
-        group = _hf_table(groups[0] if groups else None, f"{where}.config_groups")
-        weights = _hf_table(group.get("weights"), f"{where}.config_groups.weights")
-        bits, inputs = weights.get("num_bits"), group.get("input_activations")
-        if bits == 4:
-            return "fp4" if weights.get("type") == "float" else "int4"
-        if bits == 8 and inputs:
-            return "fp8" if weights.get("type") == "float" else "int8"
+        return _hf_compressed(quantisation, config)
     if method:
-        raise InputError("model.config.quantization_config.quant_method", method, "this format is not known",
-                         "remove quantization_config and give model.dtype yourself")
+        raise _no_name("quant_method", method)
     key = next((k for k in ("torch_dtype", "dtype") if config.get(k) is not None), None)
     if key is None:
         return "bfloat16"
@@ -446,6 +440,94 @@ def _hf_dtype(config: Mapping[str, Any]) -> str:
         raise InputError(f"model.config.{key}", config[key], "is no number format of weights",
                          suggest(name, _HF_DTYPES))
     return name
+
+
+def _no_name(key: str, value: Any) -> InputError:
+    return InputError(f"model.config.quantization_config.{key}", value, "this format is not known",
+                      "remove quantization_config and give model.dtype yourself")
+
+
+def _hf_grouped(table: Mapping[str, Any], method: str) -> str:
+    """Name of what GPTQ and AWQ store: weights in groups along the inputs, 16-bit products.
+
+    What a file leaves out has the libraries' defaults: 4 bits, groups of 128, zero points in AWQ only.
+    """
+    keys = {"gptq": (("bits",), ("group_size",), "sym"),
+            "awq": (("bits", "w_bit"), ("group_size", "q_group_size"), "zero_point")}
+    bits, group, zeros = keys[method]
+    switch = table.get(zeros)
+    has_zeros = (method == "awq") if switch is None else bool(switch) == (method == "awq")
+    return _hf_integers(_first(table, bits) or 4, _first(table, group) or 128, not has_zeros, bits[0], group[0],
+                        prefix=f"{method}-")
+
+
+def _hf_integers(bits: Any, group: Any, is_symmetric: bool, bits_key: str, group_key: str, *, activations: int = 16,
+                 prefix: str = "", ending: str = "") -> str:
+    """Name of integers in groups (-1: one a channel), as `jaxsim.spec.quantization` reads it. Raises `InputError`."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise _no_name(bits_key, bits)
+    if isinstance(group, bool) or not isinstance(group, int) or not (group == -1 or group >= 1):
+        raise _no_name(group_key, group)
+    head = f"int{bits}" if activations == 16 else f"w{bits}a{activations}"
+    return (prefix + head + ("-channel" if group == -1 else f"-g{group}") + ("-sym" if is_symmetric else "") + ending)
+
+
+def _hf_compressed(table: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Name of what compressed-tensors stores: one format for all layers, or for routed experts alone.
+
+    Known gaps: single layers, and parts of attention, that are left out count as the others.
+    """
+    where = "config_groups"
+    groups = _hf_table(table.get(where), f"quantization_config.{where}")
+    found = {_hf_scheme(_hf_table(group, f"quantization_config.{where}"), f"{where}.{key}")
+             for key, group in groups.items()}
+    if len(found) != 1:
+        raise _no_name(where, sorted(found) or None)
+    name, = found
+    ignored = table.get("ignore") or ()
+    has_experts = bool(_first(config, _KEYS["experts"]))
+    there = {"attention": True, "experts": has_experts, "shared": bool(config.get("n_shared_experts")),
+             "ffn": not has_experts or bool(config.get("first_k_dense_replace"))}
+    parts = {part for part, is_there in there.items() if is_there}
+    quantised = {part for part in parts if not _is_ignored(_MODULES[part], ignored)}
+    if quantised == parts:
+        return name
+    if quantised != {"experts"} or not name.startswith("int") or name == "int8":
+        raise _no_name("ignore", list(ignored))
+    return name + "-experts"
+
+
+_MODULES = {"attention": "model.layers.3.self_attn.o_proj", "ffn": "model.layers.3.mlp.down_proj",
+            "shared": "model.layers.3.mlp.shared_experts.down_proj",
+            "experts": "model.layers.3.mlp.experts.0.down_proj"}
+"""One module of each kind, to hold patterns of ignored ones against."""
+
+
+def _is_ignored(module: str, ignored: Any) -> bool:
+    """Whether a pattern is for this module in every layer (single layers that are named count as the others)."""
+    try:
+        return any(str(one).startswith("re:") and re.match(str(one)[3:], module) for one in ignored)
+    except re.error:
+        raise _no_name("ignore", list(ignored)) from None
+
+
+def _hf_scheme(group: Mapping[str, Any], where: str) -> str:
+    """Name of one group of compressed-tensors."""
+    weights = _hf_table(group.get("weights"), f"quantization_config.{where}.weights")
+    inputs = _hf_table(group.get("input_activations"), f"quantization_config.{where}.input_activations")
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
+    widths = (bits, kind, inputs.get("num_bits", 16), inputs.get("type", "int") if inputs else None)
+    if widths == (8, "float", 8, "float"):
+        return "fp8_block" if strategy == "block" else "fp8"
+    if widths == (4, "float", 4, "float") and weights.get("group_size", 16) == 16:
+        return "fp4"
+    if widths == (8, "int", 8, "int") and strategy in (None, "channel", "tensor"):
+        return "int8"
+    if kind == "int" and widths[3] in (None, "int") and widths[2] in (8, 16):
+        size = -1 if strategy == "channel" else weights.get("group_size")
+        return _hf_integers(bits, size, weights.get("symmetric", True) is not False, f"{where}.weights.num_bits",
+                            f"{where}.weights.group_size", activations=widths[2])
+    raise _no_name(where, f"{kind} weights of {bits} bits, {widths[2]}-bit activations")
 
 
 _HF_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "int8")

@@ -76,6 +76,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         method: how the values were chosen (`METHODS`).
         activation_bits: 16 = weights are dequantised and multiplied in 16 bits; 8 = multiplied as 8-bit integers.
         kv_format: of the KV cache: float16, fp8, int8 or int4; "auto" = as wide as activations.
+        experts_only: only routed experts are quantised, the other linear layers stay 16-bit.
 
     Known gaps: permutations of rows (act-order), sparse outliers kept apart, codebooks, and padding to words (3-bit
     kernels may store 32 weights in 3 words, or each weight in 4 bits).
@@ -89,6 +90,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     method: Method = "rtn"
     activation_bits: int = 16
     kv_format: str = "auto"
+    experts_only: bool = False
 
     def __post_init__(self):
         for field, least, most, remedy in (
@@ -109,6 +111,9 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         if self.activation_bits not in (8, 16):
             raise InputError("quantization.activation_bits", self.activation_bits,
                              "activations are multiplied in 8 or in 16 bits", "give 8 or 16")
+        if self.experts_only and self.activation_bits != 16:
+            raise InputError("quantization.experts_only", True, "goes with activations of 16 bits only",
+                             "leave out -experts, or give a16")
         if self.zero_bits == self.bits:
             # One way to say it, so that records that store the same are equal.
             msgspec.structs.force_setattr(self, "zero_bits", None)
@@ -121,8 +126,8 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             [method-]w4a16kv8-g128                the same with activations (16, 8) and KV cache (16, fp8, 8, 4) named
 
         `-channel` instead of `-g128`: one group a channel. `-perin`: groups inside input channels. `-sym`: no zero
-        point; `-zero16`: one of 16 bits; `-scale8`: scales of 8 bits. Case, and "_" for "-", do not matter. Raises
-        `InputError` with `field`.
+        point; `-zero16`: one of 16 bits; `-scale8`: scales of 8 bits; `-experts`: routed experts only. Case, and "_"
+        for "-", do not matter. Raises `InputError` with `field`.
         """
         text = str(name).strip().lower().replace("_", "-")
         found = _NAME.fullmatch(text)
@@ -138,7 +143,8 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
                        scale_bits=int(part["scale"] or 16), zero_bits=zero,
                        granularity="per_input_channel" if part["perin"] else "per_output_channel",
                        method=part["method"] or "rtn", activation_bits=int(part["act"] or 16),
-                       kv_format=_KV_SUFFIXES[part["kv"]] if part["kv"] else "auto")
+                       kv_format=_KV_SUFFIXES[part["kv"]] if part["kv"] else "auto",
+                       experts_only=bool(part["experts"]))
         except InputError as error:
             raise InputError(field, name, f"{error.field.partition('.')[2]} = {error.value} {error.problem}",
                              error.remedy) from None
@@ -152,7 +158,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             f"int{self.bits}" if self.activation_bits == 16 and not kv else f"w{self.bits}a{self.activation_bits}{kv}",
             "-channel" if self.group_size is None else f"-g{self.group_size}",
             "-perin" if self.granularity == "per_input_channel" else "", zero,
-            "" if self.scale_bits == 16 else f"-scale{self.scale_bits}"))
+            "" if self.scale_bits == 16 else f"-scale{self.scale_bits}", "-experts" if self.experts_only else ""))
 
     # What is stored
 
@@ -197,7 +203,8 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             return sum(count * self.matrix_bits(inputs, outputs) for count, inputs, outputs in matrices) / weights / 8
 
         compute = "bf16" if self.activation_bits == 16 else "int8"
-        return WeightFormat(self.name, mean_bytes(linear), mean_bytes(experts), 2, 2, compute,
+        linear_bytes = 2 if self.experts_only else mean_bytes(linear)
+        return WeightFormat(self.name, linear_bytes, mean_bytes(experts), 2, 2, compute,
                             WEIGHT_ONLY if self.activation_bits == 16 else "")
 
 
@@ -208,7 +215,7 @@ _METHOD_NAMES = "|".join(sorted(METHODS, key=len, reverse=True))
 _HEAD = re.compile(rf"(?:(?P<method>{_METHOD_NAMES})-)?"
                    rf"(?:int(?P<int>\d+)|w(?P<w>\d+)(?:a(?P<act>\d+)(?P<kv>{'|'.join(_KV_SUFFIXES)})?)?)")
 _NAME = re.compile(_HEAD.pattern + r"(?:-?g(?P<group>\d+)|-channel)(?P<perin>-perin)?(?:-perout)?"
-                   r"(?:(?P<sym>-sym)|-asym|-zero(?P<zero>\d+))?(?:-scale(?P<scale>\d+))?")
+                   r"(?:(?P<sym>-sym)|-asym|-zero(?P<zero>\d+))?(?:-scale(?P<scale>\d+))?(?P<experts>-experts)?")
 
 
 def is_quantization_name(name: str) -> bool:
@@ -366,4 +373,4 @@ def _indexed() -> dict[str, dict[tuple, Quality]]:
 def _scored(quantization: Quantization | None) -> tuple | None:
     """What tells one score from another."""
     q = quantization
-    return None if q is None else (q.bits, q.group_size, q.granularity, q.method)
+    return None if q is None else (q.bits, q.group_size, q.granularity, q.method, q.experts_only)

@@ -5,6 +5,7 @@ The rows are those `jaxsim.calibrate.tables` reads; where forms take long, `ROWS
 
 import errno
 import functools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ FILES = {"a100_sxm_80": "aic_a100_sxm_vllm0.14.0", "h100_sxm_80": "aic_h100_sxm_
          "h200_sxm_141": "aic_h200_sxm_vllm0.19.0"}
 NCCL_FILES = {"a100_sxm_80": "aic_a100_sxm_nccl2.27.3", "h100_sxm_80": "aic_h100_sxm_nccl2.27.3",
               "h200_sxm_141": "aic_h200_sxm_nccl2.26.2"}
-RTX = "rtx_pro_6000"
+A100, H100, H200, RTX = "a100_sxm_80", "h100_sxm_80", "h200_sxm_141", "rtx_pro_6000"
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 RTX_MODELS = {"llama31_8b": "llama-3.1-8b", "qwen3_30b_a3b": "qwen3-30b-a3b"}
 SECTIONS = {"bfloat16": "bf16", "fp8": "fp8", "fp8_block": "fp8_block", "int4_wo": "int4"}
 ROWS = 1500
@@ -107,3 +109,23 @@ def errors(pair: Pair) -> tuple[float, float, float]:
     relative = predicted / seconds - 1
     assert np.isfinite(relative).all()
     return float(np.median(np.abs(relative))), float(np.quantile(np.abs(relative), 0.9)), float(np.median(relative))
+
+
+CASES = [
+    *(("gemm", device, "bfloat16") for device in (A100, H100, H200, RTX)),
+    *(("gemm", device, dtype) for device in (H100, H200) for dtype in ("fp8", "fp8_block")),
+    *((kind, device) for kind in ("decode", "prefill") for device in (A100, H100, H200, RTX)),
+    *(("mla", device, kind) for device in (H100, H200) for kind in ("generation", "context")),
+    *(("experts", device, "bfloat16") for device in (A100, H100, H200, RTX)),
+    *(("experts", device, dtype) for device in (H100, H200) for dtype in ("fp8", "fp8_block", "int4_wo")),
+    *(("nccl", device, collective) for device in (A100, H100, H200) for collective in COLLECTIVES),
+    *(("all_reduce", device) for device in (A100, H100, H200)),
+]
+"""Functions of this module and their arguments after the folder."""
+
+
+if __name__ == "__main__":
+    for kind, *arguments in CASES:
+        median, p90, signed = errors(globals()[kind](Path(sys.argv[1]), *arguments))
+        print(f"{kind:12s} {' '.join(arguments):32s} {100 * median:5.1f} / {100 * p90:5.1f} %, {100 * signed:+.1f} %",
+              flush=True)

@@ -1,11 +1,15 @@
 """Operator counts against published algebra: MLA and MoE tables, weights and FLOP of whole passes."""
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 
 from jaxsim.cost import operators
+from jaxsim.cost.base import BatchStats
 from jaxsim.cost.operators import attention_work, distinct_experts, head_work, token_work
+from jaxsim.cost.roofline import roofline
+from jaxsim.spec.device import load_device
 from jaxsim.spec.model import ModelSpec, load_model
 from jaxsim.spec.plan import Plan, weight_format
 
@@ -129,6 +133,33 @@ def test_expert_parallelism_gathers_tokens():
     assert float(gather.message_bytes) == 4 * 32 * (2048 + 128) * 2
     assert float(scatter.message_bytes) == 4 * 32 * 2048 * 2
     assert works["all_reduce"].calls == 2 * 48 + 1 and "expert_exchange" not in works
+
+
+def test_tokens_that_are_sent_pass_over_their_own_ranks_rows():
+    """All-to-all: the rows of the busiest rank, not those of all; gathered: all rows on every rank."""
+    model = load_model("deepseek-v3")
+    for all_to_all in (True, False):
+        plan = Plan(data_parallel_size=8, enable_expert_parallel=True, all_to_all=all_to_all)
+        load = {w.name: w for w in all_work(model, plan, 512.0)}["experts"].load
+        pairs = 512.0 * 8
+        busiest = pairs + np.sqrt(2 * np.log(8) * pairs)
+        assert float(load.tokens) == 8 * 512
+        if all_to_all:
+            assert float(load.row_tokens) == pytest.approx(busiest / 8, rel=1e-6)
+        else:
+            assert load.row_tokens is None
+    stats = BatchStats.of(0, 0, 1, 2048, 2048, 2048.0 ** 2)
+    seconds = [float(roofline(model, load_device("h200"), msgspec.structs.replace(plan, all_to_all=sent))
+                     .operator_seconds(stats)["experts"]) for sent in (True, False)]
+    assert seconds[0] < 0.8 * seconds[1]
+
+
+def test_nothing_is_sent_without_expert_parallelism():
+    """Then data-parallel ranks are copies, and every layer reduces twice."""
+    plan = Plan(tensor_parallel_size=2, data_parallel_size=4, all_to_all=True)
+    works = {w.name: w for w in all_work(load_model("mixtral-8x7b"), plan, 32.0)}
+    assert works["all_reduce"].calls == 2 * 32 + 1 and works["experts"].load.row_tokens is None
+    assert not {"expert_exchange", "expert_gather"} & works.keys()
 
 
 def test_pipeline_hops():

@@ -96,6 +96,38 @@ def test_memory():
         load_device("xeon_8462y").usable_memory_bytes  # noqa: B018
 
 
+def test_memory_is_discounted_once():
+    """96 GiB nominal, of which CUDA shows 102,641,958,912 bytes (aiconfigurator's system specs)."""
+    device = load_device("rtx_pro_6000")
+    assert device.memory_bytes == 96 * 2**30 and device.usable_memory_bytes == 102_641_958_912
+
+
+def test_links_by_topology():
+    def link(name, *group):
+        found = load_device(name).link_among(*group)
+        return found.bytes_per_s / 1e9, found.kind
+
+    assert link("h100", 2) == link("h100", 8) == (450, "direct") and link("h100", 16) == (50, "network")
+    # A mesh: a link of 64 GB/s for each pair. Bridges join two; more go through the host.
+    assert [link("mi300x", n)[0] for n in (2, 4, 8)] == pytest.approx([64, 192, 448])
+    assert link("a40", 2) == (56.25, "direct") and link("a40", 4) == (32, "host") == link("a40", 2, 4)
+    assert link("rtx6000_turing", 2) == (50, "direct") and link("rtx6000_turing", 3) == (16, "host")
+    assert link("l40s", 2) == (32, "host") and link("tpu_v5e", 4) == (200, "torus")
+    # Eight data-parallel ranks of two devices each are two nodes.
+    assert link("h100", 8, 16) == (50, "network")
+
+
+def test_links_that_are_assumed_are_said():
+    plain = dict(name="mine", memory_bytes_per_s=1e12, bf16_flops=1e14)
+    assert DeviceSpec(**plain).link_among(2)[1:] == (1e9, "host", ("a link of 1 GB/s",))
+    hosted = DeviceSpec(**plain, link="NVLink9", host_link_bytes_per_s=64e9).link_among(2)
+    assert hosted.kind == "host" and hosted.assumed == ("a link of 64 GB/s, as to the host",)
+    assert load_device("gh200").link_among(16).assumed == ("nodes of 8 devices", "a network of 12.5 GB/s a device")
+    assert load_device("h100").link_among(16).assumed == ()
+    with pytest.raises(InputError, match="topology"):
+        DeviceSpec.from_dict(plain | dict(topology="star"))
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(memory_bytes_per_s=0), "memory_bytes_per_s|> 0"), (dict(bf16_flops=None), "no arithmetic peak"),
     (dict(visible_memory_bytes=2**40), "more than memory_bytes"), (dict(colour="red"), "colour"),

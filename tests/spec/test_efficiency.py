@@ -7,7 +7,7 @@ import pytest
 
 from jaxsim._core.errors import InputError
 from jaxsim.spec.device import DeviceSpec, device_catalogue, load_device
-from jaxsim.spec.efficiency import DATASHEET, Efficiency, load_efficiency
+from jaxsim.spec.efficiency import DATASHEET, Efficiency, load_efficiency, section_records
 
 FOLDER = resources.files("jaxsim.scenarios") / "devices" / "efficiency"
 RECORDS = sorted(f.name.removesuffix(".toml") for f in FOLDER.iterdir() if f.name.endswith(".toml"))
@@ -49,6 +49,19 @@ def test_transfer_keeps_what_memory_does_not_bound():
     # An item passes tokens as fast as its multiprocessor multiplies: 312 / 108 against 100 / 128 TFLOP/s.
     ampere = DeviceSpec(**MINE, calibration="family:a100").kernel_efficiency()
     assert ampere.decode.sweep_s == pytest.approx(2.096e-8 * (312 / 108) / (100 / 128))
+
+
+def test_what_a_record_borrows_is_transferred():
+    """Sections that an RTX PRO 6000 takes from the H100 keep their bytes/s, as in a whole transfer."""
+    h100, rtx = load_device("h100").kernel_efficiency(), load_device("rtx_pro_6000").kernel_efficiency()
+    ratio = 1.792 / 3.35
+    assert rtx.experts["mxfp4"].row_efficiency == pytest.approx(h100.experts["mxfp4"].row_efficiency / ratio)
+    assert rtx.gemm["fp8"].quantise_efficiency == 0.8 > h100.gemm["fp8"].quantise_efficiency
+    # Its own are as they stand, and so are seconds and other shares.
+    assert rtx.experts["bf16"].row_efficiency == 0.3859 and rtx.latent == h100.latent
+    assert section_records("rtx_pro_6000")["gemm.fp8"] == "h100_sxm_80"
+    assert section_records("rtx_pro_6000")["gemm.bf16"] == section_records("rtx_pro_6000")["decode"] == "rtx_pro_6000"
+    assert set(section_records("h100_sxm_80").values()) == {"h100_sxm_80"}
 
 
 def test_own_devices():

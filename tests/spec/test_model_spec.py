@@ -6,7 +6,9 @@ import msgspec
 import pytest
 
 from jaxsim._core.errors import InputError
+from jaxsim.spec.memory import rank_weight_bytes
 from jaxsim.spec.model import ModelSpec, load_model, model_catalogue
+from jaxsim.spec.plan import weight_format
 
 # Exact totals of the published checkpoints (safetensors metadata of each repository).
 PUBLISHED_PARAMETERS = {
@@ -179,13 +181,67 @@ def test_hugging_face_number_formats():
 
     assert dtype() == "bfloat16"
     assert dtype(torch_dtype=None, dtype="float16") == "float16"
-    assert dtype(quantization_config={"quant_method": "awq"}) == "int4"
+    assert dtype(quantization_config={"quant_method": "awq"}) == "awq-int4-g128"
     assert dtype(quantization_config={"quant_method": "fp8"}) == "fp8"
     eight_bits = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"num_bits": 8}}
     assert dtype(quantization_config={"quant_method": "compressed-tensors",
                                       "config_groups": {"group_0": eight_bits}}) == "int8"
     with pytest.raises(InputError, match="not known"):
         dtype(quantization_config={"quant_method": "aqlm"})
+
+
+def compressed(weights, inputs=None, **more):
+    return {"quant_method": "compressed-tensors", **more,
+            "config_groups": {"group_0": {"weights": weights, "input_activations": inputs}}}
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
+KIMI = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"]
+
+
+@pytest.mark.parametrize("table, name", [
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, "gptq-int4-g128-sym"),
+    ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True}, "gptq-int8-channel-sym"),
+    ({"quant_method": "gptq", "bits": 3, "group_size": 64, "sym": False}, "gptq-int3-g64"),
+    ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, "awq-int4-g64"),
+    ({"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "zero_point": False}, "awq-int4-g128-sym"),
+    (compressed(INT4 | {"group_size": 32}), "int4-g32-sym"), (compressed(INT4 | {"symmetric": False}), "int4-g128"),
+    (compressed({"num_bits": 8, "type": "int", "strategy": "channel"}), "int8-channel-sym"),
+    (compressed({"num_bits": 8, "type": "int", "strategy": "channel"}, {"num_bits": 8, "type": "int"}), "int8"),
+    (compressed(INT4, {"num_bits": 8, "type": "int"}), "w4a8-g128-sym"),
+    (compressed({"num_bits": 8, "type": "float"}, {"num_bits": 8, "type": "float"}), "fp8"),
+    (compressed({"num_bits": 8, "type": "float", "strategy": "block"}, {"num_bits": 8, "type": "float"}), "fp8_block"),
+    (compressed({"num_bits": 4, "type": "float", "group_size": 16}, {"num_bits": 4, "type": "float"}), "fp4"),
+    (compressed(INT4, ignore=["lm_head"]), "int4-g128-sym")])
+def test_hugging_face_quantised_formats(table, name):
+    found = ModelSpec.from_hf_config(hf(quantization_config=table))
+    assert found.dtype == name and weight_format("auto", found).expert_bytes > 0
+
+
+@pytest.mark.parametrize("table, key", [
+    ({"quant_method": "gptq", "bits": 16, "group_size": 128}, "bits"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 0.5}, "group_size"),
+    (compressed({"num_bits": 8, "type": "float"}), "config_groups"), (compressed(INT4, ignore=["re:.*"]), "ignore"),
+    (compressed(INT4, {"num_bits": 8, "type": "float"}), "config_groups"),
+    (compressed({"num_bits": 4, "type": "float", "group_size": 16}), "config_groups"),
+    (compressed(INT4 | {"group_size": None}), "group_size"),
+    (compressed(INT4, ignore=["re:.*self_attn.*"]), "ignore"),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": INT4}, "b": {
+        "weights": INT4 | {"group_size": 64}}}}, "config_groups")])
+def test_hugging_face_formats_without_a_name(table, key):
+    with pytest.raises(InputError, match=f"{key}.*this format is not known; remove quantization_config") as refusal:
+        ModelSpec.from_hf_config(hf(quantization_config=table))
+    assert refusal.value.field.startswith("model.config.quantization_config.")
+
+
+def test_experts_alone_in_four_bits():
+    """Kimi-K2.5: groups of 32 with a 16-bit scale in routed experts, all else in 16 bits; 595 GB as published."""
+    model = load_model("kimi-k2.5")
+    table = compressed(INT4 | {"group_size": 32}, ignore=KIMI)
+    assert ModelSpec.from_hf_config(HF_CONFIGS["deepseek-v3"] | {"quantization_config": table}).dtype == model.dtype
+    fmt = weight_format("auto", model)
+    assert (fmt.linear_bytes, fmt.expert_bytes) == (2, 4.5 / 8)
+    assert rank_weight_bytes(model) == pytest.approx(595e9, rel=0.01)
 
 
 def test_hugging_face_files(tmp_path):

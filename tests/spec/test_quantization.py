@@ -97,6 +97,7 @@ def test_names_round_trip(record):
     ("w4a16-g128-perin", dict(bits=4, granularity="per_input_channel")), ("int4-g128-asym", dict(bits=4)),
     ("awq-int4-g128", dict(bits=4, method="awq")), ("gptq-w8-channel-sym", dict(
         bits=8, group_size=None, zero_bits=0, method="gptq")),
+    ("int4-g32-sym-experts", dict(bits=4, group_size=32, zero_bits=0, experts_only=True)),
     ("int4-g64-zero16", dict(bits=4, group_size=64, zero_bits=16)), ("w4a8kv4-g128", dict(
         bits=4, activation_bits=8, kv_format="int4")), ("int4-g128-zero4", dict(bits=4))])
 def test_names(name, fields):
@@ -105,7 +106,8 @@ def test_names(name, fields):
 
 @pytest.mark.parametrize("name, message", [
     ("int3", "does not say how many weights share a scale; write int3-g128"), ("int4-g0", "group_size = 0"),
-    ("w16a16-g128", "bits = 16"), ("int4-g128-prein", "did you mean"), ("int3-g12x", "did you mean 'int3-g128'"),
+    ("w16a16-g128", "bits = 16"), ("w4a8-g128-experts", "activations of 16 bits only"),
+    ("int4-g128-prein", "did you mean"), ("int3-g12x", "did you mean 'int3-g128'"),
     ("w4a4-g128", "activation_bits = 4"), ("in3-g128", "did you mean.*'int3-g128'")])
 def test_impossible_names(name, message):
     with pytest.raises(InputError, match=f"model.dtype = '{name}'.*{message}"):
