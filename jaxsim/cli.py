@@ -375,7 +375,7 @@ def _find_devices() -> None:
                          "set the environment variable JAX_PLATFORMS=cpu, or unset it") from None
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, files: Sequence[str] = _FILES) -> Path:
     """The folder, made if need be. Raises `InputError` where it or a file in it cannot be written."""
     from jaxsim._core.errors import InputError
 
@@ -392,7 +392,7 @@ def _folder(name: str) -> Path:
         is_folder = False
     if not is_folder:
         raise InputError("--out", name, "cannot be written", another)
-    for path in (folder / file for file in _FILES):
+    for path in (folder / file for file in files):
         if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
             raise InputError("--out", name, f"{path.name} in it cannot be replaced", f"remove it, or {another}")
     return folder
@@ -507,8 +507,11 @@ def _import_profile(options: argparse.Namespace) -> int:
     _find_devices()
     from jaxsim.profiles import importing, native
 
-    profile = importing.import_profile(options.format, options.files, model=model, device=device, plan=plan, **named)
+    profile = importing.import_profile(options.format, options.files, model=model, device=device, plan=plan,
+                                       options=named)
     native.write(profile, out)
+    for note in profile.provenance.get("notes", []):
+        _say(f"jaxsim: note: {note}")
     points = sum(len(table.seconds) for table in profile.tables.values())
     print(f"{out}: {len(profile.tables)} operators, {points:,} points, {profile.model} on {profile.device}"
           + (f" x {plan.tensor_parallel_size}" if plan.tensor_parallel_size > 1 else ""))
@@ -519,36 +522,22 @@ def _import_profile(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from jaxsim.validate.command import run
+    from jaxsim.validate.command import FILES, run, system
 
-    scenario = _system(options)
+    scenario, values = system(options), _assignments(options.values)
+    if values:
+        scenario = scenario.with_values(values)
     label = re.sub(r"[^\w.-]+", "-", (scenario.name if scenario else "") or "points").strip("-.") or "scenario"
-    folder = _folder(f"results/validate-{label}" if options.out is None else options.out)
+    folder = _folder(f"results/validate-{label}" if options.out is None else options.out, FILES)
     _keep_programs()
     _find_devices()
     try:
         return STOPPED if run(options, scenario, folder) else 0
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return _fail(f"{error.filename or folder}: cannot be written ({error.strerror or error}); make room, or give"
                      " another folder with --out")
-
-
-def _system(options: argparse.Namespace) -> Any:
-    """The scenario of a comparison, whose workload may be missing; None without one."""
-    from jaxsim._core.errors import InputError
-    from jaxsim.spec.scenario import Scenario, read_tree
-
-    if options.points and options.skip:
-        raise InputError("--skip", options.skip, "has no effect with --points", "leave it out")
-    if options.measured and not options.scenario:
-        raise InputError("--scenario", None, "missing, and --measured needs it", "give the system that was measured")
-    if not options.scenario:
-        if options.values:
-            raise InputError("--set", options.values[0], "has no scenario to change", "give one with --scenario")
-        return None
-    tree = read_tree(options.scenario)
-    tree.setdefault("workload", {"kind": "batch"})
-    return Scenario.from_dict(tree).with_values(_assignments(options.values))
 
 
 def _calibrate(options: argparse.Namespace) -> int:
@@ -556,7 +545,13 @@ def _calibrate(options: argparse.Namespace) -> int:
 
     _keep_programs()
     _find_devices()
-    return run(options)
+    try:
+        return run(options)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _fail(f"{error.filename or options.output}: cannot be written ({error.strerror or error}); make room, or"
+                     " give another folder with --output")
 
 
 def _bench(options: argparse.Namespace) -> int:

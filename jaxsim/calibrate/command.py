@@ -43,8 +43,9 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
     parser.add_argument("--run", nargs=2, action="append", default=[], metavar=("SCENARIO", "MEASURED"), dest="runs",
                         help="instead of tables: a run as `jaxsim validate` takes it (repeatable)")
     parser.add_argument("--fit", action="append", default=[], metavar="FIELD",
-                        help="with --run: what to fit (repeatable; default: cost.front_end_s and, with asynchronous"
-                             " scheduling, cost.overrides.async_step_s, else cost.overrides.host_step_s)")
+                        help="with --run: what to fit (repeatable; default: cost.front_end_s and, for runs with"
+                             " asynchronous scheduling, cost.overrides.async_step_s, for others"
+                             " cost.overrides.host_step_s)")
     parser.add_argument("--skip", type=int, default=0, metavar="N",
                         help="with --run: the first N requests of each are replayed and not compared")
     parser.add_argument("--no-plots", action="store_true", help="do not draw the plots")
@@ -62,13 +63,13 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')}", getattr(options, name), "is too small",
                              f"give {least} or more")
     _check_kind(options)
-    folder = _folder(options.output)
+    folder = _checked_folder(options.output)
     if options.runs:
         return _run_of_runs(options, folder)
 
     from jaxsim.calibrate import fit, report, tables
     from jaxsim.io.result import to_json
-    from jaxsim.io.table import console
+    from jaxsim.io.table import console, printed
     from jaxsim.spec.plan import Plan
 
     device = _device(options.device)
@@ -78,12 +79,16 @@ def run(options: argparse.Namespace) -> int:
     result = fit.calibrate(read.observations, device, digests=dict(read.digests), notes=read.notes,
                            sample=options.sample, seed=options.seed, folds=options.folds,
                            progress=lambda one: told.print(report.line(one), soft_wrap=True))
-    out = console()
-    written = report.write(result, folder, out, plots=not options.no_plots)
+    if all(one.refused for one in result.families):
+        why = "; ".join([f"{one.family}: {one.refused}" for one in result.families] + list(result.notes))
+        raise InputError("calibration tables", options.files, f"no family was fitted ({why})",
+                         "give more rows, or look at what was timed")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = report.write(result, folder, console(), plots=not options.no_plots)
     if options.json:
         sys.stdout.write(to_json(report.as_json(result)))
     else:
-        report.print_report(result, out)
+        printed(lambda out: report.print_report(result, out))
         print(f"\n{folder}{os.sep}: {', '.join(path.name for path in written)}")
     return 0
 
@@ -108,23 +113,18 @@ def _check_kind(options: argparse.Namespace) -> None:
 def _run_of_runs(options: argparse.Namespace, folder: Path) -> int:
     from jaxsim.calibrate import report, runs
     from jaxsim.io.result import to_json
-    from jaxsim.io.table import console
-    from jaxsim.spec.presets import resolve
-    from jaxsim.spec.scenario import Scenario, read_tree
+    from jaxsim.io.table import console, printed
+    from jaxsim.validate.command import read_system
 
-    pairs = [(Scenario.from_dict({"workload": {"kind": "batch"}} | read_tree(scenario)), path)
-             for scenario, path in options.runs]
-    names = options.fit
-    if not names:
-        is_async = resolve(pairs[0][0].engine).async_scheduling
-        names = ["cost.front_end_s", f"cost.overrides.{'async' if is_async else 'host'}_step_s"]
+    data = runs.EndToEnd.read([(read_system(scenario), path) for scenario, path in options.runs], options.skip)
     told = console(sys.stderr)
-    found = runs.fit_runs(runs.EndToEnd.read(pairs, options.skip), names, lambda text: told.print(text, soft_wrap=True))
+    found = runs.fit_runs(data, options.fit or data.usual_names(), lambda text: told.print(text, soft_wrap=True))
+    folder.mkdir(parents=True, exist_ok=True)
     written = report.write_runs(found, folder)
     if options.json:
         sys.stdout.write(to_json(report.runs_json(found)))
     else:
-        report.print_runs(found, console())
+        printed(lambda out: report.print_runs(found, out))
         print(f"\n{folder}{os.sep}: {', '.join(path.name for path in written)}")
     return 0
 
@@ -145,16 +145,12 @@ def _device(name: str):
     return read_device(parse_toml(text, name), name)
 
 
-def _folder(name: str) -> Path:
-    """The folder, made if need be. Raises `InputError` where it cannot be written."""
+def _checked_folder(name: str) -> Path:
+    """A folder that is there and can be written to, or can be made. Raises `InputError`."""
     from jaxsim._core.errors import InputError
 
     folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        is_folder = bool(name) and os.access(folder, os.W_OK)
-    except OSError:
-        is_folder = False
-    if not is_folder:
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    if not name or not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError("--output", name, "is not a folder that can be written", "give another folder")
     return folder

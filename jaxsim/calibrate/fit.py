@@ -41,6 +41,9 @@ another device, otherwise on the rows it was fitted to."""
 SMALLEST_S = 1e-9
 """Lower bound of seconds that may be zero; a fit that ends there says 0."""
 
+MOST_ERROR = 0.5
+"""Median error from which a family is not taken: whatever was timed, it is not what the form describes."""
+
 CLOSEST = 0.01
 """Median error below which no fit is called worse."""
 
@@ -246,6 +249,8 @@ def _check_units(observations: Observations, device: DeviceSpec, logs: np.ndarra
 def _refused(fit: Fit, before: Errors, after: Errors) -> str:
     if not fit.converged:
         return "the fit did not converge"
+    if after.median > MOST_ERROR:
+        return f"it errs by {100 * after.median:.0f} % in the median: the rows are not of this device's kernels"
     if after.median > max(WORSE * before.median, CLOSEST):
         return f"it errs by {100 * after.median:.1f} %, the present constants by {100 * before.median:.1f} %"
     return ""

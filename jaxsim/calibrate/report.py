@@ -1,6 +1,7 @@
 """A calibration for people and programs: text, JSON, TOML constants that can be read back, plots."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxsim.io.figure import FAINT, LIMIT, LINE, drawn, heading
 from jaxsim.io.result import to_json
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.toml import dump_toml
+from jaxsim.validate.plots import count_outside, plain_logarithms
 
 FORMAT = "jaxsim calibration 1"
 WORST_SHAPES = 5
@@ -164,18 +166,37 @@ def plot_family(one: Calibrated, path: str | Path) -> Path:
         left.plot(ends, ends, color=FAINT, linewidth=1)
         left.fill_between(ends, ends / 1.1, ends * 1.1, color=LIMIT, alpha=0.12, linewidth=0)
         left.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured, microseconds",
-                 ylabel="predicted, microseconds", title="Seconds")
-        right.plot(sizes, 100 * (predicted / measured - 1), ".", color=LINE, markersize=3, alpha=0.4, rasterized=True)
+                 ylabel="predicted, microseconds", title="Predicted against measured")
+        outside = (predicted * 1e6 < ends[0]) | (predicted * 1e6 > ends[1])
+        count_outside(left, int(outside.sum()))
+        for axis in (left.xaxis, left.yaxis):
+            plain_logarithms(axis, *ends)
+        errors = 100 * (predicted / measured - 1)
+        right.plot(sizes, errors, ".", color=LINE, markersize=3, alpha=0.4, rasterized=True)
         right.axhspan(-10, 10, color=LIMIT, alpha=0.12, linewidth=0)
         right.axhline(0, color=FAINT, linewidth=1)
         if sizes.max() > 8 * max(sizes.min(), 1e-12):
             right.set_xscale("log", base=2)
+            # A few powers of two, in binary thousands.
+            first, last = math.floor(math.log2(max(sizes.min(), 1))), math.ceil(math.log2(sizes.max()))
+            ticks = 2.0 ** np.arange(first, last + 1, max(-(-(last - first) // 8), 1))
+            right.set_xticks(ticks, [binary(tick) for tick in ticks])
+        count_outside(right, int((np.abs(errors - 25) > 125).sum()))
         right.set(ylim=(-100, 150), xlabel=_SIZES.get(one.observations.kind, "size"),
                   ylabel="error, %", title="Error by size")
         what = "the present constants, kept" if one.refused else "fitted"
         heading(figure, f"{one.family}, {len(o):,} rows, {what}: {pair(one.before if one.refused else one.after)} %,"
                         f" held out by shape {pair(one.held_out)} %; band: 10 %")
     return path
+
+
+def binary(size: float) -> str:
+    """A power of two, large ones as multiples of 1,024 (Ki), 1,024^2 (Mi) and so on."""
+    for unit in ("", " Ki", " Mi", " Gi"):
+        if size < 1024 or unit == " Gi":
+            break
+        size /= 1024
+    return f"{size:g}{unit}"
 
 
 _SIZES = {"gemm": "rows m", "experts": "tokens", "decode": "sequences", "prefill": "prompt tokens",
@@ -191,8 +212,11 @@ def write(result: Calibration, folder: Path, console: Console, *, plots: bool = 
         (folder / name).write_text(text, encoding="utf-8")
         paths.append(folder / name)
     with open(folder / "report.txt", "w", encoding="utf-8") as file:
-        print_report(result, Console(file=file, highlight=False, width=console.width))
+        print_report(result, Console(file=file, highlight=False, markup=False, width=console.width))
     paths.append(folder / "report.txt")
+    for one in result.families:
+        # Of a former calibration.
+        (folder / f"{one.family}.png").unlink(missing_ok=True)
     if plots:
         paths += [plot_family(one, folder / f"{one.family}.png") for one in result.families]
     return paths
@@ -215,6 +239,7 @@ def runs_json(found: EngineFit) -> dict[str, Any]:
         "format": FORMAT, "values": dict(fit.values), "log_errors": known(fit.errors.items()),
         "data_log_errors": known(fit.data_errors.items()), "converged": fit.converged,
         "undetermined": list(fit.undetermined), "notes": fit.sentences(),
+        "present": {name: list(values) for name, values in found.present.items()}, "overrides": found.overrides(),
         "runs": [{"measured": run.path, **{
             name: known(zip(_LATENCIES, part[i], strict=True)) for name, part in (
                 ("before", found.before), ("after", found.after), ("held_out", found.held_out))}}
@@ -229,9 +254,11 @@ def write_runs(found: EngineFit, folder: Path) -> list[Path]:
         node = tree
         for key in parents:
             node = node.setdefault(key, {})
-        node[last] = float(f"{value:.4g}")
+        node[last] = value
+    left = "".join(f"# {name} is not determined by these runs and stays as each scenario has it:"
+                   f" {_own(found.present[name])}\n" for name in found.fit.undetermined)
     paths = [folder / "overrides.toml", folder / "report.json"]
-    paths[0].write_text(dump_toml(tree), encoding="utf-8")
+    paths[0].write_text(left + dump_toml(tree), encoding="utf-8")
     paths[1].write_text(to_json(runs_json(found)), encoding="utf-8")
     return paths
 
@@ -249,9 +276,15 @@ def print_runs(found: EngineFit, console: Console) -> None:
     for run, *parts in zip(found.data.runs, found.before, found.after, found.held_out, strict=True):
         table.add_row(Path(run.path).name, *map(cell, parts))
     console.print(table)
-    for name, value in found.fit.values.items():
-        error = found.fit.data_errors[name]
-        spread = "" if not math.isfinite(error) else f" ± {100 * error:.0f} %"
-        console.print(f"{name} = {value:.4g}{spread}")
+    written = found.overrides()
+    for name in found.fit.values:
+        own, error = _own(found.present[name]), found.fit.data_errors[name]
+        spread = " (at its bound)" if math.isnan(error) else f" ± {100 * error:.0f} %"
+        console.print(f"{name} = {written[name]:.4g}{spread}, was {own}" if name in written else
+                      f"{name}: not determined, stays {own}")
     for text in found.fit.sentences():
         console.print(text, soft_wrap=True)
+
+
+def _own(values: Sequence[float]) -> str:
+    return ", ".join(dict.fromkeys(f"{value:.4g}" for value in values))

@@ -11,7 +11,6 @@ Known gaps: DeepEP tables; latent attention, windowed layers and host overheads 
 profiles only where the experts that were touched are known (or routing is uniform over one rank).
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -95,24 +94,20 @@ def read(format: str, files: Iterable[str | Path], device: DeviceSpec, *, model:
     if not files:
         raise InputError("calibration tables", [], "no file is given", "give at least one")
     notes: list[str] = []
-    paths = []
     if format == AICONFIGURATOR:
-        found = []
-        for file in files:
-            role, path = _role(file)
-            paths.append(path)
-            found += _aiconfigurator(role, path, device, notes)
+        sheets = [_role(file) for file in files]
+        digests = _table.digests([path for _, path in sheets], "calibration table")
+        found = [o for role, path in sheets for o in _aiconfigurator(role, path, device, notes)]
     else:
-        found, paths = _profiles(format, files, device, model, plan, notes)
+        digests, found = _profiles(format, files, device, model, plan, notes)
     merged: dict[str, Observations] = {}
     for o in found:
         merged[o.family] = merged[o.family].joined(o) if o.family in merged else o
     if not merged:
-        raise InputError("calibration tables", [p.name for p in paths], "hold no rows that a form is for",
+        raise InputError("calibration tables", list(digests), "hold no rows that a form is for",
                          "; ".join(notes) or "give operator tables")
     for o in merged.values():
         check_units(o, device)
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     return Tables(tuple(merged.values()), digests, tuple(notes))
 
 
@@ -365,9 +360,11 @@ _ROLES = {"gemm": _gemm, "context_attention": _context, "generation_attention": 
 
 
 def _profiles(format: str, files: list[str], device: DeviceSpec, model: ModelSpec | str | None, plan: Plan | None,
-              notes: list[str]) -> tuple[list[Observations], list[Path]]:
+              notes: list[str]) -> tuple[dict[str, str], list[Observations]]:
+    """Digests of the files, and their rows."""
     if format == PROFILE:
-        profiles, paths = [], [_table.as_path(file) for file in files]
+        paths = [_table.as_path(file) for file in files]
+        digests, profiles = _table.digests(paths, "calibration table"), []
         for path in paths:
             profile = native.read(path)
             check_device(profile, device)
@@ -381,7 +378,8 @@ def _profiles(format: str, files: list[str], device: DeviceSpec, model: ModelSpe
         profile = importing.import_profile(format, files, model=model, device=device, plan=plan)
         base = importing.base_of(profile, load_model(profile.model) if isinstance(model, str) else model, device,
                                  plan or Plan())
-        profiles, paths = [(profile, base)], [_table.as_path(f.rpartition("=")[2]) for f in files]
+        digests, profiles = profile.provenance["sha256"], [(profile, base)]
+        notes += profile.provenance.get("notes", [])
     found = []
     for profile, base in profiles:
         for table in profile.tables.values():
@@ -392,7 +390,7 @@ def _profiles(format: str, files: list[str], device: DeviceSpec, model: ModelSpe
                 found.append(made)
                 notes += [f"{table.source}, {table.name}: {count:,} rows left out: {reason}"
                           for reason, count in made.left_out.items() if count]
-    return found, paths
+    return digests, found
 
 
 def _layer(table: OperatorTable, base, profile: Profile) -> Observations | None:

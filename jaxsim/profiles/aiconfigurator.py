@@ -71,12 +71,20 @@ def read(model: ModelSpec | str, plan: Plan | None = None, *, gemm: str | Path |
                          mla_generation) if p is not None]
     if not files:
         raise InputError("profile", None, "no file is given", "give at least one family, such as gemm=")
-    device = _table.read(files[0], ["latency_ms"])
-    device = str(device["device"].iloc[0]) if "device" in device else ""
     provenance = {"format": NAME, "files": [Path(p).name for p in files], "distribution": distribution,
                   "licence": "Apache-2.0 (ai-dynamo/aiconfigurator)", **notes}
-    return Profile({t.name: t for t in tables}, model.name, device, plan.tensor_parallel_size, plan.expert_ranks,
-                   dtype, kv_dtype, provenance)
+    return Profile({t.name: t for t in tables}, model.name, _device(files), plan.tensor_parallel_size,
+                   plan.expert_ranks, dtype, kv_dtype, provenance)
+
+
+def _device(files: list[str | Path]) -> str:
+    """The one device that all rows of all files are of; "" where none says. Raises `InputError`."""
+    names: dict[str, str] = {}
+    for path in files:
+        frame = _table.read(path, [])
+        for name in frame["device"].dropna().unique() if "device" in frame else ():
+            names.setdefault(str(name), Path(path).name)
+    return _table.one_device(names)
 
 
 def _shapes(model: ModelSpec, plan: Plan, has_latent: bool) -> dict[str, tuple[float, int, bool]]:

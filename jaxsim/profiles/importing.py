@@ -6,7 +6,6 @@
 Every file has a role, a keyword of the format's reader: the one its name contains, or what stands before "=".
 """
 
-import hashlib
 import inspect
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,9 +21,9 @@ from jaxsim.cost.profile import OPERATORS, Profile
 from jaxsim.cost.profiled import check_device, check_system, check_units
 from jaxsim.cost.roofline import Roofline, roofline
 from jaxsim.profiles import _table, aiconfigurator, llmservingsim, plain, vidur
-from jaxsim.spec.device import DeviceSpec, load_device
+from jaxsim.spec.device import DeviceSpec, device_catalogue, load_device
 from jaxsim.spec.model import ModelSpec, load_model
-from jaxsim.spec.plan import Plan
+from jaxsim.spec.plan import Plan, kv_cache_bytes, weight_format
 
 READERS = {module.NAME: module for module in (aiconfigurator, llmservingsim, plain, vidur)}
 """Reader modules by format name."""
@@ -45,34 +44,75 @@ ROLES: dict[str, dict[str, tuple[str, ...]]] = {
 NEEDED = {"llmservingsim": "dense", "vidur": "operators", "plain": "path"}
 """The role without which a format says nothing."""
 
+OF_EXPERTS = ("router", "experts", "experts_touched", "shared_expert_up", "shared_expert_down")
+"""Operators that only models with experts have."""
+
+KV_NAMES = {4.0: "float32", 2.0: "bfloat16", 1.0: "fp8", 0.5: "int4"}
+"""What a KV cache is called by the bytes of its numbers."""
+
 _SET_HERE = ("model", "plan", "gpu", "device", "tensor_parallel_size", "expert_parallel_size", "provenance")
 
 
 def import_profile(format: str, files: Iterable[str | Path], *, model: ModelSpec | str, device: DeviceSpec | str,
-                   plan: Plan | None = None, **options: Any) -> Profile:
+                   plan: Plan | None = None, options: Mapping[str, Any] | None = None) -> Profile:
     """A profile of `model` on `device` from tables of one format.
 
     format: a name of `READERS`. files: paths, or "role=path". options: of the format's reader (`dtype`, `kv_dtype`,
-    `distribution`, `system`, ...). Names become those of the catalogue; what the files called them, and a digest of
-    each file, go into the provenance. Raises `InputError` for files that cannot be read or are of another system.
+    `distribution`, `system`, ...). Names become those of the catalogue; what the files called them, a digest of each
+    file, and what could not be checked (`notes`) go into the provenance. Raises `InputError` for files that cannot be
+    read or are of another system.
     """
     model = load_model(model) if isinstance(model, str) else model
     device = load_device(device) if isinstance(device, str) else device
     plan = (plan or Plan()).check(model)
     if format not in READERS:
         raise InputError("profile format", format, "is not known", suggest(format, READERS))
-    given = _roles(format, files)
-    options = _options(format, options)
+    given = roles(format, files)
+    digests = _table.digests(given.values())
+    options = _options(format, options or {})
     profile = _read(format, given, model, device, plan, options)
     called = {"model": profile.model, "device": profile.device}
-    check_device(profile, device)
+    notes = _check_named(profile, format, model, device)
+    for name, table in profile.tables.items():
+        if name in OF_EXPERTS and not model.experts:
+            raise InputError(f"profile {table.source}", name, f"is an operator of experts, and {model.name} has none",
+                             "leave these rows out, or correct the model")
     base = base_of(profile, model, device, plan)
+    if profile.kv_dtype == "auto":
+        # Whoever runs another cache than the model's own has to be told.
+        profile = replace(profile, kv_dtype=KV_NAMES.get(base.kv_bytes, "auto"))
     check_system(profile, base)
     check_units(profile, base)
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in given.values()}
     provenance = {**profile.provenance, "called": called, "sha256": digests,
-                  **({"options": options} if options else {})}
+                  **({"options": options} if options else {}), **({"notes": notes} if notes else {})}
     return replace(profile, model=model.name, device=device.name, provenance=provenance)
+
+
+def _check_named(profile: Profile, format: str, model: ModelSpec, device: DeviceSpec) -> list[str]:
+    """Refuse tables of another device, or of one nobody knows; what the files do not say, a sentence each."""
+    # A device that the user wrote down may be called anything.
+    if profile.device and device.name in device_catalogue() and not _table.known_device(profile.device):
+        raise InputError("profile.device", profile.device, f"is not in the catalogue, so it may not be {device.name}",
+                         "correct the name in the files, or leave it out if you know better")
+    check_device(profile, device)
+    notes = []
+    if not profile.device:
+        notes.append(f"the files do not say which device they were measured on: taken for {device.name}")
+    # Kernel tables are of shapes, which pick the rows.
+    if not profile.model:
+        notes.append(f"the files do not say which model they were measured on: taken for {model.name}")
+    elif format != "aiconfigurator" and not _is_known_model(profile.model):
+        notes.append(f"the files call their model {profile.model}, which is not in the catalogue: taken for"
+                     f" {model.name}")
+    return notes
+
+
+def _is_known_model(name: str) -> bool:
+    try:
+        load_model(name)
+    except InputError:
+        return False
+    return True
 
 
 def base_of(profile: Profile, model: ModelSpec, device: DeviceSpec, plan: Plan) -> Roofline:
@@ -103,20 +143,20 @@ def not_measured(profile: Profile, base: Roofline) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def _roles(format: str, files: Iterable[str | Path]) -> dict[str, Path]:
-    """The file of each role."""
-    roles, found = ROLES[format], {}
+def roles(format: str, files: Iterable[str | Path]) -> dict[str, Path]:
+    """The file of each role. Raises `InputError`."""
+    known, found = ROLES[format], {}
     for file in files:
         name, equals, path = str(file).partition("=")
-        if equals and name in roles:
+        if equals and name in known:
             role = name
         else:
             path = str(file)
             low = Path(path).name.lower()
-            role = next((role for role, parts in roles.items() if any(part in low for part in parts)), None)
+            role = next((role for role, parts in known.items() if any(part in low for part in parts)), None)
             if role is None:
                 raise InputError("profile", path, "its name does not tell which table it is",
-                                 f"write ROLE={path}, with ROLE one of {', '.join(sorted(roles))}")
+                                 f"write ROLE={path}, with ROLE one of {', '.join(sorted(known))}")
         if role in found:
             raise InputError("profile", path, f"is a second file for {role}, beside {found[role]}",
                              "give one, or write ROLE=FILE where the name misleads")
@@ -124,7 +164,7 @@ def _roles(format: str, files: Iterable[str | Path]) -> dict[str, Path]:
     if not found or NEEDED.get(format, next(iter(found))) not in found:
         raise InputError("profile", [str(f) for f in files] if found else None,
                          f"lacks the file of the role {NEEDED.get(format, 'gemm')!r}" if found else "no file is given",
-                         f"roles of {format}: {', '.join(sorted(roles))}")
+                         f"roles of {format}: {', '.join(sorted(known))}")
     return found
 
 
@@ -141,6 +181,13 @@ def _options(format: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if type(value) not in kinds:
             raise InputError(f"profile option {name}", value, "cannot be used",
                              "give a whole number" if int in kinds else "give text")
+    if format == "plain":
+        # Elsewhere these names pick rows of the files.
+        for name, width in (("dtype", weight_format), ("kv_dtype", kv_cache_bytes)):
+            try:
+                width(options.get(name, "auto"))
+            except InputError as error:
+                raise InputError(f"profile option {name}", error.value, error.problem, error.remedy) from None
     return dict(options)
 
 
@@ -150,8 +197,8 @@ def _read(format: str, files: Mapping[str, Path], model: ModelSpec, device: Devi
     if format == "aiconfigurator":
         return aiconfigurator.read(model, plan, **files, **options)
     if format == "plain":
-        return plain.read(files["path"], model=model.name, device=device.name, tensor_parallel_size=degree,
-                          expert_parallel_size=plan.expert_ranks, **options)
+        return plain.read(files["path"], tensor_parallel_size=degree, expert_parallel_size=plan.expert_ranks,
+                          **options)
     if format == "vidur":
         frame = _table.read(files["operators"], ["num_tokens", "tp"])
         gpu = _named(frame, "gpu", files["operators"], lambda name: load_device(name).name, device.name)

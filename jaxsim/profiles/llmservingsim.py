@@ -48,6 +48,9 @@ def read(dense: str | Path, attention: str | Path | None = None, experts: str | 
     if experts is not None:
         tables["experts_touched"] = _experts(Path(experts))
     known = _meta(Path(meta)) if meta is not None else {}
+    names = {known[key]: f"{Path(meta).name}, {key}" for key in ("gpu", "hardware") if key in known}
+    # The driver's name and the profiler's own: the catalogue may know one of them only.
+    names = {name: at for name, at in names.items() if _table.known_device(name)} or dict(list(names.items())[:1])
     files = [Path(p).name for p in (dense, attention, experts, meta, skew) if p is not None]
     provenance = {"format": NAME, "files": files, "licence": "MIT (casys-kaist/LLMServingSim)", "execution": "eager",
                   **{k: known[k] for k in ("vllm_version", "cuda_version", "profiled_at", "profiler_version")
@@ -55,7 +58,7 @@ def read(dense: str | Path, attention: str | Path | None = None, experts: str | 
     if skew is not None:
         provenance["skew"] = _skew(Path(skew), tensor_parallel_size)
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(known.get("variant", ""), known.get("variant", "auto"))
-    return Profile(tables, model or known.get("model", ""), device or known.get("gpu", known.get("hardware", "")),
+    return Profile(tables, model or known.get("model", ""), device or _table.one_device(names),
                    tensor_parallel_size, dtype=dtype, provenance=provenance)
 
 
@@ -108,8 +111,16 @@ def _skew(path: Path, tensor_parallel_size: int) -> dict[str, float]:
 def _meta(path: Path) -> dict[str, str]:
     """The top-level scalars of the YAML file, which is all that is wanted of it."""
     found = {}
-    for line in _table.as_path(path).read_text(encoding="utf-8").splitlines():
+    try:
+        text = _table.as_path(path).read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError("profile", str(path), f"cannot be read as text ({error})", "give the YAML file") from None
+    for line in text.splitlines():
         key, colon, value = line.partition(":")
-        if colon and key == key.strip() and key and not key.startswith(("#", "-")) and value.strip():
-            found[key] = value.strip().strip("'\"")
+        value = value.partition(" #")[0].strip()
+        if colon and key == key.strip() and key and not key.startswith(("#", "-")) and value:
+            found[key] = value.strip("'\"")
+    if not {"model", "gpu", "hardware"} & set(found):
+        raise InputError("profile", str(path), "says neither model nor gpu nor hardware",
+                         "give the profiler's meta.yaml, or leave it out")
     return found

@@ -42,8 +42,14 @@ def write(profile: Profile, path: str | Path) -> Path:
     types = [("operator", pa.string()), *((axis, pa.float64()) for axis in AXES), ("seconds", pa.float64())]
     table = pa.table(columns, schema=pa.schema(types, {KEY: json.dumps(meta).encode()}))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, partial, compression="zstd")
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            pq.write_table(table, file, compression="zstd")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        # Errors of a disk that is full do not say which file.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return path
 
 

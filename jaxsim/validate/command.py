@@ -36,6 +36,42 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
     return check
 
 
+FILES = ("validation.json", "validation.csv", "validation.png")
+"""What a comparison writes."""
+
+PLACEHOLDERS = {"model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"}}
+"""Of a scenario for points, which name both themselves."""
+
+
+def read_system(path: str, *, is_for_points: bool = False) -> Any:
+    """The scenario of a file, without its workload and what belongs to it. Raises `InputError`."""
+    from jaxsim.spec.scenario import Scenario, read_tree
+
+    tree = {k: v for k, v in read_tree(path).items() if k not in ("workload", "warmup_s", "num_seeds")}
+    cost = tree.get("cost")
+    if is_for_points and not (isinstance(cost, dict) and cost.get("kind") == "fitted"):
+        for name, value in PLACEHOLDERS.items():
+            given = tree.setdefault(name, {})
+            if isinstance(given, dict) and not {"name", "config"} & set(given):
+                given.update(value)
+    return Scenario.from_dict({"workload": {"kind": "batch"}} | tree)
+
+
+def system(options: argparse.Namespace) -> Any:
+    """The scenario of a comparison; None without one. Raises `InputError`."""
+    from jaxsim._core.errors import InputError
+
+    if options.points and options.skip:
+        raise InputError("--skip", options.skip, "has no effect with --points", "leave it out")
+    if options.measured and not options.scenario:
+        raise InputError("--scenario", None, "missing, and --measured needs it", "give the system that was measured")
+    if not options.scenario:
+        if options.values:
+            raise InputError("--set", options.values[0], "has no scenario to change", "give one with --scenario")
+        return None
+    return read_system(options.scenario, is_for_points=bool(options.points))
+
+
 def run(options: argparse.Namespace, scenario: Any, folder: Path) -> bool:
     """Compare, print, and write files into `folder`; whether a bound stopped the simulation. Raises `InputError`."""
     from jaxsim.io.result import to_json
@@ -43,16 +79,24 @@ def run(options: argparse.Namespace, scenario: Any, folder: Path) -> bool:
 
     if options.points:
         found = points.simulate_points(options.points, scenario)
-        content, frame, is_stopped = show.points_json(found), found.frame, False
+        content, frame, is_stopped = show.points_json(found), found.frame, found.num_stopped > 0
+        is_shown = found.frame[["simulated_ttft_ms", "simulated_tpot_ms"]].notna().any(axis=None)
     else:
         found = replay.replay(scenario, options.measured, skip=options.skip)
         content, frame, is_stopped = show.as_json(found), found.requests, bool(found.lane.fault)
-    (folder / "validation.json").write_text(to_json(content), encoding="utf-8")
-    frame.to_csv(folder / "validation.csv", index=False)
-    if not options.no_plots:
-        (plots.plot_points if options.points else plots.plot_comparison)(found, folder / "validation.png")
+        is_shown = bool(found.metrics)
+    text, (as_json, as_csv, as_plot) = to_json(content), (folder / name for name in FILES)
+    # Of a former comparison.
+    as_plot.unlink(missing_ok=True)
+    as_json.write_text(text, encoding="utf-8")
+    if options.points:
+        frame.to_csv(as_csv, index_label="row")
+    else:
+        frame.to_csv(as_csv, index=False)
+    if is_shown and not options.no_plots:
+        (plots.plot_points if options.points else plots.plot_comparison)(found, as_plot)
     if options.json:
-        sys.stdout.write(to_json(content))
+        sys.stdout.write(text)
     elif options.points:
         show.print_points(found)
     else:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxsim._core.errors import InputError, suggest
+from jaxsim._core.errors import InputError
 from jaxsim.engine import lower
 from jaxsim.engine.simulate import simulate
 from jaxsim.metrics import LaneResult, request_frame
-from jaxsim.spec.scenario import Scenario
+from jaxsim.profiles import _table
+from jaxsim.spec.scenario import ClusterSection, FittedCost, Scenario
 from jaxsim.validate import silicon
-from jaxsim.validate.measured import checked, number_column, read_table
 
 COLUMNS = ("model", "device", "tensor_parallel_size", "data_parallel_size", "expert_parallel_size", "isl", "osl",
            "concurrency", "ttft_ms", "tpot_ms")
@@ -34,16 +34,19 @@ WAVES = 10
 SPARE_TOKENS = 256
 """Of max_model_len beyond the longest request, unless the scenario says otherwise."""
 
-FASTEST_TPOT_MS, SLOWEST_TPOT_MS = 0.1, 5000.0
+USUAL_MS = {"ttft_ms": (1.0, 1e6), "tpot_ms": (0.1, 5000.0)}
+"""Medians outside of these are in another unit."""
 
 
 @dataclass(frozen=True, eq=False)
 class Points:
     """Points measured and simulated: the file's columns, `simulated_ttft_ms`, `simulated_tpot_ms`, their signed
-    relative errors `ttft_ms_error`, `tpot_ms_error`, and `refused`, why a point was not simulated."""
+    relative errors `ttft_ms_error`, `tpot_ms_error`, and `refused`, why a point was not simulated. The index is the row
+    of the file. num_stopped: points whose simulation a bound stopped."""
 
     frame: pd.DataFrame
     notes: tuple[str, ...]
+    num_stopped: int = 0
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Median and 90th percentile of absolute errors, median error, by latency."""
@@ -62,24 +65,31 @@ def read_points(path: str | Path) -> tuple[pd.DataFrame, list[str]]:
 
     A table with aiconfigurator's columns (`jaxsim.validate.silicon`) is read as it is.
     """
-    frame, notes = read_table(path, FIELD, ()), []
+    frame, notes = _table.load(path, FIELD), []
     if silicon.is_silicon(frame):
         frame, notes = silicon.convert(frame)
-    frame = checked(frame, FIELD, str(path), COLUMNS).reset_index(drop=True)
-    for name in COLUMNS[2:8]:
-        frame[name] = number_column(frame, name, FIELD, low=1, is_whole=True).astype(np.int64)
-    for name in ("ttft_ms", "tpot_ms"):
-        frame[name] = number_column(frame, name, FIELD, low=1e-6)
-    if "range_ratio" in frame:
-        frame["range_ratio"] = number_column(frame, "range_ratio", FIELD, low=1e-6, may_be_empty=True)
-    middle = float(frame["tpot_ms"].median())
-    if not FASTEST_TPOT_MS <= middle <= SLOWEST_TPOT_MS:
-        raise InputError(f"{FIELD} tpot_ms", f"{middle:.3g} in the median", "cannot be milliseconds",
-                         "multiply by 1000 if they are seconds, divide if they are microseconds")
+    _table.check_columns(frame, path, COLUMNS, FIELD)
     for name in ("model", "device"):
         if frame[name].isna().any():
-            row = int(frame[name].isna().to_numpy().argmax())
-            raise InputError(f"{FIELD} row {row + 1}, {name}", None, "is missing", "give its name")
+            raise InputError(f"{FIELD} row {frame.index[frame[name].isna()][0]}, {name}", None, "is missing",
+                             "give its name")
+    for name in COLUMNS[2:8]:
+        frame[name] = _table.column(frame, name, FIELD, low=1, is_whole=True).astype(np.int64)
+    # One token has no time between tokens.
+    is_single = frame["osl"] == 1
+    frame["tpot_ms"] = frame["tpot_ms"].mask(is_single)
+    for name in ("ttft_ms", "tpot_ms"):
+        frame[name] = _table.column(frame, name, FIELD, low=1e-6, may_be_empty=name == "tpot_ms")
+    lacking = frame.index[frame["tpot_ms"].isna() & ~is_single]
+    if len(lacking):
+        raise InputError(f"{FIELD} row {lacking[0]}, tpot_ms", None, "is missing", "fix or remove that row")
+    if "range_ratio" in frame:
+        frame["range_ratio"] = _table.column(frame, "range_ratio", FIELD, low=1e-6, may_be_empty=True)
+    for name, (low, high) in USUAL_MS.items():
+        middle = float(frame[name].median())
+        if middle < low or middle > high:
+            raise InputError(f"{FIELD} {name}", f"{middle:.3g} in the median", "cannot be milliseconds",
+                             "multiply by 1000 if they are seconds, divide if they are microseconds")
     return frame, notes
 
 
@@ -87,7 +97,6 @@ def point_scenario(base: dict[str, Any], row: dict[str, Any]) -> Scenario:
     """The closed loop of one point on top of the fields of a scenario. Raises `InputError`."""
     tree = {**base, "schema_version": 1, "num_seeds": 1}
     tree.pop("warmup_s", None)
-    has_cost_of_its_own = tree.get("cost", {}).get("kind") == "fitted"
     model = {key: value for key, value in tree.get("model", {}).items() if key not in ("name", "config", "dimensions")}
     tree["model"] = {**model, "name": str(row["model"]), **{k: row[k] for k in ("dtype", "kv_dtype") if _given(row, k)}}
     tree["device"] = {"name": str(row["device"])}
@@ -108,9 +117,6 @@ def point_scenario(base: dict[str, Any], row: dict[str, Any]) -> Scenario:
         "kind": "closed-loop", "concurrency": int(row["concurrency"]),
         "num_requests": WAVES * int(row["concurrency"]),
         "input": _length(int(row["isl"]), ratio), "output": _length(int(row["osl"]), ratio)}
-    if has_cost_of_its_own:
-        raise InputError("cost.kind", "fitted", "has one system's coefficients, and points have many systems",
-                         "use kind = 'roofline'")
     for name in row:
         if "." in name and _given(row, name):
             section, _, field = name.partition(".")
@@ -138,29 +144,36 @@ def simulate_points(path: str | Path, base: Scenario | None = None) -> Points:
     be simulated.
     """
     frame, left_out = read_points(path)
-    common = {} if base is None else {k: v for k, v in base.to_dict().items() if k not in ("workload", "device")}
-    scenarios, refused = {}, [None] * len(frame)
-    for index, row in enumerate(frame.to_dict("records")):
+    common: dict[str, Any] = {}
+    if base is not None:
+        if isinstance(base.cost, FittedCost):
+            raise InputError("cost.kind", "fitted", "has one system's coefficients, and points have many systems",
+                             "use kind = 'roofline'")
+        if base.cluster != ClusterSection():
+            left_out.append("a point is one instance: [cluster] of the scenario is not used")
+        common = {k: v for k, v in base.to_dict().items() if k not in ("workload", "device", "cluster")}
+    scenarios, refused, first = {}, dict.fromkeys(frame.index), None
+    for index, row in zip(frame.index, frame.to_dict("records"), strict=True):
         try:
             scenario = point_scenario(common, row)
             lower_check(scenario)
             scenarios[index] = scenario
         except InputError as error:
             refused[index] = str(error)
+            first = first or InputError(f"{FIELD} row {index}: {error.field}", error.value, error.problem, error.remedy)
     if not scenarios:
-        raise InputError(FIELD, str(path), f"has no point that can be simulated; the first: {refused[0]}",
-                         suggest(str(frame["model"].iloc[0]), [], "see `jaxsim list models` and `jaxsim list devices`"))
+        raise InputError(first.field, first.value, f"{first.problem} (and none of the {len(frame)} points can be"
+                         " simulated)", first.remedy)
     result = simulate(list(scenarios.values()))
-    for index, lanes in zip(scenarios, result.lanes, strict=True):
-        if lanes[0].fault:
-            refused[index] = lanes[0].fault
-    simulated = {index: latencies_ms(lanes[0]) for index, lanes in zip(scenarios, result.lanes, strict=True)
-                 if refused[index] is None}
+    done = {index: lanes[0] for index, lanes in zip(scenarios, result.lanes, strict=True)}
+    stopped = {index: lane.fault for index, lane in done.items() if lane.fault}
+    simulated = {index: latencies_ms(lane) for index, lane in done.items() if index not in stopped}
     for i, name in enumerate(("ttft_ms", "tpot_ms")):
-        frame[f"simulated_{name}"] = [simulated[k][i] if k in simulated else np.nan for k in range(len(frame))]
+        frame[f"simulated_{name}"] = [simulated[k][i] if k in simulated else np.nan for k in frame.index]
         frame[f"{name}_error"] = frame[f"simulated_{name}"] / frame[name] - 1
-    frame["refused"] = refused
-    return Points(frame, (*left_out, *_notes(frame, scenarios)))
+    refused |= stopped
+    frame["refused"] = [refused[k] for k in frame.index]
+    return Points(frame, (*left_out, *_notes(frame, scenarios)), len(stopped))
 
 
 def lower_check(scenario: Scenario) -> None:
@@ -179,7 +192,8 @@ def _notes(frame: pd.DataFrame, scenarios: dict[int, Scenario]):
     many = int(frame["refused"].notna().sum())
     if many:
         first = frame[frame["refused"].notna()].iloc[0]
-        yield f"{many} of {len(frame)} points were not simulated, the first: {first['refused']}"
+        yield (f"{many} of {len(frame)} points were not simulated, the first: {FIELD} row {first.name}:"
+               f" {first['refused']}")
     families = {s.device.spec().name: s.device.spec() for s in scenarios.values()}
     for name, device in families.items():
         if device.calibration != "measured":

@@ -3,7 +3,10 @@
     error = simulated / measured - 1
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,15 +48,16 @@ class Metric:
 class Comparison:
     """A replay beside its measurement.
 
-    metrics: by name. requests: what was compared, one row a request, `measured_` and simulated columns. result: of the
-    simulation. utilisation: what the simulated engine was busy with. notes: what a reader should know.
+    metrics: by name. requests: what was compared, one row a request: `row` of the file, `measured_` and simulated
+    columns. result: of the simulation. utilisation: what the simulated engine was busy with, None where nothing ran.
+    notes: what a reader should know.
     """
 
     run: MeasuredRun
     result: Result
     metrics: dict[str, Metric]
     requests: pd.DataFrame
-    utilisation: dict[str, float]
+    utilisation: dict[str, float | None]
     notes: tuple[str, ...]
 
     @property
@@ -67,16 +71,33 @@ def replay(scenario: Scenario, path: str, *, skip: int = 0) -> Comparison:
 
     skip: the first requests are replayed and not compared (warm-up). Raises `InputError`.
     """
+    scenario, run = system_and_run(scenario, path, skip)
+    result = simulated([scenario], run, record_steps=True)
+    lane = result.lanes[0][0]
+    frame = with_measured(request_frame(lane), run, skip)
+    return Comparison(run, result, compare(frame), frame, utilisation(lane),
+                      tuple(_notes(run, scenario, lane, frame, skip)))
+
+
+def system_and_run(scenario: Scenario, path: str, skip: int) -> tuple[Scenario, MeasuredRun]:
+    """A run, and the scenario with it as its workload. Raises `InputError`."""
     scenario = scenario.with_values({"workload": {"kind": "trace", "trace": str(path)}, "num_seeds": 1,
                                      "warmup_s": None})
     run = read_run(path, resolve(scenario.engine).block_size)
-    if not 0 <= skip < len(run.workload) or not run.is_answered[skip:].any():
-        raise InputError("--skip", skip, f"leaves none of {int(run.is_answered.sum())} answered requests to compare",
-                         "give a smaller number, 0 or more")
-    result = simulate(scenario, record_steps=True, workload=run.workload)
-    lane = result.lanes[0][0]
-    frame = with_measured(request_frame(lane), run, skip)
-    return Comparison(run, result, compare(frame), frame, utilisation(lane), tuple(_notes(run, scenario, lane, skip)))
+    run.check_skip(skip)
+    return scenario, run
+
+
+def simulated(scenarios: Sequence[Scenario], run: MeasuredRun, **options: Any) -> Result:
+    """The run on each system. Raises `InputError`, for a request with its row in the file."""
+    try:
+        return simulate(scenarios, workload=run.workload, **options)
+    except InputError as error:
+        found = re.search(r"workload request (\d+)$", error.field)
+        if not found:
+            raise
+        raise InputError(f"measured row {run.rows[int(found[1])]}", error.value, error.problem,
+                         error.remedy) from None
 
 
 def with_measured(frame: pd.DataFrame, run: MeasuredRun, skip: int) -> pd.DataFrame:
@@ -84,11 +105,13 @@ def with_measured(frame: pd.DataFrame, run: MeasuredRun, skip: int) -> pd.DataFr
     compared = run.is_answered & (np.arange(len(run.workload)) >= skip)
     gaps = np.maximum(run.workload.output_tokens - 1, 1)
     tpot_s = np.where(run.workload.output_tokens > 1, (run.e2e_s - run.ttft_s) / gaps, np.nan)
-    return frame.assign(measured_ttft_s=run.ttft_s, measured_tpot_s=tpot_s, measured_e2e_s=run.e2e_s)[compared]
+    frame = frame.assign(row=run.rows, measured_ttft_s=run.ttft_s, measured_tpot_s=tpot_s, measured_e2e_s=run.e2e_s)
+    return frame[compared]
 
 
 def compare(frame: pd.DataFrame) -> dict[str, Metric]:
-    """Statistics of both sides over the same requests; one that either side does not have is left out."""
+    """Statistics of both sides over the same requests; one that either side does not have, or that is 0 when measured,
+    is left out."""
     metrics = {}
     for name, column in LATENCIES.items():
         pair = frame[[f"measured_{column}", column]].dropna().to_numpy() * 1e3
@@ -97,6 +120,8 @@ def compare(frame: pd.DataFrame) -> dict[str, Metric]:
         stretches = np.array_split(pair[:, 0], BATCHES) if len(pair) >= 20 * BATCHES else []
         for statistic in STATISTICS:
             measured, simulated = (_statistic(statistic, x) for x in pair.T)
+            if measured == 0:
+                continue
             # A stretch has to have a few requests beyond a percentile.
             beyond = 1.0 if statistic == "mean" else 1 - float(statistic[1:]) / 100
             noise = None
@@ -117,7 +142,7 @@ def _statistic(name: str, values: np.ndarray) -> float:
     return float(np.mean(values) if name == "mean" else np.percentile(values, float(name[1:])))
 
 
-def utilisation(lane: LaneResult) -> dict[str, float]:
+def utilisation(lane: LaneResult) -> dict[str, float | None]:
     """Shares of the run: an iteration in flight, KV blocks in use (mean, peak); sequences running in the mean."""
     duration_s = lane.duration_s or np.nan
     found = {"busy": float(np.mean(lane.busy_s)) / duration_s,
@@ -129,10 +154,10 @@ def utilisation(lane: LaneResult) -> dict[str, float]:
         found["cached"] = float(lane.cached_tokens.sum() / lane.input_tokens.sum())
     if lane.extrapolated_share is not None:
         found["extrapolated"] = lane.extrapolated_share
-    return found
+    return {name: float(value) if np.isfinite(value) else None for name, value in found.items()}
 
 
-def _notes(run: MeasuredRun, scenario: Scenario, lane: LaneResult, skip: int):
+def _notes(run: MeasuredRun, scenario: Scenario, lane: LaneResult, frame: pd.DataFrame, skip: int):
     if lane.fault:
         yield f"the simulation stopped before the end: {lane.fault}"
     failed = len(run.workload) - int(run.is_answered.sum())
@@ -142,6 +167,14 @@ def _notes(run: MeasuredRun, scenario: Scenario, lane: LaneResult, skip: int):
         yield f"{run.num_dropped} rows have no tokens and were left out"
     if not run.was_sorted:
         yield "rows were sorted by arrival"
+    for name, column in LATENCIES.items():
+        zero = int((frame[f"measured_{column}"] == 0).sum())
+        if zero:
+            yield (f"measured {name.removesuffix('_ms').upper()} of {zero:,} requests is 0: no error can be told of"
+                   " statistics that are 0")
+    if run.looks_like_ms:
+        yield (f"{run.mean_at_once:.2g} requests were on their way on average: check that arrival_s is in seconds, not"
+               " milliseconds")
     if skip:
         yield f"the first {skip} requests were replayed, not compared"
     elif len(run.workload) >= 500:

@@ -42,7 +42,7 @@ def convert(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     rows = [_settings(row) for row in frame.to_dict("records")]
     settings = pd.DataFrame(rows, index=frame.index, dtype=object)
     given = frame.drop(columns=[name for name in settings if name in frame])
-    return pd.concat([given, settings], axis=1).reset_index(drop=True), notes
+    return pd.concat([given, settings], axis=1), notes
 
 
 def _settings(row: dict[str, Any]) -> dict[str, Any]:

@@ -48,15 +48,20 @@ def test_from_a_table_to_constants(tmp_path, capsys):
     (("--format", "plian"), "did you mean 'plain'"),
     (("--sample", "1"), "--sample = 1: is too small"), (("--folds", "1"), "--folds = 1"),
     (("--output", "gemm.csv"), "--output = 'gemm.csv': is not a folder"), (("--format", "plain"), "--model = None"),
+    (("--device", "h200"), "is h100_sxm_80, not h200"),
+    (("few", "gemm.csv"), "no family was fitted (gemm.bf16: 4 rows"),
 ])
 def test_mistakes(tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     gemm_table("gemm.csv")
     (tmp_path / "gemm.csv.toml").write_text("a = 1\n")
+    if arguments[0] == "few":
+        gemm_table("gemm.csv").head(4).to_csv("gemm.csv", index=False)
+        arguments = ("--folds", "2")
     given = {"--device": "h100", "--format": "aiconfigurator", "--output": "out", **dict([arguments])}
     with pytest.raises(InputError) as told:
         run("gemm.csv", *(word for pair in given.items() for word in pair))
-    assert says in str(told.value)
+    assert says in str(told.value) and not (tmp_path / "out").exists()
 
 
 def test_the_parser_loads_no_jax():

@@ -76,6 +76,12 @@ def test_a_fit_worse_than_what_is_there_is_not_taken():
     assert one.held_out.median > fit.WORSE * one.before.median and one.refused.startswith("it errs by")
 
 
+def test_rows_that_no_constants_explain_are_not_taken():
+    o = made(noise=2.0)
+    one = fit.fit_family(o, DEVICE, DEVICE.kernel_efficiency(), folds=2)
+    assert one.after.median > fit.MOST_ERROR and "the rows are not of this device's kernels" in one.refused
+
+
 def test_few_rows_keep_the_constants():
     result = fit.calibrate([made().take(np.arange(10))], DEVICE)
     assert not result.families and "gemm.bf16: 10 rows are too few for 5 parameters" in result.notes[0]

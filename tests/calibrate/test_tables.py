@@ -79,6 +79,19 @@ def test_missing_columns_and_empty_tables(tmp_path):
         tables.read("aiconfigurator", [], DEVICE)
 
 
+def test_a_file_given_twice_or_two_of_one_name(tmp_path):
+    for folder in ("a=b", "c"):
+        (tmp_path / folder).mkdir()
+        gemm_table(tmp_path / folder / "gemm.csv")
+    (tmp_path / "c" / "gemm.csv").write_text((tmp_path / "c" / "gemm.csv").read_text().replace("H100", "h100"))
+    first, other = tmp_path / "a=b" / "gemm.csv", tmp_path / "c" / "gemm.csv"
+    assert tables.read("aiconfigurator", [first], DEVICE).observations
+    with pytest.raises(InputError, match="is the same table as gemm.csv"):
+        tables.read("aiconfigurator", [first, f"gemm={first}"], DEVICE)
+    with pytest.raises(InputError, match="has the name of another file"):
+        tables.read("aiconfigurator", [first, other], DEVICE)
+
+
 def test_a_role_may_be_written_and_times_in_any_unit(tmp_path):
     frame = gemm_table(tmp_path / "x.csv")
     frame.drop(columns="latency_ms").assign(time_us=1e3 * frame["latency_ms"]).to_csv(tmp_path / "x.csv", index=False)
@@ -136,8 +149,10 @@ def plain(path, profile):
 
 def test_layers_of_a_model(tmp_path):
     """A plain table that the roofline made is what the forms predict, to the last operator."""
-    plain(path := tmp_path / "ops.csv", layers())
+    (tmp_path / "a=b").mkdir()
+    plain(path := tmp_path / "a=b" / "ops.csv", layers())
     found = tables.read("plain", [path], DEVICE, model="llama-3.1-8b")
+    assert list(found.digests) == ["ops.csv"] and "do not say which device" in found.notes[0]
     by = {o.family: o for o in found.observations}
     assert set(by) == {"gemm.bf16", "elementwise", "decode", "prefill"}
     assert set(zip(by["gemm.bf16"].columns["n"], by["gemm.bf16"].columns["k"], strict=True)) == {(6144, 4096)}

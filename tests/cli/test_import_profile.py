@@ -72,8 +72,12 @@ def test_a_scenario_runs_on_what_was_imported(table, tmp_path, capsys, monkeypat
 
 def test_layer_timings(tmp_path, capsys):
     dense, attention, _, meta = layer_files(tmp_path)
+    # The driver's name is not in the catalogue, the profiler's own is.
+    meta.write_text(meta.read_text() + "hardware: H100\n")
     profile, _ = imported(capsys, tmp_path, "llmservingsim", dense, attention, meta, *SYSTEM)
-    assert profile.provenance["called"] == {"model": "some/model", "device": "Some GPU"}
+    assert profile.provenance["called"] == {"model": "some/model", "device": "H100"}
+    assert "call their model some/model, which is not in the catalogue" in profile.provenance["notes"][0]
+    assert profile.kv_dtype == "bfloat16"
     assert profile.provenance["vllm_version"] == "0.19.0"
     assert {"qkv", "attention_mixed"} <= set(profile.tables)
     (tmp_path / "x.csv").write_text(dense.read_text())
@@ -117,14 +121,36 @@ def test_kernel_tables(tmp_path, capsys):
     (("plain", "ops.csv", *SYSTEM, "--option", "dtyp=fp8"), "did you mean 'dtype'"),
     (("plain", "ops.csv", *SYSTEM, "--option", "dtype=8"), "give text"),
     (("plain", "ops.csv", *SYSTEM, "--option", "dtype"), "is not NAME=VALUE"),
+    (("plain", "ops.csv", *SYSTEM, "--option", "model=x"), "is not one of the format plain; it has dtype, kv_dtype"),
+    (("plain", "ops.csv", *SYSTEM, "--option", "dtype=fb8"), "profile option dtype = 'fb8': is not a weight format"),
+    (("plain", "ops.csv", *SYSTEM, "--option", "kv_dtype=fp9"), "did you mean 'fp8'"),
+    (("llmservingsim", "dense.csv", "moe.csv", *SYSTEM), "is an operator of experts, and meta-llama/Llama-3.1-8B has"),
+    (("llmservingsim", "dense.csv", "meta.yaml", *SYSTEM), "profile.device = 'Some GPU': is not in the catalogue"),
+    (("llmservingsim", "dense.csv", "meta=a100.yaml", *SYSTEM), "profile.device = 'A100': is not h100_sxm_80"),
+    (("llmservingsim", "dense.csv", "meta=two.yaml", *SYSTEM), "hardware, device = 'A100': is not the device"),
+    (("llmservingsim", "dense.csv", "meta=empty.yaml", *SYSTEM), "says neither model nor gpu nor hardware"),
+    (("llmservingsim", "dense.csv", "meta=attention.parquet", *SYSTEM), "cannot be read as text"),
+    (("llmservingsim", "dense.csv", "attention=dense.csv", *SYSTEM), "is the same table as dense.csv"),
     (("plain", "off.csv", *SYSTEM), "check the unit"),
 ])
 def test_mistakes(table, tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     frame = pd.read_csv(table)
     frame.assign(time_us=1e3 * frame["time_us"]).to_csv("off.csv", index=False)
+    layer_files(tmp_path)
+    for name, text in (("a100", "gpu: A100"), ("two", "gpu: H100\nhardware: A100"), ("empty", "vllm_version: 1")):
+        (tmp_path / f"{name}.yaml").write_text(text + "\n")
     assert says in refused(capsys, *arguments, "--out", "o.parquet")
     assert not (tmp_path / "o.parquet").exists() and not list(tmp_path.glob(".o*"))
+
+
+def test_what_files_do_not_say_is_noted(table, tmp_path, capsys):
+    assert cli.main(["import-profile", "plain", str(table), *SYSTEM, "--out", str(tmp_path / "a=b.parquet")]) == 0
+    err = capsys.readouterr().err
+    assert "note: the files do not say which device they were measured on: taken for h100_sxm_80" in err
+    assert "which model they were measured on" in err
+    profile = read(tmp_path / "a=b.parquet")
+    assert profile.kv_dtype == "bfloat16" and profile.provenance["called"] == {"model": "", "device": ""}
 
 
 def test_a_place_that_cannot_be_written(table, tmp_path, capsys):

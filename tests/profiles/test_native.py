@@ -30,6 +30,12 @@ def test_round_trip(profile, tmp_path):
     assert [p.name for p in tmp_path.glob(".*")] == [], "no half-written file is left"
 
 
+def test_a_place_that_cannot_be_written_is_named(profile, tmp_path):
+    with pytest.raises(OSError) as info:
+        write(profile, tmp_path / "none" / "p.parquet")
+    assert info.value.filename == str(tmp_path / "none" / "p.parquet")
+
+
 def test_strangers_are_refused(profile, tmp_path):
     path = tmp_path / "other.parquet"
     pd.DataFrame({"operator": ["qkv"], "seconds": [1e-5]}).to_parquet(path)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from jaxsim._core.errors import InputError
-from jaxsim.profiles import aiconfigurator, llmservingsim, plain, vidur
+from jaxsim.profiles import _table, aiconfigurator, llmservingsim, plain, vidur
 from jaxsim.spec.plan import Plan
 from tests.profiles.synthetic import layer_files
 
@@ -77,6 +77,43 @@ def test_files_that_are_not_there_or_empty(tmp_path):
         llmservingsim.read(tmp_path / "nothing.csv")
 
 
+# Tables of any kind
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.csv.gz", b"\x1f\x8bnot packed", "cannot be read"), ("a.csv.xz", b"\xfd7zXZ\x00no", "cannot be read"),
+    ("a.csv.zip", b"PK no", "cannot be read"), ("a.parquet", b"PAR1 no", "cannot be read"),
+    ("a.csv", b"x\xff\xfe\n1\n", "cannot be read"), ("a.csv", b"", "is empty"), ("a.csv", b"x,y\n1,2,3\n", "cannot be"),
+    ("a.csv", b"x,y,x \n1,2,3\n", "has the column x 2 times"), ("a.csv", b"y\n1\n", "lacks the column x; found y"),
+    ("a.csv", b"x;y\n1;2\n", "separated by semicolons: use commas"),
+    ("a.csv", b"x\ty\n1\t2\n", "separated by tabs"), ("a.csv", b"x,y\n", "holds no rows"),
+])
+def test_tables_that_cannot_be_read(tmp_path, name, content, says):
+    (path := tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=says) as info:
+        _table.read(path, ["x"])
+    assert name in str(info.value) and len(str(info.value).splitlines()) == 1
+
+
+def test_tables_in_other_clothes(tmp_path):
+    (tmp_path / "A.CSV").write_text("\ufeff x ,y,\n7,2,\n\n3,4,\n2,2,\n")
+    frame = _table.read(tmp_path / "A.CSV", ["x", "y"])
+    assert frame["x"].tolist() == [7, 3, 2] and frame.index.tolist() == [1, 2, 3]
+    # What was an index comes back as a column.
+    frame[["x", "y"]].set_index("x").to_parquet(tmp_path / "A.PARQUET")
+    assert _table.read(tmp_path / "A.PARQUET", ["x", "y"])["x"].tolist() == [7, 3, 2]
+
+
+@pytest.mark.parametrize("values, says", [
+    (pd.to_datetime(["2024-01-01"]), "is of the type datetime64"), (pd.to_timedelta([3], unit="s"), "timedelta64"),
+    ([True], "is of the type bool"), ([[1, 2]], "is not a finite number"), ([2.0 ** 31], "is above 2147483647"),
+    ([np.inf], "is not a finite number"), ([-1], "is negative"), ([0.5], "is not a whole number"),
+])
+def test_what_is_no_count(values, says):
+    with pytest.raises(InputError, match="of row 1, x = .*" + says):
+        _table.column(pd.DataFrame({"x": values}, index=[1]), "x", "of", is_whole=True)
+
+
 # plain
 
 
@@ -144,6 +181,13 @@ def test_aiconfigurator(tmp_path):
         aiconfigurator.read("llama-3.1-8b", gemm=gemm, dtype="fp8")
     with pytest.raises(InputError, match="no file is given"):
         aiconfigurator.read("llama-3.1-8b")
+    # All rows of all files have to be of one device.
+    for path, names in ((context, ["NVIDIA H100 80GB HBM3"]), (reduce, ["h100", "NVIDIA A100-SXM4-80GB"])):
+        frame = pd.read_parquet(path)
+        frame.assign(device=np.resize(names, len(frame))).to_parquet(path)
+    with pytest.raises(InputError, match="reduce.parquet, device = 'NVIDIA A100.*is not the device of context"):
+        aiconfigurator.read("llama-3.1-8b", Plan(tensor_parallel_size=2), gemm=gemm, context_attention=context,
+                            custom_allreduce=reduce)
 
 
 # Vidur

@@ -1,19 +1,22 @@
 """`jaxsim validate`: what it reads, compares, refuses and writes. Measured runs here are simulated ones, changed."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from jaxsim import cli
 from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import simulate
 from jaxsim.metrics import request_frame
 from jaxsim.spec.scenario import Scenario
-from jaxsim.validate import points, silicon
+from jaxsim.validate import points, show, silicon
+from jaxsim.validate.command import read_system
 from jaxsim.validate.measured import read_run
-from jaxsim.validate.replay import compare, replay
+from jaxsim.validate.replay import compare, replay, utilisation
 
 SYSTEM = {"schema_version": 1, "name": "one", "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
           "engine": {"max_num_seqs": 64, "enable_prefix_caching": True, "max_model_len": 4096}}
@@ -63,6 +66,9 @@ def test_a_run_a_tenth_slower_is_ten_percent_off(scenario, table, tmp_path):
     # The first requests were replayed: what they left in the cache is found.
     assert found.utilisation["cached"] > 0.05
     assert found.metrics["mean_e2el_ms"].noise > 0
+    assert found.requests["row"].tolist() == list(range(21, NUM + 1))
+    nothing = np.full(NUM, np.nan)
+    assert utilisation(replace(found.lane, finish_s=nothing, status=0 * found.lane.status + 1))["busy"] is None
 
 
 def test_rows_may_be_unsorted_failed_or_void(scenario, table, tmp_path):
@@ -79,12 +85,17 @@ def test_rows_may_be_unsorted_failed_or_void(scenario, table, tmp_path):
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"ttft_s": (4, -0.1)}, "row 5, ttft_s = -0.1: is below 0"),
+    ({"ttft_s": (4, -0.1)}, "row 5, ttft_s = -0.1: is negative"),
     ({"ttft_s": (4, 9.0)}, "row 5, ttft_s = 9.0: is more than e2e_s"),
     ({"output_tokens": (2, 1.5)}, "row 3, output_tokens = 1.5: is not a whole number"),
     ({"output_tokens": (2, 0)}, "row 3, output_tokens = 0: is no request, and yet it was answered"),
     ({"arrival_s": (0, "soon")}, "row 1, arrival_s = soon"),
-    ({"prefix_block_ids": (7, "a " * 900)}, "row 8, prefix_block_ids = 900 blocks: are more than"),
+    ({"input_tokens": (2, 2 ** 31)}, "row 3, input_tokens = 2147483648: is above 2147483647"),
+    ({"input_tokens": (2, 2 ** 31 - 2)}, "row 3, input_tokens = 2147483646: and"),
+    ({"prefix_block_ids": (7, " ".join(map(str, range(900))))}, "row 8, prefix_block_ids = 900 blocks: are more than"),
+    ({"prefix_block_ids": (7, "a b a")}, "row 8, prefix_block_ids = a: is there twice"),
+    ({"prefix_block_ids": (7, "a,b")}, "row 8, prefix_block_ids = a,b: is not separated by spaces"),
+    ({"prefix_block_ids": (7, "[1 2]")}, "is not separated by spaces"),
 ])
 def test_wrong_rows_are_named(table, tmp_path, changes, says):
     with pytest.raises(InputError) as error:
@@ -106,6 +117,18 @@ def test_wrong_files_are_refused(table, tmp_path):
         read_run(tmp_path / "shor.csv", 16)
 
 
+def test_block_ids_in_any_column(table, tmp_path):
+    """Numbers, also with a gap, or words, or lists, under a name with a space."""
+    short = table.head(4).assign(input_tokens=16).drop(columns="prefix_block_ids")
+    ids = pd.Series([3, 3, None, 5], index=short.index)
+    short.assign(**{"prefix_block_ids ": ids.astype(object)}).to_csv(tmp_path / "a.csv", index=False)
+    short.assign(prefix_block_ids=ids).to_parquet(tmp_path / "b.parquet")
+    short.assign(prefix_block_ids=[[3], [3], [], [5]]).to_parquet(tmp_path / "c.parquet")
+    for name in ("a.csv", "b.parquet", "c.parquet"):
+        found = read_run(tmp_path / name, 16).workload
+        assert found.prefix_hashes.tolist() == [0, 0, 1] and found.prefix_offsets.tolist() == [0, 1, 2, 2, 3], name
+
+
 def test_skipping_everything_is_refused(scenario, table, tmp_path):
     with pytest.raises(InputError, match="leaves none of 260 answered requests"):
         replay(scenario, write(table, tmp_path / "run.csv"), skip=NUM)
@@ -122,6 +145,51 @@ def test_statistics_are_of_the_same_requests():
     assert metrics["mean_ttft_ms"].error == pytest.approx(0.15 / 0.2 - 1)
     assert metrics["output_throughput"].measured == pytest.approx(12 / 4.2)
     assert metrics["output_throughput"].simulated == pytest.approx(12 / 2.2)
+    # What is 0 when measured has no relative error.
+    metrics = compare(frame.assign(measured_ttft_s=[0.0, 0.0], measured_tpot_s=0.0))
+    assert not any("ttft" in name or "tpot" in name for name in metrics) and "mean_e2el_ms" in metrics
+
+
+def test_requests_are_called_by_their_rows(scenario, table, tmp_path, capsys):
+    """One longer than the model takes, in a file that is not sorted; arrivals in milliseconds are noted."""
+    shuffled = table.sample(frac=1, random_state=0).reset_index(drop=True)
+    path = write(shuffled.assign(prefix_block_ids=""), tmp_path / "run.csv", input_tokens=(6, 5000))
+    with pytest.raises(InputError, match="measured row 7 = .*exceed max_model_len"):
+        replay(scenario, path)
+    run = read_run(write(shuffled.assign(arrival_s=1e3 * shuffled["arrival_s"]), tmp_path / "ms.csv"), 16)
+    assert run.looks_like_ms and not read_run(write(table, tmp_path / "s.csv"), 16).looks_like_ms
+    assert (run.rows == np.argsort(shuffled["arrival_s"], kind="stable") + 1).all()
+
+
+TOO_SLOW = ["--set", "cost.overrides.host_step_s=1e7"]
+
+
+def test_a_run_that_stops(scenario, table, tmp_path, capsys):
+    """Nothing finishes: status 3, a comparison of what there is, and no plot of a former run beside it."""
+    (tmp_path / "system.toml").write_text(scenario.to_toml())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "validation.png").write_text("old")
+    arguments = ["validate", "--scenario", str(tmp_path / "system.toml"), "--measured",
+                 write(table, tmp_path / "run.csv"), "--out", str(tmp_path / "out"), *TOO_SLOW]
+    assert cli.main([*arguments, "--no-plots"]) == 3
+    assert "the simulation stopped before the end: an iteration that takes more" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "validation.json").read_text())
+    assert content["fault"] and not any("tpot" in name or "e2el" in name for name in content["metrics"])
+    assert not (tmp_path / "out" / "validation.png").exists()
+    (tmp_path / "out" / "validation.csv").unlink()
+    (tmp_path / "out" / "validation.csv").mkdir()
+    assert cli.main(arguments) == 2 and "validation.csv in it cannot be replaced" in capsys.readouterr().err
+
+
+def test_the_scenario_of_a_comparison(tmp_path):
+    """Its workload and what goes with it are not used; points bring model and device."""
+    path = tmp_path / "s.toml"
+    path.write_text('schema_version = 1\nwarmup_s = 5.0\nnum_seeds = 3\n[engine]\nmax_num_seqs = 8\n')
+    assert read_system(str(path), is_for_points=True).engine.max_num_seqs == 8
+    with pytest.raises(InputError, match="model = None: missing"):
+        read_system(str(path))
+    path.write_text(path.read_text() + '[model]\nname = "llama-3.1-8b"\n[device]\nname = "h100"\n')
+    assert (found := read_system(str(path))).warmup_s == 0 and found.workload.kind == "batch"
 
 
 def test_the_command(scenario, table, tmp_path, capsys):
@@ -162,21 +230,58 @@ POINT = {"model": "llama-3.1-8b", "device": "h100", "tensor_parallel_size": 1, "
 def test_points(tmp_path, capsys):
     rows = [POINT, POINT | {"concurrency": 8, "range_ratio": 0.8}, POINT | {"model": "llama-4-nothing"},
             POINT | {"model": "qwen3-30b-a3b", "data_parallel_size": 2, "expert_parallel_size": 2},
-            POINT | {"model": "qwen3-30b-a3b", "tensor_parallel_size": 4, "expert_parallel_size": 2}]
+            POINT | {"model": "qwen3-30b-a3b", "tensor_parallel_size": 4, "expert_parallel_size": 2},
+            POINT | {"osl": 1, "tpot_ms": 0, "range_ratio": np.inf}]
     path = tmp_path / "points.csv"
-    pd.DataFrame(rows).to_csv(path, index=False)
-    found = points.simulate_points(path)
-    assert found.frame["refused"].notna().tolist() == [False, False, True, False, True]
+    pd.DataFrame(rows).assign(when=pd.Timestamp("2024-01-01")).to_csv(path, index=False)
+    with pytest.raises(InputError, match="points row 6, range_ratio = inf"):
+        points.read_points(path)
+    del rows[5]["range_ratio"]
+    pd.DataFrame(rows).assign(when=pd.Timestamp("2024-01-01")).to_parquet(path := tmp_path / "points.Parquet")
+    base = Scenario.from_dict(SYSTEM | {"engine": {}, "workload": {"kind": "batch"}, "cluster": {"replicas": 3}})
+    found = points.simulate_points(path, base)
+    assert found.frame["refused"].notna().tolist() == [False, False, True, False, True, False]
     done = found.frame[found.frame["refused"].isna()]
-    assert (done["simulated_tpot_ms"] > 1).all() and (done["simulated_ttft_ms"] > 5).all()
+    assert (done["simulated_tpot_ms"].iloc[:3] > 1).all() and (done["simulated_ttft_ms"] > 5).all()
+    assert np.isnan(done["simulated_tpot_ms"].iloc[3]) and np.isnan(done["tpot_ms"].iloc[3])
     assert done["tpot_ms_error"].iloc[0] == pytest.approx(done["simulated_tpot_ms"].iloc[0] / 7.0 - 1)
     # More clients, longer iterations.
     assert done["simulated_tpot_ms"].iloc[1] > done["simulated_tpot_ms"].iloc[0]
-    assert found.summary()["tpot_ms"]["count"] == 3
-    assert cli.main(["validate", "--points", str(path), "--json", "--no-plots", "--out", str(tmp_path / "out")]) == 0
+    assert found.summary()["tpot_ms"]["count"] == 3 and found.num_stopped == 0
+    assert any("[cluster] of the scenario is not used" in note for note in found.notes)
+    assert cli.main(["validate", "--points", str(path), "--json", "--out", str(tmp_path / "out")]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert len(printed["points"]) == 5 and printed["metrics"]["ttft_ms"]["median_absolute_error"] >= 0
-    assert "2 of 5 points were not simulated" in " ".join(printed["notes"])
+    assert len(printed["points"]) == 6 and printed["metrics"]["ttft_ms"]["median_absolute_error"] >= 0
+    assert printed["points"][5]["row"] == 6 and printed["points"][5]["tpot_ms"] is None
+    assert "when" not in printed["points"][0]
+    assert "2 of 6 points were not simulated, the first: points row 3: model.name" in " ".join(printed["notes"])
+    assert (tmp_path / "out" / "validation.png").stat().st_size > 10_000
+
+
+def test_no_number_of_a_table_is_cut(capsys):
+    """Whatever the names, on a pipe and on a narrow terminal."""
+    row = POINT | {"model": "a/[b]a-name-that-goes-on-and-on-and-on", "device": "h100_sxm", "isl": 131072, "osl": 8192,
+                   "concurrency": 4096, "ttft_ms": 123456.0, "simulated_ttft_ms": 654321.0, "ttft_ms_error": 4.8,
+                   "simulated_tpot_ms": np.nan, "tpot_ms_error": np.nan, "refused": None}
+    found = points.Points(pd.DataFrame([row], index=[1]), ("a note " + 30 * "of words ",))
+    show.print_points(found)
+    for width in (20, 80):
+        show._print_points(found, 40, Console(width=width, force_terminal=True, markup=False, no_color=True))
+    for text in capsys.readouterr().out.split("measured / simulated")[1:]:
+        for cell in ("131072/8192", "4096", "123,456 / 654,321", "+480.0 %", "7.00 / -", "[b]", "of words " * 29):
+            assert cell in text, cell
+        assert "…" not in text and "nan" not in text
+
+
+def test_points_that_stop(tmp_path, capsys):
+    path = tmp_path / "points.csv"
+    pd.DataFrame([POINT, POINT]).to_csv(path, index=False)
+    (tmp_path / "s.toml").write_text("schema_version = 1\n")
+    arguments = ["validate", "--points", str(path), "--scenario", str(tmp_path / "s.toml"), "--out",
+                 str(tmp_path / "out"), *TOO_SLOW]
+    assert cli.main(arguments) == 3
+    assert "2 of 2 points were not simulated, the first: points row 1: an iteration" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "validation.png").exists()
 
 
 def test_a_column_with_a_dot_is_a_field(tmp_path):
@@ -207,7 +312,8 @@ def test_aiconfigurators_table_is_read_as_it_is():
 
 @pytest.mark.parametrize("changes, says", [
     ({"isl": 0}, "row 2, isl"), ({"tpot_ms": -1}, "row 2, tpot_ms"), ({"model": None}, "row 2, model"),
-    ({"concurrency": 1.5}, "row 2, concurrency")])
+    ({"concurrency": 1.5}, "row 2, concurrency"), ({"tpot_ms": None}, "row 2, tpot_ms"),
+    ({"isl": 1 << 31}, "row 2, isl = 2147483648: is above")])
 def test_wrong_points_are_named(tmp_path, changes, says):
     path = tmp_path / "points.csv"
     pd.DataFrame([POINT, POINT | changes]).to_csv(path, index=False)
@@ -215,8 +321,17 @@ def test_wrong_points_are_named(tmp_path, changes, says):
         points.read_points(path)
 
 
-def test_points_in_seconds_are_refused(tmp_path):
+@pytest.mark.parametrize("changes", [{"tpot_ms": 0.007}, {"ttft_ms": 0.03}])
+def test_points_in_seconds_are_refused(tmp_path, changes):
     path = tmp_path / "points.csv"
-    pd.DataFrame([POINT | {"tpot_ms": 0.007}]).to_csv(path, index=False)
+    pd.DataFrame([POINT | changes]).to_csv(path, index=False)
     with pytest.raises(InputError, match="cannot be milliseconds"):
         points.read_points(path)
+
+
+def test_points_of_which_none_can_be_simulated(tmp_path):
+    path = tmp_path / "points.csv"
+    pd.DataFrame([POINT | {"expert_parallel_size": 3}]).to_csv(path, index=False)
+    with pytest.raises(InputError, match="points row 1: expert_parallel_size = 3: is neither 1 nor 1") as told:
+        points.simulate_points(path)
+    assert "jaxsim list" not in str(told.value)
