@@ -174,7 +174,9 @@ class Lanes:
             return "fitted", tuple(len(scenario.cost.rows(k) or ()) for k in ("prefill", "decode", "mixed"))
         if isinstance(scenario.cost, ProfiledCost):
             return "profiled", scenario.cost.path
-        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cost.distinct_experts)
+        engine = scenario.engine
+        key = _bytes(scenario.model, scenario.device, engine.dtype, engine.kv_cache_dtype, engine.moe_backend,
+                     engine.enforce_eager, system.plan)
         plain = msgspec.structs.replace(scenario, cost=msgspec.structs.replace(scenario.cost, overrides={}))
         return self._kinds.get(key, lambda: jax.tree.structure(jax.eval_shape(
             lambda: lower.make_cost(plain, system, 8, 64))))

@@ -26,12 +26,12 @@ RUNS_A_TILE = 256
 class Tile:
     """Scenarios that are simulated in one batch.
 
-    points: their places in the study. scenarios: fields. slots, tokens, longest, width: room in the program.
+    points: their places in the study. slots, tokens, longest, width: room in the program.
     run_bytes: memory of a run.
     """
 
     points: tuple[int, ...]
-    scenarios: tuple[dict[str, Any], ...]
+    scenarios: tuple[Scenario, ...]
     slots: int
     tokens: int
     longest: int
@@ -129,7 +129,7 @@ def _cut(members: Sequence[tuple[int, Scenario, Shape]], slots: int, runs_a_tile
 
 
 def _tile(members, slots: int, tokens: int, longest: int, width: int) -> Tile:
-    return Tile(tuple(index for index, *_ in members), tuple(scenario.to_dict() for _, scenario, _ in members), slots,
+    return Tile(tuple(index for index, *_ in members), tuple(scenario for _, scenario, _ in members), slots,
                 tokens, longest, width, sum(scenario.num_seeds for _, scenario, _ in members),
                 sum(shape.requests for *_, shape in members),
                 run_bytes(dataclasses.replace(members[0][2].dims, num_slots=slots)),

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import memory_bytes
 from jaxsim.io.result import version
-from jaxsim.spec.scenario import Scenario
 from jaxsim.study import results
 from jaxsim.study.lanes import Lanes
 from jaxsim.study.plan import RUNS_A_TILE, Plan, Tile, plan
@@ -37,8 +36,7 @@ Progress = Callable[[str, int, int], None]
 def run_tile(tile: Tile) -> bytes:
     """A tile's result as the bytes of its file: a row a run. A pure function of the tile."""
     runs, points, seeds, dims = [], [], [], None
-    for point, fields in zip(tile.points, tile.scenarios, strict=True):
-        scenario = Scenario.from_dict(fields)
+    for point, scenario in zip(tile.points, tile.scenarios, strict=True):
         dims, mine = LANES.runs(scenario, tile.slots, tile.tokens, tile.longest)
         runs += mine
         points += [point] * len(mine)

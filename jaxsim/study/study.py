@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,15 +66,16 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "Study":
-        """From a file. Raises `InputError`."""
-        path = Path(path)
+        """From a file, or a shipped study by name. Raises `InputError`."""
+        given, path = str(path), Path(path)
+        shipped = shipped_studies()
         try:
-            text = path.read_text(encoding="utf-8")
+            text = (path if path.exists() or given not in shipped else shipped[given]).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise InputError("study", str(path), "is not UTF-8 text", "save it as UTF-8") from None
+            raise InputError("study", given, "is not UTF-8 text", "save it as UTF-8") from None
         except OSError as error:
-            raise InputError("study", str(path), error.strerror or "cannot be read",
-                             "give a study file (docs/studies.md)") from None
+            raise InputError("study", given, error.strerror or "cannot be read",
+                             suggest(given, shipped, "give a study file (docs/studies.md)")) from None
         tree = parse_toml(text, str(path))
         tree.setdefault("name", path.stem)
         return cls.from_dict(tree, path.parent)
@@ -159,6 +161,13 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries without defaults; `from_dict` gives the study back."""
         return msgspec.to_builtins(self)
+
+
+def shipped_studies() -> dict[str, Any]:
+    """Study files that come with the package, by name."""
+    folder = resources.files("jaxsim.scenarios").joinpath("studies")
+    return {f.name.removesuffix(".toml"): f for f in sorted(folder.iterdir(), key=lambda f: f.name)
+            if f.name.endswith(".toml")}
 
 
 def _lists(node: Any) -> Any:

@@ -154,8 +154,7 @@ def _gaps(runs: Runs, is_done, gaps, after_first) -> Columns:
     binned = _ratio(counts @ middles, total)
     std = np.sqrt(np.maximum(_ratio(counts @ middles**2, total) - binned**2, 0.0))
     mean = _ratio(np.where(is_done, after_first, 0.0).sum(axis=1), number)
-    at = np.array([histogram.percentiles(row, (50, *PERCENTILES)) if there else [np.nan] * (1 + len(PERCENTILES))
-                   for row, there in zip(runs.itl_counts, is_there, strict=True)], np.float64) * 1e3
+    at = histogram.percentiles_of_rows(runs.itl_counts, (50, *PERCENTILES)) * 1e3
     found = {"mean": mean * 1e3, "median": at[:, 0], "std": std * 1e3}
     found |= {f"p{p}": at[:, 1 + k] for k, p in enumerate(PERCENTILES)}
     return {name: _or_nan(values, is_there) for name, values in found.items()}

@@ -7,7 +7,7 @@ import pytest
 
 from jaxsim._core.errors import InputError
 from jaxsim.study.expressions import Expression
-from jaxsim.study.study import Study
+from jaxsim.study.study import Study, shipped_studies
 
 AXIS = {"engine.max_num_seqs": [8, 16]}
 
@@ -30,8 +30,8 @@ def test_grid_zip_and_derived_fields():
     scenario = made.scenario_at(points[-1])
     assert (scenario.engine.tensor_parallel_size, scenario.cluster.replicas) == (4, 2)
     # What no axis names is the scenario's, defaults included.
-    assert len(list(study(axes=AXIS, where=["cluster.replicas == 2", "engine.tensor_parallel_size != 1 or num_seeds == 8"])
-                    .points())) == 2
+    where = ["cluster.replicas == 2", "engine.tensor_parallel_size != 1 or num_seeds == 8"]
+    assert len(list(study(axes=AXIS, where=where).points())) == 2
 
 
 def test_samples_fill_their_box():
@@ -82,6 +82,16 @@ def test_refusals(fields, field, says):
     with pytest.raises(InputError) as caught:
         list(study(**fields).points())
     assert caught.value.field == field and (says is None or says in str(caught.value))
+
+
+def test_shipped_studies():
+    assert shipped_studies()
+    for name in shipped_studies():
+        made = Study.from_toml(name)
+        points = list(made.points())
+        assert points and made.description and made.scenario_at(points[0])
+    with pytest.raises(InputError, match="batch-limits"):
+        Study.from_toml("batch-limit")
 
 
 def test_expressions():
