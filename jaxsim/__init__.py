@@ -1,15 +1,17 @@
 """Batched, exact simulation of LLM serving systems.
 
-`Scenario` describes a system and its workload, `simulate` runs one or many, `Result` holds what came out.
+`Scenario` describes a system and its workload, `simulate` runs one or many, `Result` holds what came out. `Study`
+describes thousands, `sweep` runs them to a table on disk, `load` reads it.
 """
 
 import importlib
 import os
 
-__all__ = ["InputError", "LaneResult", "Result", "Scenario", "functional", "simulate"]
+__all__ = ["InputError", "LaneResult", "Result", "Scenario", "Study", "functional", "load", "simulate", "sweep"]
 
 _HOMES = {"Scenario": "jaxsim.spec.scenario", "simulate": "jaxsim.engine.simulate", "Result": "jaxsim.metrics",
-          "LaneResult": "jaxsim.metrics", "InputError": "jaxsim._core.errors"}
+          "LaneResult": "jaxsim.metrics", "InputError": "jaxsim._core.errors", "Study": "jaxsim.study.study",
+          "sweep": "jaxsim.study.runner", "load": "jaxsim.study.results"}
 
 _ROOT = os.path.dirname(os.path.dirname(__file__))
 if os.path.isfile(os.path.join(_ROOT, "pyproject.toml")) and os.path.isdir(os.path.join(_ROOT, "kernels")):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsim.calibrate.command import add_parser as add_calibrate
+from jaxsim.study.command import add_parser as add_sweep
 from jaxsim.validate.command import add_parser as add_validate
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
@@ -226,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--out", required=True, metavar="FILE", help="the file written (Parquet)")
     profile.set_defaults(command=_import_profile)
 
+    add_sweep(commands).set_defaults(command=_sweep)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
 
@@ -518,6 +520,16 @@ def _import_profile(options: argparse.Namespace) -> int:
     lacking = importing.not_measured(profile, importing.base_of(profile, model, device, plan))
     if lacking:
         print(f"not measured, priced by the roofline: {', '.join(lacking)}")
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from jaxsim.study.command import run
+
+    _keep_programs()
+    _find_devices()
+    label = "-".join(re.findall(r"[\w.-]*\w", Path(options.study).stem)) or "study"
+    run(options, _assignments(options.values), Path(f"results/{label}" if options.out is None else options.out))
     return 0
 
 

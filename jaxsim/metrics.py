@@ -190,13 +190,18 @@ def is_unstable(lane: LaneResult) -> bool | None:
     them at loads 0.8, 0.9, 1, 1.1, 1.2 and 1.5; over several seeds the majority decides (`combine`).
     Known gaps: preempted requests that wait again are not counted, only those that wait behind them.
     """
-    arrival_s = lane.arrival_s
-    if lane.num_requests < FEWEST_FOR_TREND or arrival_s[-1] <= arrival_s[0]:
+    return unstable(lane.arrival_s, lane.scheduled_s, lane.finish_s)
+
+
+def unstable(arrival_s: Float[np.ndarray, " requests"], scheduled_s: Float[np.ndarray, " requests"],
+             finish_s: Float[np.ndarray, " requests"]) -> bool | None:
+    """`is_unstable` of a run with these times; NaN for what never happened."""
+    if len(arrival_s) < FEWEST_FOR_TREND or arrival_s[-1] <= arrival_s[0]:
         return None
-    finished = np.searchsorted(np.sort(np.where(lane.is_finished, lane.finish_s, np.inf)), arrival_s, side="right")
-    # NaN, never scheduled, sorts last.
-    scheduled = np.searchsorted(np.sort(lane.scheduled_s), arrival_s, side="right")
-    if _keeps_growing(np.arange(1, lane.num_requests + 1) - scheduled):
+    # NaN sorts last.
+    finished = np.searchsorted(np.sort(finish_s), arrival_s, side="right")
+    scheduled = np.searchsorted(np.sort(scheduled_s), arrival_s, side="right")
+    if _keeps_growing(np.arange(1, len(arrival_s) + 1) - scheduled):
         return True
     return None if _keeps_growing(scheduled - finished) else False
 

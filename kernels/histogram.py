@@ -4,7 +4,6 @@
 its mantissa. The outer bins take what lies beyond.
 """
 
-import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -35,20 +34,30 @@ def edges() -> Float[np.ndarray, " edges"]:
 def percentiles(counts: Int[np.ndarray, " bins"], at: Sequence[float]) -> list[float | None]:
     """Percentiles in seconds; what a bin holds is taken as spread evenly over it. None where nothing was counted."""
     counts = np.asarray(counts, np.int64)
-    total = int(counts.sum())
-    if total == 0:
+    if not counts.any():
         return [None] * len(at)
-    bounds, ends = edges(), np.cumsum(counts)
+    return [float(value) for value in percentiles_of_rows(counts[None, :], at)[0]]
 
-    def order_statistic(rank: float) -> float:
-        index = int(np.searchsorted(ends, rank, side="right"))
-        inside = (rank - (ends[index] - counts[index]) + 0.5) / counts[index]
-        return float(bounds[index] + inside * (bounds[index + 1] - bounds[index]))
+
+def percentiles_of_rows(counts: Int[np.ndarray, "rows bins"], at: Sequence[float]) -> Float[np.ndarray, "rows at"]:
+    """The same of many histograms; NaN where nothing was counted."""
+    counts = np.asarray(counts, np.int64)
+    bounds, ends = edges(), np.cumsum(counts, axis=1)
+    total = ends[:, -1]
+    last = np.maximum(total - 1, 0)
+
+    def order_statistic(rank: Int[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
+        index = np.minimum(np.sum(ends <= rank[:, None], axis=1), NUM_BINS - 1)
+        here = np.take_along_axis(counts, index[:, None], axis=1)[:, 0]
+        before = np.take_along_axis(ends, index[:, None], axis=1)[:, 0] - here
+        inside = (rank - before + 0.5) / np.maximum(here, 1)
+        return bounds[index] + inside * (bounds[index + 1] - bounds[index])
 
     values = []
     for percentile in at:
-        rank = percentile / 100 * (total - 1)
-        low, part = math.floor(rank), rank - math.floor(rank)
-        high = min(low + 1, total - 1)
-        values.append((1 - part) * order_statistic(low) + part * order_statistic(high))
-    return values
+        rank = percentile / 100 * last
+        low = np.floor(rank).astype(np.int64)
+        part = rank - low
+        high = np.minimum(low + 1, last)
+        values.append(np.where(total > 0, (1 - part) * order_statistic(low) + part * order_statistic(high), np.nan))
+    return np.stack(values, axis=1)

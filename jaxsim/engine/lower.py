@@ -170,9 +170,14 @@ def check_counters(dims: Dims, workloads: list[Workload]) -> None:
                          " sequences at once leave room for", "shorten outputs, or lower engine.max_num_seqs")
 
 
-def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int) -> AbstractIterationCost:
-    """The cost tables, for up to `num_slots` sequences of up to `longest` tokens."""
+def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, max_tokens: int | None = None
+              ) -> AbstractIterationCost:
+    """The cost tables, for up to `num_slots` sequences of up to `longest` tokens.
+
+    max_tokens: of an iteration, where others that share the program need more than this scenario.
+    """
     s = system.scheduler
+    most = max(s.most_tokens(num_slots, longest), max_tokens or 0)
     if isinstance(scenario.cost, FittedCost):
         return fitted(*(scenario.cost.rows(kind) for kind in ("prefill", "decode", "mixed")),
                       exact=scenario.cost.exact)
@@ -181,7 +186,7 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int) 
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
                      moe_backend=scenario.engine.moe_backend, **scenario.cost.overrides)
-    return model.tabulate(s.most_tokens(num_slots, longest), num_slots, cuda_graphs=not scenario.engine.enforce_eager,
+    return model.tabulate(most, num_slots, cuda_graphs=not scenario.engine.enforce_eager,
                           async_scheduling=s.async_scheduling)
 
 

@@ -123,9 +123,9 @@ def _check_memory(runs: Sequence[tuple[Dims, int]]) -> None:
     runs: sizes, and how many of them.
     """
     # As drawn and as the loop reads it; the carry, and the results on the host.
-    needed, room = 2 * sum(_run_bytes(dims) * count for dims, count in runs), _memory_bytes()
+    needed, room = 2 * sum(run_bytes(dims) * count for dims, count in runs), memory_bytes()
     if room and needed > room:
-        most = max((dims for dims, _ in runs), key=_run_bytes)
+        most = max((dims for dims, _ in runs), key=run_bytes)
         raise InputError(
             "workload.num_requests", most.num_requests,
             f"{sum(count for _, count in runs):,} runs of up to {most.num_requests:,} requests, {most.num_executors}"
@@ -135,13 +135,14 @@ def _check_memory(runs: Sequence[tuple[Dims, int]]) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _run_bytes(dims: Dims) -> int:
+def run_bytes(dims: Dims) -> int:
+    """Memory of one run in a batch: what it carries, and its requests."""
     state = jax.eval_shape(lambda: w.initial_world(dims, entry_fields=5))
     arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return arrays + REQUEST_BYTES * dims.num_requests
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Memory of the default device, of the host where it does not tell; 0 if unknown."""
     stats = jax.local_devices()[0].memory_stats() or {}
     try:
@@ -158,20 +159,20 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     """The runs of a checked scenario, one a seed. Raises `InputError` for what cannot be simulated."""
     system = lower.resolve_system(scenario)
     if given is None and scenario.num_requests is not None:
-        _check_memory([(_dims(scenario, system, scenario.num_requests), scenario.num_seeds)])
+        _check_memory([(dims_of(scenario, system, scenario.num_requests), scenario.num_seeds)])
     workloads = [given or lower.make_workload(scenario, seed) for seed in scenario.seeds]
     for workload in workloads:
         lower.check_requests(system, workload)
     most = max(len(workload) for workload in workloads)
     longest = max(int((workload.input_tokens + workload.output_tokens).max()) for workload in workloads)
-    dims = _dims(scenario, system, most)
+    dims = dims_of(scenario, system, most)
     if record_steps:
         chunks = max(int((w.input_tokens // system.scheduler.max_num_batched_tokens).sum()) for w in workloads)
         dims = dataclasses.replace(dims, num_records=dims.num_ranks * (RECORDS_A_REQUEST * most + 1000 + chunks))
     prefixes = [None] * len(workloads)
     if scenario.engine.enable_prefix_caching:
         prefixes = [lower.shared_prefixes(workload, system.scheduler.block_size) for workload in workloads]
-        dims = _with_prefixes(dims, prefixes)
+        dims = with_prefixes(dims, prefixes)
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [Lane(index, system, workload, dims,
@@ -180,7 +181,8 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
             for workload, prefix in zip(workloads, prefixes, strict=True)]
 
 
-def _with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
+def with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
+    """Sizes with room for the segments that prompts share."""
     # Powers of two, so that runs share programs; the log has room for as many releases again after preemptions.
     def padded(size: int) -> int:
         return 1 << max(size - 1, 1).bit_length()
@@ -191,7 +193,8 @@ def _with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
         log_size=padded(2 * max(p.num_releases for p in prefixes) + 4096))
 
 
-def _dims(scenario: Scenario, system: lower.System, num_requests: int) -> Dims:
+def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims:
+    """Sizes of the arrays of a scenario with so many requests."""
     # Never more slots than could be filled; powers of two, so that scenarios share programs.
     slots = max(min(system.scheduler.max_num_seqs, num_requests), SMALLEST_SLOTS)
     # Padded by up to an eighth, for the same reason.

@@ -19,7 +19,7 @@ LEVELS = {
     "jaxsim.traces": 4, "jaxsim.profiles": 4,
     "jaxsim.engine": 5,
     "jaxsim.io": 6,
-    "jaxsim.validate": 7,
+    "jaxsim.validate": 7, "jaxsim.study": 7,
     "jaxsim.calibrate": 8,
     "jaxsim.cli": 9, "jaxsim.bench": 9, "jaxsim.__main__": 9, "jaxsim": 9,
     "jaxsim.scenarios": 0,
@@ -33,6 +33,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.io.figure": "matplotlib",
     "jaxsim.calibrate.command": "*",
     "jaxsim.validate.command": "*",
+    "jaxsim.study.command": "*",
     "jaxsim.io.plots": "matplotlib",
     # Not on every platform; the memory of a run is then left out.
     "jaxsim.bench": "resource",

@@ -1,0 +1,163 @@
+"""`jaxsim sweep`: a study file to a table.
+
+Imports are inside the functions, so that the command line answers --help without loading JAX.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LINES_EVERY_S = 10.0
+"""Between lines of progress where there is no terminal."""
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParser:
+    """The command among the others."""
+    sweep = commands.add_parser(
+        "sweep", help="simulate all scenarios of a study, as one table",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Simulate every scenario of a study file and write one table, results.parquet: a row a\n"
+                    "scenario, its parameters, its metrics and their 95 % intervals over seeds. A sweep that was\n"
+                    "stopped goes on where it was when the same command is given again.",
+        epilog="exit status: 0 done, 2 an input that cannot be used or a place that cannot be written to,\n"
+               "130 interrupted: finished tiles are kept")
+    sweep.add_argument("study", metavar="STUDY", help="a study file (docs/studies.md)")
+    sweep.add_argument("--out", metavar="DIR", help="folder of this study's results (default: results/NAME)")
+    sweep.add_argument("--dry-run", action="store_true", help="say what would be run, and how large it is, and stop")
+    sweep.add_argument("--executor", default="local", metavar="WHO",
+                       help="local (threads), processes:N, or dask:ADDRESS of a scheduler (default: local)")
+    sweep.add_argument("--workers", type=int, metavar="N", help="threads of the local executor (default: processors)")
+    sweep.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="values",
+                       help="replace a field of the scenario that all start from (repeatable)")
+    sweep.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
+    return sweep
+
+
+def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> None:
+    """Run the command; `values`: of --set. Raises `InputError`."""
+    from jaxsim.io.result import to_json
+    from jaxsim.study import results, runner
+    from jaxsim.study.lanes import Lanes
+    from jaxsim.study.plan import plan
+
+    study = chosen(options.study, values)
+    start = time.perf_counter()
+    with _progress() as progress:
+        if not options.dry_run:
+            runner.claim(study, folder)
+        made = plan(study, Lanes() if options.dry_run else runner.LANES,
+                    on_point=lambda done: progress("looking at scenarios", done, 0))
+        about = runner.estimate(made)
+        if not options.dry_run:
+            runner.check_memory(about, options.workers)
+            with _executor(options.executor) as executor:
+                runner.run_tiles(made, folder, executor=executor, workers=options.workers, progress=progress)
+            path = results.write(made, folder)
+    if options.dry_run:
+        text = to_json(about) if options.json else "\n".join(_lines(about)) + "\n"
+        sys.stdout.write(text)
+        return
+    about |= {"elapsed_s": round(time.perf_counter() - start, 3), "table": str(path)}
+    if options.json:
+        sys.stdout.write(to_json(about))
+        return
+    print("\n".join(_lines(about)))
+    for refusal in made.refusals[:3]:
+        print(f"refused: point {refusal.point}: {refusal.reason}")
+    if len(made.refusals) > 3:
+        print(f"refused: {len(made.refusals) - 3:,} more, in the column `refused`")
+    print(f"{path}: {len(made.points):,} rows")
+
+
+def chosen(path: str, values: dict[str, Any]) -> Any:
+    """The study of a file, with fields of its scenario replaced. Raises `InputError`."""
+    import msgspec
+
+    from jaxsim._core.errors import InputError
+    from jaxsim.spec.scenario import Scenario
+    from jaxsim.study.study import Study
+
+    study = Study.from_toml(path)
+    if not values:
+        return study
+    for name in values:
+        if name in study.axes or any(name in axes for axes in study.zip) or name in study.derived:
+            raise InputError("--set", name, "is an axis of the study", "change the study file")
+    tree = study.base_tree()
+    if "model" not in tree and "cost" not in tree:
+        return msgspec.structs.replace(study, scenario={**tree, **values})
+    return msgspec.structs.replace(study, scenario=Scenario.from_dict(tree).with_values(values).to_dict())
+
+
+def _lines(about: dict[str, Any]) -> Iterator[str]:
+    yield (f"{about['scenarios']:,} scenarios, {about['refused']:,} of them refused; {about['runs']:,} runs of"
+           f" {about['requests']:,} requests")
+    yield (f"{about['programs']} programs, {about['tiles']:,} tiles of up to {about['widest_tile']} runs,"
+           f" {about['tile_bytes'] / 2**20:,.0f} MiB a tile")
+    if "elapsed_s" in about:
+        yield f"{about['elapsed_s']:,.1f} s, {about['scenarios'] / about['elapsed_s']:,.0f} scenarios/s"
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar on a terminal, a line now and then elsewhere, both on standard error."""
+    if not sys.stderr.isatty():
+        last = [time.monotonic()]
+
+        def line(what: str, done: int, total: int) -> None:
+            now = time.monotonic()
+            if now - last[0] >= LINES_EVERY_S or (total and done == total):
+                last[0] = now
+                print(f"jaxsim: {what}: {done:,}" + (f" of {total:,} runs" if total else ""), file=sys.stderr)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                  TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True),
+                  transient=True) as bar:
+        task, begun = bar.add_task("", total=None, rate=""), [time.monotonic(), ""]
+
+        def update(what: str, done: int, total: int) -> None:
+            if what != begun[1]:
+                begun[:] = time.monotonic(), what
+            rate = done / max(time.monotonic() - begun[0], 1e-6)
+            bar.update(task, description=what, completed=done, total=total or None, rate=f"{rate:,.0f}/s")
+
+        yield update
+
+
+@contextmanager
+def _executor(name: str) -> Iterator[Any]:
+    """Who runs tiles; None: threads of this process. Raises `InputError`."""
+    from jaxsim._core.errors import InputError
+
+    kind, _, rest = name.partition(":")
+    if name == "local":
+        yield None
+    elif kind == "processes" and rest.isdecimal() and int(rest) > 0:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        with ProcessPoolExecutor(int(rest), mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield pool
+    elif kind == "dask" and rest:
+        try:
+            from distributed import Client
+        except ImportError:
+            raise InputError("--executor", name, "needs Dask", "pip install distributed") from None
+        try:
+            client = Client(rest, timeout="10s")
+        except (OSError, ValueError, TimeoutError) as error:
+            raise InputError("--executor", name, f"cannot be reached ({error})",
+                             "give the scheduler's address") from None
+        with client, client.get_executor(retries=2) as pool:
+            yield pool
+    else:
+        raise InputError("--executor", name, "is not known", "use local, processes:N or dask:ADDRESS")

@@ -1,0 +1,215 @@
+"""From scenarios to the runs of a tile: what scenarios have in common is derived once.
+
+Thousands of scenarios of a study share a few systems, cost tables and draws. Each is made the first time it is needed,
+known by the fields it depends on, and kept.
+"""
+
+import dataclasses
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+
+from jaxsim._core.errors import InputError
+from jaxsim.engine import lower, simulate
+from jaxsim.engine.common import Params
+from jaxsim.spec.dims import Dims
+from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario
+from jaxsim.workload.arrivals import round_to_grid
+from jaxsim.workload.workload import Workload
+
+LADDER = 64
+"""Slots are padded to the most of their group, or that divided by a power of this."""
+
+KEPT = 2048
+"""Draws, tables and parameters that are kept for other scenarios; the oldest make room."""
+
+_LABELS = ("preset", "version", "kv_rule", "host")
+"""Of a scheduler: they choose numbers, not programs."""
+
+_STRETCHED = ("poisson", "gamma", "weibull", "deterministic", "azure-conv-2023", "azure-code-2023")
+"""Workloads that another rate only stretches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What decides the compiled program of a scenario, and how much room it takes in it.
+
+    key: static choices. slots, tokens: of the largest iteration; longest: tokens of a request. work: in requests, or
+    about so. requests: of all seeds. dims: sizes of a run's arrays.
+    """
+
+    key: Hashable
+    num_requests: int
+    slots: int
+    tokens: int
+    longest: int
+    work: float
+    requests: int
+    dims: Dims
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One scenario under one seed, ready for the engine.
+
+    params and workload are shared between runs; arrival_s: of this one. max_steps: its bound.
+    """
+
+    scenario: Scenario
+    system: lower.System
+    params: Params
+    workload: Workload
+    prefixes: lower.Prefixes | None
+    arrival_s: np.ndarray
+    max_steps: int
+    front_end_s: float
+
+
+class Store:
+    """Values by key, the latest used are kept; a refusal is kept as well."""
+
+    def __init__(self, size: int = KEPT):
+        """`size`: how many."""
+        self._size, self._kept, self._lock = size, OrderedDict(), threading.RLock()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of a key, made if need be. Raises what `make` raised."""
+        # Tiles are prepared in several threads, and no two should make the same thing.
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            else:
+                try:
+                    self._kept[key] = make()
+                except InputError as error:
+                    self._kept[key] = error
+                if len(self._kept) > self._size:
+                    self._kept.popitem(last=False)
+            found = self._kept[key]
+        if isinstance(found, InputError):
+            raise found
+        return found
+
+
+def _bytes(*parts: Any) -> bytes:
+    return msgspec.msgpack.encode(parts)
+
+
+class Lanes:
+    """Makes shapes and runs of scenarios."""
+
+    def __init__(self):
+        self._systems, self._draws, self._costs, self._params = Store(), Store(64), Store(256), Store()
+        self._checks, self._prefixes, self._kinds = Store(1 << 16), Store(64), Store()
+
+    # What scenarios share
+
+    def system(self, scenario: Scenario) -> lower.System:
+        """Raises `InputError` for what does not go together."""
+        return self._systems.get(self._system_key(scenario), lambda: lower.resolve_system(scenario))
+
+    def _system_key(self, s: Scenario) -> bytes:
+        return _bytes(s.model, s.device, s.engine, s.cluster)
+
+    def workload(self, scenario: Scenario, seed: int) -> Workload:
+        """The draws, at the rate they were first needed at."""
+        return self._draws.get(self._draws_key(scenario, seed), lambda: lower.make_workload(scenario, seed))
+
+    def _draws_key(self, s: Scenario, seed: int) -> bytes:
+        w = s.workload
+        if w.kind in _STRETCHED:
+            w = msgspec.structs.replace(w, rate_rps=1.0, seed=0)
+        return _bytes(w, seed, s.num_requests)
+
+    def arrivals(self, scenario: Scenario, workload: Workload) -> np.ndarray:
+        """Of a run with these draws."""
+        w = scenario.workload
+        if w.kind not in _STRETCHED or w.rate_rps in (None, workload.rate_rps):
+            return workload.arrival_s
+        return round_to_grid(workload.unit_times / w.rate_rps)
+
+    def _check(self, scenario: Scenario, system: lower.System, workload: Workload, seed: int) -> None:
+        """Refuse requests that the system cannot serve. Raises `InputError`."""
+        key = self._system_key(scenario), self._draws_key(scenario, seed)
+        self._checks.get(key, lambda: lower.check_requests(system, workload))
+        last = workload.arrival_s[-1]
+        if scenario.workload.kind in _STRETCHED and scenario.workload.rate_rps:
+            last = workload.unit_times[-1] / scenario.workload.rate_rps
+        if not last <= lower.MAX_ARRIVAL_S:
+            raise InputError("workload.rate_rps", scenario.workload.rate_rps,
+                             f"brings the last request after {last:.3g} s", "raise it, or draw fewer requests")
+
+    # Shapes
+
+    def shape(self, scenario: Scenario) -> Shape:
+        """Raises `InputError` for a scenario that cannot be simulated."""
+        system = self.system(scenario)
+        s, most, longest, work, requests = system.scheduler, 0, 0, 0.0, 0
+        for seed in scenario.seeds:
+            workload = self.workload(scenario, seed)
+            self._check(scenario, system, workload, seed)
+            most = max(most, len(workload))
+            longest = max(longest, int((workload.input_tokens + workload.output_tokens).max()))
+            requests += len(workload)
+            work += len(workload) * (2.0 + float(workload.output_tokens.mean()) / 64)
+        dims = simulate.dims_of(scenario, system, most)
+        slots = dims.num_slots
+        statics = tuple(getattr(s, name) for name in s.__struct_fields__
+                        if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS)
+        key = (statics, s.decode_context_limit is not None, scenario.cluster.router,
+               tuple(sorted(scenario.cluster.router_weights)), scenario.workload.kind == "closed-loop",
+               self._cost_kind(scenario, system), scenario.engine.enable_prefix_caching,
+               dataclasses.replace(dims, num_slots=0))
+        return Shape(key, dims.num_requests, slots, s.most_tokens(slots, longest), longest, work, requests, dims)
+
+    def _cost_kind(self, scenario: Scenario, system: lower.System) -> Hashable:
+        """The structure of the cost tables, apart from their sizes."""
+        if isinstance(scenario.cost, FittedCost):
+            return "fitted", tuple(len(scenario.cost.rows(k) or ()) for k in ("prefill", "decode", "mixed"))
+        if isinstance(scenario.cost, ProfiledCost):
+            return "profiled", scenario.cost.path
+        engine = scenario.engine
+        key = _bytes(scenario.model, scenario.device, engine.dtype, engine.kv_cache_dtype, engine.moe_backend,
+                     engine.enforce_eager, system.plan)
+        plain = msgspec.structs.replace(scenario, cost=msgspec.structs.replace(scenario.cost, overrides={}))
+        return self._kinds.get(key, lambda: jax.tree.structure(jax.eval_shape(
+            lambda: lower.make_cost(plain, system, 8, 64))))
+
+    # Runs
+
+    def runs(self, scenario: Scenario, slots: int, tokens: int, longest: int) -> tuple[Dims, list[Run]]:
+        """The runs of a scenario with room for so many slots, tokens of an iteration and of a request."""
+        system = self.system(scenario)
+        workloads = [self.workload(scenario, seed) for seed in scenario.seeds]
+        dims = dataclasses.replace(simulate.dims_of(scenario, system, max(map(len, workloads))), num_slots=slots)
+        prefixes: list[lower.Prefixes | None] = [None] * len(workloads)
+        if scenario.engine.enable_prefix_caching:
+            block = system.scheduler.block_size
+            prefixes = [self._prefixes.get((self._draws_key(scenario, seed), block),
+                                           lambda w=w: lower.shared_prefixes(w, block))
+                        for seed, w in zip(scenario.seeds, workloads, strict=True)]
+            dims = simulate.with_prefixes(dims, prefixes)
+        lower.check_counters(dims, workloads)
+        sizes = slots, tokens, longest
+        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cost), sizes
+        cost = self._costs.get(key, lambda: jax.device_get(
+            lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
+        closed = (scenario.workload.concurrency, scenario.workload.think_s)
+        key = *key, _bytes(scenario.cluster, closed if scenario.workload.kind == "closed-loop" else None)
+        params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
+        front_end_s = lower.front_end_s(scenario, system)
+        return dims, [Run(scenario, system, params, workload, prefix, self.arrivals(scenario, workload),
+                          lower.step_limit(workload, dims.num_ranks), front_end_s)
+                      for workload, prefix in zip(workloads, prefixes, strict=True)]
+
+
+def ladder(slots: list[int]) -> list[int]:
+    """The padded size of each: the largest, or that divided by a power of `LADDER`."""
+    top = max(slots)
+    return [max(top // LADDER ** int(math.log(top / n, LADDER) + 1e-9), n) for n in slots]

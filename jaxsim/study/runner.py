@@ -1,0 +1,168 @@
+"""Run a study: every tile once, its result one Parquet file, written whole or not at all.
+
+A tile is named by the hash of all it depends on, so a sweep that was stopped goes on where it was, and a tile that
+was run twice changes nothing. Whoever runs tiles is a `concurrent.futures.Executor`: threads here, or the caller's.
+"""
+
+import concurrent.futures as futures
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxsim._core.errors import InputError
+from jaxsim.engine.simulate import memory_bytes
+from jaxsim.io.result import version
+from jaxsim.study import results
+from jaxsim.study.lanes import Lanes
+from jaxsim.study.plan import RUNS_A_TILE, Plan, Tile, plan
+from jaxsim.study.study import Study
+from jaxsim.study.table import columns
+from jaxsim.study.tile import simulate_runs
+
+LANES = Lanes()
+"""Of this process: tiles of one study share systems, tables and draws."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is."""
+
+
+def run_tile(tile: Tile) -> bytes:
+    """A tile's result as the bytes of its file: a row a run. A pure function of the tile."""
+    runs, points, seeds, dims = [], [], [], None
+    for point, scenario in zip(tile.points, tile.scenarios, strict=True):
+        dims, mine = LANES.runs(scenario, tile.slots, tile.tokens, tile.longest)
+        runs += mine
+        points += [point] * len(mine)
+        seeds += scenario.seeds
+    out = simulate_runs(dims, runs, tile.width)
+    found = columns(out, [run.scenario.slo for run in runs], np.array([run.scenario.warmup_s for run in runs]))
+    table = pa.table({"point": pa.array(points, pa.int64()), "seed": pa.array(seeds, pa.int64()), **{
+        name: pa.array(values, pa.string()) if values.dtype == object else pa.array(values, from_pandas=True)
+        for name, values in found.items()}})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def sweep(study: Study, folder: str | Path, *, executor: futures.Executor | None = None, workers: int | None = None,
+          runs_a_tile: int = RUNS_A_TILE, progress: Progress = lambda *_: None) -> Path:
+    """Run what is not there yet of a study, and write its table; returns the path of that.
+
+    folder: of the study's results, and of no other's. executor: who runs tiles, instead of `workers` threads (as many
+    as processors, or devices if there are more than one). Raises `InputError`; Ctrl-C stops after the tiles in flight.
+    """
+    folder = Path(folder)
+    claim(study, folder)
+    made = plan(study, LANES, runs_a_tile=runs_a_tile,
+                on_point=lambda done: progress("looking at scenarios", done, 0))
+    check_memory(estimate(made), workers)
+    run_tiles(made, folder, executor=executor, workers=workers, progress=progress)
+    return results.write(made, folder)
+
+
+def claim(study: Study, folder: Path) -> None:
+    """Make the folder the study's. Raises `InputError` where it is another's, or cannot be written."""
+    text = results.identity(study)
+    path = folder / results.STUDY
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / results.TILES).mkdir(exist_ok=True)
+        if path.exists():
+            if path.read_text(encoding="utf-8") != text:
+                raise InputError("--out", str(folder), "holds the results of another study, or of another version",
+                                 "give another folder; nothing is overwritten")
+        elif any(p.name != results.TILES for p in folder.iterdir()):
+            raise InputError("--out", str(folder), "holds files that are no study's", "give an empty folder")
+        else:
+            replace(path, text.encode())
+    except OSError as error:
+        raise InputError("--out", str(folder), error.strerror or str(error), "give another folder") from None
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def run_tiles(made: Plan, folder: Path, *, executor: futures.Executor | None = None, workers: int | None = None,
+              progress: Progress = lambda *_: None) -> None:
+    """Run the tiles that have no file yet."""
+    stamp = version()
+    names = {tile.name(stamp): tile for tile in made.tiles}
+    there = {p.stem for p in (folder / results.TILES).glob("*.parquet")}
+    missing = {name: tile for name, tile in names.items() if name not in there}
+    done = sum(tile.num_runs for name, tile in names.items() if name in there)
+    progress("simulating", done, made.num_runs)
+    own = None
+    if executor is None:
+        executor = own = futures.ThreadPoolExecutor(workers or num_workers(), thread_name_prefix="tile")
+    pending: dict[futures.Future, str] = {}
+    try:
+        for name, tile in missing.items():
+            pending[executor.submit(run_tile, tile)] = name
+        for future in futures.as_completed(pending):
+            name = pending[future]
+            _write_tile(folder, name, future.result())
+            done += missing[name].num_runs
+            progress("simulating", done, made.num_runs)
+    except BaseException:
+        for future in pending:
+            future.cancel()
+        raise
+    finally:
+        if own is not None:
+            own.shutdown(wait=True, cancel_futures=True)
+
+
+def _write_tile(folder: Path, name: str, content: bytes) -> None:
+    path = folder / results.TILES / f"{name}.parquet"
+    try:
+        replace(path, content)
+    except OSError as error:
+        raise InputError("--out", str(path), error.strerror or str(error),
+                         "make room and run the same command again: finished tiles are kept") from None
+
+
+def num_workers() -> int:
+    """Threads that keep this machine busy: one a processor, as the loop runs on one, or two a device."""
+    if jax.default_backend() != "cpu":
+        return 2 * jax.local_device_count()
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def estimate(made: Plan) -> dict[str, Any]:
+    """What a plan takes: programs, runs, tiles, and the memory of the largest tile."""
+    return {"scenarios": len(made.points), "refused": len(made.refusals), "runs": made.num_runs,
+            "requests": sum(tile.num_requests for tile in made.tiles), "tiles": len(made.tiles),
+            "programs": made.num_programs, "widest_tile": max((tile.width for tile in made.tiles), default=0),
+            "tile_bytes": max((tile.width * tile.run_bytes for tile in made.tiles), default=0)}
+
+
+def check_memory(about: dict[str, Any], workers: int | None = None) -> None:
+    """Refuse tiles that this machine cannot hold. Raises `InputError`."""
+    room, at_once = memory_bytes(), min(workers or num_workers(), about["tiles"])
+    # As drawn and as the loop reads it; the carry, and the results on the host.
+    needed = 2 * at_once * about["tile_bytes"]
+    if room and needed > room:
+        fits = int(about["widest_tile"] * room / needed)
+        raise InputError("workload.num_requests", f"{about['widest_tile']} runs a tile, {at_once} tiles at once",
+                         f"need about {needed / 2**30:,.0f} GiB, this machine has {room / 2**30:,.0f} GiB",
+                         f"tiles of {fits} runs would fit: runs_a_tile={fits}, or fewer --workers")

@@ -1,0 +1,160 @@
+"""Metrics of many runs at once: the columns of a study's table, the same numbers as `jaxsim.metrics.lane_metrics`.
+
+A metric that does not exist is NaN here, None there. Requests stand in rows that are sorted once a latency, those
+without a value behind the rest.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from jaxsim.kernels import histogram
+from jaxsim.metrics import PERCENTILES, unstable
+from jaxsim.spec.scenario import SloSection
+from jaxsim.study.tile import Runs
+
+Columns = dict[str, np.ndarray]
+
+
+def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, " runs"]) -> Columns:
+    """All metrics, an entry a run. slos: limits of each run."""
+    arrival_s, real = runs.arrival_s, runs.is_real
+    is_measured = real & (arrival_s - arrival_s[:, :1] >= warmup_s[:, None])
+    is_done = is_measured & runs.is_finished
+    ttft = runs.first_token_s - arrival_s + runs.front_end_s[:, None]
+    e2e = runs.finish_s - arrival_s + runs.front_end_s[:, None]
+    gaps = runs.output_tokens - 1
+    tpot = np.where(gaps > 0, (runs.finish_s - runs.first_token_s) / np.maximum(gaps, 1), np.nan)
+    completed, measured = is_done.sum(axis=1), is_measured.sum(axis=1)
+    first = np.take_along_axis(arrival_s, is_measured.argmax(axis=1)[:, None], axis=1)[:, 0]
+    last = np.where(is_done, runs.finish_s, -np.inf).max(axis=1)
+    duration = np.where(completed > 0, last - first + runs.front_end_s, np.nan)
+    duration = np.where(completed > 0, duration, np.nan)
+    met = _met(runs, slos, ttft, tpot, e2e)
+
+    def per_second(amount):
+        return np.divide(amount, duration, out=np.full(len(duration), np.nan), where=duration > 0)
+
+    inputs = np.where(is_done, runs.input_tokens, 0).sum(axis=1)
+    outputs = np.where(is_done, runs.output_tokens, 0).sum(axis=1)
+    good = (met["all"] & is_measured).sum(axis=1) if met else None
+    has_limits = np.array([_has_limits(slo) for slo in slos])
+    found: Columns = {
+        "duration": duration, "completed": completed, "failed": measured - completed, "total_input_tokens": inputs,
+        "total_output_tokens": outputs, "request_throughput": per_second(completed),
+        "request_goodput": np.where(has_limits, per_second(good), np.nan) if met else np.full(len(duration), np.nan),
+        "output_throughput": per_second(outputs), "total_token_throughput": per_second(inputs + outputs)}
+    for name, values in (("ttft", ttft), ("tpot", tpot), ("itl", None), ("e2el", e2e)):
+        found |= {f"{statistic}_{name}_ms": value for statistic, value in (
+            _gaps(runs, is_done, gaps, e2e - ttft) if values is None
+            else _distribution(values, is_done & ~np.isnan(values))).items()}
+    found |= _attainment(met, is_measured, has_limits)
+    queue = runs.scheduled_s - arrival_s
+    is_queued = is_measured & ~np.isnan(queue)
+    spread = _distribution(queue, is_queued)
+    found |= {f"queueing.{name}_ms": value for name, value in spread.items() if name != "median"}
+    found["queueing.max_ms"] = _or_nan(np.where(is_queued, queue, -np.inf).max(axis=1) * 1e3, is_queued.any(axis=1))
+    hit = is_measured & (runs.preemptions > 0)
+    total = np.where(is_measured, runs.preemptions, 0).sum(axis=1)
+    found["preemptions.total"] = total
+    found["preemptions.requests_share"] = _ratio(hit.sum(axis=1), measured)
+    found["preemptions.mean_stall_ms"] = _ratio(np.where(hit, runs.stall_s, 0).sum(axis=1), hit.sum(axis=1)) * 1e3
+    # Of instances, whatever the warm-up.
+    whole = np.where(runs.is_finished, runs.finish_s, -np.inf).max(axis=1) - arrival_s[:, 0]
+    whole = _or_nan(whole, runs.is_finished.any(axis=1))
+    capacity = np.where(runs.num_blocks > 0, runs.num_blocks, np.nan)
+    found |= {
+        "kv.num_blocks": capacity, "kv.mean_share": runs.kv_block_s.mean(axis=1) / (whole * capacity),
+        "kv.peak_share": runs.kv_peak_blocks.max(axis=1) / capacity,
+        "utilisation.busy_share": (runs.busy_s / whole[:, None]).mean(axis=1),
+        "utilisation.least_busy_share": (runs.busy_s / whole[:, None]).min(axis=1),
+        "utilisation.most_busy_share": (runs.busy_s / whole[:, None]).max(axis=1),
+        "utilisation.mean_running": runs.running_s.mean(axis=1) / whole,
+        "utilisation.num_iterations": runs.num_iterations, "num_requests": measured,
+        "num_warmup_requests": real.sum(axis=1) - measured,
+        "unstable": np.array([_verdict(unstable(*(x[row][real[row]] for x in (
+            arrival_s, runs.scheduled_s, runs.finish_s)))) for row in range(len(real))]),
+        "fault": np.array([text or None for text in runs.fault], object)}
+    if runs.cached_tokens is not None:
+        found["cached_share"] = _ratio(np.where(is_measured, runs.cached_tokens, 0).sum(axis=1),
+                                       np.where(is_measured, runs.input_tokens, 0).sum(axis=1))
+    return found
+
+
+def _verdict(value: bool | None) -> float:
+    return np.nan if value is None else float(value)
+
+
+def _has_limits(slo: SloSection) -> bool:
+    return any(limit is not None for limit in (slo.ttft_ms, slo.tpot_ms, slo.e2e_ms))
+
+
+def _or_nan(values, is_there):
+    return np.where(is_there, values, np.nan)
+
+
+def _ratio(above, below):
+    return np.divide(above, below, out=np.full(len(below), np.nan), where=below > 0)
+
+
+def _met(runs: Runs, slos: Sequence[SloSection], ttft, tpot, e2e) -> dict[str, Bool[np.ndarray, "runs requests"]]:
+    met = {}
+    for name, values in (("ttft", ttft), ("tpot", tpot), ("e2e", e2e)):
+        limits = [getattr(slo, f"{name}_ms") for slo in slos]
+        if all(limit is None for limit in limits):
+            continue
+        limit_s = np.array([np.inf if limit is None else limit * 1e-3 for limit in limits])
+        # Only a one-token output is finished and without a value.
+        met[name] = runs.is_finished & (np.isnan(values) | (values <= limit_s[:, None]))
+    if met:
+        met["all"] = np.logical_and.reduce(list(met.values()))
+    return met
+
+
+def _attainment(met, is_measured, has_limits) -> Columns:
+    count = is_measured.sum(axis=1)
+    shares = {name: np.where(has_limits, _ratio((mask & is_measured).sum(axis=1), count), np.nan)
+              for name, mask in met.items()}
+    nothing = np.full(len(count), np.nan)
+    found = {"slo.attainment": shares.get("all", nothing)}
+    found |= {f"slo.{name}_attainment": shares.get(name, nothing) for name in ("ttft", "tpot", "e2e")}
+    return found
+
+
+def _distribution(seconds: Float[np.ndarray, "runs requests"], is_there: Bool[np.ndarray, "runs requests"]) -> Columns:
+    """mean, median, std and percentiles in milliseconds, over the values that are there."""
+    count = is_there.sum(axis=1)
+    value_ms = np.where(is_there, seconds, 0.0) * 1e3
+    mean = _ratio(value_ms.sum(axis=1), count)
+    square = np.where(is_there, (value_ms - mean[:, None]) ** 2, 0.0).sum(axis=1)
+    ordered = np.sort(np.where(is_there, value_ms, np.inf), axis=1)
+    found = {"mean": mean, "median": _percentile(ordered, count, 50), "std": np.sqrt(_ratio(square, count))}
+    return found | {f"p{p}": _percentile(ordered, count, p) for p in PERCENTILES}
+
+
+def _percentile(ordered: Float[np.ndarray, "runs requests"], count, percent: float) -> Float[np.ndarray, " runs"]:
+    """Linear between order statistics, as NumPy's."""
+    rank = percent / 100 * np.maximum(count - 1, 0)
+    low = np.floor(rank).astype(np.int64)
+    high = np.minimum(low + 1, np.maximum(count - 1, 0))
+    a, b = (np.take_along_axis(ordered, at[:, None], axis=1)[:, 0] for at in (low, high))
+    with np.errstate(invalid="ignore"):
+        value = np.where(rank - low < 0.5, a + (b - a) * (rank - low), b - (b - a) * (1 - (rank - low)))
+    return _or_nan(value, count > 0)
+
+
+def _gaps(runs: Runs, is_done, gaps, after_first) -> Columns:
+    """Of the time between tokens: the mean is exact, the rest from the histogram."""
+    counts = runs.itl_counts.astype(np.float64)
+    total, number = counts.sum(axis=1), np.where(is_done, gaps, 0).sum(axis=1)
+    is_there = (total > 0) & (number > 0)
+    edges = histogram.edges()
+    middles = 0.5 * (edges[1:] + edges[:-1])
+    binned = _ratio(counts @ middles, total)
+    std = np.sqrt(np.maximum(_ratio(counts @ middles**2, total) - binned**2, 0.0))
+    mean = _ratio(np.where(is_done, after_first, 0.0).sum(axis=1), number)
+    at = histogram.percentiles_of_rows(runs.itl_counts, (50, *PERCENTILES)) * 1e3
+    found = {"mean": mean * 1e3, "median": at[:, 0], "std": std * 1e3}
+    found |= {f"p{p}": at[:, 1 + k] for k, p in enumerate(PERCENTILES)}
+    return {name: _or_nan(values, is_there) for name, values in found.items()}

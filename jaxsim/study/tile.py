@@ -1,0 +1,142 @@
+"""A tile: runs that share a compiled program, simulated in one batch, as arrays with a row for each run."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxsim.engine import loop, lower
+from jaxsim.engine.common import Params
+from jaxsim.engine.simulate import FAULTS
+from jaxsim.kernels import clock
+from jaxsim.spec.dims import Dims
+from jaxsim.state import world as w
+from jaxsim.state.requests import Requests
+from jaxsim.state.world import World
+from jaxsim.study.lanes import Run
+
+MULTIPLE = 8
+"""Batches are padded to this, as vectors are."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runs:
+    """What happened, a row a run; requests behind the last of a run are not real. Names as in `LaneResult`."""
+
+    is_real: Bool[np.ndarray, "runs requests"]
+    is_finished: Bool[np.ndarray, "runs requests"]
+    arrival_s: Float[np.ndarray, "runs requests"]
+    input_tokens: Int[np.ndarray, "runs requests"]
+    output_tokens: Int[np.ndarray, "runs requests"]
+    scheduled_s: Float[np.ndarray, "runs requests"]
+    first_token_s: Float[np.ndarray, "runs requests"]
+    finish_s: Float[np.ndarray, "runs requests"]
+    stall_s: Float[np.ndarray, "runs requests"]
+    preemptions: Int[np.ndarray, "runs requests"]
+    itl_counts: Int[np.ndarray, "runs bins"]
+    busy_s: Float[np.ndarray, "runs instances"]
+    kv_block_s: Float[np.ndarray, "runs instances"]
+    kv_peak_blocks: Int[np.ndarray, "runs instances"]
+    running_s: Float[np.ndarray, "runs instances"]
+    cached_tokens: Int[np.ndarray, "runs requests"] | None
+    num_blocks: Int[np.ndarray, " runs"]
+    num_iterations: Int[np.ndarray, " runs"]
+    front_end_s: Float[np.ndarray, " runs"]
+    fault: tuple[str, ...]
+
+
+def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
+    """Simulate runs whose programs are one. lanes: width of the batch, a program of its own; the rest is padding."""
+    count = len(runs)
+    width = max(lanes or 0, -(-count // MULTIPLE) * MULTIPLE)
+    # Copies of the first are as good as nothing, and as long as it.
+    padded = [*runs, *[runs[0]] * (width - count)]
+    params, requests = together(dims, padded)
+    world = jax.device_get(loop.run(dims, params, requests))
+    return unpack(dims, jax.tree.map(lambda leaf: leaf[:count], world), runs)
+
+
+def together(dims: Dims, runs: Sequence[Run]) -> tuple[Params, Requests]:
+    """Parameters and requests with a leading axis of runs; what runs share is stacked once."""
+    params = _gathered([run.params for run in runs])
+    params = eqx.tree_at(lambda p: p.max_steps, params, np.array([run.max_steps for run in runs], np.int32))
+    packed: dict[int, Requests] = {}
+    for run in runs:
+        if id(run.workload) not in packed:
+            packed[id(run.workload)] = lower.make_requests(run.workload, dims, run.prefixes)
+    requests = _gathered([packed[id(run.workload)] for run in runs])
+    rows = dims.num_requests + 1
+    seconds = np.full((len(runs), rows + 1), np.inf)
+    for row, run in zip(seconds, runs, strict=True):
+        row[:len(run.arrival_s)] = run.arrival_s
+    is_real = np.isfinite(seconds)
+    epoch, hi, lo = clock.split_reference(clock.round_arrivals_reference(np.where(is_real, seconds, 0.0)))
+    arrival = np.stack([epoch.astype(np.float32), np.where(is_real, hi, np.float32(np.inf)), lo], axis=-1)
+    return params, eqx.tree_at(lambda r: r.arrival, requests,
+                               np.concatenate([arrival[:, :-1], arrival[:, 1:]], axis=-1))
+
+
+def _gathered(trees):
+    """Stacked along a new axis; each tree is stacked once, however often it stands there."""
+    places: dict[int, int] = {}
+    index = [places.setdefault(id(tree), len(places)) for tree in trees]
+    unique = [trees[index.index(k)] for k in range(len(places))]
+    index = np.asarray(index)
+
+    def gather(*leaves):
+        if len(leaves) == 1:
+            return np.broadcast_to(np.asarray(leaves[0]), (len(index), *np.shape(leaves[0])))
+        return np.stack(leaves)[index]
+
+    return jax.tree.map(gather, *unique)
+
+
+def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
+    """Host arrays of a batch that has ended."""
+    rows = slice(0, dims.num_requests)
+    counts, times = w.count_rows(dims).everything(world.counts), w.clock_rows(dims).everything(world.clocks)
+
+    def seconds(stamps):
+        return clock.join_reference(stamps[..., 0], stamps[..., 1], stamps[..., 2])
+
+    def joined(pair):
+        return (pair.hi.astype(np.float64) + pair.lo.astype(np.float64)).reshape(len(runs), -1)
+
+    lengths = np.array([len(run.workload) for run in runs])
+    is_real = np.arange(dims.num_requests) < lengths[:, None]
+    finish_s = seconds(world.finished[:, rows])
+    is_finished = is_real & (finish_s > 0)
+    log_row, instance = world.placed[:, rows, 0], world.placed[:, rows, 1]
+    first_s = np.take_along_axis(seconds(world.first_tokens), np.maximum(log_row, 0), axis=1)
+
+    def column(name, fill=0):
+        out = np.full(is_real.shape, fill, np.int64)
+        for row, run in zip(out, runs, strict=True):
+            row[:len(run.workload)] = getattr(run.workload, name)
+        return out
+
+    if runs[0].params.source.answers:
+        due = world.due[:, rows]
+        arrival_s = np.where(np.isinf(due[..., 1]), np.nan, seconds(due))
+    else:
+        arrival_s = np.zeros(is_real.shape)
+        for row, run in zip(arrival_s, runs, strict=True):
+            row[:len(run.arrival_s)] = run.arrival_s
+    nan = np.float64(np.nan)
+    return Runs(
+        is_real=is_real, is_finished=is_finished, arrival_s=arrival_s, input_tokens=column("input_tokens"),
+        output_tokens=column("output_tokens"),
+        scheduled_s=np.where(is_real & (instance >= 0), seconds(world.scheduled[:, rows]), nan),
+        first_token_s=np.where(is_real & (log_row >= 0), first_s, nan), finish_s=np.where(is_finished, finish_s, nan),
+        stall_s=clock.from_integers_reference(world.stalled[:, rows]), preemptions=world.progress[:, rows, 1],
+        itl_counts=world.itl, busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks, axis=1),
+        kv_block_s=joined(times.rank.held), kv_peak_blocks=counts.rank.peak_blocks.reshape(len(runs), -1),
+        running_s=joined(times.rank.running),
+        cached_tokens=None if world.cached is None else world.cached[:, rows],
+        num_blocks=np.array([run.system.num_blocks if run.system.scheduler.kv_accounting else 0 for run in runs]),
+        num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
+        front_end_s=np.array([run.front_end_s for run in runs]),
+        fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault))

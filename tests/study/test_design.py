@@ -1,0 +1,104 @@
+"""Axes, designs and formulas of a study."""
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxsim._core.errors import InputError
+from jaxsim.study.expressions import Expression
+from jaxsim.study.study import Study, shipped_studies
+
+AXIS = {"engine.max_num_seqs": [8, 16]}
+
+
+def study(**fields) -> Study:
+    return Study.from_dict({"schema_version": 1, **fields})
+
+
+def test_grid_zip_and_derived_fields():
+    made = study(
+        axes={"workload.rate_rps": {"from": 1, "to": 16, "num": 5, "scale": "log"}, **AXIS},
+        zip=[{"engine.tensor_parallel_size": [1, 2, 4], "device.name": ["h100", "h200", "a100"]}],
+        derived={"cluster.replicas": "8 / engine.tensor_parallel_size"}, where=["cluster.replicas < 8"])
+    points = list(made.points())
+    assert made.num_points_at_most == 30 and len(points) == 20
+    assert [p["workload.rate_rps"] for p in points[::4]] == [1, 2, 4, 8, 16]
+    assert {(p["engine.tensor_parallel_size"], p["device.name"], p["cluster.replicas"]) for p in points} == {
+        (2, "h200", 4), (4, "a100", 2)}
+    assert all(isinstance(p["cluster.replicas"], int) for p in points)
+    scenario = made.scenario_at(points[-1])
+    assert (scenario.engine.tensor_parallel_size, scenario.cluster.replicas) == (4, 2)
+    # What no axis names is the scenario's, defaults included.
+    where = ["cluster.replicas == 2", "engine.tensor_parallel_size != 1 or num_seeds == 8"]
+    assert len(list(study(axes=AXIS, where=where).points())) == 2
+
+
+def test_samples_fill_their_box():
+    sample = {"num": 64, "axes": {"workload.rate_rps": {"from": 1, "to": 64, "scale": "log"},
+                                  "engine.max_num_seqs": {"from": 8, "to": 64, "whole": True},
+                                  "device.name": ["h100", "a100"]}}
+    sobol, random = ([*study(sample=sample | {"method": method}).points()] for method in ("sobol", "random"))
+    assert sobol == [*study(sample=sample).points()] and sobol != random and len(random) == 64
+    rates = np.log2([p["workload.rate_rps"] for p in sobol])
+    # One in each 64th: a Sobol sequence is that even.
+    assert sorted(np.floor(rates / 6 * 64).astype(int)) == list(range(64))
+    assert sum(p["device.name"] == "a100" for p in sobol) == 32
+    assert all(isinstance(p["engine.max_num_seqs"], int) and 8 <= p["engine.max_num_seqs"] <= 64 for p in random)
+
+
+def test_ranges():
+    def values(**axis):
+        return [p["cost.front_end_s"] for p in study(axes={"cost.front_end_s": axis}).points()]
+
+    assert values(**{"from": 0, "to": 0.3, "num": 4}) == [0.0, 0.1, 0.2, 0.3]
+    assert values(**{"from": 1, "to": 9, "num": 3, "whole": True}) == [1, 5, 9]
+    assert values(**{"from": 1, "to": 3, "num": 9, "whole": True}) == [1, 2, 3]
+    assert values(**{"from": 5, "to": 7, "num": 1}) == [5]
+
+
+@pytest.mark.parametrize("fields, field, says", [
+    ({}, "axes", "is empty"),
+    ({"axes": {"workload.rate_rp": [1]}}, "axes.workload.rate_rp", None),
+    ({"axes": {"engine.max_num_seq": [1]}}, "axes.engine.max_num_seq", "engine.max_num_seqs"),
+    ({"axes": {"enginee.max_num_seqs": [1]}}, "axes.enginee.max_num_seqs", "engine.max_num_seqs"),
+    ({"axes": {"engine.max_num_seqs": []}}, "axes.engine.max_num_seqs", "is empty"),
+    ({"axes": {"cost.front_end_s": {"from": 0, "to": 1, "num": 3, "scale": "log"}}}, "axes.cost.front_end_s", "log"),
+    ({"axes": {"cost.front_end_s": {"from": 0, "to": 1}}}, "axes.cost.front_end_s.num", "missing"),
+    ({"axes": AXIS, "zip": [AXIS]}, "axes.engine.max_num_seqs", "twice"),
+    ({"zip": [{**AXIS, "num_seeds": [1]}]}, "zip[0]", "different lengths"),
+    ({"axes": AXIS, "where": ["__import__('os')"]}, "where[0]", "arithmetic"),
+    ({"axes": AXIS, "where": ["engine.max_num_seqs >"]}, "where[0]", "not an expression"),
+    ({"axes": AXIS, "where": ["foo.bar > 1"]}, "axes.foo.bar", "no field"),
+    ({"axes": AXIS, "where": ["engine.block_size > 8"]}, "engine.block_size", "preset"),
+    ({"axes": AXIS, "where": ["engine.max_num_seqs / 0"]}, "where[0]", "division"),
+    ({"axes": AXIS, "where": ["2 ** 100 > engine.max_num_seqs"]}, "where[0]", "power"),
+    ({"axes": AXIS, "derived": {"cluster.replicas": "'a' + 1"}}, "derived.cluster.replicas", "cannot be computed"),
+    ({"axes": {"num_seeds": {"from": 1, "to": 9, "num": 1000000}, "warmup_s": {"from": 0, "to": 9, "num": 1000000}}},
+     "axes", "more than"),
+    ({"axis": AXIS}, "axis", "axes"),
+    ({"axes": AXIS, "schema_version": 2}, "schema_version", None)])
+def test_refusals(fields, field, says):
+    with pytest.raises(InputError) as caught:
+        list(study(**fields).points())
+    assert caught.value.field == field and (says is None or says in str(caught.value))
+
+
+def test_shipped_studies():
+    assert shipped_studies()
+    for name in shipped_studies():
+        made = Study.from_toml(name)
+        points = list(made.points())
+        assert points and made.description and made.scenario_at(points[0])
+    with pytest.raises(InputError, match="batch-limits"):
+        Study.from_toml("batch-limit")
+
+
+def test_expressions():
+    fields = {"a.b": 3, "c": 0.5, "name": "x"}
+    for text, value in (("a.b * 2 + 1", 7), ("a.b if c < 1 else 0", 3), ("not (c > 0 and a.b == 3)", False),
+                        ("min(a.b, 2) ** 3 % 5", 3), ("name in ['x', 'y']", True), ("1 < a.b < 3", False),
+                        ("ceil(a.b * c) - floor(c)", 2), ("log2(8)", 3.0), ("-a.b // 2", -2)):
+        assert Expression(text, "here")(fields.__getitem__) == value
+    assert Expression("a.b + c * a.b", "here").fields == {"a.b", "c"}
+    assert math.isclose(Expression("sqrt(2)", "here")(fields.__getitem__), math.sqrt(2))

@@ -1,0 +1,170 @@
+"""Sweeps: the same numbers as runs one by one, the same bytes after any interruption."""
+
+import concurrent.futures
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from jaxsim import cli
+from jaxsim._core.errors import InputError
+from jaxsim.engine.simulate import simulate
+from jaxsim.metrics import combine, flatten
+from jaxsim.study import results, runner
+from jaxsim.study.lanes import Lanes, ladder
+from jaxsim.study.plan import plan
+from jaxsim.study.study import Study
+
+BASE = {
+    "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+    "engine": {"max_model_len": 65536}, "slo": {"ttft_ms": 100.0, "tpot_ms": 20.0}, "num_seeds": 2,
+    "workload": {"kind": "poisson", "rate_rps": 4.0, "num_requests": 60, "input": {
+        "kind": "uniform", "min_tokens": 100, "max_tokens": 900},
+        "output": {"kind": "uniform", "min_tokens": 1, "max_tokens": 40}}}
+AXES = {"workload.rate_rps": [2.0, 40.0], "engine.max_num_seqs": [4, 16], "device.name": ["h100", "a100", "rtx_4090"],
+        "model.dtype": ["auto", "fp8"]}
+WHERE = ["device.name != 'a100' or model.dtype == 'auto'"]
+
+
+def small(**fields) -> Study:
+    return Study.from_dict({"schema_version": 1, "scenario": BASE, "axes": AXES, "where": WHERE, **fields})
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> tuple[Study, Path]:
+    folder = tmp_path_factory.mktemp("sweep") / "out"
+    study = small()
+    runner.sweep(study, folder, workers=2, runs_a_tile=8)
+    return study, folder
+
+
+def test_table_equals_runs_one_by_one(swept):
+    """Every metric of every scenario, and what was refused with its arithmetic."""
+    study, folder = swept
+    frame, points = results.load(folder), list(study.points())
+    assert len(frame) == len(points) == 20
+    is_refused = frame["refused"].notna()
+    # 16-bit weights leave an RTX 4090 too little room, a100 runs one format only.
+    assert is_refused.sum() > 0 and frame[is_refused]["device.name"].eq("rtx_4090").all()
+    assert frame[is_refused]["refused"].str.contains("GiB").all() and frame[is_refused]["mean_ttft_ms"].isna().all()
+    kept = [study.scenario_at(points[k]) for k in np.flatnonzero(~is_refused)]
+    expected = simulate(kept)
+    for row, runs in zip(frame[~is_refused].to_dict("records"), expected.runs, strict=True):
+        means, intervals = combine(runs)
+        for name, value in flatten(means).items():
+            if name.startswith("slo.") and not name.endswith("attainment") or name == "cost.extrapolated_share":
+                continue
+            got = row[name]
+            if value is None:
+                assert got is None or got != got, name
+            elif isinstance(value, (bool, str)):
+                assert got == value, name
+            else:
+                assert got == pytest.approx(value, rel=1e-9, abs=1e-9), name
+        for name, ends in intervals.items():
+            if ends is not None and name + results.HALF_WIDTH in row:
+                half = row[name + results.HALF_WIDTH]
+                assert half == pytest.approx((ends[1] - ends[0]) / 2, rel=1e-6, abs=1e-9), name
+
+
+def test_columns_have_units_and_provenance(swept):
+    study, folder = swept
+    schema = pq.read_schema(folder / results.TABLE)
+    assert schema.field("mean_ttft_ms").metadata[b"unit"] == b"ms"
+    assert schema.field("workload.rate_rps").metadata[b"unit"] == b"1/s"
+    assert schema.metadata[b"jaxsim"] == results.FORMAT.encode()
+    assert json.loads(schema.metadata[b"study"])["study"]["axes"]["engine.max_num_seqs"] == [4, 16]
+    runs = results.load(folder, runs=True)
+    assert len(runs) == 2 * results.load(folder)["refused"].isna().sum()
+    assert {"seed", "workload.rate_rps", "mean_ttft_ms"} <= set(runs.columns)
+
+
+def test_resumes_to_the_same_bytes(swept, tmp_path):
+    """Tiles that are there are not run again; nor does it matter who ran which, or how they were cut."""
+    study, folder = swept
+    before = (folder / results.TABLE).read_bytes()
+    tiles = sorted((folder / results.TILES).iterdir())
+    assert len(tiles) > 2
+    stamp = tiles[0].stat().st_mtime_ns
+    tiles[1].unlink()
+    (folder / results.TILES / ".leftover.1.part").write_bytes(b"half a tile")
+    (folder / results.TABLE).unlink()
+
+    class Counting(concurrent.futures.ThreadPoolExecutor):
+        submitted = 0
+
+        def submit(self, *args, **kwargs):
+            Counting.submitted += 1
+            return super().submit(*args, **kwargs)
+
+    with Counting(1) as executor:
+        runner.sweep(study, folder, executor=executor, runs_a_tile=8)
+    assert Counting.submitted == 1 and tiles[0].stat().st_mtime_ns == stamp
+    assert (folder / results.TABLE).read_bytes() == before
+    # Another cut of the same study: the same numbers, bit for bit.
+    one = results.load(folder).drop(columns="refused")
+    runner.sweep(study, tmp_path / "other", workers=1, runs_a_tile=24)
+    pd.testing.assert_frame_equal(one, results.load(tmp_path / "other").drop(columns="refused"), check_exact=True)
+
+
+def test_programs_are_shared():
+    """Limits, rates and devices of one kind are numbers of a program; a ladder of slots keeps it so."""
+    lanes = Lanes()
+    made = plan(small(axes={"workload.rate_rps": [1.0, 2.0, 3.0], "engine.max_num_seqs": [4, 8, 16, 60],
+                            "device.name": ["h100", "h200"], "engine.preset": ["vllm-v1", "sarathi"]}, where=[]), lanes)
+    assert made.num_programs == 2 and made.num_runs == 96 and not made.refusals
+    assert sorted(p for tile in made.tiles for p in tile.points) == list(range(48))
+    assert ladder([8, 64, 512, 4096]) == [64, 64, 4096, 4096]
+    assert made.tiles[0].name("1") != made.tiles[1].name("1") != made.tiles[1].name("2")
+
+
+def test_folders_are_of_one_study(swept, tmp_path):
+    _, folder = swept
+    with pytest.raises(InputError, match="another study"):
+        runner.sweep(small(num_seeds=3), folder)
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match="no study's"):
+        runner.sweep(small(), tmp_path)
+    with pytest.raises(InputError, match="no finished study"):
+        results.load(tmp_path)
+
+
+def test_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
+    def full(path, content):
+        if path.suffix == ".parquet":
+            raise OSError(28, "No space left on device")
+        path.write_bytes(content)
+
+    monkeypatch.setattr(runner, "replace", full)
+    monkeypatch.setattr(runner, "run_tile", lambda tile: b"")
+    with pytest.raises(InputError, match="No space left.*kept"):
+        runner.sweep(small(), tmp_path / "out", runs_a_tile=8)
+
+
+def test_more_than_the_machine_is_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "memory_bytes", lambda: 10_000)
+    with pytest.raises(InputError, match="runs would fit"):
+        runner.sweep(small(), tmp_path / "out")
+
+
+def test_command_line(swept, tmp_path, capsys):
+    path, out = tmp_path / "mine.toml", tmp_path / "out"
+    axes = "".join(f'"{name}" = {json.dumps(values)}\n' for name, values in AXES.items())
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text(small().scenario_at({}).to_toml())
+    path.write_text(f'schema_version = 1\nscenario = "scenario.toml"\nwhere = {json.dumps(WHERE)}\n[axes]\n{axes}')
+    assert cli.main(["sweep", str(path), "--out", str(out), "--dry-run"]) == 0
+    assert "20 scenarios, " in capsys.readouterr().out and not out.exists()
+    assert cli.main(["sweep", str(path), "--out", str(out), "--json", "--workers", "1"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["scenarios"] == 20 and printed["runs"] == 2 * (20 - printed["refused"])
+    mine, other = results.load(out), results.load(swept[1])
+    assert mine["mean_ttft_ms"].equals(other["mean_ttft_ms"])
+    assert cli.main(["sweep", str(path), "--out", str(out), "--set", "num_seeds=3"]) == 2
+    assert "another study" in capsys.readouterr().err
+    for arguments, says in ((["--executor", "ray"], "processes:N"), (["--set", "model.dtype=fp8"], "is an axis")):
+        assert cli.main(["sweep", str(path), "--out", str(tmp_path / "new"), *arguments]) == 2
+        assert says in capsys.readouterr().err
