@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxsim.calibrate.command import add_parser as add_calibrate
 from jaxsim.study.command import add_parser as add_sweep
+from jaxsim.study.goodput_command import add_parser as add_goodput
 from jaxsim.validate.command import add_parser as add_validate
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
@@ -228,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(command=_import_profile)
 
     add_sweep(commands).set_defaults(command=_sweep)
+    add_goodput(commands).set_defaults(command=_goodput)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
 
@@ -530,6 +532,15 @@ def _sweep(options: argparse.Namespace) -> int:
     _find_devices()
     label = "-".join(re.findall(r"[\w.-]*\w", Path(options.study).stem)) or "study"
     run(options, _assignments(options.values), Path(f"results/{label}" if options.out is None else options.out))
+    return 0
+
+
+def _goodput(options: argparse.Namespace) -> int:
+    from jaxsim.study.goodput_command import run
+
+    _keep_programs()
+    _find_devices()
+    run(options, _assignments(options.values))
     return 0
 
 

@@ -81,18 +81,26 @@ def plan(study: Study, lanes: Lanes, points: Iterable[Point] | None = None, runs
     if not listed:
         raise InputError("where", study.where, "leaves no point of the study", "loosen a condition")
     base = study.base_tree()
-    groups: dict[Any, list[tuple[int, Scenario, Shape]]] = {}
+    made = (lambda point=point: study.scenario_at(point, base) for point in listed)
+    return dataclasses.replace(plan_of(made, lanes, runs_a_tile, on_point), points=listed)
+
+
+def plan_of(made: Iterable[Callable[[], Scenario]], lanes: Lanes, runs_a_tile: int = RUNS_A_TILE,
+            on_point: Callable[[int], None] = lambda _: None) -> Plan:
+    """The same for scenarios that `made` makes; what making one refuses is kept."""
+    members: list[tuple[int, Scenario, Shape]] = []
     refusals, seeds = [], {}
-    for index, point in enumerate(listed):
+    for index, make in enumerate(made):
         try:
-            scenario = study.scenario_at(point, base)
+            scenario = make()
             seeds[index] = scenario.num_seeds
-            shape = lanes.shape(scenario)
+            members.append((index, scenario, lanes.shape(scenario)))
         except InputError as error:
             refusals.append(Refusal(index, str(error)))
-        else:
-            groups.setdefault((shape.key, shape.num_requests), []).append((index, scenario, shape))
         on_point(index + 1)
+    groups: dict[Any, list[tuple[int, Scenario, Shape]]] = {}
+    for member in members:
+        groups.setdefault((member[2].key, member[2].num_requests), []).append(member)
     tiles, programs = [], 0
     for members in groups.values():
         padded = ladder([shape.slots for *_, shape in members])
@@ -103,7 +111,7 @@ def plan(study: Study, lanes: Lanes, points: Iterable[Point] | None = None, runs
             programs += len({tile.width for tile in cut})
     # The longest first, so that none is left to run alone at the end.
     tiles.sort(key=lambda tile: (-tile.work, tile.points))
-    return Plan(listed, seeds, tiles, sorted(refusals, key=lambda r: r.point), programs)
+    return Plan([], seeds, tiles, sorted(refusals, key=lambda r: r.point), programs)
 
 
 def _cut(members: Sequence[tuple[int, Scenario, Shape]], slots: int, runs_a_tile: int) -> list[Tile]:

@@ -39,7 +39,8 @@ def unit(name: str) -> str:
     """Unit of a column by its name, "" for text and verdicts, 1 for shares."""
     name = name.removesuffix(HALF_WIDTH)
     endings = {"_ms": "ms", "_s": "s", "_rps": "1/s", "_share": "1", "attainment": "1", "_tokens": "tokens",
-               "_throughput": "1/s", "_goodput": "1/s", "_bytes": "bytes"}
+               "_throughput": "1/s", "per_device": "1/s", "usd_per_million_output_tokens": "USD",
+               "_goodput": "1/s", "_bytes": "bytes"}
     return "s" if name == "duration" else next((u for end, u in endings.items() if name.endswith(end)), "")
 
 

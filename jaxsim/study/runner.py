@@ -7,21 +7,23 @@ was run twice changes nothing. Whoever runs tiles is a `concurrent.futures.Execu
 import concurrent.futures as futures
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import memory_bytes
 from jaxsim.io.result import version
+from jaxsim.spec.scenario import Scenario
 from jaxsim.study import results
-from jaxsim.study.lanes import Lanes
-from jaxsim.study.plan import RUNS_A_TILE, Plan, Tile, plan
+from jaxsim.study.lanes import Lanes, Run
+from jaxsim.study.plan import RUNS_A_TILE, Plan, Tile, plan, plan_of
 from jaxsim.study.study import Study
 from jaxsim.study.table import columns
 from jaxsim.study.tile import simulate_runs
@@ -43,12 +45,32 @@ def run_tile(tile: Tile) -> bytes:
         seeds += scenario.seeds
     out = simulate_runs(dims, runs, tile.width)
     found = columns(out, [run.scenario.slo for run in runs], np.array([run.scenario.warmup_s for run in runs]))
+    found |= _per_device(runs, found["output_throughput"])
     table = pa.table({"point": pa.array(points, pa.int64()), "seed": pa.array(seeds, pa.int64()), **{
         name: pa.array(values, pa.string()) if values.dtype == object else pa.array(values, from_pandas=True)
         for name, values in found.items()}})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
+
+
+def _per_device(runs: Sequence[Run], output_throughput: np.ndarray) -> dict[str, np.ndarray]:
+    """Throughput by device, and the price of tokens where the device's is known."""
+    devices = np.array([run.system.plan.num_devices * run.scenario.cluster.replicas for run in runs], np.float64)
+    usd_per_s = np.array([getattr(run.system.device, "usd_per_h", None) or np.nan for run in runs]) / 3600
+    return {"num_devices": devices, "output_throughput_per_device": output_throughput / devices,
+            "usd_per_million_output_tokens": 1e6 * usd_per_s * devices / np.where(output_throughput > 0,
+                                                                                  output_throughput, np.nan)}
+
+
+def table(scenarios: Sequence[Scenario], workers: int | None = None) -> tuple[pd.DataFrame, dict[int, str]]:
+    """Runs of scenarios without a folder: a row a run with `point`, and why some were refused."""
+    made = plan_of([lambda s=s: s for s in scenarios], LANES)
+    check_memory(estimate(made), workers)
+    with futures.ThreadPoolExecutor(workers or num_workers(), thread_name_prefix="tile") as pool:
+        parts = [pq.read_table(io.BytesIO(content)).to_pandas() for content in pool.map(run_tile, made.tiles)]
+    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"point": pd.Series(dtype=np.int64)})
+    return frame, {refusal.point: refusal.reason for refusal in made.refusals}
 
 
 def sweep(study: Study, folder: str | Path, *, executor: futures.Executor | None = None, workers: int | None = None,

@@ -34,6 +34,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.calibrate.command": "*",
     "jaxsim.validate.command": "*",
     "jaxsim.study.command": "*",
+    "jaxsim.study.goodput_command": "*",
     "jaxsim.io.plots": "matplotlib",
     # Not on every platform; the memory of a run is then left out.
     "jaxsim.bench": "resource",
