@@ -1,10 +1,12 @@
 """Measured runs of the shared data, simulated with the shipped constants. Bounds: docs/accuracy.md."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from jaxsim.engine.simulate import simulate
 from jaxsim.spec.scenario import Scenario
+from jaxsim.validate import points
 from tests.validate import runs
 
 
@@ -43,6 +45,17 @@ def test_stage_aggregates(shared_data, source, step, at_least):
     found = runs.aggregates(shared_data, source, step)
     assert len(found) >= at_least
     assert found["e2el_ms_error"].abs().median() < 0.07 and found["ttft_ms_error"].abs().median() < 0.18
+
+
+def test_operating_points_of_vllm(shared_data, tmp_path):
+    """Every eighth point of vLLM at fixed concurrency, as published; other engines are in docs/accuracy.md."""
+    table = pd.read_csv(shared_data / "runs" / "serving_points_silicon.csv")
+    table = table[(table["backend"] == "vllm") & (table["provenance"] == "inferencex-dump") & (table["mode"] == "agg")
+                  & (table["ambiguous"] == 0) & table["system"].isin(["h100_sxm", "h200_sxm"])]
+    table.iloc[::8].to_csv(tmp_path / "points.csv", index=False)
+    found = points.simulate_points(tmp_path / "points.csv").summary()
+    assert found["ttft_ms"]["count"] > 25
+    assert found["ttft_ms"]["median_absolute_error"] < 0.25 and found["tpot_ms"]["median_absolute_error"] < 0.12
 
 
 @pytest.mark.parametrize("capacity_tokens, share", [(1 << 28, 0.374), (4_000_000, 0.185), (16_000_000, 0.342)])
