@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except InputError as error:
             return _fail(str(error))
     except KeyboardInterrupt:
-        _say("jaxsim: interrupted")
+        _say(f"jaxsim: interrupted{_hint}")
         return INTERRUPTED
     except BrokenPipeError:
         _drop_output()
@@ -93,6 +93,10 @@ def _remove_empty_folders() -> None:
             _made.pop().rmdir()
 
 
+_hint = ""
+"""What to say after an interruption."""
+
+
 def _leave_on_interrupt() -> None:
     """Let Ctrl-C end the process at once, whatever it is doing.
 
@@ -111,7 +115,7 @@ def _leave_on_interrupt() -> None:
             pass
         _remove_empty_folders()
         with contextlib.suppress(OSError):
-            os.write(2, b"jaxsim: interrupted\n")
+            os.write(2, f"jaxsim: interrupted{_hint}\n".encode())
         os._exit(INTERRUPTED)
 
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -526,8 +530,10 @@ def _import_profile(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    global _hint
     from jaxsim.study.command import run
 
+    _hint = "; finished tiles are kept, the same command goes on from there"
     _keep_programs()
     _find_devices()
     label = "-".join(re.findall(r"[\w.-]*\w", Path(options.study).stem)) or "study"
