@@ -392,6 +392,10 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, simulations, capsys)
         if words[0] == "run":
             words.append("--no-plots")
             words.remove("--timeline") if "--timeline" in words else None
+        if words[0] == "sweep":
+            words.append("--dry-run")
+        if words[0] == "goodput":
+            words += ["--set", "num_seeds=1", "--set", "workload.num_requests=20"]
         assert cli.main(words) == 0, line
     from jaxsim.engine.lower import resolve_system
 
