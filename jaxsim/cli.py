@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxsim.calibrate.command import add_parser as add_calibrate
 from jaxsim.study.command import add_parser as add_sweep
+from jaxsim.study.plot_command import add_parser as add_plot
 from jaxsim.validate.command import add_parser as add_validate
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
@@ -228,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(command=_import_profile)
 
     add_sweep(commands).set_defaults(command=_sweep)
+    add_plot(commands)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
 

@@ -34,6 +34,8 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.calibrate.command": "*",
     "jaxsim.validate.command": "*",
     "jaxsim.study.command": "*",
+    "jaxsim.study.plot_command": "*",
+    "jaxsim.study.plots": "matplotlib",
     "jaxsim.io.plots": "matplotlib",
     # Not on every platform; the memory of a run is then left out.
     "jaxsim.bench": "resource",
