@@ -22,6 +22,7 @@ from typing import Any
 from jaxsim.calibrate.command import add_parser as add_calibrate
 from jaxsim.study.command import add_parser as add_sweep
 from jaxsim.study.goodput_command import add_parser as add_goodput
+from jaxsim.study.plot_command import add_parser as add_plot
 from jaxsim.validate.command import add_parser as add_validate
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
@@ -234,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_sweep(commands).set_defaults(command=_sweep)
     add_goodput(commands).set_defaults(command=_goodput)
+    add_plot(commands)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
 

@@ -29,13 +29,15 @@ LEVELS = {
 MAY_IMPORT_INSIDE_FUNCTIONS = {
     # The command line answers --help and --version without loading JAX.
     "jaxsim.cli": "*",
-    # Drawing is optional and matplotlib slow to load.
-    "jaxsim.io.figure": "matplotlib",
     "jaxsim.calibrate.command": "*",
     "jaxsim.validate.command": "*",
     "jaxsim.study.command": "*",
     "jaxsim.study.goodput_command": "*",
+    "jaxsim.study.plot_command": "*",
+    # Drawing is optional and matplotlib slow to load.
+    "jaxsim.io.figure": "matplotlib",
     "jaxsim.io.plots": "matplotlib",
+    "jaxsim.study.plots": "matplotlib",
     # Not on every platform; the memory of a run is then left out.
     "jaxsim.bench": "resource",
 }
