@@ -44,6 +44,7 @@ def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> No
     from jaxsim.study.lanes import Lanes
     from jaxsim.study.plan import plan
 
+    check_workers(options.workers)
     study = chosen(options.study, values)
     start = time.perf_counter()
     with _progress() as progress:
@@ -73,6 +74,14 @@ def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> No
     print(f"{path}: {len(made.points):,} rows")
 
 
+def check_workers(workers: int | None) -> None:
+    """Raises `InputError`."""
+    from jaxsim._core.errors import InputError
+
+    if workers is not None and workers < 1:
+        raise InputError("--workers", workers, "is not a number of threads", "give at least 1, or leave it out")
+
+
 def chosen(path: str, values: dict[str, Any]) -> Any:
     """The study of a file, with fields of its scenario replaced. Raises `InputError`."""
     import msgspec
@@ -94,12 +103,15 @@ def chosen(path: str, values: dict[str, Any]) -> Any:
 
 
 def _lines(about: dict[str, Any]) -> Iterator[str]:
+    from jaxsim.io.table import number
+
     yield (f"{about['scenarios']:,} scenarios, {about['refused']:,} of them refused; {about['runs']:,} runs of"
            f" {about['requests']:,} requests")
     yield (f"{about['programs']} programs, {about['tiles']:,} tiles of up to {about['widest_tile']} runs,"
            f" {about['tile_bytes'] / 2**20:,.0f} MiB a tile")
     if "elapsed_s" in about:
-        yield f"{about['elapsed_s']:,.1f} s, {about['scenarios'] / about['elapsed_s']:,.0f} scenarios/s"
+        rate = number(about["scenarios"] / max(about["elapsed_s"], 1e-3))
+        yield f"{about['elapsed_s']:,.1f} s, {rate} scenarios/s"
 
 
 @contextmanager

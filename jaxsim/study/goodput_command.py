@@ -44,8 +44,10 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
 
     from jaxsim._core.errors import InputError
     from jaxsim.io.result import to_json
+    from jaxsim.study.command import check_workers
     from jaxsim.study.goodput import search
 
+    check_workers(options.workers)
     out = None if options.out is None else Path(options.out)
     if out is not None and out.suffix not in (".csv", ".parquet"):
         raise InputError("--out", options.out, "is no table", "give a name that ends in .csv or .parquet")

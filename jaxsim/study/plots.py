@@ -184,7 +184,7 @@ def _is_numeric(column: pd.Series) -> bool:
 
 def _is_true(column: pd.Series) -> Bool[np.ndarray, " rows"]:
     """Verdicts: true is true, and unknown is not."""
-    return np.array([value is not None and value == True for value in column], bool)  # noqa: E712
+    return column.map(lambda value: not pd.isna(value) and bool(value)).to_numpy(bool)
 
 
 def _known(frame: pd.DataFrame, option: str, name: str) -> str:

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.spec.messages import explain
-from jaxsim.spec.scenario import Scenario, read_tree
+from jaxsim.spec.scenario import Scenario, read_tree, shipped_scenarios
 from jaxsim.spec.toml import parse_toml
 from jaxsim.study import design
 from jaxsim.study.design import Axis, Point, Sample
@@ -74,6 +74,9 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         except UnicodeDecodeError:
             raise InputError("study", given, "is not UTF-8 text", "save it as UTF-8") from None
         except OSError as error:
+            if given in shipped_scenarios():
+                raise InputError("study", given, "is a scenario, and a study has axes",
+                                 "use `jaxsim run`, or name it in a study file (docs/studies.md)") from None
             raise InputError("study", given, error.strerror or "cannot be read",
                              suggest(given, shipped, "give a study file (docs/studies.md)")) from None
         tree = parse_toml(text, str(path))
