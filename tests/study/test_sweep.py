@@ -166,6 +166,7 @@ def test_command_line(swept, tmp_path, capsys):
     assert cli.main(["sweep", str(path), "--out", str(out), "--set", "num_seeds=3"]) == 2
     assert "another study" in capsys.readouterr().err
     assert cli.main(["sweep", "default"]) == 2 and "is a scenario" in capsys.readouterr().err
-    for arguments, says in ((["--executor", "ray"], "processes:N"), (["--workers", "0"], "at least 1"), (["--set", "model.dtype=fp8"], "is an axis")):
+    for arguments, says in ((["--executor", "ray"], "processes:N"), (["--workers", "0"], "at least 1"),
+                            (["--set", "model.dtype=fp8"], "is an axis")):
         assert cli.main(["sweep", str(path), "--out", str(tmp_path / "new"), *arguments]) == 2
         assert says in capsys.readouterr().err
