@@ -35,7 +35,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
 def run(options: argparse.Namespace) -> int:
     """Run the command. Raises `InputError`."""
     from jaxsim._core.errors import InputError
-    from jaxsim.study import plots, report
+    from jaxsim.study import plots, report, view
 
     if options.report is not None:
         given = [name for name in ("kind", "x", "y", "hue", "out") if getattr(options, name)]
@@ -44,10 +44,10 @@ def run(options: argparse.Namespace) -> int:
                              "give --where at most")
         if Path(options.report).suffix.lower() not in (".html", ".htm"):
             raise InputError("--report", options.report, "is no HTML file", "end it in .html")
-        print(report.write(plots.read(options.folder, options.where), options.report, where=options.where))
+        print(report.write(view.read(options.folder, options.where), options.report, where=options.where))
         return 0
-    frame = plots.read(options.folder, options.where)
-    kind = plots.choose(frame) if options.kind in (None, "auto") else options.kind
+    frame = view.read(options.folder, options.where)
+    kind = view.choose(frame) if options.kind in (None, "auto") else options.kind
     folder = Path(options.folder)
     out = Path(options.out) if options.out else (folder if folder.is_dir() else folder.parent) / f"{kind}.png"
     if kind == "lines":
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     elif kind == "heatmap":
         if options.hue:
             raise InputError("--hue", options.hue, "is not for a heat map", "write --x FIELD --y FIELD METRIC")
-        fields = [name for name in options.y if name in plots.parameters(frame)]
+        fields = [name for name in options.y if name in view.parameters(frame)]
         values = [name for name in options.y if name not in fields]
         if len(fields) > 1 or len(values) > 1:
             raise InputError("--y", options.y, "is more than one field and one metric",

@@ -1,6 +1,6 @@
 """Plots of a study's table: families of lines, heat maps, and Pareto fronts.
 
-    frame = read("results/limits")                 # the table, knowing its study
+    frame = view.read("results/limits")            # the table, knowing its study
     lines(frame, out="lines.png")                  # axes are chosen from the study where none are given
     heatmap(frame, "workload.rate_rps", "engine.max_num_seqs", "slo.attainment", out="map.svg")
     pareto(frame, "p99_tpot_ms", "output_throughput_per_device", out="front.png")
@@ -11,374 +11,63 @@ name, and limits and numbers of devices that are no axes.
 
 import contextlib
 import io
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from jaxtyping import Bool
 
-from jaxsim._core.errors import InputError, suggest
+from jaxsim._core.errors import InputError
 from jaxsim.io.figure import FAINT, INK, LIMIT, LINE, drawn, heading
 from jaxsim.io.table import number
-from jaxsim.study.expressions import Expression
-from jaxsim.study.results import HALF_WIDTH, TABLE, load, unit
+from jaxsim.study.results import HALF_WIDTH
+from jaxsim.study.view import (
+    LATENCIES,
+    MOST_HUES,
+    MOST_PANELS,
+    PER_DEVICE,
+    checked_metric,
+    checked_parameter,
+    combinations,
+    default_metric,
+    devices_vary,
+    is_numeric,
+    is_true,
+    joins_nothing,
+    known,
+    label,
+    limits,
+    line_axes,
+    map_axes,
+    metrics,
+    prepared,
+    rows_where,
+    short,
+    study_of,
+    value_text,
+    values_of,
+    varying,
+    writer,
+)
 
-MOST_PANELS = 9
-MOST_HUES = 10
 MOST_WRITTEN = 12
 """Cells a side whose values are written."""
 MOST_LABELS = 12
 MOST_COLUMNS = 5
 """Parameters in the table beside a front."""
-MOST_CELLS = 40_000
-
-PER_DEVICE = "output_throughput_per_device"
-"""Added to a table: `output_throughput` over the devices of all replicas."""
 
 ENDINGS = (".png", ".svg")
-KINDS = ("lines", "heatmap", "pareto")
 
 # Told apart with any colour vision (Okabe and Ito, then Tol), none of them the colour of limits; and by their shape.
 _COLOURS = (LINE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#222222", "#882255", "#999933", "#6699CC", "#AA4466")
 _MARKERS = "os^DvPX<>*"
-_LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "end-to-end latency"}
-_CAPITALS = {"slo": "SLO", "kv": "KV", "ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E"}
-_SLOS = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
-_UNITS = {"request_throughput": "requests/s", "request_goodput": "requests/s", "output_throughput": "tokens/s",
-          "total_token_throughput": "tokens/s", PER_DEVICE: "tokens/s", "duration": "s"}
-DEVICES = ("engine.tensor_parallel_size", "engine.pipeline_parallel_size", "engine.data_parallel_size",
-             "cluster.replicas")
 _SHARE = re.compile(r"_share$|attainment$")
 _PERCENTILE = re.compile(r"(p\d+|median)_(ttft|tpot|e2el)_ms")
 _LOG_BEYOND = 12.0
 """Ratio of the largest to the smallest value from which metrics are drawn on a logarithmic axis."""
-
-
-# ---- the table
-
-
-def read(folder: str | Path, where: str | None = None) -> pd.DataFrame:
-    """The table of a study, with `study.json` in `attrs["study"]`. Raises `InputError`.
-
-    where: keeps rows of which this is true: "workload.rate_rps <= 8 and p99_ttft_ms < 500".
-    """
-    frame = load(folder)
-    path = Path(folder) / TABLE if Path(folder).is_dir() else Path(folder)
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        frame.attrs["study"] = json.loads(pq.read_schema(path).metadata[b"study"])
-    frame = _prepared(frame)
-    return frame if where is None else selected(frame, where)
-
-
-def selected(frame: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Rows of which an expression over columns is true. Raises `InputError`."""
-    frame = _prepared(frame)
-    expression = Expression(where, "where")
-    columns = {name: frame[_known(frame, "where", name)].tolist() for name in expression.fields}
-    is_kept = [bool(expression(lambda name, row=row: columns[name][row])) for row in range(len(frame))]
-    if not any(is_kept):
-        raise InputError("where", where, f"is true of none of the {len(frame):,} rows", "loosen the condition")
-    return frame[is_kept]
-
-
-def parameters(frame: pd.DataFrame) -> list[str]:
-    """Columns of axes and derived fields. Raises `InputError` for what is no table of a study."""
-    if "num_seeds" not in frame:
-        raise InputError("frame", list(frame.columns)[:5], "is no table of a study", "give what jaxsim.load returns")
-    return [name for name in frame.columns[:frame.columns.get_loc("num_seeds")] if name != "point"]
-
-
-def varying(frame: pd.DataFrame) -> list[str]:
-    """Parameters with more than one value."""
-    return [name for name in parameters(frame) if frame[name].nunique(dropna=False) > 1]
-
-
-def metrics(frame: pd.DataFrame) -> list[str]:
-    """Columns of numbers behind the parameters, without the intervals."""
-    behind = frame.columns[frame.columns.get_loc("num_seeds") + 1:]
-    return [name for name in behind if not name.endswith(HALF_WIDTH) and name != "unstable"
-            and _is_numeric(frame[name])]
-
-
-def limits(frame: pd.DataFrame) -> dict[str, float]:
-    """Limits in milliseconds that hold for all rows, by latency: ttft, tpot, e2el."""
-    slo = _study(frame).get("scenario", {}).get("slo") or {}
-    found = {}
-    for latency, field in _SLOS.items():
-        column = f"slo.{field}"
-        values = frame[column].dropna().unique() if column in parameters(frame) else [slo.get(field)]
-        if len(values) == 1 and values[0] is not None:
-            found[latency] = float(values[0])
-    return found
-
-
-def label(name: str) -> str:
-    """What a metric is called on an axis, with its unit."""
-    latency = re.fullmatch(r"(\w+?)_(ttft|tpot|itl|e2el)_ms", name)
-    if latency:
-        return f"{latency[1]} {_LATENCIES[latency[2]]}, ms"
-    measured = _UNITS.get(name, unit(name))
-    words = " ".join(_CAPITALS.get(word, word) for word in re.split(r"[_.]", name.removesuffix("_ms")))
-    return f"{words}, {measured}" if measured not in ("", "1") else words
-
-
-def short(names: Sequence[str]) -> dict[str, str]:
-    """The shortest endings that tell fields apart; `device.name` is the device."""
-    found = {}
-    for name in names:
-        parts = (name.removesuffix(".name") if name.count(".") else name).split(".")
-        for count in range(1, len(parts) + 1):
-            ending = ".".join(parts[-count:])
-            others = [n.removesuffix(".name") for n in names if n != name]
-            if not any(n == ending or n.endswith("." + ending) for n in others):
-                break
-        found[name] = ending
-    return found
-
-
-def value_text(value: Any) -> str:
-    """A parameter's value."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return "default"
-    if isinstance(value, (bool, np.bool_)) or isinstance(value, str):
-        return str(value)
-    if isinstance(value, (int, np.integer)):
-        return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _prepared(frame: pd.DataFrame) -> pd.DataFrame:
-    """With throughput per device, and with verdicts on all rows."""
-    names, added = parameters(frame), {}
-    if not len(frame):
-        raise InputError("frame", 0, "has no rows", "loosen the conditions")
-    for name in ("refused", "unstable"):
-        if name not in frame:
-            added[name] = None
-    if "output_throughput" in frame and PER_DEVICE not in frame:
-        scenario = _study(frame).get("scenario", {})
-        devices: Any = 1.0
-        for dotted in DEVICES:
-            section, _, field = dotted.partition(".")
-            fixed = scenario.get(section) if isinstance(scenario, Mapping) else None
-            given = fixed.get(field) if isinstance(fixed, Mapping) else None
-            devices = devices * (frame[dotted].fillna(1) if dotted in names else given or 1)
-        for ending in ("", HALF_WIDTH):
-            if "output_throughput" + ending in frame:
-                added[PER_DEVICE + ending] = frame["output_throughput" + ending] / devices
-    return frame.assign(**added) if added else frame
-
-
-def _study(frame: pd.DataFrame) -> dict[str, Any]:
-    return frame.attrs.get("study", {}).get("study", {})
-
-
-def _is_numeric(column: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-
-
-def _is_true(column: pd.Series) -> Bool[np.ndarray, " rows"]:
-    """Verdicts: true is true, and unknown is not."""
-    return column.map(lambda value: not pd.isna(value) and bool(value)).to_numpy(bool)
-
-
-def _known(frame: pd.DataFrame, option: str, name: str) -> str:
-    """The name, if it is a column. Raises `InputError`."""
-    if name not in frame:
-        names = ", ".join(parameters(frame))
-        raise InputError(option, name, "is no column of this study",
-                         suggest(name, frame.columns, f"parameters are {names}; metrics are in docs/results.md"))
-    return name
-
-
-def _parameter(frame: pd.DataFrame, option: str, name: str) -> str:
-    if _known(frame, option, name) in varying(frame):
-        return name
-    if name in parameters(frame):
-        value = value_text(frame[name].iloc[0])
-        raise InputError(option, name, f"has one value here, {value}", "name one that varies: "
-                         + (", ".join(varying(frame)) or "this table has none"))
-    raise InputError(option, name, "is no parameter of this study",
-                     suggest(name, varying(frame)) + "; two metrics go against each other with --kind pareto")
-
-
-def _metric(frame: pd.DataFrame, option: str, name: str) -> str:
-    if _known(frame, option, name) not in metrics(frame):
-        raise InputError(option, name, "is no metric", suggest(name, metrics(frame), "metrics are in docs/results.md"))
-    if not frame[name].notna().any():
-        raise InputError(option, name, "has no value in any row", "choose another metric")
-    return name
-
-
-def _values(column: pd.Series) -> list[Any]:
-    """Numbers in order, others as they come."""
-    found = list(column.drop_duplicates())
-    return sorted(found, key=lambda v: (v != v, v)) if _is_numeric(column) else found
-
-
-def _writer(column: pd.Series) -> Callable[[Any], str]:
-    """`value_text`, or all digits where that would make two values one."""
-    found = list(column.drop_duplicates())
-    if len({value_text(v) for v in found}) == len(found):
-        return value_text
-    return lambda v: f"{v:.12g}" if isinstance(v, float) and v == v else value_text(v)
-
-
-# ---- which parameter goes where
-
-
-def free(frame: pd.DataFrame, chosen: Sequence[str]) -> list[str]:
-    """Parameters that still vary where the chosen ones do not; what others decide is left out."""
-    fixed, found = list(chosen), []
-    for name in varying(frame):
-        if name in fixed:
-            continue
-        groups = frame.groupby(fixed, dropna=False, sort=False)[name] if fixed else None
-        count = frame[name].nunique(dropna=False) if groups is None else groups.nunique(dropna=False).max()
-        if count > 1:
-            fixed.append(name)
-            found.append(name)
-    return found
-
-
-def default_x(frame: pd.DataFrame, without: Sequence[str] = ()) -> str:
-    """The number with the most values, the rate among equals; without numbers the parameter with the most."""
-    names = [name for name in varying(frame) if name not in without]
-    if not names:
-        raise InputError("x", None, "has nothing to show: no parameter varies", "loosen --where, or widen the study")
-    return max(names, key=lambda name: (_is_numeric(frame[name]), frame[name].nunique(), name == "workload.rate_rps"))
-
-
-def default_hue(frame: pd.DataFrame, x: str) -> str | None:
-    """Of those that neither x nor others decide, the one with the most values that colours still tell apart."""
-    names = [name for name in free(frame, [x]) if frame[name].nunique(dropna=False) <= MOST_HUES]
-    return max(names, key=lambda name: frame[name].nunique(dropna=False)) if names else None
-
-
-def default_metric(frame: pd.DataFrame) -> str:
-    """The 99th percentile of the time to first token, or what there is."""
-    names = [name for name in metrics(frame) if frame[name].notna().any()]
-    for name in ("p99_ttft_ms", "mean_ttft_ms", "p99_e2el_ms", "output_throughput", *names):
-        if name in names:
-            return name
-    raise InputError("y", None, "has no metric to show: no row was simulated", "see the column `refused`")
-
-
-def choose(frame: pd.DataFrame) -> str:
-    """The kind of plot that suits a table: lines, a heat map where those are too many, else a Pareto front."""
-    frame = _prepared(frame)
-    with contextlib.suppress(InputError):
-        x, hue, _ = _line_axes(frame, None, None, 1)
-        if not (_is_numeric(frame[x]) and _is_scattered(frame, x, hue)):
-            return "lines"
-    with contextlib.suppress(InputError):
-        _map_axes(frame, None, None)
-        return "heatmap"
-    return "pareto"
-
-
-def sliced(frame: pd.DataFrame, chosen: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Rows that fit on one page of panels: parameters held at their middle value until they do, and which."""
-    held: dict[str, Any] = {}
-    while len(_combinations(frame, rest := free(frame, chosen))) > MOST_PANELS:
-        name = max(rest, key=lambda n: frame[n].nunique(dropna=False))
-        values = _values(frame[name])
-        held[name] = values[(len(values) - 1) // 2]
-        same = frame[name].isna() if held[name] != held[name] else frame[name] == held[name]
-        frame = frame[same]
-    return frame, held
-
-
-def _line_axes(frame: pd.DataFrame, x: str | None, hue: str | None, rows: int) -> tuple[str, str | None, list[str]]:
-    """x, hue and the fields of panels. Raises `InputError` where those are too many."""
-    hue = None if hue is None else _parameter(frame, "hue", hue)
-    x = default_x(frame, [hue] if hue else []) if x is None else _parameter(frame, "x", x)
-    if hue == x:
-        raise InputError("hue", hue, "is x too", "name two different parameters")
-    hue = default_hue(frame, x) if hue is None else hue
-    if hue is not None and frame[hue].nunique(dropna=False) > MOST_HUES:
-        raise InputError("hue", hue, f"has {frame[hue].nunique():,} values, more than {MOST_HUES} colours tell apart",
-                         "choose another --hue, leave values out with --where, or use --kind heatmap")
-    return x, hue, _panel_fields(frame, [x, *([hue] if hue else [])], rows)
-
-
-def _map_axes(frame: pd.DataFrame, x: str | None, y: str | None) -> tuple[str, str, list[str]]:
-    x = default_x(frame, [y] if y else []) if x is None else _parameter(frame, "x", x)
-    if y is None:
-        names = free(frame, [x])
-        if not names:
-            raise InputError("y", None, f"has nothing to show: {x} is all that varies", "use --kind lines")
-        y = default_x(frame[names].assign(num_seeds=1))
-    _parameter(frame, "y", y)
-    if x == y:
-        raise InputError("y", y, "is x too", "name two different parameters")
-    cells = frame[x].nunique(dropna=False) * frame[y].nunique(dropna=False)
-    fields = _panel_fields(frame, [x, y], 1)
-    if cells > MOST_CELLS or (cells > 100 and len(frame) < 0.1 * cells):
-        raise InputError("x, y", [x, y], f"span {cells:,} cells for {len(frame):,} scenarios: they are no grid",
-                         "choose two axes of a grid, or use --kind lines or pareto")
-    return x, y, fields
-
-
-def _panel_fields(frame: pd.DataFrame, chosen: Sequence[str], rows: int) -> list[str]:
-    """Fields that take a panel a value. Raises `InputError` for more panels than fit."""
-    fields = free(frame, chosen)
-    count = len(_combinations(frame, fields)) * rows
-    if count > MOST_PANELS:
-        most = max(fields, key=lambda n: frame[n].nunique(dropna=False)) if fields else ""
-        value = frame[most].iloc[0] if fields else ""
-        remedy = f'hold one still, e.g. --where "{most} == {_literal(value)}"' if fields else "name fewer metrics"
-        raise InputError("panels", " x ".join([*fields, *([f"{rows} metrics"] if rows > 1 else [])]),
-                         f"would be {count:,} panels, {MOST_PANELS} fit", remedy)
-    return fields
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, str):
-        return f"'{value}'"
-    return str(value.item() if hasattr(value, "item") else value)
-
-
-def _combinations(frame: pd.DataFrame, fields: Sequence[str]) -> list[tuple]:
-    """Values of these fields that occur together, in their order."""
-    if not fields:
-        return [()]
-    write = {name: _writer(frame[name]) for name in fields}
-    ranks = {name: {write[name](v): k for k, v in enumerate(_values(frame[name]))} for name in fields}
-    rows = list(frame[list(fields)].drop_duplicates().itertuples(index=False, name=None))
-    return sorted(rows, key=lambda row: [ranks[n][write[n](v)] for n, v in zip(fields, row, strict=True)])
-
-
-def _rows(frame: pd.DataFrame, fields: Sequence[str], values: Sequence[Any]) -> pd.DataFrame:
-    is_kept = np.ones(len(frame), bool)
-    for name, value in zip(fields, values, strict=True):
-        is_kept &= (frame[name].isna() if value is None or value != value else frame[name] == value).to_numpy()
-    return frame[is_kept]
-
-
-def _is_scattered(frame: pd.DataFrame, x: str, hue: str | None) -> bool:
-    """Whether other numbers jump about from point to point, as in a sampled design: no line joins those."""
-    if not _is_numeric(frame[x]):
-        return True
-    groups = frame.groupby([hue], dropna=False) if hue else [((), frame)]
-    others = [n for n in varying(frame) if n not in (x, hue) and _is_numeric(frame[n])]
-    if any(n in free(frame, [x, *([hue] if hue else [])]) for n in others):
-        # Panels hold them still.
-        return False
-    for _, rows in groups:
-        if len(rows) > 2 and rows[x].is_unique:
-            ordered = rows.sort_values(x)
-            if any(not (ordered[n].is_monotonic_increasing or ordered[n].is_monotonic_decreasing) for n in others):
-                return True
-    return False
-
-
-# ---- drawing
 
 
 @contextlib.contextmanager
@@ -436,7 +125,7 @@ def _parameter_axis(axis: Any, column: pd.Series, at: Mapping[Any, float] | None
         axis.set_xticks(list(at.values()), texts, rotation=30 if is_long else 0, ha="right" if is_long else "center")
         axis.set_xlim(-0.5, len(at) - 0.5)
         return
-    values = np.array([v for v in _values(column) if v == v], float)
+    values = np.array([v for v in values_of(column) if v == v], float)
     is_log = _is_log_spaced(values)
     if is_log:
         axis.set_xscale("log")
@@ -460,8 +149,8 @@ def _colours(frame: pd.DataFrame, hue: str | None) -> dict[str, tuple[Any, str]]
 
     if hue is None:
         return {"": (LINE, "o")}
-    texts = [_writer(frame[hue])(v) for v in _values(frame[hue])]
-    is_scale = _is_numeric(frame[hue]) and len(texts) > 2
+    texts = [writer(frame[hue])(v) for v in values_of(frame[hue])]
+    is_scale = is_numeric(frame[hue]) and len(texts) > 2
     # Without the yellow end, which white paper swallows.
     shades = colormaps["viridis"](np.linspace(0, 0.82, len(texts))) if is_scale else _COLOURS
     return {text: (shades[k], _MARKERS[k % len(_MARKERS)]) for k, text in enumerate(texts)}
@@ -470,15 +159,15 @@ def _colours(frame: pd.DataFrame, hue: str | None) -> dict[str, tuple[Any, str]]
 def _panels(figure: Any, frame: pd.DataFrame, fields: list[str], rows: int = 1, most: int = 3
             ) -> list[tuple[int, tuple, Any]]:
     """Axes in small multiples: (row of metrics, values of the fields, axis), titled by those values."""
-    found, names = _combinations(frame, fields), short(varying(frame))
+    found, names = combinations(frame, fields), short(varying(frame))
     num_columns, num_rows = _grid(frame, fields, rows, most)
     axes = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey="row" if rows > 1 else True)
     panels = []
     if rows == 1 and len(fields) == 2 and num_columns * num_rows == _full(frame, fields):
         across = max(fields, key=lambda n: frame[n].nunique(dropna=False))
         down = fields[0] if across == fields[1] else fields[1]
-        write = {n: _writer(frame[n]) for n in fields}
-        at = {n: [write[n](v) for v in _values(frame[n])] for n in fields}
+        write = {n: writer(frame[n]) for n in fields}
+        at = {n: [write[n](v) for v in values_of(frame[n])] for n in fields}
         for values in found:
             text = {n: write[n](v) for n, v in zip(fields, values, strict=True)}
             panels.append((0, values, axes[at[down].index(text[down]), at[across].index(text[across])]))
@@ -495,7 +184,7 @@ def _panels(figure: Any, frame: pd.DataFrame, fields: list[str], rows: int = 1, 
                 axes[index[0] - 1, index[1]].tick_params(labelbottom=True)
     for row, values, axis in panels:
         if fields and (row == 0 or rows == 1):
-            text = "\n".join(f"{names[n]} {_writer(frame[n])(v)}" for n, v in zip(fields, values, strict=True))
+            text = "\n".join(f"{names[n]} {writer(frame[n])(v)}" for n, v in zip(fields, values, strict=True))
             axis.set_title(text, fontsize=9.5)
     return panels
 
@@ -506,7 +195,7 @@ def _full(frame: pd.DataFrame, fields: Sequence[str]) -> int:
 
 def _grid(frame: pd.DataFrame, fields: list[str], rows: int, most: int) -> tuple[int, int]:
     """Columns and rows of panels."""
-    count = len(_combinations(frame, fields))
+    count = len(combinations(frame, fields))
     if rows > 1:
         return count, rows
     if len(fields) == 2 and _full(frame, fields) <= MOST_PANELS:
@@ -530,7 +219,7 @@ def _is_first(axis: Any) -> bool:
 
 def _finish(figure: Any, frame: pd.DataFrame, what: str, notes: Sequence[str]) -> None:
     """The line above and the notes below."""
-    name = _study(frame).get("name", "")
+    name = study_of(frame).get("name", "")
     heading(figure, f"{name}: {what}" if name else what)
     if notes:
         figure.supxlabel("\n".join(notes), x=0.008, ha="left", fontsize=8.5, color=FAINT)
@@ -548,15 +237,15 @@ def lines(frame: pd.DataFrame, x: str | None = None, y: str | Sequence[str] | No
     Unstable points are hollow. x is logarithmic if its values are. out: a file, or a stream for PNG bytes.
     Returns the figure. Raises `InputError`.
     """
-    frame = _prepared(frame)
+    frame = prepared(frame)
     chosen = [default_metric(frame)] if y is None else [y] if isinstance(y, str) else list(y)
-    chosen = [_metric(frame, "y", name) for name in chosen]
-    x, hue, fields = _line_axes(frame, x, hue, len(chosen))
+    chosen = [checked_metric(frame, "y", name) for name in chosen]
+    x, hue, fields = line_axes(frame, x, hue, len(chosen))
     names, styles = short(varying(frame)), _colours(frame, hue)
-    written = _writer(frame[hue]) if hue else value_text
+    written = writer(frame[hue]) if hue else value_text
     columns, rows = _grid(frame, fields, len(chosen), 3)
-    is_scattered = _is_scattered(frame, x, hue)
-    at = None if _is_numeric(frame[x]) else {v: float(k) for k, v in enumerate(_values(frame[x]))}
+    is_scattered = joins_nothing(frame, x, hue)
+    at = None if is_numeric(frame[x]) else {v: float(k) for k, v in enumerate(values_of(frame[x]))}
     size = ({1: 7.6, 2: 10.2}.get(columns, 3.7 * columns + 2.2), {1: 4.6}.get(rows, 3.0 * rows + 1.0))
     with _figure(out, size) as figure:
         panels = _panels(figure, frame, fields, len(chosen))
@@ -565,7 +254,7 @@ def lines(frame: pd.DataFrame, x: str | None = None, y: str | Sequence[str] | No
             _metric_range([axis for r, _, axis in panels if r == row], frame, metric)
         for row, values, axis in panels:
             metric = chosen[row]
-            inside = _rows(frame, fields, values)
+            inside = rows_where(frame, fields, values)
             for k, (text, (colour, marker)) in enumerate(styles.items()):
                 # Names leave room beside each other, numbers do not.
                 beside = None if at is None else {v: p + 0.5 * (k + 0.5) / len(styles) - 0.25 for v, p in at.items()}
@@ -609,7 +298,7 @@ def _family(axis: Any, rows: pd.DataFrame, x: str, y: str, colour: Any, marker: 
             axis.errorbar(place, value, (value - low, half), fmt="none", ecolor=colour, elinewidth=1, capsize=2)
     if style:
         axis.plot(place, value, style, color=colour, linewidth=1.5)
-    is_unstable = _is_true(rows["unstable"])
+    is_unstable = is_true(rows["unstable"])
     for mask, face in ((~is_unstable, colour), (is_unstable, "white")):
         if mask.any():
             axis.plot(place[mask], value[mask], marker, color=colour, markerfacecolor=face, markersize=5,
@@ -624,7 +313,7 @@ def _limit(axis: Any, rows: pd.DataFrame, metric: str, along: str, drew: dict[st
     if limit is not None:
         draw = axis.axhline if along == "y" else axis.axvline
         draw(limit, color=LIMIT, linestyle=(0, (4, 3)), linewidth=1.3, zorder=2)
-        drew.setdefault("limits", set()).add((_LATENCIES[found[2]], limit))
+        drew.setdefault("limits", set()).add((LATENCIES[found[2]], limit))
 
 
 def _metric_range(axes: list[Any], frame: pd.DataFrame, metric: str) -> None:
@@ -685,13 +374,13 @@ def heatmap(frame: pd.DataFrame, x: str | None = None, y: str | None = None, val
     """
     from matplotlib.colors import LogNorm, Normalize
 
-    frame = _prepared(frame)
+    frame = prepared(frame)
     if value is None:
         is_judged = "slo.attainment" in metrics(frame) and frame["slo.attainment"].notna().any()
         value = "slo.attainment" if is_judged else default_metric(frame)
-    value = _metric(frame, "value", value)
-    x, y, fields = _map_axes(frame, x, y)
-    across, up = _values(frame[x]), _values(frame[y])
+    value = checked_metric(frame, "value", value)
+    x, y, fields = map_axes(frame, x, y)
+    across, up = values_of(frame[x]), values_of(frame[y])
     is_written = max(len(across), len(up)) <= MOST_WRITTEN
     wide, high = (max(n * each, least) for n, each, least in (
         (len(across), 0.5 if is_written else 0.12, 3.0), (len(up), 0.36 if is_written else 0.1, 1.5)))
@@ -707,7 +396,7 @@ def heatmap(frame: pd.DataFrame, x: str | None = None, y: str | None = None, val
         panels = _panels(figure, frame, fields, most=max(1, int(15 / wide)) if wide > 4 else 3)
         image = None
         for _, values, axis in panels:
-            cells = _Cells(_rows(frame, fields, values), x, y, value, across, up)
+            cells = _Cells(rows_where(frame, fields, values), x, y, value, across, up)
             image = _draw_cells(axis, cells, norm, is_written, is_share, kept)
             _cell_ticks(axis, across, up)
             if _is_lowest(panels, axis):
@@ -727,15 +416,15 @@ class _Cells:
     """Rows of a panel as grids: the metric, and which cells are unstable, refused, or no part of the study."""
 
     def __init__(self, rows: pd.DataFrame, x: str, y: str, metric: str, across: list[Any], up: list[Any]):
-        column = {value_text(v): k for k, v in enumerate(across)} if not _is_numeric(rows[x]) else None
-        row = {value_text(v): k for k, v in enumerate(up)} if not _is_numeric(rows[y]) else None
+        column = {value_text(v): k for k, v in enumerate(across)} if not is_numeric(rows[x]) else None
+        row = {value_text(v): k for k, v in enumerate(up)} if not is_numeric(rows[y]) else None
         shape = (len(up), len(across))
         self.value = np.full(shape, np.nan)
         self.is_unstable, self.is_refused, self.is_there = (np.zeros(shape, bool) for _ in range(3))
         i = _index(rows[y], up) if row is None else rows[y].map(value_text).map(row).to_numpy()
         j = _index(rows[x], across) if column is None else rows[x].map(value_text).map(column).to_numpy()
         self.value[i, j] = rows[metric].to_numpy(float)
-        self.is_unstable[i, j] = _is_true(rows["unstable"])
+        self.is_unstable[i, j] = is_true(rows["unstable"])
         self.is_refused[i, j] = rows["refused"].notna().to_numpy()
         self.is_there[i, j] = True
 
@@ -856,21 +545,21 @@ def pareto(frame: pd.DataFrame, x: str | None = None, y: str | None = None, hue:
     """
     from matplotlib.lines import Line2D
 
-    frame = _prepared(frame)
+    frame = prepared(frame)
     x = default_metric(frame) if x is None else x
     if y is None:
-        y = PER_DEVICE if any(name in varying(frame) for name in DEVICES) else "output_throughput"
-    _metric(frame, "x", x), _metric(frame, "y", y)
+        y = PER_DEVICE if devices_vary(frame) else "output_throughput"
+    checked_metric(frame, "x", x), checked_metric(frame, "y", y)
     is_lower = _senses(frame, (x, y), minimise, maximise)
     if hue is not None:
-        _parameter(frame, "hue", hue)
+        checked_parameter(frame, "hue", hue)
     else:
         names = [n for n in varying(frame) if frame[n].nunique(dropna=False) <= MOST_HUES]
-        hue = min(names, key=lambda n: (_is_numeric(frame[n]), frame[n].nunique(dropna=False)), default=None)
+        hue = min(names, key=lambda n: (is_numeric(frame[n]), frame[n].nunique(dropna=False)), default=None)
     if hue is not None and frame[hue].nunique(dropna=False) > MOST_HUES:
         raise InputError("hue", hue, f"has {frame[hue].nunique():,} values, more than {MOST_HUES} colours tell apart",
                          "choose another --hue")
-    is_unstable = _is_true(frame["unstable"])
+    is_unstable = is_true(frame["unstable"])
     points = frame[~is_unstable & frame[x].notna().to_numpy() & frame[y].notna().to_numpy()]
     if not len(points):
         raise InputError("unstable", f"{int(is_unstable.sum()):,} of {len(frame):,} rows",
@@ -878,7 +567,7 @@ def pareto(frame: pd.DataFrame, x: str | None = None, y: str | None = None, hue:
     mask = front(points, [n for n in (x, y) if is_lower[n]], [n for n in (x, y) if not is_lower[n]])
     best = points[mask].sort_values([x, y], ascending=[is_lower[x], not is_lower[y]], kind="stable")
     names, styles = short(varying(frame)), _colours(frame, hue)
-    differing, written = varying(best), _writer(frame[hue]) if hue else value_text
+    differing, written = varying(best), writer(frame[hue]) if hue else value_text
     room = _table_inches(best, differing[:MOST_COLUMNS], names)
     with _figure(out, (7.2 + room, 5.8)) as figure:
         axis, beside = figure.subplots(1, 2, width_ratios=(7.0, room))
@@ -931,7 +620,7 @@ def _senses(frame: pd.DataFrame, chosen: Sequence[str], minimise: str | Sequence
     is_lower = {name: lower_is_better(name) for name in chosen}
     for option, names, sense in (("minimise", minimise, True), ("maximise", maximise, False)):
         for name in [names] if isinstance(names, str) else names:
-            if _known(frame, option, name) not in is_lower:
+            if known(frame, option, name) not in is_lower:
                 raise InputError(option, name, "is neither x nor y", f"name {' or '.join(chosen)}")
             is_lower[name] = sense
     return is_lower
@@ -965,7 +654,7 @@ def _front_table(axis: Any, best: pd.DataFrame, numbered: Sequence[int], differi
     for count, k in enumerate(numbered, 1):
         row = best.iloc[k]
         equals = best[(best[list(labels)] == row[list(labels)]).all(axis=1)]
-        cells.append([str(count), *(_clipped(" or ".join(map(value_text, _values(equals[n])))) for n in differing),
+        cells.append([str(count), *(_clipped(" or ".join(map(value_text, values_of(equals[n])))) for n in differing),
                       *(_compact(row[n], bool(_SHARE.search(n))) for n in labels)])
     widths = [max(len(line) for text in column for line in text.split("\n")) + 1.5
               for column in zip(header, *cells, strict=True)]

@@ -15,13 +15,13 @@ import pandas as pd
 from jaxsim._core.errors import InputError
 from jaxsim.io.table import number
 from jaxsim.spec.presets import load_preset
-from jaxsim.study import plots
+from jaxsim.study import plots, view
 from jaxsim.study.results import HALF_WIDTH
 
 MOST_ROWS = 2000
 MOST_REASONS = 20
 
-METRICS = ("request_throughput", "output_throughput", plots.PER_DEVICE, "p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms",
+METRICS = ("request_throughput", "output_throughput", view.PER_DEVICE, "p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms",
            "p99_tpot_ms", "p99_e2el_ms", "request_goodput", "slo.attainment", "kv.peak_share", "preemptions.total")
 """Columns of the table, of those that have values."""
 
@@ -88,7 +88,7 @@ document.querySelectorAll("table.sortable").forEach(function (table) {
 
 
 def write(frame: pd.DataFrame, path: str | Path, where: str | None = None) -> Path:
-    """Write the report of a table, as `plots.read` gives it; `where`: what chose its rows. Raises `InputError`."""
+    """Write the report of a table, as `view.read` gives it; `where`: what chose its rows. Raises `InputError`."""
     path, text = Path(path), page(frame, where)
     path.write_text(text, encoding="utf-8")
     return path
@@ -155,7 +155,7 @@ def _counts(frame: pd.DataFrame) -> dict[str, int]:
 
 def _plots(frame: pd.DataFrame) -> Iterator[str]:
     """Key plots; a parameter too many is held at its middle value, and one that cannot be drawn says why."""
-    present = [n for n in plots.metrics(frame) if frame[n].notna().any()]
+    present = [n for n in view.metrics(frame) if frame[n].notna().any()]
 
     def chosen(names: Sequence[str]) -> list[str]:
         return [name for name in names if name in present]
@@ -163,8 +163,8 @@ def _plots(frame: pd.DataFrame) -> Iterator[str]:
     def over(metric: str) -> Callable[[pd.DataFrame, Any], Any]:
         return lambda rows, out: plots.lines(rows, y=metric, out=out)
 
-    along = plots.default_x(frame) if plots.varying(frame) else "nothing"
-    drawn = [(f"{plots.label(name).partition(',')[0]} over {along}", over(name), _line_fields)
+    along = view.default_x(frame) if view.varying(frame) else "nothing"
+    drawn = [(f"{view.label(name).partition(',')[0]} over {along}", over(name), _line_fields)
              for name in chosen(["p99_ttft_ms", "p99_tpot_ms", "output_throughput"])]
     drawn += [("Where limits are met" if chosen(["slo.attainment"]) else "Latency over two axes",
                lambda rows, out: plots.heatmap(rows, out=out), _map_fields),
@@ -172,29 +172,29 @@ def _plots(frame: pd.DataFrame) -> Iterator[str]:
     for caption, draw, fields in drawn:
         try:
             keep = fields(frame)
-            rows, held = (frame, {}) if keep is None else plots.sliced(frame, keep)
+            rows, held = (frame, {}) if keep is None else view.sliced(frame, keep)
             stream = io.BytesIO()
             draw(rows, stream)
         except InputError as error:
             yield f'<p class="faint">{_text(caption)}: not drawn. {_text(error)}</p>'
             continue
         if held:
-            caption += ", at " + ", ".join(f"{n} = {plots.value_text(v)}" for n, v in held.items())
+            caption += ", at " + ", ".join(f"{n} = {view.value_text(v)}" for n, v in held.items())
         data = base64.b64encode(stream.getvalue()).decode("ascii")
         yield (f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{data}">'
                f"<figcaption>{_text(caption)}</figcaption></figure>")
 
 
 def _line_fields(frame: pd.DataFrame) -> list[str]:
-    x = plots.default_x(frame)
-    hue = plots.default_hue(frame, x)
+    x = view.default_x(frame)
+    hue = view.default_hue(frame, x)
     return [x, *([hue] if hue else [])]
 
 
 def _map_fields(frame: pd.DataFrame) -> list[str]:
-    x = plots.default_x(frame)
-    others = plots.free(frame, [x])
-    return [x, *([plots.default_x(frame[[*others, "num_seeds"]])] if others else [])]
+    x = view.default_x(frame)
+    others = view.free(frame, [x])
+    return [x, *([view.default_x(frame[[*others, "num_seeds"]])] if others else [])]
 
 
 # ---- text
@@ -202,12 +202,12 @@ def _map_fields(frame: pd.DataFrame) -> list[str]:
 
 def _axes(frame: pd.DataFrame, derived: Mapping[str, str]) -> str:
     rows = []
-    for name in plots.parameters(frame):
+    for name in view.parameters(frame):
         column = frame[name]
         values = list(column.drop_duplicates())
         if pd.api.types.is_numeric_dtype(column):
             values = sorted(values)
-        texts = [plots.value_text(v) for v in values]
+        texts = [view.value_text(v) for v in values]
         shown = ", ".join(texts) if len(texts) <= 12 else f"{texts[0]}, {texts[1]}, … {texts[-1]}"
         rows.append(f'<tr><td><code>{_text(name)}</code></td><td class="n">{len(values):,}</td>'
                     f"<td>{_text(shown)}</td>"
@@ -250,8 +250,8 @@ def _unstable_by_axis(frame: pd.DataFrame) -> str:
     """How many of the simulated are unstable at each value of an axis with few."""
     verdicts = np.array(_verdict(frame))
     rows = []
-    for name in plots.varying(frame):
-        texts = frame[name].map(plots.value_text).to_numpy()
+    for name in view.varying(frame):
+        texts = frame[name].map(view.value_text).to_numpy()
         values = list(dict.fromkeys(texts[np.argsort(frame[name].to_numpy(), kind="stable")]
                                     if pd.api.types.is_numeric_dtype(frame[name]) else texts))
         if len(values) > 12:
@@ -266,10 +266,10 @@ def _unstable_by_axis(frame: pd.DataFrame) -> str:
 
 
 def _table(frame: pd.DataFrame) -> Iterator[str]:
-    names = plots.parameters(frame)
+    names = view.parameters(frame)
     shown = [n for n in METRICS if n in frame and frame[n].notna().any()]
-    if not any(name in plots.varying(frame) for name in plots.DEVICES) and plots.PER_DEVICE in shown:
-        shown.remove(plots.PER_DEVICE)
+    if not view.devices_vary(frame) and view.PER_DEVICE in shown:
+        shown.remove(view.PER_DEVICE)
     is_number = {n: n in shown or (pd.api.types.is_numeric_dtype(frame[n]) and not pd.api.types.is_bool_dtype(frame[n]))
                  for n in [*names, *shown]}
     more = len(frame) - MOST_ROWS
@@ -282,7 +282,7 @@ def _table(frame: pd.DataFrame) -> Iterator[str]:
     body = []
     part = frame.iloc[:MOST_ROWS]
     for row, verdict in zip(part.to_dict("records"), _verdict(part), strict=True):
-        cells = [_cell(row[n], plots.value_text(row[n]), is_number[n]) for n in names]
+        cells = [_cell(row[n], view.value_text(row[n]), is_number[n]) for n in names]
         for n in shown:
             half, value = row.get(n + HALF_WIDTH), row[n]
             text = number(value) + (f" ± {number(half, 2)}" if half is not None and half == half and half > 0 else "")
@@ -305,7 +305,7 @@ def _provenance(frame: pd.DataFrame, about: Mapping[str, Any]) -> Iterator[str]:
     scenario = about.get("study", {}).get("scenario", {})
     engine = scenario.get("engine") if isinstance(scenario, Mapping) else None
     base = engine.get("preset") if isinstance(engine, Mapping) else None
-    names = list(frame["engine.preset"].dropna().unique()) if "engine.preset" in plots.parameters(frame) else [base]
+    names = list(frame["engine.preset"].dropna().unique()) if "engine.preset" in view.parameters(frame) else [base]
     rows = [("jaxsim", about.get("jaxsim", "unknown")), ("format", about.get("format", "unknown")),
             ("hash of the study", about.get("hash", "unknown"))]
     missing: list[str] = []
