@@ -160,13 +160,19 @@ MAX_ARRIVAL_S = 1e9
 """Thirty years."""
 
 
+def counter_room(dims: Dims) -> int:
+    """Output tokens that the packed completion keys can hold; negative where there are too many slots for any."""
+    # A counter runs on for so long before it is wound back.
+    return (1 << (31 - dims.slot_bits)) - STEPS_BETWEEN_REBASES * dims.max_jump - 2 * REBASE_COUNTER
+
+
 def check_counters(dims: Dims, workloads: list[Workload]) -> None:
     """Refuse outputs that the packed completion keys cannot hold. Raises `InputError`."""
-    # A counter runs on for so long before it is wound back.
-    room = (1 << (31 - dims.slot_bits)) - STEPS_BETWEEN_REBASES * dims.max_jump - 2 * REBASE_COUNTER
+    room = counter_room(dims)
     longest = max(int(workload.output_tokens.max()) for workload in workloads)
     if longest > room:
-        raise InputError("workload.output", longest, f"output tokens are more than the {room} that {dims.num_slots}"
+        raise InputError("workload.output", longest,
+                         f"output tokens are more than the {max(room, 0)} that {dims.num_slots}"
                          " sequences at once leave room for", "shorten outputs, or lower engine.max_num_seqs")
 
 
@@ -182,7 +188,7 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, 
         return fitted(*(scenario.cost.rows(kind) for kind in ("prefill", "decode", "mixed")),
                       exact=scenario.cost.exact)
     if isinstance(scenario.cost, ProfiledCost):
-        return measured.tables(scenario, s, system.model, system.device, system.plan, num_slots, longest)[0]
+        return measured.tables(scenario, s, system.model, system.device, system.plan, num_slots, longest, max_tokens)[0]
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
                      moe_backend=scenario.engine.moe_backend, **scenario.cost.overrides)

@@ -34,7 +34,7 @@ ROWS = 1 << 14
 
 
 def tables(scenario: Scenario, scheduler: Scheduler, model: ModelSpec, device: DeviceSpec, plan: Plan,
-           num_slots: int, longest: int) -> tuple[Profiled, Profiled]:
+           num_slots: int, longest: int, max_tokens: int | None = None) -> tuple[Profiled, Profiled]:
     """Tables of the scenario's profile and those of their extrapolated part, as host arrays.
 
     For up to `num_slots` sequences of up to `longest` tokens. Made once for all runs and scenarios that agree in what
@@ -45,7 +45,8 @@ def tables(scenario: Scenario, scheduler: Scheduler, model: ModelSpec, device: D
     base = (model, device, plan, scenario.dtype, scenario.kv_dtype, cost.host or scheduler.host,
             cost.distinct_experts, scenario.engine.moe_backend, tuple(sorted(cost.overrides.items())))
     # A power of two, as that of the tokens.
-    sizes = (scheduler.most_tokens(num_slots, longest), num_slots, 1 << (longest - 1).bit_length())
+    most = max(scheduler.most_tokens(num_slots, longest), max_tokens or 0)
+    sizes = (most, num_slots, 1 << (longest - 1).bit_length())
     return _tables(cost.path, _stamp(cost.path), base, sizes, not scenario.engine.enforce_eager,
                    scheduler.async_scheduling)
 

@@ -28,24 +28,25 @@ LOWEST_RPS, HIGHEST_RPS = 1e-4, 1e6
 Rule = Literal["joint", "separate"]
 
 
-def search(scenarios: Sequence[Scenario], *, slo: SloSection, attainment: float = 0.9, rule: Rule = "joint",
-           rates: tuple[float, float] = (0.1, 100.0), tolerance: float = 0.02, workers: int | None = None,
+def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, attainment: float = 0.9,
+           rule: Rule = "joint", rates: tuple[float, float] = (0.1, 100.0), tolerance: float = 0.02,
+           workers: int | None = None,
            progress: Callable[[str, int, int], None] = lambda *_: None) -> pd.DataFrame:
     """The goodput of every scenario: a row each.
 
-    slo: limits, instead of the scenarios' own. attainment: share of requests that must meet them, all of them at once
+    slo: limits, instead of each scenario's own. attainment: share of requests that must meet them, all of them at once
     (`joint`) or each by itself (`separate`, DistServe's rule). rates: requests/s to begin with; a bracket that they
     miss is moved on. tolerance: relative width of the bracket at the end.
 
     Columns: rate_rps, the highest rate found to meet the target with all tried below it (0 if none did, NaN if the
     scenario cannot be simulated: `refused` says why); next_rps, the lowest found to miss it (infinite if none did);
-    rate_rps.ci95, half of the
-    95 % interval of the rates that single seeds would give; attainment, mean_ttft_ms, p99_ttft_ms, mean_tpot_ms,
-    output_throughput, usd_per_million_output_tokens at `rate_rps`. A rate at which requests pile up (`unstable`) misses
+    rate_rps.ci95, half of the 95 % interval of the highest of the rates tried that single seeds meet, coarse where a
+    seed is far from the mean; attainment, mean_ttft_ms, p99_ttft_ms, mean_tpot_ms, output_throughput,
+    usd_per_million_output_tokens at `rate_rps`. A rate at which requests pile up (`unstable`) misses
     the target, however few there are. Raises `InputError`.
     """
-    _check(scenarios, slo, attainment, rates, tolerance)
-    wanted = [msgspec.structs.replace(s, slo=slo) for s in scenarios]
+    wanted = [s if slo is None else msgspec.structs.replace(s, slo=slo) for s in scenarios]
+    _check(wanted, attainment, rates, tolerance)
     low, high = np.full(len(wanted), rates[0]), np.full(len(wanted), rates[1])
     # Whether the ends of a bracket were tried.
     is_low_met, is_high_missed, is_given_up = (np.zeros(len(wanted), bool) for _ in range(3))
@@ -62,16 +63,19 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection, attainment: float 
         asked = [(k, j, scenario_at(wanted[k], rate)) for k in range(len(wanted)) for j, rate in enumerate(inner[k])]
         progress("searching", turn * len(asked), 0)
         frame, why = runner.table([scenario for *_, scenario in asked], workers=workers)
-        for index, reason in why.items():
-            refused.setdefault(asked[index][0], reason)
+        # A rate that cannot be simulated is missed; a system of which none can is refused.
+        for k in {asked[index][0] for index in why}:
+            mine = [index for index, (owner, *_) in enumerate(asked) if owner == k]
+            if all(index in why for index in mine):
+                refused.setdefault(k, why[mine[0]])
         frame["scenario"] = [asked[p][0] for p in frame["point"]]
         frame["rate_rps"] = [inner[asked[p][0], asked[p][1]] for p in frame["point"]]
         tried.append(frame)
         for k in range(len(wanted)):
             if k in refused or is_done[k]:
                 continue
-            met = [_meets(frame[(frame["scenario"] == k) & (frame["rate_rps"] == rate)], slo, attainment, rule)
-                   for rate in inner[k]]
+            mine = frame[frame["scenario"] == k]
+            met = [_meets(mine[mine["rate_rps"] == rate], wanted[k].slo, attainment, rule) for rate in inner[k]]
             first = met.index(False) if False in met else len(met)
             if first:
                 low[k], is_low_met[k] = inner[k, first - 1], True
@@ -83,7 +87,7 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection, attainment: float 
                 is_given_up[k], high[k] = high[k] >= HIGHEST_RPS, min(high[k] * WIDEN, max(HIGHEST_RPS, high[k]))
     runs = pd.concat(tried, ignore_index=True) if tried else pd.DataFrame()
     return pd.DataFrame([_row(k, runs, refused.get(k), low[k] if is_low_met[k] else 0.0,
-                              high[k] if is_high_missed[k] else np.inf, slo, attainment, rule)
+                              high[k] if is_high_missed[k] else np.inf, wanted[k].slo, attainment, rule)
                          for k in range(len(wanted))])
 
 
@@ -93,9 +97,10 @@ def scenario_at(scenario: Scenario, rate_rps: float) -> Scenario:
     return msgspec.structs.replace(scenario, workload=workload)
 
 
-def _check(scenarios, slo, attainment, rates, tolerance) -> None:
-    if slo.ttft_ms is None and slo.tpot_ms is None and slo.e2e_ms is None:
-        raise InputError("--slo", None, "names no limit", "give e.g. --slo ttft:200 tpot:50, milliseconds")
+def _check(scenarios, attainment, rates, tolerance) -> None:
+    for slo in (scenario.slo for scenario in scenarios):
+        if slo.ttft_ms is None and slo.tpot_ms is None and slo.e2e_ms is None:
+            raise InputError("--slo", None, "names no limit", "give e.g. --slo ttft:200 tpot:50, milliseconds")
     if not 0 < attainment <= 1:
         raise InputError("--attainment", attainment, "is not a share", "give e.g. 0.9")
     if not 0 < rates[0] < rates[1] < float("inf"):
@@ -106,6 +111,8 @@ def _check(scenarios, slo, attainment, rates, tolerance) -> None:
         if scenario.workload.kind in ("closed-loop", "batch"):
             raise InputError("workload.kind", scenario.workload.kind, "has no rate to search over",
                              "use an open arrival process, or a trace")
+        if scenario.warmup_s:
+            raise InputError("warmup_s", scenario.warmup_s, "is longer than whole runs at high rates", "leave it out")
 
 
 def _attained(runs: pd.DataFrame, slo: SloSection, rule: Rule) -> pd.Series:

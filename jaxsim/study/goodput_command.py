@@ -51,9 +51,9 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     out = None if options.out is None else Path(options.out)
     if out is not None and out.suffix not in (".csv", ".parquet"):
         raise InputError("--out", options.out, "is no table", "give a name that ends in .csv or .parquet")
-    points, scenarios = _scenarios(options.scenario, values)
+    points, scenarios = _scenarios(options.scenario, values, bool(options.slo))
     start = time.perf_counter()
-    found = search(scenarios, slo=limits(options.slo, scenarios[0].slo), attainment=options.attainment,
+    found = search(scenarios, slo=limits(options.slo) if options.slo else None, attainment=options.attainment,
                    rule=options.rule, rates=_rates(options.rates), tolerance=options.tolerance,
                    workers=options.workers)
     elapsed_s = time.perf_counter() - start
@@ -68,8 +68,8 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     _print(frame, list(points[0]), options, elapsed_s)
 
 
-def limits(given: list[str], own: Any) -> Any:
-    """Limits of --slo, or the scenario's. Raises `InputError`."""
+def limits(given: list[str]) -> Any:
+    """Limits of --slo. Raises `InputError`."""
     from jaxsim._core.errors import InputError, suggest
     from jaxsim.spec.scenario import SloSection
 
@@ -85,7 +85,7 @@ def limits(given: list[str], own: Any) -> Any:
         if not (colon and 0 < value < float("inf")):
             raise InputError("--slo", item, "has no number of milliseconds", f"write e.g. {name}:200")
         found[f"{name}_ms"] = value
-    return SloSection(**found) if found else own
+    return SloSection(**found)
 
 
 def _rates(text: str) -> tuple[float, float]:
@@ -98,7 +98,7 @@ def _rates(text: str) -> tuple[float, float]:
         raise InputError("--rates", text, "is not LOW:HIGH", "write e.g. 0.1:100") from None
 
 
-def _scenarios(name: str, values: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+def _scenarios(name: str, values: dict[str, Any], has_slo: bool) -> tuple[list[dict[str, Any]], list[Any]]:
     """Points and scenarios: those of a study, or one. Raises `InputError`."""
     import tomllib
 
@@ -120,6 +120,8 @@ def _scenarios(name: str, values: dict[str, Any]) -> tuple[list[dict[str, Any]],
     study = chosen(name, values)
     base, points, scenarios = study.base_tree(), [], []
     for point in study.points():
+        if any(name.startswith("slo.") for name in point) and has_slo:
+            raise InputError("--slo", "given", "stands against an axis over limits", "leave one of them out")
         if "workload.rate_rps" in point:
             raise InputError("axes.workload.rate_rps", "an axis", "is what is searched for", "leave it out")
         points.append(point)

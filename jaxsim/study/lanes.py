@@ -5,10 +5,13 @@ known by the fields it depends on, and kept.
 """
 
 import dataclasses
+import functools
+import hashlib
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +22,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.engine import lower, simulate
 from jaxsim.engine.common import Params
 from jaxsim.spec.dims import Dims
+from jaxsim.spec.presets import Scheduler
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario
 from jaxsim.workload.arrivals import round_to_grid
 from jaxsim.workload.workload import Workload
@@ -40,15 +44,16 @@ _STRETCHED = ("poisson", "gamma", "weibull", "deterministic", "azure-conv-2023",
 class Shape:
     """What decides the compiled program of a scenario, and how much room it takes in it.
 
-    key: static choices. slots, tokens: of the largest iteration; longest: tokens of a request. work: in requests, or
+    key: static choices. slots; longest: tokens of a request; longest_output: of an answer. work: in requests, or
     about so. requests: of all seeds. dims: sizes of a run's arrays.
     """
 
     key: Hashable
     num_requests: int
     slots: int
-    tokens: int
+    scheduler: Scheduler
     longest: int
+    longest_output: int
     work: float
     requests: int
     dims: Dims
@@ -97,6 +102,34 @@ class Store:
         return found
 
 
+def _is_stretched(scenario: Scenario) -> bool:
+    return scenario.workload.kind in _STRETCHED and scenario.workload.rate_rps is not None
+
+
+def stamps(scenario: Scenario) -> list[str]:
+    """Hashes of the content of the files that a scenario names, as far as they can be read."""
+    model, w, preset = scenario.model, scenario.workload, scenario.engine.preset
+    paths = [model and model.config, w.trace, w.lengths_from, preset if preset.endswith(".toml") else None,
+             getattr(scenario.cost, "path", None)]
+    return [_digest(str(path)) for path in paths if path]
+
+
+def _digest(path: str) -> str:
+    place = Path(path)
+    place = place / "config.json" if place.is_dir() else place
+    try:
+        about = place.stat()
+        return _content(str(place), about.st_size, about.st_mtime_ns, about.st_ino)
+    except (OSError, ValueError):
+        return ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _content(path: str, *_: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _bytes(*parts: Any) -> bytes:
     return msgspec.msgpack.encode(parts)
 
@@ -105,8 +138,8 @@ class Lanes:
     """Makes shapes and runs of scenarios."""
 
     def __init__(self):
-        self._systems, self._draws, self._costs, self._params = Store(), Store(64), Store(256), Store()
-        self._checks, self._prefixes, self._kinds = Store(1 << 16), Store(64), Store()
+        self._systems, self._draws, self._costs, self._params = Store(), Store(512), Store(256), Store()
+        self._checks, self._prefixes, self._kinds = Store(1 << 16), Store(512), Store()
 
     # What scenarios share
 
@@ -115,22 +148,25 @@ class Lanes:
         return self._systems.get(self._system_key(scenario), lambda: lower.resolve_system(scenario))
 
     def _system_key(self, s: Scenario) -> bytes:
-        return _bytes(s.model, s.device, s.engine, s.cluster)
+        return _bytes(s.model, s.device, s.engine, s.cluster, stamps(s))
 
     def workload(self, scenario: Scenario, seed: int) -> Workload:
-        """The draws, at the rate they were first needed at."""
+        """The draws; at one request a second where another rate only stretches them."""
+        if _is_stretched(scenario):
+            unit = msgspec.structs.replace(scenario.workload, rate_rps=1.0)
+            scenario = msgspec.structs.replace(scenario, workload=unit)
         return self._draws.get(self._draws_key(scenario, seed), lambda: lower.make_workload(scenario, seed))
 
     def _draws_key(self, s: Scenario, seed: int) -> bytes:
         w = s.workload
-        if w.kind in _STRETCHED:
+        if _is_stretched(s):
             w = msgspec.structs.replace(w, rate_rps=1.0, seed=0)
-        return _bytes(w, seed, s.num_requests)
+        return _bytes(w, seed, s.num_requests, stamps(s))
 
     def arrivals(self, scenario: Scenario, workload: Workload) -> np.ndarray:
         """Of a run with these draws."""
         w = scenario.workload
-        if w.kind not in _STRETCHED or w.rate_rps in (None, workload.rate_rps):
+        if not _is_stretched(scenario):
             return workload.arrival_s
         return round_to_grid(workload.unit_times / w.rate_rps)
 
@@ -139,7 +175,7 @@ class Lanes:
         key = self._system_key(scenario), self._draws_key(scenario, seed)
         self._checks.get(key, lambda: lower.check_requests(system, workload))
         last = workload.arrival_s[-1]
-        if scenario.workload.kind in _STRETCHED and scenario.workload.rate_rps:
+        if _is_stretched(scenario):
             last = workload.unit_times[-1] / scenario.workload.rate_rps
         if not last <= lower.MAX_ARRIVAL_S:
             raise InputError("workload.rate_rps", scenario.workload.rate_rps,
@@ -150,36 +186,46 @@ class Lanes:
     def shape(self, scenario: Scenario) -> Shape:
         """Raises `InputError` for a scenario that cannot be simulated."""
         system = self.system(scenario)
-        s, most, longest, work, requests = system.scheduler, 0, 0, 0.0, 0
+        s, most, longest, output, work, requests = system.scheduler, 0, 0, 0, 0.0, 0
         for seed in scenario.seeds:
             workload = self.workload(scenario, seed)
             self._check(scenario, system, workload, seed)
             most = max(most, len(workload))
             longest = max(longest, int((workload.input_tokens + workload.output_tokens).max()))
+            output = max(output, int(workload.output_tokens.max()))
             requests += len(workload)
             work += len(workload) * (2.0 + float(workload.output_tokens.mean()) / 64)
         dims = simulate.dims_of(scenario, system, most)
-        slots = dims.num_slots
+        lower.check_counters(dims, [self.workload(scenario, seed) for seed in scenario.seeds])
         statics = tuple(getattr(s, name) for name in s.__struct_fields__
                         if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS)
         key = (statics, s.decode_context_limit is not None, scenario.cluster.router,
                tuple(sorted(scenario.cluster.router_weights)), scenario.workload.kind == "closed-loop",
                self._cost_kind(scenario, system), scenario.engine.enable_prefix_caching,
                dataclasses.replace(dims, num_slots=0))
-        return Shape(key, dims.num_requests, slots, s.most_tokens(slots, longest), longest, work, requests, dims)
+        return Shape(key, dims.num_requests, dims.num_slots, s, longest, output, work, requests, dims)
 
     def _cost_kind(self, scenario: Scenario, system: lower.System) -> Hashable:
         """The structure of the cost tables, apart from their sizes."""
-        if isinstance(scenario.cost, FittedCost):
-            return "fitted", tuple(len(scenario.cost.rows(k) or ()) for k in ("prefill", "decode", "mixed"))
-        if isinstance(scenario.cost, ProfiledCost):
-            return "profiled", scenario.cost.path
-        engine = scenario.engine
+        cost, engine = scenario.cost, scenario.engine
+
+        def structure() -> Hashable:
+            tables = jax.eval_shape(lambda: lower.make_cost(scenario, system, 8, 64))
+            leaves, tree = jax.tree.flatten(tables)
+            return tree, tuple(leaf.shape for leaf in leaves) if isinstance(cost, FittedCost) else ()
+
+        if isinstance(cost, ProfiledCost):
+            # Read and fitted to the model here, so that what is wrong with it is known before anything runs.
+            key = _bytes("profiled", self._system_key(scenario), cost)
+            return "profiled", cost.path, self._kinds.get(key, lambda: bool(lower.make_cost(scenario, system, 8, 64)))
+        if isinstance(cost, FittedCost):
+            return self._kinds.get(_bytes(cost), structure)
+        # Numbers do not change it; those that are none are looked at one by one.
+        values = [v for v in cost.overrides.values() if not v > 0]
         key = _bytes(scenario.model, scenario.device, engine.dtype, engine.kv_cache_dtype, engine.moe_backend,
-                     engine.enforce_eager, system.plan)
-        plain = msgspec.structs.replace(scenario, cost=msgspec.structs.replace(scenario.cost, overrides={}))
-        return self._kinds.get(key, lambda: jax.tree.structure(jax.eval_shape(
-            lambda: lower.make_cost(plain, system, 8, 64))))
+                     engine.enforce_eager, system.plan, cost.host, cost.distinct_experts, sorted(cost.overrides),
+                     values, stamps(scenario))
+        return self._kinds.get(key, structure)
 
     # Runs
 
@@ -197,7 +243,7 @@ class Lanes:
             dims = simulate.with_prefixes(dims, prefixes)
         lower.check_counters(dims, workloads)
         sizes = slots, tokens, longest
-        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cost), sizes
+        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cost, stamps(scenario)), sizes
         cost = self._costs.get(key, lambda: jax.device_get(
             lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
         closed = (scenario.workload.concurrency, scenario.workload.think_s)

@@ -5,13 +5,15 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import msgspec
 
 from jaxsim._core.errors import InputError
+from jaxsim.engine.lower import counter_room
 from jaxsim.engine.simulate import run_bytes
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study.design import Point
-from jaxsim.study.lanes import Lanes, Shape, ladder
+from jaxsim.study.lanes import Lanes, Shape, ladder, stamps
 from jaxsim.study.study import Study
 from jaxsim.study.tile import MULTIPLE
 
@@ -43,7 +45,9 @@ class Tile:
 
     def name(self, version: str) -> str:
         """Hash of everything that its result depends on."""
-        content = [FORMAT, version, self.points, self.scenarios, self.slots, self.tokens, self.longest, self.width]
+        files = [stamps(scenario) for scenario in self.scenarios]
+        content = [FORMAT, version, jax.__version__, jax.default_backend(), files, self.points, self.scenarios,
+                   self.slots, self.tokens, self.longest, self.width]
         return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()[:32]
 
 
@@ -104,6 +108,9 @@ def plan_of(made: Iterable[Callable[[], Scenario]], lanes: Lanes, runs_a_tile: i
     tiles, programs = [], 0
     for members in groups.values():
         padded = ladder([shape.slots for *_, shape in members])
+        # Not where a long answer's counter would have no room beside so many slots.
+        padded = [size if shape.longest_output <= counter_room(dataclasses.replace(shape.dims, num_slots=size))
+                  else shape.slots for size, (*_, shape) in zip(padded, members, strict=True)]
         for slots in sorted(set(padded)):
             mine = [m for m, size in zip(members, padded, strict=True) if size == slots]
             cut = _cut(mine, slots, runs_a_tile)
@@ -115,8 +122,8 @@ def plan_of(made: Iterable[Callable[[], Scenario]], lanes: Lanes, runs_a_tile: i
 
 
 def _cut(members: Sequence[tuple[int, Scenario, Shape]], slots: int, runs_a_tile: int) -> list[Tile]:
-    tokens = max(shape.tokens for *_, shape in members)
     longest = max(shape.longest for *_, shape in members)
+    tokens = max(shape.scheduler.most_tokens(slots, longest) for *_, shape in members)
     # A batch lasts as long as its longest scenario, so alike go together.
     ordered = sorted(members, key=lambda m: (-m[2].work, m[0]))
     most_seeds = max(scenario.num_seeds for _, scenario, _ in ordered)

@@ -46,7 +46,8 @@ def unit(name: str) -> str:
 
 def write(made: Plan, folder: Path) -> Path:
     """Join the tiles to the table; the same bytes whatever order they were run in."""
-    runs = read_runs(folder, {tile.name(version()) for tile in made.tiles})
+    names = {tile.name(version()) for tile in made.tiles}
+    runs = read_runs(folder, names)
     frame = combine(runs)
     parameters = pd.DataFrame(made.points)
     parameters.insert(0, "point", np.arange(len(parameters)))
@@ -56,7 +57,9 @@ def write(made: Plan, folder: Path) -> Path:
             parameters[name] = parameters[name].map(lambda v: v if isinstance(v, str) else json.dumps(v))
         elif parameters[name].map(lambda v: isinstance(v, (dict, list))).any():
             parameters[name] = parameters[name].map(json.dumps)
-    parameters["num_seeds"] = [made.num_seeds.get(k, 0) for k in range(len(parameters))]
+    seeds = pd.Series([made.num_seeds.get(k, 0) for k in range(len(parameters))])
+    # Behind the axes, where plots look for their end.
+    parameters["num_seeds"] = parameters.pop("num_seeds") if "num_seeds" in parameters else seeds
     reasons = {refusal.point: refusal.reason for refusal in made.refusals}
     parameters["refused"] = [reasons.get(k) for k in range(len(parameters))]
     clash = [name for name in frame.columns if name in parameters.columns and name != "point"]
@@ -64,7 +67,8 @@ def write(made: Plan, folder: Path) -> Path:
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     fields = [field.with_metadata({"unit": unit(field.name)}) if unit(field.name) else field for field in arrow.schema]
     arrow = arrow.cast(pa.schema(fields)).replace_schema_metadata(
-        {"jaxsim": FORMAT, "version": version(), "study": (folder / STUDY).read_text(encoding="utf-8")})
+        {"jaxsim": FORMAT, "version": version(), "study": (folder / STUDY).read_text(encoding="utf-8"),
+         "tiles": json.dumps(sorted(names)), "parameters": json.dumps(list(made.points[0]))})
     path = folder / TABLE
     part = path.with_name(f".{TABLE}.part")
     pq.write_table(arrow, part, compression="zstd")
@@ -115,5 +119,6 @@ def load(folder: str | Path, *, runs: bool = False) -> pd.DataFrame:
     table = pq.read_table(path).to_pandas()
     if not runs:
         return table
-    parameters = [name for name in table.columns[:table.columns.get_loc("num_seeds")]]
-    return read_runs(path.parent).merge(table[parameters], on="point", how="left")
+    about = pq.read_schema(path).metadata
+    parameters = ["point", *json.loads(about[b"parameters"])]
+    return read_runs(path.parent, set(json.loads(about[b"tiles"]))).merge(table[parameters], on="point", how="left")

@@ -5,6 +5,7 @@ was run twice changes nothing. Whoever runs tiles is a `concurrent.futures.Execu
 """
 
 import concurrent.futures as futures
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -37,12 +38,16 @@ Progress = Callable[[str, int, int], None]
 
 def run_tile(tile: Tile) -> bytes:
     """A tile's result as the bytes of its file: a row a run. A pure function of the tile."""
-    runs, points, seeds, dims = [], [], [], None
+    runs, points, seeds, sizes = [], [], [], []
     for point, scenario in zip(tile.points, tile.scenarios, strict=True):
-        dims, mine = LANES.runs(scenario, tile.slots, tile.tokens, tile.longest)
+        size, mine = LANES.runs(scenario, tile.slots, tile.tokens, tile.longest)
+        sizes.append(size)
         runs += mine
         points += [point] * len(mine)
         seeds += scenario.seeds
+    # Room for the prefixes of all.
+    dims = dataclasses.replace(sizes[0], **{name: max(getattr(size, name) for size in sizes)
+                                            for name in ("num_segments", "path_width", "log_size")})
     out = simulate_runs(dims, runs, tile.width)
     found = columns(out, [run.scenario.slo for run in runs], np.array([run.scenario.warmup_s for run in runs]))
     found |= _per_device(runs, found["output_throughput"])
@@ -137,11 +142,20 @@ def run_tiles(made: Plan, folder: Path, *, executor: futures.Executor | None = N
     try:
         for name, tile in missing.items():
             pending[executor.submit(run_tile, tile)] = name
+        refused = None
         for future in futures.as_completed(pending):
             name = pending[future]
-            _write_tile(folder, name, future.result())
+            try:
+                content = future.result()
+            except InputError as error:
+                # The other tiles are worth keeping.
+                refused = error
+                continue
+            _write_tile(folder, name, content)
             done += missing[name].num_runs
             progress("simulating", done, made.num_runs)
+        if refused is not None:
+            raise refused
     except BaseException:
         for future in pending:
             future.cancel()
@@ -185,6 +199,8 @@ def check_memory(about: dict[str, Any], workers: int | None = None) -> None:
     needed = 2 * at_once * about["tile_bytes"]
     if room and needed > room:
         fits = int(about["widest_tile"] * room / needed)
+        remedy = (f"tiles of {fits} runs would fit: runs_a_tile={fits}, or fewer --workers" if fits else
+                  "draw fewer requests or seeds: not even one run fits")
         raise InputError("workload.num_requests", f"{about['widest_tile']} runs a tile, {at_once} tiles at once",
                          f"need about {needed / 2**30:,.0f} GiB, this machine has {room / 2**30:,.0f} GiB",
-                         f"tiles of {fits} runs would fit: runs_a_tile={fits}, or fewer --workers")
+                         remedy)

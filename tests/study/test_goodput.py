@@ -75,6 +75,15 @@ def test_rules(found):
     assert 1 < every["rate_rps"] < every["next_rps"] < 1e6
 
 
+def test_limits_of_their_own(found):
+    """Without limits for all, each scenario keeps its own; a warm-up longer than fast runs is refused."""
+    mine = [msgspec.structs.replace(of(), slo=SloSection(ttft_ms=ms)) for ms in (60.0, 5000.0)]
+    rates = search(mine, workers=1)["rate_rps"]
+    assert rates[0] < 0.9 * rates[1]
+    with pytest.raises(InputError, match="warmup_s"):
+        search([msgspec.structs.replace(of(), warmup_s=5.0)], slo=SLO)
+
+
 @pytest.mark.parametrize("arguments, field", [
     (dict(slo=SloSection()), "--slo"), (dict(slo=SLO, attainment=1.5), "--attainment"),
     (dict(slo=SLO, rates=(3.0, 1.0)), "--rates"), (dict(slo=SLO, tolerance=0.0), "--tolerance")])

@@ -145,8 +145,12 @@ def test_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
 
 
 def test_more_than_the_machine_is_refused_before_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "memory_bytes", lambda: 10_000)
-    with pytest.raises(InputError, match="runs would fit"):
+    about = runner.estimate(plan(small(), Lanes()))
+    monkeypatch.setattr(runner, "memory_bytes", lambda: about["tile_bytes"])
+    with pytest.raises(InputError, match="tiles of [1-9][0-9]* runs would fit"):
+        runner.sweep(small(), tmp_path / "out")
+    monkeypatch.setattr(runner, "memory_bytes", lambda: 1000)
+    with pytest.raises(InputError, match="not even one run"):
         runner.sweep(small(), tmp_path / "out")
 
 
@@ -170,3 +174,68 @@ def test_command_line(swept, tmp_path, capsys):
                             (["--set", "model.dtype=fp8"], "is an axis")):
         assert cli.main(["sweep", str(path), "--out", str(tmp_path / "new"), *arguments]) == 2
         assert says in capsys.readouterr().err
+
+
+FITTED = {"kind": "fitted", "prefill": [{"a": 0.002, "b": 2e-5}], "decode": [{"a": 0.01, "d": 1e-4}]}
+KINDS = {
+    "the generator's own rate": ({"workload": {"kind": "azure-conv-2023", "num_requests": 60}},
+                                 {"workload.rate_rps": [500.0, None]}, {}),
+    "a rate that is too low": ({}, {"workload.rate_rps": [1e-9, 4.0]}, {}),
+    "closed loops": ({"workload": {"kind": "closed-loop", "concurrency": 2, "num_requests": 40, "input": 200,
+                                   "output": 20}}, {"workload.concurrency": [2, 6]}, {}),
+    "budgets and places": ({}, {}, {"zip": [{"engine.max_num_seqs": [8, 64],
+                                             "engine.max_num_batched_tokens": [2040, 512]}]}),
+    "forms of fitted costs": ({"cost": FITTED, "engine": {"num_gpu_blocks_override": 4096, "max_model_len": 4096}},
+                              {"cost.exact": [False, True]}, {}),
+    "pieces of fitted costs": ({"cost": FITTED, "engine": {"num_gpu_blocks_override": 4096, "max_model_len": 4096}},
+                               {"cost.decode": [FITTED["decode"], [{"a": 0.01}, {"a": 0.02, "min_sequences": 8}]]}, {}),
+    "an override that is none": ({}, {"cost.overrides.nonsense": [1.0], "workload.rate_rps": [2.0]}, {})}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_unlike_scenarios_are_as_alone(name, is_turned, tmp_path):
+    """Whatever stands beside a scenario, and in whichever order: its row is that of a run by itself, or its refusal."""
+    base, axes, more = KINDS[name]
+    axes = {field: values[::-1] if is_turned else values for field, values in axes.items()}
+    zips = [{k: v[::-1] if is_turned else v for k, v in z.items()} for z in more.get("zip", [])]
+    fields = {"zip": zips} if zips else {"axes": axes or {"num_seeds": [1]}}
+    study = Study.from_dict({"schema_version": 1, "scenario": {**BASE, "num_seeds": 1, **base}, **fields})
+    runner.sweep(study, tmp_path / "out", workers=1)
+    for row, point in zip(results.load(tmp_path / "out").to_dict("records"), study.points(), strict=True):
+        try:
+            alone = simulate(study.scenario_at(point)).metrics[0]
+        except InputError:
+            assert isinstance(row["refused"], str)
+        else:
+            assert not isinstance(row["refused"], str)
+            for metric in ("duration", "mean_ttft_ms", "p99_tpot_ms"):
+                assert row[metric] == pytest.approx(alone[metric], rel=1e-9), metric
+
+
+def test_prefixes_and_changed_files(tmp_path):
+    """Traces with more and fewer segments in one tile; a trace that changes under its name is another study's tile."""
+    def write(path, parts, gap):
+        lines = [json.dumps({"timestamp": k * gap, "input_length": 1024, "output_length": 10,
+                             "hash_ids": [k % parts, 100 + k]}) for k in range(24)]
+        path.write_text("\n".join(lines))
+
+    many, few = tmp_path / "many.jsonl", tmp_path / "few.jsonl"
+    write(many, 12, 100), write(few, 2, 100)
+    base = {**BASE, "num_seeds": 1, "workload": {"kind": "trace", "trace": str(many), "format": "mooncake"},
+            "engine": {"enable_prefix_caching": True, "max_model_len": 8192}}
+    found = {}
+    for order in ([str(many), str(few)], [str(few), str(many)]):
+        study = Study.from_dict({"schema_version": 1, "scenario": base, "axes": {"workload.trace": order}})
+        folder = tmp_path / Path(order[0]).stem
+        runner.sweep(study, folder, workers=1)
+        for row, point in zip(results.load(folder).to_dict("records"), study.points(), strict=True):
+            lane = simulate(study.scenario_at(point)).lanes[0][0]
+            assert row["cached_share"] == lane.cached_tokens.sum() / lane.input_tokens.sum()
+            found.setdefault(row["workload.trace"], set()).add((row["mean_ttft_ms"], row["cached_share"]))
+    assert all(len(rows) == 1 for rows in found.values()) and len(found) == 2
+    write(few, 2, 5000)
+    before = results.load(tmp_path / "few")["duration"]
+    after = results.load(runner.sweep(study, tmp_path / "few", workers=1).parent)["duration"]
+    assert after[0] > 10 * before[0] and after[1] == before[1]
+    assert len(results.load(tmp_path / "few", runs=True)) == 2
