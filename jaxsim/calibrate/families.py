@@ -35,7 +35,7 @@ from jaxsim.cost.gemm import ExpertLoad, Experts, Gemm
 from jaxsim.cost.rates import Rates
 from jaxsim.cost.roofline import Elementwise
 from jaxsim.spec.device import NOMINAL_MULTIPROCESSORS, DeviceSpec
-from jaxsim.spec.efficiency import Efficiency
+from jaxsim.spec.efficiency import EXPERT_ROWS, Efficiency
 
 Seconds = Callable[[eqx.Module, Any], Float[Array, " rows"]]
 
@@ -231,11 +231,11 @@ def _gemm(observations: Observations, device: DeviceSpec, record: Efficiency) ->
 
 
 def _expert_load(observations: Observations) -> tuple[np.ndarray, ...]:
-    """Distinct local experts and tiles of each height, by `loads.TILES`."""
+    """Distinct local experts, rows routed to them, and tiles of each height, by `EXPERT_ROWS`."""
     c = observations.columns
     if "touched" in c:
         each = np.maximum(c["tokens"] * c["per_token"] / c["touched"], 1)
-        return c["touched"], *(c["touched"] * np.ceil(each / t) for t in loads.TILES)
+        return c["touched"], c["touched"] * each, *(c["touched"] * np.ceil(each / t) for t in EXPERT_ROWS)
     names = ("tokens", "num_experts", "per_token", "ranks")
     rows = zip(*(c[name].astype(int).tolist() for name in names), c["law"].tolist(), (c["spread_largest"] > 0).tolist(),
                strict=True)
@@ -244,16 +244,16 @@ def _expert_load(observations: Observations) -> tuple[np.ndarray, ...]:
 
 def _experts(observations: Observations, device: DeviceSpec, record: Efficiency) -> Model:
     c, peaks = observations.columns, rates(device, COMPUTE[observations.family.partition(".")[2]])
-    touched, *blocks = _expert_load(observations)
-    names = ("tokens", "per_token", "num_experts", "hidden", "inner")
-    data = {name: c[name] for name in names} | {
+    touched, pairs, *blocks = _expert_load(observations)
+    data = {name: c[name] for name in ("tokens", "per_token", "hidden", "inner")} | {
+        "local_experts": c["num_experts"] / c.get("ranks", 1), "pairs": pairs,
         "weight_bytes": 3 * c["hidden"] * c["inner"] * c["number_bytes"] * touched,
-        "blocks": dict(zip(map(str, loads.TILES), blocks, strict=True))}
+        "blocks": dict(zip(map(str, EXPERT_ROWS), blocks, strict=True))}
 
     def seconds(kernel, data):
         return kernel.seconds(ExpertLoad(
-            data["tokens"], {t: data["blocks"][str(t)] for t in loads.TILES}, data["weight_bytes"], data["per_token"],
-            data["num_experts"], data["hidden"], data["inner"]), peaks)
+            data["tokens"], data["pairs"], {t: data["blocks"][str(t)] for t in EXPERT_ROWS}, data["weight_bytes"],
+            data["per_token"], data["local_experts"], data["hidden"], data["inner"]), peaks)
 
     return Model(seconds, data)
 

@@ -70,7 +70,9 @@ RANGES: dict[str, dict[str, Range]] = {
         "quantise_efficiency": _SHARE, "dequantise_rows": Range(0.5, 200, 0.5)},
     "experts": {
         "floor_s": Range(1e-6, 3e-4, 1.0), "kernels_s": _SOME, "efficiency": _SLOW, "read_efficiency": _SLOW,
-        "prologue": Range(1, 4000, 1.0), "half_rows": Range(0.1, 500, 1.0), "row_efficiency": _SLOW},
+        "prologue": Range(1, 4000, 1.0), "half_rows": Range(0.1, 1000, 1.0), "row_efficiency": _SLOW,
+        "resident": Range(1, 16, 0.5), "unaligned_factor": Range(1, 32, 1.0), "vector_efficiency": Range(0.001, 1, 1.0),
+        "vector_dequantise_rows": Range(0.05, 100, 1.0)},
     "decode": {
         "floor_s": _KERNEL, "item_s": Range(1e-8, 2e-5, 1.0), "combine_s": Range(SMALLEST_S, 1e-5, 1.0),
         "read_efficiency": _SHARE, "read_efficiency_8bit": _SHARE, "sweep_s": Range(1e-10, 1e-7, 1.0),
@@ -102,7 +104,7 @@ are as wide as constants differ between measured devices (scenarios/devices/effi
 
 _NEUTRAL = {"sweep_s": 0.0, "swap_s": 0.0, "query_factor": 1.0, "head_exponent": 0.0, "floor_head_exponent": 0.0,
             "group_factor": 0.0, "window_s": 0.0, "edge": 0.0, "factor_8bit": 1.0, "factor_head64": 1.0,
-            "joined_read_factor": 1.0}
+            "joined_read_factor": 1.0, "resident": 1.0, "unaligned_factor": 1.0}
 """Values with which a form does without a parameter; then it is not fitted."""
 
 _ORDER = ("gemm", "elementwise", "experts", "decode", "prefill", "latent", "nccl", "custom_all_reduce")

@@ -9,8 +9,7 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
-TILES = (8, 16, 32, 64, 128)
-"""Heights of tiles that kernels of routed experts have."""
+from jaxsim.spec.efficiency import EXPERT_ROWS
 
 DRAWS, TRIES = 3, 20
 BALANCED = "balanced"
@@ -19,7 +18,8 @@ BALANCED = "balanced"
 @functools.lru_cache(maxsize=1 << 16)
 def tiles(tokens: int, num_experts: int, per_token: int, ranks: int, law: str, spread_largest: bool = False
           ) -> tuple[float, ...]:
-    """Distinct local experts of the busiest of `ranks` ranks, then tiles of each height in `TILES` they fill.
+    """Distinct local experts of the busiest of `ranks` ranks, rows routed to them, then tiles of each height in
+    `EXPERT_ROWS` that these fill.
 
     law: "balanced" or "power_law_ALPHA". spread_largest: what rounding leaves goes to the largest experts in turn (the
     generator before vLLM 0.19), instead of to random ones. Means over `DRAWS` draws, the same in every run.
@@ -27,13 +27,13 @@ def tiles(tokens: int, num_experts: int, per_token: int, ranks: int, law: str, s
     if law == BALANCED:
         pairs = max(tokens * per_token / ranks, 1)
         touched = min(num_experts // ranks, max(1, np.ceil(min(num_experts, tokens * per_token) / ranks)))
-        return float(touched), *(float(touched * np.ceil(pairs / touched / t)) for t in TILES)
+        return float(touched), float(pairs), *(float(touched * np.ceil(pairs / touched / t)) for t in EXPERT_ROWS)
     rng, found = np.random.default_rng([tokens, num_experts, per_token, ranks]), []
     for _ in range(DRAWS):
         loads = power_law(tokens, num_experts, per_token, float(law.rpartition("_")[2]), rng, spread_largest)
         loads = loads.reshape(ranks, -1)
         loads = loads[loads.sum(1).argmax()]
-        found.append([(loads > 0).sum(), *(np.ceil(loads / t).sum() for t in TILES)])
+        found.append([(loads > 0).sum(), loads.sum(), *(np.ceil(loads / t).sum() for t in EXPERT_ROWS)])
     return tuple(np.maximum(np.mean(found, axis=0), 1.0).tolist())
 
 

@@ -282,7 +282,8 @@ def _experts(sheet: _Sheet, device: DeviceSpec) -> list[Observations]:
     formats = formats[is_cut]
     num_experts, inner = sheet.count("num_experts"), sheet.count("inter_size") / sheet.count("moe_tp_size")
     records = device.kernel_efficiency().experts
-    names = np.array([_tuned(records, f, e, i) for f, e, i in zip(formats, num_experts, inner, strict=True)], object)
+    local = num_experts / sheet.count("moe_ep_size")
+    names = np.array([_tuned(records, f, e, i) for f, e, i in zip(formats, local, inner, strict=True)], object)
     return sheet.observations("experts." + names, {
         "tokens": sheet.count("num_tokens"), "per_token": sheet.count("topk"), "num_experts": num_experts,
         "hidden": sheet.count("hidden_size"), "inner": inner, "ranks": sheet.count("moe_ep_size"),
@@ -292,9 +293,9 @@ def _experts(sheet: _Sheet, device: DeviceSpec) -> list[Observations]:
         "spread_largest": np.full(len(sheet.frame), float(device.name.startswith("a100")))})
 
 
-def _tuned(records: Mapping, name: str, num_experts: float, inner: float) -> str:
+def _tuned(records: Mapping, name: str, local_experts: float, inner: float) -> str:
     tuned = records.get(name + "_tuned")
-    return name + "_tuned" if tuned and (num_experts, inner) in tuned.configs else name
+    return name + "_tuned" if tuned and (local_experts, inner) in tuned.configs else name
 
 
 def _custom_all_reduce(sheet: _Sheet, device: DeviceSpec) -> list[Observations]:

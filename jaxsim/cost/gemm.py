@@ -2,7 +2,8 @@
 
     product   floor + pnorm_3(waves x tile, bytes / (BW read)) [+ quantising the activations]
               weights stored in fewer bits than they are multiplied in cost arithmetic once a tile
-    experts   floor + kernels + pnorm_3(weight bytes / (BW read), tiles of both products) + rows / (BW row)
+    experts   floor + kernels + pnorm_power(weight bytes / (BW read), tiles of both products) + rows / (BW row)
+              each expert's rows padded to whole tiles, whose height the engine chooses by its own rule
 
 Source: fits to vLLM operator tables; docs/cost-model.md has the constants, the tables and the errors.
 """
@@ -20,8 +21,12 @@ from jaxsim.spec.efficiency import ExpertEfficiency, GemmEfficiency
 POWER = 3.0
 """Of the smooth maximum of tiles and bytes."""
 
-EXPERT_COLUMNS = 128
-"""Columns of a tile of the experts' products."""
+ALIGNED = 16
+"""Numbers that the depth of a product must be a multiple of to be read with vector instructions: Triton specialises
+kernels on strides divisible by it, and its loads of others are single numbers."""
+
+VECTOR_ROWS = 16
+"""Rows of a block of the kernel without tensor cores. Source: vLLM, `get_default_config` of fused_moe, min(16, M)."""
 
 
 class Gemm(eqx.Module):
@@ -102,10 +107,16 @@ class Gemm(eqx.Module):
 class Experts(eqx.Module):
     """The fused block of routed experts on one rank; leaves as in `ExpertEfficiency`.
 
-        tiles   min over T of sum over both products of max(blocks_T ceil(n/128) / SMs, 1) x 256 T (k + prologue)
-                (1 + half_rows / T) / (peak eta / SMs),   blocks_T = sum over local experts of ceil(tokens of it / T)
+        tiles   sum over both products of max(blocks_T ceil(n / columns) / SMs, resident) x 2 columns (T + half_rows)
+                (k + prologue) / (peak eta / SMs),   blocks_T = sum over local experts of ceil(tokens of it / T)
+        T       the fastest, or the first whose limit the tokens (or tokens, or rows, for each local expert) keep to
+        vector  up to vector_limit rows for each local expert, instead of tiles: sum over both products of
+                2 n k (blocks_16 dequantise + rows) / (peak vector_efficiency)
         rows    all m k routed rows, local or not: kernels between the products pass over every one, unless tokens are
                 sent to the ranks of their experts
+
+    Source: vLLM's rules: `get_default_config`, `should_moe_wna16_use_cuda` (fused_moe.py), `fused_marlin_moe`, and
+    `moe_align_block_size`, which pads the rows of each expert.
     """
 
     floor_s: Float[Array, ""]
@@ -115,16 +126,36 @@ class Experts(eqx.Module):
     prologue: Float[Array, ""]
     half_rows: Float[Array, ""]
     row_efficiency: Float[Array, ""]
-    tiles: tuple[int, ...] = eqx.field(static=True)
-    choice: Literal["fastest", "tokens"] = eqx.field(static=True)
+    resident: Float[Array, ""]
+    unaligned_factor: Float[Array, ""]
+    vector_efficiency: Float[Array, ""] | None
+    vector_dequantise_rows: Float[Array, ""] | None
+    tiles: tuple[tuple[int, int], ...] = eqx.field(static=True)
+    limits: tuple[float, ...] = eqx.field(static=True)
+    limit_of: Literal["tokens", "tokens_per_expert", "rows_per_expert"] = eqx.field(static=True)
+    vector_limit: float = eqx.field(static=True)
+    power: float = eqx.field(static=True)
     multiples: tuple[int, int] = eqx.field(static=True)
 
     @classmethod
     def of(cls, record: ExpertEfficiency) -> "Experts":
         """Leaves from a record."""
-        names = ("floor_s", "kernels_s", "efficiency", "read_efficiency", "prologue", "half_rows", "row_efficiency")
-        return cls(*(jnp.asarray(getattr(record, name), float) for name in names), record.tiles, record.choice,
+        names = ("floor_s", "kernels_s", "efficiency", "read_efficiency", "prologue", "half_rows", "row_efficiency",
+                 "resident", "unaligned_factor")
+        vector = [jnp.asarray(value, float) if record.vector_limit else None
+                  for value in (record.vector_efficiency, record.vector_dequantise_rows)]
+        return cls(*(jnp.asarray(getattr(record, name), float) for name in names), *vector, record.tiles,
+                   record.limits, record.limit_of, record.vector_limit, record.power,
                    (record.hidden_multiple, record.inner_multiple))
+
+    def _chosen(self, seconds: list[Array], load: "ExpertLoad", tokens: Array) -> Array:
+        """Seconds of the tile that runs, of those of each."""
+        each = tokens / load.local_experts
+        amount = {"tokens": tokens, "tokens_per_expert": each, "rows_per_expert": each * load.per_token}[self.limit_of]
+        found = seconds[-1]
+        for time, limit in zip(seconds[-2::-1], self.limits[::-1] or (None,) * (len(seconds) - 1), strict=True):
+            found = jnp.minimum(found, time) if limit is None else jnp.where(amount <= limit, time, found)
+        return found
 
     def parts(self, load: "ExpertLoad", rates: Rates) -> tuple[Array, Array, Array, Array]:
         """Seconds of floor, tiles, weights, and rows between the products."""
@@ -132,45 +163,46 @@ class Experts(eqx.Module):
         up = 2 if load.gated else 1
         hidden, inner = (-(-size // multiple) * multiple
                          for size, multiple in zip((load.hidden, load.inner), self.multiples, strict=True))
-        times = []
-        for rows in self.tiles:
-            rate = rates.flops / units * self.efficiency / (1 + self.half_rows / rows)
-            times.append(sum(
-                jnp.maximum(load.blocks[rows] * -(-columns // EXPERT_COLUMNS) / units, 1.0)
-                * 2 * EXPERT_COLUMNS * rows * (depth + self.prologue) / rate
-                for columns, depth in ((up * inner, hidden), (hidden, inner))))
-        if self.choice == "tokens":
-            tiled = jnp.where(load.tokens <= load.num_experts, times[0], times[-1])
-        else:
-            tiled = times[0]
-            for time in times[1:]:
-                tiled = jnp.minimum(tiled, time)
-        rows = load.tokens if load.row_tokens is None else load.row_tokens
-        row_bytes = rows * (load.per_token * ((up + 1) * inner + hidden) + hidden)
+        tokens = load.tokens if load.row_tokens is None else load.row_tokens
+        slower = [jnp.where(jnp.asarray(depth) % ALIGNED == 0, 1.0, self.unaligned_factor) for depth in (hidden, inner)]
+        products = ((up * inner, hidden, slower[0]), (hidden, inner, slower[1]))
+        rate = rates.flops / units * self.efficiency
+        tiled = self._chosen([sum(
+            jnp.maximum(load.blocks[rows] * -(-width // columns) / units, self.resident)
+            * 2 * columns * (rows + self.half_rows) * (depth + self.prologue) * slow / rate
+            for width, depth, slow in products) for rows, columns in self.tiles], load, tokens)
+        if self.vector_efficiency is not None:
+            worked = load.blocks[VECTOR_ROWS] * self.vector_dequantise_rows + load.pairs
+            vector = 2.0 * (up + 1) * hidden * inner * worked / (rates.flops * self.vector_efficiency)
+            is_few = tokens * load.per_token / load.local_experts <= self.vector_limit
+            tiled = jnp.where(is_few, vector, tiled)
+        row_bytes = tokens * (load.per_token * ((up + 1) * inner + hidden) + hidden)
         between = load.activation_bytes * row_bytes / (rates.bytes_per_s * self.row_efficiency)
         floor = self.floor_s + self.kernels_s * jnp.minimum(load.tokens / 16, 1.0)
         weight_bytes = load.weight_bytes * (hidden * inner / (load.hidden * load.inner))
+        weight_bytes = weight_bytes * (up * slower[0] + slower[1]) / (up + 1)
         return floor, tiled, weight_bytes / (rates.bytes_per_s * self.read_efficiency), between
 
     def seconds(self, load: "ExpertLoad", rates: Rates) -> Float[Array, "*shape"]:
         """Seconds of one block."""
         floor, tiled, weights, between = self.parts(load, rates)
-        return floor + smooth_maximum(POWER, tiled, weights) + between
+        return floor + smooth_maximum(self.power, tiled, weights) + between
 
 
 class ExpertLoad(NamedTuple):
     """What one rank's experts are given.
 
-    tokens: of the ranks together, each to `per_token` experts of `num_experts`; blocks: for each tile height,
-    tiles that the local experts' tokens fill. weight_bytes: of the distinct local experts.
+    tokens: of the ranks together, each to `per_token` experts, of which `local_experts` are here; pairs: rows routed to
+    these; blocks: for each tile height, tiles that those rows fill. weight_bytes: of the distinct local experts.
     hidden, inner: sizes of an expert here. row_tokens: tokens whose rows are on this rank, None = all.
     """
 
     tokens: Float[Array, "*shape"]
+    pairs: Float[Array, "*shape"]
     blocks: Mapping[int, Float[Array, "*shape"]]
     weight_bytes: Float[Array, "*shape"]
     per_token: int
-    num_experts: int
+    local_experts: float
     hidden: int
     inner: int
     gated: bool = True

@@ -32,6 +32,7 @@ from jaxsim.cost.roofline import Roofline, pad_to_graph
 from jaxsim.cost.tabulated import DECODE_DEVICE, SAMPLED, TOKENS, AbstractTables, Together
 from jaxsim.kernels import octaves
 from jaxsim.spec.device import DeviceSpec, load_device
+from jaxsim.spec.efficiency import EXPERT_ROWS
 from jaxsim.spec.model import ModelSpec, load_model
 from jaxsim.spec.plan import kv_cache_bytes, weight_format
 
@@ -226,8 +227,8 @@ class _Rates(NamedTuple):
             pairs = tokens * model.experts_per_token
             touched = jnp.minimum(experts, pairs)
             load = template.load._replace(
-                tokens=tokens, weight_bytes=weights * touched,
-                blocks={rows: expected_blocks(pairs, touched, rows) for rows in operators.EXPERT_TILES})
+                tokens=tokens, pairs=pairs, weight_bytes=weights * touched,
+                blocks={rows: expected_blocks(pairs, touched, rows) for rows in EXPERT_ROWS})
             return self._seconds(template._replace(load=load))
 
         return seconds

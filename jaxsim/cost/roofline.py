@@ -40,6 +40,9 @@ CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
 Source: its compilation config, `cudagraph_capture_sizes` and PIECEWISE mode.
 """
 
+CUDA_GRAPHS = {"full_and_piecewise": True, "full_decode_only": "decodes", "none": False}
+"""By `cudagraph_mode`, what `Roofline.tabulate` takes as `cuda_graphs`."""
+
 UNLIMITED = 1e30
 """Bytes/s of reads that cost nothing."""
 
@@ -259,15 +262,18 @@ class Roofline(eqx.Module):
 
     # Host seconds
 
-    def host_seconds(self, sequences: Float[Array, " counts"], *, cuda_graphs: bool = True,
+    def host_seconds(self, sequences: Float[Array, " counts"], *, cuda_graphs: bool | str = True,
                      async_scheduling: bool = False) -> tuple[Array, Array, Array]:
-        """Launch seconds of a decode-only and of a mixed iteration, and serial seconds."""
+        """Launch seconds of a decode-only and of a mixed iteration, and serial seconds.
+
+        cuda_graphs: "decodes" if only they are captured.
+        """
         eager = self.num_kernels * self.launch_kernel_s
         host = self.host_step_s + self.host_sequence_s * sequences
         decode = mixed = eager + 0 * host
         if cuda_graphs:
-            pieces = PIECEWISE_LAUNCHES * self.model.layers * self.launch_kernel_s
-            mixed = jnp.minimum(eager, pieces) + 0 * host
+            if cuda_graphs != "decodes":
+                mixed = jnp.minimum(eager, PIECEWISE_LAUNCHES * self.model.layers * self.launch_kernel_s) + 0 * host
             decode = jnp.where(sequences <= CUDA_GRAPH_SIZES[-1], self.launch_graph_s, mixed)
         if async_scheduling:
             return decode + host, mixed + host, self.async_step_s + 0 * host
@@ -437,22 +443,29 @@ def pad_to_graph(counts: Int[np.ndarray, " counts"]) -> Int[np.ndarray, " counts
 HOSTS = {
     "vllm-v0": dict(host_step_s=3.8e-3, host_sequence_s=40e-6, async_step_s=3.8e-3),
     "vllm-v1": dict(host_step_s=1.0e-3, host_sequence_s=40e-6, async_step_s=0.3e-3),
+    "tensorrt-llm": dict(host_step_s=1.5e-3, host_sequence_s=47e-6, async_step_s=0.3e-3, launch_kernel_s=40e-6),
     "none": dict(host_step_s=0.0, host_sequence_s=0.0, async_step_s=0.0),
 }
-"""Host seconds by engine generation: what the device lane leaves over of measured steps.
+"""Host seconds by engine generation: what the device lane leaves over of measured steps. Launches where they differ from
+`LAUNCHES`.
 
 Source: v0: decode steps of Llama-3.1-70B in vLLM 0.6 on H100 (microsoft/apex_plus), 2.9, 4.3 and 4.3 ms at 2, 4 and 8
 ranks; 40 us a sequence from the scheduler, sampler, input and output times of an early vLLM fork (microsoft/vidur). v1:
 median inter-token times of Qwen3-8B in vLLM 0.11 on H100 at batches of 8 to 256 (ML.ENERGY), prefill interference
 included; asynchronous: five runs of vLLM 0.15 on H100 (inference-sim/training), 0 +- 0.3 ms a step and no slope, and
-0.9 ms of vLLM 0.19 on an RTX PRO 6000 (casys-kaist/LLMServingSim).
+0.9 ms of vLLM 0.19 on an RTX PRO 6000 (casys-kaist/LLMServingSim). tensorrt-llm: TPOT = decode + clients/output x prompt,
+solved for both over three output lengths of Llama-3.1-8B in TensorRT-LLM 1.0.0rc3 on 2 to 8 H100 (ai-dynamo/
+aiconfigurator, gap analysis, prompts of 1,024): decodes of 32 and 64 sequences on 8 GPUs take the host 3.0 and 4.5 ms,
+and an iteration with a prompt 18 to 20 ms on 2, 4 and 8 GPUs alike. The overlap loop of its PyExecutor schedules, prepares
+every sequence's inputs, launches, and updates and answers the previous batch while the device runs; async_step_s is
+vLLM's: sampling and copies outside of the graph.
 """
 
-FRONT_ENDS = {"vllm-v0": 14e-3, "vllm-v1": 6e-3, "none": 0.0}
+FRONT_ENDS = {"vllm-v0": 14e-3, "vllm-v1": 6e-3, "tensorrt-llm": 6e-3, "none": 0.0}
 """Seconds of a request outside the engine, by engine generation: HTTP server, tokenizer, and the way to the engine.
 
 Source: v1: mean TTFT of five runs of vLLM 0.15 on H100 (inference-sim/training), 5 to 7 ms each; v0: cells of vLLM 0.6
-with short prompts (microsoft/apex_plus), 9 to 20 ms, 14 in the middle.
+with short prompts (microsoft/apex_plus), 9 to 20 ms, 14 in the middle; tensorrt-llm: that of v1, not measured.
 """
 
 LAUNCHES = dict(launch_kernel_s=30e-6, launch_graph_s=60e-6)
@@ -491,14 +504,16 @@ def _sections(record: Efficiency, weights: WeightFormat, compute: str, model: Mo
         # Where only experts are quantised, the rest has 16 bits.
         name = weights.kernel if weights.kernel in record.gemm and weights.linear_bytes < 2 else name
         expert = kernel if kernel in record.experts else expert
-    if model.experts and moe_backend == "marlin" and expert != WEIGHT_ONLY:
-        expert += "_marlin"
-        if expert not in record.experts:
+    if model.experts and (moe_backend == "marlin" or expert == WEIGHT_ONLY):
+        # For 4-bit integers (GPTQ, AWQ, compressed-tensors) vLLM takes Marlin by itself, if the record has it.
+        if expert + "_marlin" in record.experts:
+            expert += "_marlin"
+        elif expert != WEIGHT_ONLY:
             raise InputError("engine.moe_backend", moe_backend,
                              f"has no constants for experts in {weights.name} on this device", "use 'auto'")
     tuned = record.experts.get(expert + "_tuned")
-    inner = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks).moe_ffn
-    if tuned and (model.experts, inner) in tuned.configs:
+    rank = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks)
+    if tuned and (rank.num_experts, rank.moe_ffn) in tuned.configs:
         expert += "_tuned"
     return name, expert
 
@@ -508,7 +523,7 @@ NOT_MEASURED = ("not measured", "constants of")
 
 
 def notes(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dtype: str = "auto", *,
-          moe_backend: MoeBackend = "auto") -> tuple[str, ...]:
+          moe_backend: MoeBackend = "auto", kv_dtype: str = "auto") -> tuple[str, ...]:
     """What a reader should know of the constants that `roofline` takes: whose they are where not of this device, or of
     this format, and which links were assumed. Nothing where all were measured.
     """
@@ -531,6 +546,10 @@ def notes(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dtype:
         source = (getattr(record, kind)[name] if name else getattr(record, kind)).source
         if source.startswith(NOT_MEASURED):
             found.append(f"{section}: not measured, {source.removeprefix('not measured: ').partition(';')[0]}")
+    # Carried to other bandwidths the shares differ even where one stands for the other.
+    source = record if device.efficiency is not None else load_device(device.family).kernel_efficiency()
+    if not model.is_mla and kv_cache_bytes(kv_dtype, dtype, model) < 2 and not source.decode.is_8bit_measured:
+        found.append("decode: 8-bit KV caches were not measured, their share of the bandwidth is that of 16-bit ones")
     narrow = {linear: fmt.linear_bytes < 2, expert: bool(model.experts) and fmt.expert_bytes < 2}
     found += [f"{fmt.name} in {compute} was not measured: constants of {section}"
               for section, is_narrow in narrow.items() if is_narrow and not _is_of(section, fmt)]
@@ -608,7 +627,7 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
     numbers = dict(peak_flops=peak.flops, memory_bytes_per_s=device.memory_bytes_per_s,
                    attention_flops=device.peak("fp32" if fmt.compute == "fp32" else "bf16").flops,
                    **{name: parts.pop(name) for name in LINKS},
-                   **HOSTS[host], **LAUNCHES, expert_skew=EXPERT_SKEW)
+                   **(LAUNCHES | HOSTS[host]), expert_skew=EXPERT_SKEW)
     cost = Roofline(
         **{name: jnp.asarray(value, float) for name, value in numbers.items()}, **parts,
         num_multiprocessors=jnp.asarray(device.num_multiprocessors or NOMINAL_MULTIPROCESSORS, jnp.int32), model=model,

@@ -60,6 +60,23 @@ DEVICES_PER_NODE, NETWORK_BYTES_PER_S, LINK_BYTES_PER_S = 8, 12.5e9, 1e9
 """Where a device does not say: the usual server, 100 Gbit/s, and little enough to be seen."""
 
 
+class ServingPower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Board power of a device that serves.
+
+    idle_w: no iteration in flight, the model loaded and clocks up. busy_w: an iteration in flight that mostly
+    generates tokens; one of prompts alone draws up to `tdp_w`.
+    """
+
+    idle_w: Positive
+    busy_w: Positive
+    source: str = ""
+
+    def __post_init__(self):
+        if not self.idle_w <= self.busy_w < math.inf:
+            raise InputError("device.power.busy_w", self.busy_w, f"is below idle_w = {self.idle_w:g}, or not finite",
+                             "give watts of a device at work")
+
+
 class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One accelerator (or CPU socket), in SI units; None = not known or not there.
 
@@ -68,7 +85,8 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     link, link_bytes_per_s: scale-up link, per direction per device, and devices_per_node that share it; topology: how
     it joins them, by default "host" for PCIe and where there is no link, else "switch";
     internode_bytes_per_s: network beyond it; host_link, host_link_bytes_per_s: to the CPU.
-    tdp_w, idle_w, active_idle_w (clocks up, nothing running), usd_per_h (reference, low, high).
+    tdp_w, idle_w, active_idle_w (clocks up, nothing running), usd_per_h (reference, low, high); power: what a run's
+    energy is made of.
     calibration: where its kernel constants come from: "measured" (its own tables), "family:<device>" (those of a
     measured device), "datasheet" (nothing near was measured: those of the H100); calibration_note: what to expect of
     them; efficiency: constants written out, instead.
@@ -100,6 +118,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     tdp_w: Positive | None = None
     idle_w: Positive | None = None
     active_idle_w: Positive | None = None
+    power: ServingPower | None = None
     usd_per_h: Positive | None = None
     usd_per_h_low: Positive | None = None
     usd_per_h_high: Positive | None = None

@@ -23,6 +23,9 @@ Factor = Annotated[float, Meta(ge=0)]
 Tile = tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]]
 Rows = Annotated[int, Meta(ge=1)]
 
+EXPERT_ROWS = (8, 16, 32, 48, 64, 128)
+"""Rows of tiles that kernels of routed experts have: what `moe_align_block_size` pads each expert's rows to."""
+
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     source: Annotated[str, Meta(min_length=1)]
@@ -61,10 +64,16 @@ class ExpertEfficiency(_Section, frozen=True):
     """The fused block of routed experts (`jaxsim.cost.gemm`).
 
     floor_s, kernels_s: of any call, and more as tokens grow to 16. efficiency, read_efficiency, prologue: as in a
-    GEMM; half_rows: tile rows at which half of the rate is reached. row_efficiency: of the bandwidth, for the rows
-    between the products. tiles: rows of a tile; choice: the fastest, or the first up to a token an expert and the last
-    above.
-    configs: [experts, inner size of an expert on this rank] that have a kernel configuration of their own.
+    GEMM; half_rows: tile rows at which half of the rate is reached (turning weights into 16 bits counts as such rows).
+    row_efficiency: of the bandwidth, for the rows between the products. power: of the smooth maximum of tiles and
+    reads, the higher the better a kernel overlaps them. resident: tiles a multiprocessor needs at once to run at its
+    rate. unaligned_factor: time of a product whose depth is no multiple of 16, and of reading its weights.
+    tiles: rows x columns of a tile, of which the fastest runs, or, with limits, the first whose limit is kept to, else
+    the last; limit_of: tokens, tokens for each expert of this rank, or routed rows for each.
+    vector_limit: routed rows for each expert of this rank up to which a kernel without tensor cores multiplies, 0 =
+    none; vector_efficiency: of the peak, in it; vector_dequantise_rows: rows that take as long as turning the weights
+    into 16 bits once for each block of rows (`jaxsim.cost.gemm.VECTOR_ROWS`).
+    configs: [experts, inner size of an expert], both on this rank, that have a kernel configuration of their own.
     hidden_multiple, inner_multiple: what the sizes of an expert are padded to a multiple of.
     """
 
@@ -75,11 +84,26 @@ class ExpertEfficiency(_Section, frozen=True):
     prologue: Factor
     half_rows: Factor
     row_efficiency: Share
-    tiles: tuple[Rows, ...] = (16, 32, 64, 128)
-    choice: Literal["fastest", "tokens"] = "fastest"
+    power: Annotated[float, Meta(ge=1)] = 2.0
+    resident: Annotated[float, Meta(ge=1)] = 1.0
+    unaligned_factor: Annotated[float, Meta(ge=1)] = 1.0
+    tiles: tuple[Tile, ...] = ((16, 128), (32, 128), (64, 128), (128, 128))
+    limits: tuple[Factor, ...] = ()
+    limit_of: Literal["tokens", "tokens_per_expert", "rows_per_expert"] = "tokens"
+    vector_limit: Factor = 0.0
+    vector_efficiency: Share = 1.0
+    vector_dequantise_rows: Factor = 0.0
     configs: tuple[tuple[int, int], ...] = ()
     hidden_multiple: Rows = 1
     inner_multiple: Rows = 1
+
+    def __post_init__(self):
+        if self.limits and len(self.limits) != len(self.tiles) - 1:
+            raise InputError("efficiency.experts.limits", self.limits, "should be one fewer than tiles")
+        unknown = {rows for rows, _ in self.tiles} - set(EXPERT_ROWS)
+        if unknown:
+            raise InputError("efficiency.experts.tiles", self.tiles, "has rows that no kernel of experts has",
+                             f"rows are {', '.join(map(str, EXPERT_ROWS))}")
 
 
 class DecodeEfficiency(_Section, frozen=True):
@@ -87,8 +111,9 @@ class DecodeEfficiency(_Section, frozen=True):
 
     kernel: "fa3" splits contexts always, "fa2" only of grouped heads. floor_s; item_s: of each wave of (sequence, KV
     head) items after the first; combine_s: for each doubling of the splits. read_efficiency, read_efficiency_8bit: of
-    the bandwidth, by cache width; flops_efficiency: of the 16-bit peak; sweep_s: an item passes a token (256 bytes of K
-    or V), tail_s: once the others are done, so that the longest context is waited for (0 = it is not);
+    the bandwidth, by cache width, equal where 8-bit caches were not measured; flops_efficiency: of the 16-bit peak;
+    sweep_s: an item passes a token (256 bytes of K or V), tail_s: once the others are done, so that the longest context
+    is waited for (0 = it is not);
     swap_s: rearranging grouped queries. query_factor: traffic of queries and outputs. head_exponent,
     floor_head_exponent: of head size / 128, of item_s and floor_s; group_factor: item_s grows by it for each 64 query
     heads a KV head; window_s: of each wave in a windowed layer.
@@ -109,6 +134,11 @@ class DecodeEfficiency(_Section, frozen=True):
     floor_head_exponent: Factor = 0.0
     group_factor: Factor = 0.0
     window_s: Seconds = 0.0
+
+    @property
+    def is_8bit_measured(self) -> bool:
+        """Whether 8-bit caches have a share of their own."""
+        return self.read_efficiency_8bit != self.read_efficiency
 
 
 class PrefillEfficiency(_Section, frozen=True):

@@ -175,9 +175,10 @@ def test_loads():
         for spread in (False, True):
             x = loads.power_law(tokens, num_experts, per_token, 1.2, rng, spread)
             assert x.sum() == pytest.approx(tokens * per_token, rel=0.02) and x.max() <= tokens and x.min() >= 0
-    assert loads.tiles(64, 128, 8, 4, "balanced")[:2] == (32.0, 32.0)
-    touched, *tiles = loads.tiles(4096, 128, 8, 4, "power_law_1.2")
+    assert loads.tiles(64, 128, 8, 4, "balanced")[:3] == (32.0, 128.0, 32.0)
+    touched, pairs, *tiles = loads.tiles(4096, 128, 8, 4, "power_law_1.2")
     assert 1 <= touched <= 32 and tiles == sorted(tiles, reverse=True)
     # The busiest rank has more than its share, in tiles of 8 rows at least.
     assert tiles[0] * 8 >= 4096 * 8 / 4
-    assert loads.tiles(4096, 128, 8, 4, "power_law_1.2") == (touched, *tiles)
+    assert pairs >= 4096 * 8 / 4
+    assert loads.tiles(4096, 128, 8, 4, "power_law_1.2") == (touched, pairs, *tiles)

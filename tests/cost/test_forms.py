@@ -8,6 +8,7 @@ from jaxsim.cost.collectives import CustomAllReduce, Hop, Nccl, over_network
 from jaxsim.cost.gemm import ExpertLoad, Experts, Gemm, expected_blocks
 from jaxsim.cost.rates import Rates, smooth_maximum
 from jaxsim.spec.efficiency import (
+    EXPERT_ROWS,
     CustomAllReduceEfficiency,
     DecodeEfficiency,
     ExpertEfficiency,
@@ -73,26 +74,59 @@ def test_quantised_activations():
 def test_experts():
     kernel = Experts.of(ExpertEfficiency(
         floor_s=10e-6, kernels_s=16e-6, efficiency=0.5, read_efficiency=0.5, prologue=0.0, half_rows=16.0,
-        row_efficiency=0.5, tiles=(16, 64), source="made up"))
-    # 4 experts of 1,000 x 1,280, 2 tiles of 16 rows each, or 1 of 64.
-    load = ExpertLoad(jnp.asarray(8.0), {16: jnp.asarray(8.0), 64: jnp.asarray(4.0)}, jnp.asarray(5e6), 2, 16, 1000,
-                      1280)
+        row_efficiency=0.5, power=3.0, tiles=((16, 128), (64, 128)), source="made up"))
+    # 4 experts of 1,008 x 1,280, 2 tiles of 16 rows each, or 1 of 64.
+    load = ExpertLoad(jnp.asarray(8.0), jnp.asarray(120.0), {16: jnp.asarray(8.0), 64: jnp.asarray(4.0)},
+                      jnp.asarray(5e6), 2, 16, 1008, 1280)
     floor, tiled, weights, rows = (float(x) for x in kernel.parts(load, RATES))
     assert floor == exact(18e-6) and weights == exact(1e-5)
-    # 8 tokens to 2 experts: 2,560 to 1,280 to 1,000 numbers a row, and 1,000 of the token.
-    assert rows == exact(2 * 8 * (2 * (3 * 1280 + 1000) + 1000) / 0.5e12)
-    # Tiles of 16 at half of the rate: 8 x 20 of 100 (1.6 waves) of 1,000, 8 x 8 (1 wave) of 1,280 deep; of 64 at 0.8.
-    sixteen = (1.6 * 256 * 16 * 1000 + 256 * 16 * 1280) / 2.5e11
-    sixty_four = (1.0 * 256 * 64 * 1000 + 256 * 64 * 1280) / 4e11
+    # 8 tokens to 2 experts: 2,560 to 1,280 to 1,008 numbers a row, and 1,008 of the token.
+    assert rows == exact(2 * 8 * (2 * (3 * 1280 + 1008) + 1008) / 0.5e12)
+    # Tiles of 16 at half of the rate: 8 x 20 of 100 (1.6 waves) of 1,008, 8 x 8 (1 wave) of 1,280 deep; of 64 at 0.8.
+    sixteen = (1.6 * 256 * 16 * 1008 + 256 * 16 * 1280) / 2.5e11
+    sixty_four = (1.0 * 256 * 64 * 1008 + 256 * 64 * 1280) / 4e11
     assert tiled == exact(min(sixteen, sixty_four))
     assert float(kernel.seconds(load, RATES)) == exact(floor + (tiled ** 3 + weights ** 3) ** (1 / 3) + rows)
     # Sizes padded to 1,024 and 1,536 do as experts of that size do.
     padded = Experts(**{**vars(kernel), "multiples": (256, 512)})
-    whole = load._replace(hidden=1024, inner=1536, weight_bytes=load.weight_bytes * 1024 * 1536 / (1000 * 1280))
+    whole = load._replace(hidden=1024, inner=1536, weight_bytes=load.weight_bytes * 1024 * 1536 / (1008 * 1280))
     assert [float(x) for x in padded.parts(load, RATES)] == [exact(float(x)) for x in kernel.parts(whole, RATES)]
     # A tile each, or a row in T and half a tile.
     assert float(expected_blocks(jnp.asarray(6.0), jnp.asarray(4.0), 16)) == 4
     assert float(expected_blocks(jnp.asarray(256.0), jnp.asarray(4.0), 16)) == exact(4 * (4 + 15 / 32))
+
+
+def test_blocks_of_experts_follow_the_engine():
+    """Tiles by vLLM's rules, in tokens, tokens or routed rows for each local expert; few rows without tensor cores."""
+    constants = dict(floor_s=0.0, kernels_s=0.0, efficiency=0.5, read_efficiency=0.5, prologue=0.0, half_rows=0.0,
+                     row_efficiency=0.5, source="made up")
+
+    def tiled(tokens, pairs, inner=1024, **values):
+        blocks = {rows: jnp.asarray(4.0 * -(-pairs // (4 * rows))) for rows in EXPERT_ROWS}
+        load = ExpertLoad(jnp.asarray(tokens), jnp.asarray(float(pairs)), blocks, jnp.asarray(0.0), 2, 4, 1024, inner)
+        return float(Experts.of(ExpertEfficiency(**constants | values)).parts(load, RATES)[1])
+
+    # 4 experts, 2 a token: Marlin's is the first block of which the mean rows of an expert fill less than 0.9.
+    marlin = dict(tiles=((8, 128), (16, 128), (32, 128), (48, 128), (64, 128)), limits=(7.2, 14.4, 28.8, 43.2),
+                  limit_of="rows_per_expert")
+    for tokens in (1, 14, 15, 28, 29, 57, 58, 86, 87, 4096):
+        rows = next((b for b in (8, 16, 32, 48, 64) if tokens * 2 / 4 / b < 0.9), 64)
+        assert tiled(float(tokens), 2 * tokens, **marlin) == exact(
+            tiled(float(tokens), 2 * tokens, tiles=((rows, 128),))), tokens
+    # Triton's default: a token an expert, then tiles of 64.
+    default = dict(tiles=((16, 32), (64, 64)), limits=(1.0,), limit_of="tokens_per_expert")
+    assert tiled(4.0, 8, **default) == exact(tiled(4.0, 8, tiles=((16, 32),)))
+    assert tiled(5.0, 10, **default) == exact(tiled(5.0, 10, tiles=((64, 64),)))
+    # 13 tokens are 6.5 rows for each expert: beyond 6 tensor cores multiply. 24 rows, and one block of 16 an expert.
+    vector = dict(vector_limit=6.0, vector_efficiency=0.01, vector_dequantise_rows=0.5)
+    assert tiled(13.0, 26, **vector) == exact(tiled(13.0, 26))
+    peak = RATES.flops
+    assert tiled(12.0, 24, **vector) == exact(6 * 1024 * 1024 * (4 * 0.5 + 24) / (0.01 * peak))
+    # A multiprocessor that needs four tiles at once takes four times as long for one.
+    assert tiled(4.0, 8, resident=4.0) == exact(4 * tiled(4.0, 8, resident=1.0))
+    # 1,000 is no multiple of 16: the second product, as deep, is slower.
+    first, second = (tiled(4.0, 8, inner=1000, unaligned_factor=f) for f in (1.0, 3.0))
+    assert second == exact(first + 2 * first * 1000 / 2024)
 
 
 DECODE = dict(floor_s=10e-6, item_s=3e-6, combine_s=1e-6, read_efficiency=0.5, read_efficiency_8bit=0.25,

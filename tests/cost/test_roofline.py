@@ -287,6 +287,15 @@ def test_windows_in_what_is_explained():
     assert flops(prefill(512, 16_000)).bytes == 32 * 2 * 8 * 128 * 2 * (4096 + 512)
 
 
+@pytest.mark.parametrize("device, told", [
+    ("a100", 1), ("v100_sxm2_32", 2), ("rtx_pro_6000", 1), ("l40s", 2), ("h100", 0), ("h200", 0)])
+def test_8bit_caches_without_a_table_are_told(device, told):
+    model, device = load_model("llama-3.1-8b"), load_device(device)
+    lines = notes(model, device, kv_dtype="fp8")
+    assert len(lines) == told and ("8-bit KV caches were not measured" in " ".join(lines)) == (told > 0), lines
+    assert not any("KV" in line for line in notes(model, device))
+
+
 @pytest.mark.parametrize("name, device, dtype, plan, told", [
     ("llama-3.1-8b", "h100", "auto", {}, ()), ("mixtral-8x7b", "a100", "auto", {"tensor_parallel_size": 2}, ()),
     ("llama-3.1-8b", "l40s", "auto", {}, ("those of rtx_pro_6000: l40s was not measured",)),
@@ -297,6 +306,8 @@ def test_windows_in_what_is_explained():
     ("gpt-oss-20b", "a100", "auto", {}, ("experts.mxfp4: not measured on a100", "experts.mxfp4: not measured, const")),
     ("gpt-oss-20b", "h100", "auto", {}, ("experts.mxfp4: not measured, constants of the H200",)),
     ("gpt-oss-20b", "h200", "auto", {}, ()),
+    ("mixtral-8x7b", "h100", "int4", {}, ("gemm.int4: not measured, constants of [gemm.bf16]",
+                                          "experts.int4_marlin: not measured, constants of [experts.mxfp4_marlin]")),
     ("deepseek-v3", "rtx_pro_6000", "auto", {"tensor_parallel_size": 8},
      ("gemm.fp8_block, latent, experts.fp8_block: not measured on rtx", "over PCIe, whose constants are a guess")),
     ("deepseek-v2-lite", "a100", "auto", {}, ("latent: not measured on a100_sxm_80, constants of h100_sxm_80",)),

@@ -42,7 +42,7 @@ def test_transfer_keeps_what_memory_does_not_bound():
     h100 = load_device("h100").kernel_efficiency()
     mine = DeviceSpec(**MINE, calibration="family:h100").kernel_efficiency()
     assert mine.gemm["bf16"] == h100.gemm["bf16"] and mine.custom_all_reduce == h100.custom_all_reduce
-    assert h100.experts["bf16"].row_efficiency == 0.5393
+    assert h100.experts["bf16"].row_efficiency == 0.524
     assert mine.experts["bf16"].row_efficiency == 0.8
     assert mine.gemm["fp8_block"].quantise_efficiency == 0.8
     assert mine.decode.read_efficiency == h100.decode.read_efficiency
@@ -58,7 +58,7 @@ def test_what_a_record_borrows_is_transferred():
     assert rtx.experts["mxfp4"].row_efficiency == pytest.approx(h100.experts["mxfp4"].row_efficiency / ratio)
     assert rtx.gemm["fp8"].quantise_efficiency == 0.8 > h100.gemm["fp8"].quantise_efficiency
     # Its own are as they stand, and so are seconds and other shares.
-    assert rtx.experts["bf16"].row_efficiency == 0.3859 and rtx.latent == h100.latent
+    assert rtx.experts["bf16"].row_efficiency == 0.4856 and rtx.latent == h100.latent
     assert section_records("rtx_pro_6000")["gemm.fp8"] == "h100_sxm_80"
     assert section_records("rtx_pro_6000")["gemm.bf16"] == section_records("rtx_pro_6000")["decode"] == "rtx_pro_6000"
     assert set(section_records("h100_sxm_80").values()) == {"h100_sxm_80"}
