@@ -1,17 +1,21 @@
 """Batched, exact simulation of LLM serving systems.
 
 `Scenario` describes a system and its workload, `simulate` runs one or many, `Result` holds what came out. `Study`
-describes thousands, `sweep` runs them to a table on disk, `load` reads it.
+describes thousands, `sweep` runs them to a table on disk, `load` reads it,
+`plot` draws it. `functional` is the simulator as a function
+inside other JAX programs, `Environment` the same by control ticks, for what learns to route or to scale.
 """
 
 import importlib
 import os
 
-__all__ = ["InputError", "LaneResult", "Result", "Scenario", "Study", "functional", "load", "simulate", "sweep"]
+__all__ = ["Environment", "InputError", "LaneResult", "Result", "Scenario", "Study", "environment", "functional",
+           "load", "plot", "simulate", "sweep"]
 
 _HOMES = {"Scenario": "jaxsim.spec.scenario", "simulate": "jaxsim.engine.simulate", "Result": "jaxsim.metrics",
           "LaneResult": "jaxsim.metrics", "InputError": "jaxsim._core.errors", "Study": "jaxsim.study.study",
-          "sweep": "jaxsim.study.runner", "load": "jaxsim.study.results"}
+          "sweep": "jaxsim.study.runner", "load": "jaxsim.study.results", "plot": "jaxsim.study.plots",
+          "Environment": "jaxsim.engine.environment"}
 
 _ROOT = os.path.dirname(os.path.dirname(__file__))
 if os.path.isfile(os.path.join(_ROOT, "pyproject.toml")) and os.path.isdir(os.path.join(_ROOT, "kernels")):
@@ -21,8 +25,8 @@ if os.path.isfile(os.path.join(_ROOT, "pyproject.toml")) and os.path.isdir(os.pa
 
 def __getattr__(name: str):
     # Loaded when asked for: the command line answers --help without JAX.
-    if name == "functional":
-        return importlib.import_module("jaxsim.engine.functional")
+    if name in ("functional", "environment"):
+        return importlib.import_module(f"jaxsim.engine.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxsim' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

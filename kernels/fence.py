@@ -42,9 +42,10 @@ def kernel(function: Callable, name: str = "kernel"):
 
     If it has operations other than `POSSIBLE` (a sort, a scatter), it runs as it would without this. Everything it
     reads has to be read by a stage: XLA aborts on a kernel with an argument that its simplifications have left
-    without a reader, but never takes one from a call.
+    without a reader, but never takes one from a call. Nor can XLA partition a kernel: where there are several devices
+    it is one only under `shard_map`.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or (jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes):
         return function()
     return _call(function, name, xla_cpu_small_call="true")
 

@@ -41,13 +41,17 @@ def percentiles(counts: Int[np.ndarray, " bins"], at: Sequence[float]) -> list[f
 
 def percentiles_of_rows(counts: Int[np.ndarray, "rows bins"], at: Sequence[float]) -> Float[np.ndarray, "rows at"]:
     """The same of many histograms; NaN where nothing was counted."""
-    counts = np.asarray(counts, np.int64)
-    bounds, ends = edges(), np.cumsum(counts, axis=1)
+    counts = np.asarray(counts)
+    # Only the bins that somebody fell into: few of all.
+    used = np.flatnonzero(counts.any(axis=0))
+    start, stop = (used[0], used[-1] + 1) if len(used) else (0, 1)
+    counts, bounds = counts[:, start:stop].astype(np.int64), edges()[start:stop + 1]
+    ends = np.cumsum(counts, axis=1)
     total = ends[:, -1]
     last = np.maximum(total - 1, 0)
 
     def order_statistic(rank: Int[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
-        index = np.minimum(np.sum(ends <= rank[:, None], axis=1), NUM_BINS - 1)
+        index = np.minimum(np.sum(ends <= rank[:, None], axis=1), len(bounds) - 2)
         here = np.take_along_axis(counts, index[:, None], axis=1)[:, 0]
         before = np.take_along_axis(ends, index[:, None], axis=1)[:, 0] - here
         inside = (rank - before + 0.5) / np.maximum(here, 1)

@@ -36,7 +36,8 @@ class Params(eqx.Module):
     """What a scenario is, besides its workload: policies and costs, all numbers traced.
 
     groups: kinds of executors. Their batching has the same flags, their costs may be of different classes;
-    group_of: index of each executor's, None if there is one group. source: how requests arrive.
+    group_of: index of each executor's, None if there is one group. source: how requests arrive. is_active: which
+    instances get any, at least one; None if all do.
     """
 
     groups: tuple[Group, ...]
@@ -44,6 +45,7 @@ class Params(eqx.Module):
     max_steps: Int[Array, ""]
     source: AbstractSource = SortedArrivals()
     group_of: Int[Array, " executors"] | None = None
+    is_active: Bool[Array, " ranks"] | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

@@ -130,19 +130,19 @@ def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Arr
     return Counts(counts.executor, rank, batch), residue_row, retired, has_more, next_key
 
 
-def cut_jump(event: Event, counts: Counts, times: Clocks) -> tuple[Counts, Time]:
-    """End the jump in flight at the first boundary at or after now, if the arrival may join there.
+def cut_jump(now: Time, counts: Counts, times: Clocks) -> tuple[Counts, Time]:
+    """End the jump in flight at the first boundary at or after now.
 
     Returns the counts and the executor's wake-up time.
     """
     t = times.batch
     after_first = clock.add(t.start, t.first)
-    guess = iterations_to_reach(t.pace.hi, t.growth_s, clock.elapsed(after_first, event.now))
+    guess = iterations_to_reach(t.pace.hi, t.growth_s, clock.elapsed(after_first, now))
     extra = counts.batch.extra
     for j in (guess + 1, guess, guess - 1):
-        reaches = event.now <= clock.add(after_first, span(t.pace, t.growth_s, j))
+        reaches = now <= clock.add(after_first, span(t.pace, t.growth_s, j))
         extra = jnp.where(reaches & (j >= 0), jnp.minimum(extra, j), extra)
-    extra = jnp.where(event.now <= after_first, 0, extra)
+    extra = jnp.where(now <= after_first, 0, extra)
     end = clock.add(after_first, span(t.pace, t.growth_s, extra))
     return replace(counts, batch=replace(counts.batch, extra=extra)), end
 

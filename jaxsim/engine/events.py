@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxsim.engine.common import Context, iterations_to_reach, span, take
+from jaxsim.engine.common import Context, Params, iterations_to_reach, span, take
 from jaxsim.kernels import clock, packed, residues
 from jaxsim.kernels.clock import Time
+from jaxsim.policy.arrivals import relative_to
 from jaxsim.policy.routing import View
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
+from jaxsim.state.requests import PROMPT, Requests
 from jaxsim.state.world import Batch, BatchTimes, World
 
 FREEZE_S = 1.5 * clock.EPOCH_S
@@ -43,6 +45,11 @@ class Event(NamedTuple):
         return self.following.equals(self.now)
 
 
+def is_allowed(world: World, time: Time) -> Bool[Array, ""] | bool:
+    """Whether the loop may go as far: up to `World.until`, and not to it."""
+    return True if world.until is None else time < relative_to(world.epoch, world.until)
+
+
 def earliest_wake(world: World) -> tuple[Time, Int[Array, ""], Int[Array, ""]]:
     """First executor to wake by (time, phase, index): its time, phase and index."""
     if world.phase.shape[0] == 1:
@@ -55,6 +62,13 @@ def earliest_wake(world: World) -> tuple[Time, Int[Array, ""], Int[Array, ""]]:
     best = jnp.min(jnp.where(is_first, packed.pack_key(world.phase, index, bits), packed.EMPTY))
     phase, executor = packed.unpack_key(best, bits)
     return Time(hi, jnp.where(jnp.isinf(hi), 0.0, lo)), phase, executor
+
+
+def next_time(params: Params, requests: Requests, world: World) -> Time:
+    """When the next event is, an arrival or a wake-up; `clock.never()` if there is none."""
+    arrival = params.source.coming(requests, world.source, world.due, world.epoch).time
+    wake, _, _ = earliest_wake(world)
+    return clock.select(arrival <= wake, arrival, wake)
 
 
 def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]:
@@ -91,18 +105,24 @@ def route(context: Context, request: Int[Array, ""], now: Time) -> Int[Array, ""
         num_blocks = params.of_executors(lambda batching: batching.num_blocks)
         num_blocks = jnp.repeat(jnp.broadcast_to(num_blocks, dims.num_executors), dims.num_ranks)
     waiting = ranks.waiting.ravel() if params.routing.reads_waiting else None
-    view = View(world.outstanding, waiting, used, num_blocks, world.num_routed, take(requests.uniforms, request))
-    return params.routing.choose(view)
+    prompt_tokens = take(requests.table, request)[PROMPT] if params.routing.reads_prompt else None
+    view = View(world.outstanding, waiting, used, num_blocks, world.num_routed, take(requests.uniforms, request),
+                prompt_tokens, params.is_active)
+    chosen = params.routing.choose(view)
+    if params.is_active is not None:
+        behind = (jnp.arange(dims.all_ranks) - chosen) % dims.all_ranks
+        chosen = jnp.argmin(jnp.where(params.is_active, behind, dims.all_ranks)).astype(jnp.int32)
+    return chosen
 
 
 def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
-    """The next event of a live scenario, and whether it lies too far ahead for the current epoch."""
+    """The next event of a live scenario, and whether it lies too far ahead for now."""
     dims, params, requests, world, _ = context
     arrival, request, after_it = params.source.coming(requests, world.source, world.due, world.epoch)
     wake, phase, executor = earliest_wake(world)
     is_arrival = (arrival < wake) | (arrival.equals(wake) & (phase == w.PASSING))
     now = clock.select(is_arrival, arrival, wake)
-    is_frozen = now.hi >= FREEZE_S
+    is_frozen = (now.hi >= FREEZE_S) | ~jnp.asarray(is_allowed(world, now))
     is_live = (world.num_finished < requests.count) & (world.fault == 0) & ~is_frozen
     is_arrival = is_arrival & is_live
     is_wake = ~is_arrival & is_live

@@ -1,4 +1,4 @@
-"""The simulator as a pure function of pytrees, for other people's `jit`, `vmap` and `jvp`.
+"""The simulator as a pure function of pytrees, for other people's `jit`, `vmap`, `shard_map` and `jvp`.
 
     dims, params, requests = functional.inputs(scenario)
 
@@ -11,21 +11,27 @@
 
 Under `vmap` scenarios become lanes of one loop, also under `jvp` and `jax.jacfwd`. Forward-mode derivatives are those
 at a fixed schedule of arrivals and their compensating jumps are lost: where requests arrive over time they do not say
-what a change of cost would do.
+what a change of cost would do. `simulate_recorded` keeps the schedule itself, and reverse mode works on that:
+
+    world, tape = functional.simulate_recorded(dims, params, requests)
+    jax.grad(lambda params: functional.record_seconds(dims, params, tape).sum(), allow_int=True)(params)
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import msgspec
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxsim.engine import loop, lower
+from jaxsim.engine import loop, lower, tape
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import prepare
+from jaxsim.engine.simulate import RECORDS_A_REQUEST, prepare
+from jaxsim.engine.tape import Tape
 from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims
@@ -69,33 +75,59 @@ def simulate(dims: Dims, params: Params, requests: Requests) -> World:
     The world at the end: `latencies` reads it. `world.fault` is 0, or has the bits of `jaxsim.state.world` (STUCK,
     STEP_LIMIT, TOO_SLOW, STARVED) of what stopped it; requests that it left without an end have NaN.
     """
+    return in_lanes(loop.run, dims, (params, requests))
+
+
+def simulate_recorded(dims: Dims, params: Params, requests: Requests, num_records: int | None = None
+                      ) -> tuple[World, Tape]:
+    """The same, with the schedule: what every iteration did, and when. One bounded structure, whatever happens.
+
+    num_records: rows of the tape (static), enough for eight a request and a thousand unless given; a run with more
+    says so in `tape.is_full`. To derivatives the schedule is a constant: what is to be differentiated, forward or
+    reverse, is what a function like `record_seconds` makes of it and of the costs.
+    """
+    size = num_records or dims.num_records
+    dims = replace(dims, num_records=size or dims.num_ranks * (RECORDS_A_REQUEST * dims.num_requests + 1000))
+    params, requests = jax.lax.stop_gradient((params, requests))
+    world = in_lanes(loop.run, dims, (params, requests))
+    return world, tape.of_world(dims, requests, world)
+
+
+record_seconds = tape.seconds
+
+
+def in_lanes(run: Callable[..., PyTree], dims: Dims, inputs: tuple) -> PyTree:
+    """`run(dims, *inputs)`, a loop over a batch, for one scenario; under the caller's `vmap` its scenarios are lanes.
+
+    A loop under `vmap` would select over the whole state in each iteration.
+    """
     # As a flat list: JAX's rule for `vmap` of `jvp` trips over structures with None in them.
-    leaves, structure = jax.tree.flatten((params, requests))
-    return _entry(dims, structure)(*leaves)
+    leaves, structure = jax.tree.flatten(inputs)
+    return _entry(run, dims, structure)(*leaves)
 
 
 @functools.lru_cache(maxsize=64)
-def _entry(dims: Dims, structure):
+def _entry(run, dims: Dims, structure):
     def spread(axis_size, is_batched, values):
         return [x if has_axis else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
                 for x, has_axis in zip(values, is_batched, strict=True)]
 
-    def everywhere(world):
-        return jax.tree.map(lambda _: True, world)
+    def everywhere(result):
+        return jax.tree.map(lambda _: True, result)
 
     @custom_vmap
     def many(*leaves):
-        return loop.run(dims, *structure.unflatten(leaves))
+        return run(dims, *structure.unflatten(leaves))
 
     @many.def_vmap
     def _many_many(axis_size, is_batched, *leaves):
         if not any(is_batched):
             # Only tangents have the axis, as in `jax.jacfwd`: they ride along in the same loop.
-            world = loop.run(dims, *structure.unflatten(leaves))
-            return world, jax.tree.map(lambda _: False, world)
+            result = run(dims, *structure.unflatten(leaves))
+            return result, jax.tree.map(lambda _: False, result)
         flat = [x.reshape(-1, *x.shape[2:]) for x in spread(axis_size, is_batched, leaves)]
-        world = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), many(*flat))
-        return world, everywhere(world)
+        result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), many(*flat))
+        return result, everywhere(result)
 
     @custom_vmap
     def one(*leaves):
@@ -104,10 +136,10 @@ def _entry(dims: Dims, structure):
     @one.def_vmap
     def _one_many(axis_size, is_batched, *leaves):
         if not any(is_batched):
-            world = jax.tree.map(lambda x: x[0], loop.run(dims, *structure.unflatten([x[None] for x in leaves])))
-            return world, jax.tree.map(lambda _: False, world)
-        world = many(*spread(axis_size, is_batched, leaves))
-        return world, everywhere(world)
+            result = jax.tree.map(lambda x: x[0], run(dims, *structure.unflatten([x[None] for x in leaves])))
+            return result, jax.tree.map(lambda _: False, result)
+        result = many(*spread(axis_size, is_batched, leaves))
+        return result, everywhere(result)
 
     return one
 

@@ -69,6 +69,9 @@ def take_turn(context: Context, event: Event, rows: tuple[Array, Array], counts:
     everyone = count_rows.everything(count_rows.replaced(rows[0], event.rank, event.batch, counts))
     clocks = clock_rows.everything(clock_rows.replaced(rows[1], event.rank, event.batch, times))
     batch, own = together(context.group, everyone.batch, clocks.batch, event.now)
+    if dims.num_records:
+        records = context.world.num_recorded + jnp.arange(dims.num_ranks)[:, None]
+        batch = replace(batch, record=jnp.broadcast_to(records, batch.record.shape))
     extra = jnp.minimum(everyone.batch.extra, cut_extra)
     everyone = replace(everyone, batch=choose(is_launching, batch, replace(everyone.batch, extra=extra)))
     clocks = replace(clocks, batch=choose(is_launching, own, clocks.batch))

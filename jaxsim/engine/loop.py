@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, PyTree
 
+from jaxsim.engine import events
 from jaxsim.engine.common import Params
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
@@ -16,6 +19,8 @@ from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import Requests
 from jaxsim.state.world import World
+
+T = TypeVar("T")
 
 STEPS_BETWEEN_REBASES = 256
 """Steps between dense passes. Few enough for the packed iteration counters, many enough to cost nothing."""
@@ -60,24 +65,52 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
         fault=world.fault | jnp.where(is_starved, w.STARVED, 0))
 
 
-@partial(jax.jit, static_argnums=0)
-def run(dims: Dims, params: Params, requests: Requests) -> World:
-    """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
+def is_going(params: Params, requests: Requests, world: World) -> Bool[Array, ""]:
+    """Whether the loop has anything to do for a scenario: it is live, and what comes next comes before `until`."""
+    going = is_live(requests, world)
+    if world.until is None:
+        return going
+    # One that nothing will ever happen to goes on until it is said to be starved.
+    first = events.next_time(params, requests, world)
+    return going & (events.is_allowed(world, first) | jnp.isinf(first.hi))
+
+
+def start(dims: Dims, params: Params, requests: Requests, is_stepped: bool = False) -> World:
+    """One scenario before its first event; `requests` as its source prepared them.
+
+    is_stepped: with `until`, at time zero, and `routed`.
+    """
     rules = params.flags
     fields = 5 if rules.stamps_slots else 3
     words = bitmap.num_words(dims.num_requests) if rules.order == "priority" else 1
+    ratio = params.of_executors(lambda batching: batching.ratio_start)
+    num_blocks = params.of_executors(lambda batching: batching.num_blocks)
+    world = w.initial_world(dims, *params.source.start(requests), fields, words, ratio, num_blocks)
+    if is_stepped:
+        world = replace(world, until=jnp.zeros(3, jnp.float32), routed=jnp.full(dims.num_requests + 1, -1))
+    return world
 
-    def initial(params, requests):
-        ratio = params.of_executors(lambda batching: batching.ratio_start)
-        num_blocks = params.of_executors(lambda batching: batching.num_blocks)
-        return w.initial_world(dims, *params.source.start(requests), fields, words, ratio, num_blocks)
 
-    requests = jax.vmap(lambda params, requests: params.source.prepare(requests))(params, requests)
-    world = jax.vmap(initial)(params, requests)
+def varying_with(inputs: PyTree, tree: T) -> T:
+    """The tree, which under `shard_map` varies between devices if any of the inputs does.
+
+    A loop must carry what varies as such from the start, also where it begins as a constant.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    # Zero, whatever they hold.
+    zero = sum(lax.bitcast_convert_type(x.astype(jnp.float32).ravel()[0], jnp.int32) & 0
+               for x in jax.tree.leaves(inputs) if x.size)
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+
+
+def advance(dims: Dims, params: Params, requests: Requests, world: World) -> World:
+    """Go on with a batch of scenarios to their ends, or to where each `until` is."""
     # The writes of a step travel to the next packed, whatever their number.
+    world = varying_with((params, requests), world)
     like = writes_of_a_step(dims, params, requests, world)
     packing = packed.Packing(like)
-    advance = partial(step, dims, packing, params, requests)
+    one_step = partial(step, dims, packing, params, requests)
 
     def inner_continues(carry):
         i, world, _ = carry
@@ -85,14 +118,35 @@ def run(dims: Dims, params: Params, requests: Requests) -> World:
 
     def inner(carry):
         i, world, writes = carry
-        return i + 1, *advance(world, writes)
+        return i + 1, *one_step(world, writes)
 
     def outer(world):
-        world = jax.vmap(partial(rebase, dims))(params, requests, world)
-        nothing = jax.vmap(partial(rewrites, dims, like=like))(world)
+        world = varying_with(world, jax.vmap(partial(rebase, dims))(params, requests, world))
+        nothing = varying_with(world, jax.vmap(partial(rewrites, dims, like=like))(world))
         carry = jnp.int32(0), forget(world, nothing), packing.pack(nothing)
         _, world, writes = lax.while_loop(inner_continues, inner, carry)
         world = jax.vmap(recall)(world, packing.unpack(writes))
         return apply(dims, world, packing, writes)
 
-    return lax.while_loop(lambda world: jnp.any(is_live(requests, world)), outer, world)
+    def outer_continues(world):
+        return jnp.any(jax.vmap(is_going)(params, requests, world))
+
+    return lax.while_loop(outer_continues, outer, world)
+
+
+@partial(jax.jit, static_argnums=0)
+def run(dims: Dims, params: Params, requests: Requests) -> World:
+    """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
+    requests = prepared(params, requests)
+    return advance(dims, params, requests, jax.vmap(partial(start, dims))(params, requests))
+
+
+@partial(jax.jit, static_argnums=0)
+def run_until(dims: Dims, params: Params, requests: Requests, world: World) -> World:
+    """The same from a world on, until the `until` of each; `world` as `start` with `is_stepped` or this left it."""
+    return advance(dims, params, prepared(params, requests), world)
+
+
+def prepared(params: Params, requests: Requests) -> Requests:
+    """A batch of requests as the loop is to read them."""
+    return jax.vmap(lambda params, requests: params.source.prepare(requests))(params, requests)

@@ -1,5 +1,6 @@
 """From what a user describes to what the loop runs: scenario -> sizes, policies, cost tables, requests."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from jaxtyping import Int
 from jaxsim._core.errors import InputError
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
-from jaxsim.cost.roofline import FRONT_ENDS, roofline
+from jaxsim.cost.roofline import CUDA_GRAPHS, FRONT_ENDS, roofline
 from jaxsim.engine import measured
 from jaxsim.engine.common import Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
@@ -86,7 +87,7 @@ def resolve_system(scenario: Scenario) -> System:
         raise InputError("engine.scheduling_policy", "priority",
                          f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
                          "use preset = 'vllm-v1@0.9' with async_scheduling = false, or 'fcfs'")
-    if not scheduler.kv_accounting and scenario.cluster.router in ("least_kv", "score"):
+    if not scheduler.kv_accounting and scenario.cluster.router in ("least_kv", "score", "linear"):
         raise InputError("cluster.router", scenario.cluster.router,
                          f"reads KV memory, of which {scheduler.preset} keeps no account",
                          "use 'least_outstanding', or set engine.kv_accounting = true")
@@ -192,7 +193,7 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, 
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
                      moe_backend=scenario.engine.moe_backend, **scenario.cost.overrides)
-    return model.tabulate(most, num_slots, cuda_graphs=not scenario.engine.enforce_eager,
+    return model.tabulate(most, num_slots, cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode],
                           async_scheduling=s.async_scheduling)
 
 
@@ -220,6 +221,9 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost,
         async_scheduling=s.async_scheduling, kv_accounting=s.kv_accounting,
         has_context_limit=s.decode_context_limit is not None,
         prefix_caching=scenario.engine.enable_prefix_caching)
+    if s.gathers:
+        batching = dataclasses.replace(batching, batch_wait_timeout_iters=integer(s.batch_wait_timeout_iters),
+                                       batch_wait_tokens=integer(s.batch_wait_tokens))
     w, source = scenario.workload, SortedArrivals()
     if w.kind == "closed-loop":
         source = ClosedLoop(integer(w.concurrency), real((w.think_s or 0.0) + front_end_s(scenario, system)))

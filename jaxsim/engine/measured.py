@@ -17,7 +17,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.cost.base import BatchStats
 from jaxsim.cost.profile import Profile
 from jaxsim.cost.profiled import Profiled, check_device, with_extrapolated
-from jaxsim.cost.roofline import Roofline, roofline
+from jaxsim.cost.roofline import CUDA_GRAPHS, Roofline, roofline
 from jaxsim.metrics import LaneResult
 from jaxsim.profiles import native
 from jaxsim.spec.device import DeviceSpec
@@ -47,7 +47,7 @@ def tables(scenario: Scenario, scheduler: Scheduler, model: ModelSpec, device: D
     # A power of two, as that of the tokens.
     most = max(scheduler.most_tokens(num_slots, longest), max_tokens or 0)
     sizes = (most, num_slots, 1 << (longest - 1).bit_length())
-    return _tables(cost.path, _stamp(cost.path), base, sizes, not scenario.engine.enforce_eager,
+    return _tables(cost.path, _stamp(cost.path), base, sizes, CUDA_GRAPHS[scheduler.cudagraph_mode],
                    scheduler.async_scheduling)
 
 

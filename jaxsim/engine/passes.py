@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import BatchStats, DecodePace
+from jaxsim.engine import gathering
 from jaxsim.engine.common import MAX_SPAN_S, Group, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
 from jaxsim.engine.prefix import Found, Release, admit
@@ -51,9 +52,10 @@ def begin_pass(group: Group, is_passing: Bool[Array, ""], counts: Counts) -> Cou
         rank = replace(rank, visible=jnp.where(is_blind, rank.waiting, rank.visible))
     if group.batching.order == "priority":
         rank = replace(rank, cursor=jnp.where(is_fresh, -1, rank.cursor))
-    return Counts(
+    counts = Counts(
         counts.executor, replace(rank, progress=jnp.where(is_fresh, w.PASS | was_empty, rank.progress)),
         replace(batch, budget=jnp.where(is_fresh, group.batching.max_num_batched_tokens - decodes, batch.budget)))
+    return gathering.begin(group, is_fresh, counts) if group.batching.gathers else counts
 
 
 def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array, " block_size"],
@@ -85,10 +87,16 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     emitted: its output tokens so far; following: the request behind it in the queue; found: what it has in the prefix
     cache, if there is one. Returns counts, times,
     residues, what was placed, whether the queue's head is blocked by something that only an event can lift, and
-    whether more may be placed at this instant.
+    whether more may be placed at this instant. Where prompts wait for each other, the candidate may only be counted.
     """
     rules = group.batching
     rank, batch = counts.rank, counts.batch
+    budget, running, used = batch.budget, rank.running, rank.used_blocks
+    seen = rank.visible if rules.async_scheduling else rank.waiting
+    if rules.gathers:
+        others = gathering.gathered(rank)
+        budget, running, used = budget - others.tokens, running + others.requests, used + others.blocks
+        seen = seen - others.requests
     prompt, output, max_tokens = lengths[PROMPT], lengths[OUTPUT], lengths[MAX_TOKENS]
     known = prompt + emitted
     null = jnp.int32(dims.null_slot)
@@ -116,22 +124,23 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
             more = blocks_for(computed + chunk, dims) - blocks_for(computed, dims)
         grown = jnp.where(is_forming, more, reserved)
 
-    has_budget = (batch.budget > 0) if rules.chunked_prefill else (rest <= batch.budget)
-    has_slot = rank.running < rules.max_num_seqs
+    has_budget = (budget > 0) if rules.chunked_prefill else (rest <= budget)
+    has_slot = running < rules.max_num_seqs
     has_blocks = jnp.bool_(True)
     if rules.kv_accounting:
-        has_blocks = rules.num_blocks - rank.used_blocks - reserved >= rules.watermark_blocks
+        has_blocks = rules.num_blocks - used - reserved >= rules.watermark_blocks
     if rules.reserve == "expected":
         own = (reserved << dims.block_bits) + jnp.minimum(max_tokens - emitted, rules.reserve_clip_tokens)
         free_tokens = ((rules.num_blocks - rank.used_blocks) << dims.block_bits).astype(jnp.float32)
         others = slots.expected_tokens(dims, rules, counts, times.rank.ratio)
         has_blocks = has_blocks & (own.astype(jnp.float32) < free_tokens - others)
-    is_head_visible = (rank.visible > 0) if rules.async_scheduling else (rank.waiting > 0)
     is_closed = has(counts, w.CLOSED)
     if rules.admit == "when_empty":
         is_closed = is_closed | ~has(counts, w.WAS_EMPTY)
-    is_head_tried = is_open & ~is_forming & is_head_visible & ~is_closed
-    is_admitted = is_head_tried & has_budget & has_slot & has_blocks
+    is_head_tried = is_open & ~is_forming & (seen > 0) & ~is_closed
+    fits = is_admitted = is_head_tried & has_budget & has_slot & has_blocks
+    if rules.gathers:
+        is_admitted = fits & has(counts, w.RELEASED)
     is_forming = is_open & is_forming
     is_placed = is_admitted | is_forming
     # What keeps the head waiting until a sequence leaves, rather than only for this iteration.
@@ -185,13 +194,20 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     counts = mark(counts, is_placed & (tokens > 0), w.FILLED)
     left = (rank.visible if rules.async_scheduling else rank.waiting) > 0
     can_go_on = is_placed & left & (batch.budget > 0) & (rank.running < rules.max_num_seqs) & ~is_closed
+    if rules.gathers:
+        is_counted = fits & ~is_admitted
+        counts, are_enough = gathering.settle(group, counts, is_counted, is_admitted, request, rest, reserved)
+        more_fit = (seen > 1) & (budget > rest) & (running + 1 < rules.max_num_seqs)
+        can_go_on = can_go_on | are_enough | (is_counted & more_fit)
     key = packed.pack_key(after_first + (output - emitted - 1), slot, dims.slot_bits)
     entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
     if rules.stamps_slots:
         stamp = counts.executor.num_iterations if rules.reserve == "expected" else rank.next_stamp
         entry += [lengths[PLACE] if rules.order == "priority" else prompt, stamp]
     placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
-    is_held = (rank.running >= rules.max_num_seqs) | (is_head_tried & ~is_admitted & is_held)
+    is_held = (rank.running >= rules.max_num_seqs) | (is_head_tried & ~fits & is_held)
+    if rules.gathers:
+        is_held = is_held & (gathering.gathered(counts.rank).requests == 0)
     return counts, times, residue_row, placed, is_held, can_go_on
 
 
@@ -269,6 +285,8 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     run = Time(pace.first_s, group.cost.decode_remainder(followers, context, pace.first_s))
     first_end = clock.add(event.now, first)
     end = clock.add(first_end, span(run, pace.growth_s, extra))
+    if rules.gathers:
+        rank = gathering.note_waited(counts).rank
     batch = replace(batch, extra=extra, advance=advance, is_committed=jnp.int32(0))
     rank = replace(rank, progress=jnp.int32(0))
     if rules.async_scheduling:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import ending, events, lockstep, passes, prefix, tape
+from jaxsim.engine import ending, events, gathering, lockstep, passes, prefix, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, Params, choose, has, mark, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
@@ -35,7 +35,7 @@ from jaxsim.state.world import Clocks, Counts, World
 class Touched(eqx.Module):
     """What one step works on. Phases fill it in from above; each field is written by the phase it stands under."""
 
-    # look: the event; whether the next lies beyond the epoch; the executor's rows, in these one rank and batch, and
+    # look: the event; whether the next lies too far ahead; the executor's rows, in these one rank and batch, and
     # where these lie among those of all executors; its block residues; what woke it.
 
     event: Event
@@ -57,9 +57,10 @@ class Touched(eqx.Module):
     link: queues.Link | None = None
     places: tuple[Int[Array, ""], Int[Array, ""]] | None = None
 
-    # settle: samples of the time between tokens, and how many tokens each stands for.
+    # settle: samples of the time between tokens, and how many tokens each stands for; what the tape is told.
     itl_s: Float[Array, " samples"] | None = None
     itl_weights: Int[Array, " samples"] | None = None
+    taped: tape.Known | None = None
 
     # retire: who left; whether more leave at this instant; the smallest completion key that stays; the last of the
     # running list and the links that change in it; the entry of `World.due` that changes; all slots, if the pass scans
@@ -203,7 +204,7 @@ def receive(context: Context, t: Touched) -> Touched:
         # Only a rank that runs along with others is empty.
         is_cut = is_cut & (counts.rank.running == 0)
     if rules.admit != "when_empty" or cut_extra is not None:
-        cut, cut_end = ending.cut_jump(event, counts, t.times)
+        cut, cut_end = ending.cut_jump(event.now, counts, t.times)
         counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
         if cut_extra is not None:
             cut_extra = jnp.where(is_cut, cut.batch.extra, cut_extra)
@@ -213,7 +214,7 @@ def receive(context: Context, t: Touched) -> Touched:
     # A sorted queue changes once a step, and the pass may change it too. An earlier end elsewhere may bring an arrival.
     if (rules.order != "priority" and context.dims.num_ranks == 1
             and not (params.source.answers and context.dims.num_executors > 1)):
-        goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S)
+        goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S) & events.is_allowed(world, wake)
         event = event._replace(now=clock.select(goes_on, wake, event.now), is_ending=event.is_ending | goes_on)
     source = params.source.delivered(world.source, arriving, event.is_arrival)
     return replace(t, event=event, counts=counts, wake=wake, source=source, link=link, places=places,
@@ -224,7 +225,11 @@ def settle(context: Context, t: Touched) -> Touched:
     """Settle the iteration that ended."""
     counts, times, itl_s, itl_weights = ending.settle(
         context.dims, context.group, t.event, t.counts, t.times, t.residue_row)
-    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights)
+    taped = None
+    if context.dims.num_records:
+        is_running = t.event.is_arrival & (t.phase == w.ENDING)
+        taped = tape.known(context.dims, t.event.is_ending, is_running, t.counts)
+    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights, taped=taped)
 
 
 def retire(context: Context, t: Touched) -> Touched:
@@ -282,6 +287,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
     candidate = counts.rank.queue.front
     if rules.order == "priority":
         candidate = take(requests.by_place, jnp.where(counts.rank.waiting > 0, t.places[1], 0))
+    if rules.gathers:
+        candidate = gathering.candidate(counts, world.next_waiting, t.link)
     is_forming = counts.rank.forming_slot != null
     if rules.chunked_prefill:
         candidate = jnp.where(is_forming & ~has(counts, w.FORMED), counts.rank.forming_request, candidate)
@@ -426,7 +433,7 @@ def price(context: Context, t: Touched) -> Touched:
     longest = t.longest
     if longest is not None:
         longest = jnp.maximum(longest, jnp.where(t.placed.is_completing, t.placed.entry[w.OFFSET], longest))
-    return replace(t, counts=counts, is_starting=is_formed & has_batch, is_stuck=is_stuck,
+    return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_stuck=is_stuck,
                    price=passes.price(context.dims, context.group, t.counts, t.times, longest))
 
 
@@ -448,6 +455,9 @@ def launch(context: Context, t: Touched) -> Touched:
             context, event, (t.count_row, t.clock_row), counts, times, cut_extra=t.cut_extra, has_ended=t.has_ended,
             is_formed=t.is_starting | is_skipped, phase=t.phase, wake=t.wake)
         return replace(t, counts=counts, times=times, plan=plan, wake=turn.wake, phase=turn.phase, turn=turn)
+    if context.dims.num_records:
+        record = jnp.where(t.is_starting, context.world.num_recorded, counts.batch.record)
+        counts = replace(counts, batch=replace(counts.batch, record=record))
     is_waiting_pass = (t.is_passing & ~t.is_starting) | (t.is_due & event.is_tied)
     is_resting = t.has_ended & ~t.has_work
     wake = clock.select(t.has_more | is_waiting_pass, event.now, t.wake)
@@ -526,8 +536,14 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     if t.due is not None:
         writes["due"] = Put((t.due[0],), t.due[1])
     if dims.num_records:
-        writes |= (tape.record(dims, world, t.plan, t.rank, stamp, counts, t.times) if t.turn is None else
-                   tape.record_all(dims, world, t.turn, event.executor, stamp))
+        writes |= (tape.record(dims, group, world, t.plan, t.rank, stamp, counts, t.times, t.longest, logged)
+                   if t.turn is None else
+                   tape.record_all(dims, group, world, t.turn, event.executor, stamp, logged))
+        writes |= tape.of_requests(
+            t.taped, jnp.where(event.is_arrival, event.request, scratch), jnp.where(is_new, t.candidate, scratch),
+            jnp.where(retired.is_any, retired.request, scratch), stamp)
+    if world.routed is not None:
+        writes["routed"] = Put((jnp.where(event.is_arrival, event.request, scratch),), t.rank)
     writes |= {
         "wake_hi": Put(own("wake_hi"), t.wake.hi), "wake_lo": Put(own("wake_lo"), t.wake.lo),
         "phase": Put(own("phase"), t.phase),

@@ -38,7 +38,9 @@ class Batching(eqx.Module):
 
     Numbers: max_num_seqs, max_num_batched_tokens, max_model_len, num_blocks, watermark_blocks;
         decode_context_limit (tokens); ratio_start, ratio_floor, ratio_decay, reserve_clip_tokens and
-        retract_free_tokens belong to `reserve="expected"`.
+        retract_free_tokens belong to `reserve="expected"`. batch_wait_timeout_iters, batch_wait_tokens: prompts that
+        could join running decodes wait for so many iterations, unless together with them they are so many tokens; None
+        where they never wait.
 
     Source: the schedulers named in docs/schedulers.md.
     """
@@ -67,6 +69,8 @@ class Batching(eqx.Module):
     kv_accounting: bool = eqx.field(static=True, default=True)
     has_context_limit: bool = eqx.field(static=True, default=False)
     prefix_caching: bool = eqx.field(static=True, default=False)
+    batch_wait_timeout_iters: Int[Array, ""] | None = None
+    batch_wait_tokens: Int[Array, ""] | None = None
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),
@@ -75,11 +79,20 @@ class Batching(eqx.Module):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: not one of {', '.join(allowed)}")
         if self.prefix_caching and not (self.is_unified and self.reserve == "none" and self.kv_accounting):
             raise ValueError("prefix_caching: only with phase_mix = 'unified' and reserve = 'none'")
+        if self.gathers and (self.grows or self.chunked_prefill or self.stalls or not self.is_unified
+                             or self.admit != "any_time"):
+            raise ValueError("batch_wait_timeout_iters: only for whole prompts, first come first served, beside decodes"
+                             " whose blocks are reserved")
 
     @property
     def is_unified(self) -> bool:
         """Decodes and prompt chunks share an iteration."""
         return self.phase_mix == "unified"
+
+    @property
+    def gathers(self) -> bool:
+        """Prompts wait until there are enough of them."""
+        return self.batch_wait_timeout_iters is not None
 
     @property
     def grows(self) -> bool:

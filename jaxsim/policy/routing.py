@@ -11,7 +11,7 @@ import re
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxsim._core.errors import InputError, suggest
 
@@ -21,7 +21,11 @@ class View(eqx.Module):
 
     outstanding: waiting and running requests of each instance; waiting: those waiting; used_blocks and num_blocks:
     the KV pool, present only for routers with `reads_kv`; num_routed: requests routed before; uniforms: the
-    request's own random numbers.
+    request's own random numbers; prompt_tokens: of the request, only for routers with `reads_prompt`; is_active: which
+    instances take requests, None if all do.
+
+    A router that picks with `count`, `nth` and `least` keeps to the active ones; the choice of another that does not
+    moves on to the next active one.
     """
 
     outstanding: Int[Array, " instances"]
@@ -30,20 +34,41 @@ class View(eqx.Module):
     num_blocks: Int[Array, " instances"] | None
     num_routed: Int[Array, ""]
     uniforms: Float[Array, " 2"]
+    prompt_tokens: Int[Array, ""] | None = None
+    is_active: Bool[Array, " instances"] | None = None
+
+    @property
+    def count(self) -> Int[Array, ""] | int:
+        """Instances that take requests."""
+        return self.outstanding.shape[0] if self.is_active is None else jnp.sum(self.is_active, dtype=jnp.int32)
+
+    def nth(self, index: Int[Array, ""]) -> Int[Array, ""]:
+        """The instance with so many others that take requests before it."""
+        if self.is_active is None:
+            return index
+        return jnp.argmax(jnp.cumsum(self.is_active) > index).astype(jnp.int32)
+
+    def least(self, score: Shaped[Array, " instances"]) -> Int[Array, ""]:
+        """That with the lowest score among those that take requests; ties to the lowest index."""
+        if self.is_active is not None:
+            highest = jnp.inf if jnp.issubdtype(score.dtype, jnp.floating) else jnp.iinfo(score.dtype).max
+            score = jnp.where(self.is_active, score, highest)
+        return jnp.argmin(score).astype(jnp.int32)
 
 
 class AbstractRouting(eqx.Module):
-    """Chooses an instance. `reads_kv` and `reads_waiting` say which optional parts of the view it wants."""
+    """Chooses an instance. `reads_kv`, `reads_waiting` and `reads_prompt` say which parts of the view it wants."""
 
     reads_kv = False
     reads_waiting = False
+    reads_prompt = False
 
     @abc.abstractmethod
     def choose(self, view: View) -> Int[Array, ""]:
         """Index of the instance."""
 
 
-def _draw(uniform: Float[Array, ""], count: int) -> Int[Array, ""]:
+def _draw(uniform: Float[Array, ""], count: Int[Array, ""] | int) -> Int[Array, ""]:
     return jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
 
 
@@ -52,7 +77,7 @@ class RoundRobin(AbstractRouting):
 
     def choose(self, view: View) -> Int[Array, ""]:
         """Next in turn."""
-        return view.num_routed % view.outstanding.shape[0]
+        return view.nth(view.num_routed % view.count)
 
 
 class Random(AbstractRouting):
@@ -60,7 +85,7 @@ class Random(AbstractRouting):
 
     def choose(self, view: View) -> Int[Array, ""]:
         """Drawn from the request's first uniform."""
-        return _draw(view.uniforms[0], view.outstanding.shape[0])
+        return view.nth(_draw(view.uniforms[0], view.count))
 
 
 class LeastOutstanding(AbstractRouting):
@@ -68,7 +93,7 @@ class LeastOutstanding(AbstractRouting):
 
     def choose(self, view: View) -> Int[Array, ""]:
         """Argmin of outstanding requests."""
-        return jnp.argmin(view.outstanding).astype(jnp.int32)
+        return view.least(view.outstanding)
 
 
 class PowerOfTwo(AbstractRouting):
@@ -79,12 +104,13 @@ class PowerOfTwo(AbstractRouting):
 
     def choose(self, view: View) -> Int[Array, ""]:
         """The better of two draws."""
-        count = view.outstanding.shape[0]
-        if count == 1:
+        count = view.count
+        if view.outstanding.shape[0] == 1:
             return jnp.int32(0)
         first = _draw(view.uniforms[0], count)
-        second = _draw(view.uniforms[1], count - 1)
-        second = second + (second >= first)
+        second = jnp.maximum(_draw(view.uniforms[1], count - 1), 0)
+        second = jnp.minimum(second + (second >= first), count - 1)
+        first, second = view.nth(first), view.nth(second)
         return jnp.where(view.outstanding[second] < view.outstanding[first], second, first)
 
 
@@ -95,7 +121,7 @@ class LeastKV(AbstractRouting):
 
     def choose(self, view: View) -> Int[Array, ""]:
         """Argmin of used blocks."""
-        return jnp.argmin(view.used_blocks).astype(jnp.int32)
+        return view.least(view.used_blocks)
 
 
 class DataParallel(AbstractRouting):
@@ -109,7 +135,7 @@ class DataParallel(AbstractRouting):
 
     def choose(self, view: View) -> Int[Array, ""]:
         """Argmin of outstanding + 3 x waiting."""
-        return jnp.argmin(view.outstanding + 3 * view.waiting).astype(jnp.int32)
+        return view.least(view.outstanding + 3 * view.waiting)
 
 
 class Score(AbstractRouting):
@@ -140,7 +166,31 @@ class Score(AbstractRouting):
                  + self.kv_weight * view.used_blocks / jnp.maximum(view.num_blocks, 1))
         most, least = jnp.max(load), jnp.min(load)
         is_unbalanced = (most - least > self.balance_abs) & (most > self.balance_rel * least)
-        return jnp.argmin(jnp.where(is_unbalanced, load, score)).astype(jnp.int32)
+        return view.least(jnp.where(is_unbalanced, load, score))
+
+
+class Linear(AbstractRouting):
+    """Lowest linear score, in which every number may be one for all instances or one for each: the router to learn.
+
+    score = bias + load_weight * outstanding + queue_weight * waiting + kv_weight * used share of the KV blocks
+    + prompt_weight * prompt tokens / 1024. With the same numbers everywhere `bias` and `prompt_weight` decide nothing;
+    with one a replica they prefer some, and send long prompts elsewhere than short ones.
+    """
+
+    load_weight: Float[Array, "#instances"] | Float[Array, ""] = np.float32(1)
+    queue_weight: Float[Array, "#instances"] | Float[Array, ""] = np.float32(0)
+    kv_weight: Float[Array, "#instances"] | Float[Array, ""] = np.float32(0)
+    prompt_weight: Float[Array, "#instances"] | Float[Array, ""] = np.float32(0)
+    bias: Float[Array, "#instances"] | Float[Array, ""] = np.float32(0)
+    reads_kv = True
+    reads_waiting = True
+    reads_prompt = True
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Argmin of the score."""
+        share = view.used_blocks / jnp.maximum(view.num_blocks, 1)
+        return view.least(self.bias + self.load_weight * view.outstanding + self.queue_weight * view.waiting
+                          + self.kv_weight * share + self.prompt_weight * (view.prompt_tokens / 1024))
 
 
 def routers() -> dict[str, type[AbstractRouting]]:

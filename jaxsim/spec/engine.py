@@ -44,12 +44,16 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         enable_expert_parallel: whole experts are spread over the devices, instead of a slice of each.
         all2all_backend: how tokens reach experts on other data-parallel ranks: gathered everywhere and summed back
             ("allgather_reducescatter"), or sent to where they are needed (the others).
-        moe_backend: kernels of the experts: what vLLM takes unless told, or Marlin's, which multiply 4-bit weights in
-            16 bits (VLLM_MXFP4_USE_MARLIN).
+        moe_backend: kernels of the experts: what vLLM takes unless told (for int4 weights that is Marlin's), or
+            Marlin's, which multiply 4-bit weights in 16 bits (VLLM_MXFP4_USE_MARLIN).
         enable_chunked_prefill: a prompt may be split over iterations.
         scheduling_policy: order of the waiting queue.
         async_scheduling: the next iteration is scheduled while this one runs.
         watermark: share of the KV blocks that admissions leave free.
+        batch_wait_timeout_iters: iterations that prompts which could join running decodes wait for, unless they are
+            enough (TensorRT-LLM's flag). With 0 nobody waits.
+        batch_wait_max_tokens_ratio: prompts and decodes are enough when they fill that share of
+            max_num_batched_tokens. With 0 nobody waits.
         enable_prefix_caching: keep and share the KV blocks of equal prompt prefixes (vLLM V1 presets), which a trace
             names. Off unless set, on by default in vLLM.
         dtype: weights and activations, the same as model.dtype.
@@ -87,6 +91,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     scheduling_policy: Order | None = None
     async_scheduling: bool | None = None
     watermark: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    batch_wait_timeout_iters: Annotated[int, Meta(ge=0, le=1 << 30)] | None = None
+    batch_wait_max_tokens_ratio: Annotated[float, Meta(ge=0, le=1)] | None = None
     enable_prefix_caching: bool = False
     dtype: Text | None = None
     kv_cache_dtype: Text | None = None

@@ -5,10 +5,11 @@ cells nobody has confirmed. Adding a scheduler is adding a file: names are found
 """
 
 import functools
+import math
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,6 +24,8 @@ NO_TOKEN_LIMIT = 1 << 30
 """A token budget that never binds."""
 
 GIB = 1 << 30
+
+CudagraphMode = Literal["full_and_piecewise", "full_decode_only"]
 
 
 class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -49,6 +52,8 @@ class Numbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     block_size: BlockSize
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)]
     watermark: Annotated[float, Meta(ge=0, lt=1)]
+    batch_wait_timeout_iters: Annotated[int, Meta(ge=0)] = 0
+    batch_wait_max_tokens_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.0
     at_least_max_model_len: bool = False
 
 
@@ -80,7 +85,9 @@ class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One file of `scenarios/presets`.
 
-    host: whose host overheads the roofline takes, a name of `jaxsim.cost.roofline.HOSTS`. kv_rule: whose rule
+    host: whose host overheads the roofline takes, a name of `jaxsim.cost.roofline.HOSTS`. cudagraph_mode: which
+    iterations the engine captures, unless told to run eagerly: prompts in pieces between attention too, or decodes
+    only. kv_rule: whose rule
     makes KV blocks of device memory, engine@version, a name of `jaxsim.spec.memory.KV_RULES`. unconfirmed: flags
     and numbers without a confirmed source.
     """
@@ -94,6 +101,7 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     host: str
     flags: Flags
     numbers: Numbers
+    cudagraph_mode: CudagraphMode = "full_and_piecewise"
     kv_rule: str = "vllm@0.15"
     aliases: tuple[str, ...] = ()
     unconfirmed: tuple[str, ...] = ()
@@ -105,12 +113,14 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     """A scheduler with every flag and number decided: what `Batching` is made from, less the memory's blocks.
 
     Tokens are tokens, `watermark` is a share of the blocks. `ratio_decay` is a step of the ratio a decode
-    iteration. `max_model_len` is None where neither the user nor the caller knew one.
+    iteration. `max_model_len` is None where neither the user nor the caller knew one. `gathers`: prompts wait for each
+    other, for which TensorRT-LLM needs both numbers.
     """
 
     preset: str
     version: str
     host: str
+    cudagraph_mode: str
     kv_rule: str
     phase_mix: str
     chunked_prefill: bool
@@ -129,11 +139,19 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     gpu_memory_utilization: float
     watermark: float
+    gathers: bool
+    batch_wait_timeout_iters: int
+    batch_wait_max_tokens_ratio: float
     ratio_start: float
     ratio_floor: float
     ratio_decay: float
     reserve_clip_tokens: int
     retract_free_tokens: int
+
+    @property
+    def batch_wait_tokens(self) -> int:
+        """Tokens, those of the decodes included, for which prompts wait no longer."""
+        return math.ceil(self.batch_wait_max_tokens_ratio * self.max_num_batched_tokens)
 
     def watermark_blocks(self, num_blocks: int) -> int:
         """Blocks that admissions leave free, truncated as the engines do (none below 1/watermark)."""
@@ -155,7 +173,8 @@ def _decode(text: str, where: str) -> Preset:
     except msgspec.ValidationError as error:
         raise explain(str(error), values, Preset) from None
     kv_rule(preset.kv_rule)
-    cells = {"host", "kv_rule", *Flags.__struct_fields__, *Numbers.__struct_fields__, *Expected.__struct_fields__}
+    cells = {"host", "cudagraph_mode", "kv_rule", *Flags.__struct_fields__, *Numbers.__struct_fields__,
+             *Expected.__struct_fields__}
     for cell in preset.unconfirmed:
         if cell not in cells:
             raise InputError("engine.preset", where, f"unconfirmed names {cell!r}, which is no cell",
@@ -238,6 +257,10 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     block_rule = pick(engine.decode_needs_free_block, flags.decode_needs_free_block)
     kv_accounting = pick(engine.kv_accounting, flags.kv_accounting)
     context_limit = pick(engine.decode_context_limit, flags.decode_context_limit)
+    admit = pick(engine.admit, flags.admit)
+    wait_iters = pick(engine.batch_wait_timeout_iters, numbers.batch_wait_timeout_iters)
+    wait_ratio = pick(engine.batch_wait_max_tokens_ratio, numbers.batch_wait_max_tokens_ratio)
+    gathers = wait_iters > 0 and wait_ratio > 0
     # Combinations that no engine has, and whose meaning would be a guess.
     for field, value, is_wrong, problem, remedy in (
         ("victim", victim, (victim == "fewest_outputs") != (reserve == "expected"),
@@ -256,6 +279,12 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
          context_limit is not None and (kv_accounting or chunked_prefill or phase_mix != "prefill_first"),
          "is only simulated for whole prompts first and without KV accounting",
          "use preset = 'distserve-sim-vllm'"),
+        ("batch_wait_timeout_iters", wait_iters,
+         gathers and (phase_mix != "unified" or chunked_prefill or order != "fcfs" or admit != "any_time"
+                      or reserve not in ("max_tokens", "max_model_len")),
+         "is simulated for whole prompts beside decodes whose KV blocks are reserved", "use preset = 'tensorrt-llm'"),
+        ("batch_wait_timeout_iters", wait_iters, gathers and engine.data_parallel_size > 1,
+         "has no effect in TensorRT-LLM with data-parallel attention", "leave it out"),
     ):
         if is_wrong:
             raise InputError(f"engine.{field}", value, problem, remedy)
@@ -267,17 +296,19 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     ratio_floor = ratio_start * expected.ratio_floor_factor
     return Scheduler(
         preset=preset.name, version=preset.version, host=preset.host, kv_rule=preset.kv_rule,
+        cudagraph_mode="none" if engine.enforce_eager else preset.cudagraph_mode,
         phase_mix=phase_mix, order=order, reserve=reserve, victim=victim,
         chunked_prefill=chunked_prefill, decode_needs_free_block=block_rule,
         waiting_blocked_after_preempt=pick(engine.waiting_blocked_after_preempt,
                                            flags.waiting_blocked_after_preempt),
-        admit=pick(engine.admit, flags.admit),
+        admit=admit,
         async_scheduling=pick(engine.async_scheduling, flags.async_scheduling),
         kv_accounting=kv_accounting, decode_context_limit=context_limit,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
         block_size=pick(engine.block_size, numbers.block_size),
         gpu_memory_utilization=pick(engine.gpu_memory_utilization, numbers.gpu_memory_utilization),
         watermark=pick(engine.watermark, numbers.watermark),
+        gathers=gathers, batch_wait_timeout_iters=wait_iters, batch_wait_max_tokens_ratio=wait_ratio,
         ratio_start=ratio_start, ratio_floor=ratio_floor,
         ratio_decay=(ratio_start - ratio_floor) / expected.ratio_decay_steps,
         reserve_clip_tokens=expected.reserve_clip_tokens, retract_free_tokens=expected.retract_free_tokens)
@@ -319,6 +350,7 @@ def markdown() -> str:
                 lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     lines.append("| `kv_rule` | " + " | ".join(_cell(p, p, "kv_rule") if p.flags.kv_accounting else "-"
                                                for p in presets) + " |")
+    lines.append("| `cudagraph_mode` | " + " | ".join(_cell(p, p, "cudagraph_mode") for p in presets) + " |")
     lines.append("| host overhead of | " + " | ".join(_cell(p, p, "host") for p in presets) + " |")
     for name in Expected.__struct_fields__:
         cells = (_cell(p, p.expected, name) if p.flags.reserve == "expected" else "-" for p in presets)
@@ -330,7 +362,8 @@ def markdown() -> str:
               "measured one. `kv_rule` is the engine, and the version of it, whose split of device memory",
               "gives the KV blocks ([cost-model.md](cost-model.md), section 5); `gpu_memory_utilization` is the",
               "share it calls by another name: SGLang `mem_fraction_static`, TensorRT-LLM",
-              "`free_gpu_memory_fraction`.",
+              "`free_gpu_memory_fraction`. `cudagraph_mode` (vLLM's name) says which iterations are captured: where",
+              "it is `full_decode_only` the kernels of an iteration with prompts are launched one by one.",
               ""]
     for p in presets:
         also = f" (also `{'`, `'.join(p.aliases)}`)" if p.aliases else ""

@@ -26,10 +26,11 @@ ENDING, PASSING, IDLE = 0, 2, 3
 """What an executor's wake-up is: an iteration's end, a scheduling pass, or nothing. Arrivals rank between the
 first two at one instant."""
 
-DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY, PASS, CHUNKED, ENDED = (1 << i for i in range(9))
+DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY, PASS, CHUNKED, ENDED, RELEASED = (1 << i for i in range(10))
 """Progress of a scheduling pass: decodes have their blocks; the forming prompt has its chunk; a prompt is
 scheduled; something was preempted; admissions are over; nothing ran when the pass began; a pass is under way at
-all; the forming prompt's chunk is settled; the walk over running sequences ended early."""
+all; the forming prompt's chunk is settled; the walk over running sequences ended early; prompts need not wait for
+more."""
 
 STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL = 1, 2, 4, 8, 16
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
@@ -77,7 +78,8 @@ class Rank(eqx.Module):
     progress: of the scheduling pass; `forming_*` is the one partially computed prompt, `tail` the slot admitted last
     among those past their prompt, `visible` how many waiting requests a pass may see under asynchronous scheduling,
     `next_stamp` the next place in the order of running sequences; `cache` only with prefix caching. `forming_chunk`
-    and `cursor` belong to a pass that walks the running sequences one by one.
+    and `cursor` belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other,
+    all `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`).
     """
 
     queue: Queue
@@ -111,7 +113,7 @@ class Batch(eqx.Module):
     offsets were lowered by one in advance, so that the common clock is right for them too). Of the iteration in flight:
     `extra` decode iterations follow the first, which advances the token clock by `advance`; `is_committed` once its end
     was applied; `gap_count` sequences whose next token prompt-only iterations delay; `log_row` where the time of its
-    first tokens goes.
+    first tokens goes; `record` its place on the tape, if there is one.
     """
 
     counter: Int[Array, "*shape"]
@@ -132,6 +134,7 @@ class Batch(eqx.Module):
     is_committed: Int[Array, "*shape"]
     gap_count: Int[Array, "*shape"]
     log_row: Int[Array, "*shape"]
+    record: Int[Array, "*shape"] | None
 
 
 class Counts(eqx.Module):
@@ -286,13 +289,22 @@ class World(eqx.Module):
     stalled: Int[Array, "rows 3"]
     preempted: Float[Array, "rows 3"]
     first_tokens: Float[Array, "rows 3"]
-    # Time between tokens, and the tape: a row a started iteration (or jump) of times (epoch, hi, lo; seconds of the
-    # first iteration, of the one behind it, and by how much each that follows is longer) and
-    # counts (executor, running, waiting, used blocks, iterations, prompt tokens, decoding).
+    # Time between tokens.
     itl: Int[Array, " itl_bins"]
-    tape_times: Float[Array, "records 6"]
-    tape_counts: Int[Array, "records 7"]
-    num_recorded: Int[Array, ""]
+    # The tape (`jaxsim.engine.tape`), else None: a row a started iteration (or jump) of times (epoch, hi, lo; seconds
+    # of the first iteration, of the one behind it, and by how much each that follows is longer; query-key pairs of its
+    # chunks), counts (rank, running, waiting, used blocks, iterations, prompt tokens, decoding), what else its cost was
+    # asked for, and its end (epoch, hi, lo; iterations done). Of requests: the row in flight when one arrived, the one
+    # before it joined, that at whose end it left, and, by row of the first-token log, that of the first tokens.
+    tape_times: Float[Array, "records 7"] | None = None
+    tape_counts: Int[Array, "records 7"] | None = None
+    tape_stats: Int[Array, "records 10"] | None = None
+    tape_ends: Float[Array, "records 4"] | None = None
+    tape_met: Int[Array, " rows"] | None = None
+    tape_joined: Int[Array, " rows"] | None = None
+    tape_last: Int[Array, " rows"] | None = None
+    tape_first: Int[Array, " rows"] | None = None
+    num_recorded: Int[Array, ""] | None = None
     # Prefix caching, else None: of every segment (then the null one, then two tails a request) the blocks in memory,
     # its newest entry in the log of releases; of segments, who holds them; (blocks of the path that a request shares,
     # keyed blocks behind it), and tokens it found at first.
@@ -302,6 +314,10 @@ class World(eqx.Module):
     newest: Int[Array, "ranks items"] | None = None
     shared: Int[Array, "rows 2"] | None = None
     cached: Int[Array, " rows"] | None = None
+    # Where the loop is to stop, and go on later: events from `until` (epoch, hi, lo) on are left alone; the rank that
+    # every request was routed to. Else None.
+    until: Float[Array, " 3"] | None = None
+    routed: Int[Array, " rows"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -315,7 +331,7 @@ def empty_counts(dims: Dims) -> Counts:
     cache = _zeros(Cache) if dims.num_segments else None
     rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, tail=null, cache=cache)
     executor = Executor(zero, zero if dims.num_ranks > 1 else None)
-    return Counts(executor, rank, _zeros(Batch))
+    return Counts(executor, rank, _zeros(Batch, record=jnp.int32(-1) if dims.num_records else None))
 
 
 def empty_clocks(ratio_start: Float[Array, ""] | float = 0.0) -> Clocks:
@@ -374,6 +390,11 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         cached = dict(resident=ints(ranks, items), newest=ints(ranks, items, value=-1),
                       references=ints(ranks, dims.num_segments + 1), log=ints(ranks, dims.log_size + 1),
                       shared=ints(rows, 2), cached=ints(rows))
+    tape, records = {}, dims.num_records + 1
+    if dims.num_records:
+        tape = dict(tape_times=floats(records, 7), tape_counts=ints(records, 7), tape_stats=ints(records, 10),
+                    tape_ends=floats(records, 4), num_recorded=ints())
+        tape |= {name: ints(rows, value=-1) for name in ("tape_met", "tape_joined", "tape_last", "tape_first")}
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
@@ -388,5 +409,4 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(histogram.NUM_BINS),
-        tape_times=floats(dims.num_records + 1, 6), tape_counts=ints(dims.num_records + 1, 7), num_recorded=ints(),
-        **cached)
+        **tape, **cached)

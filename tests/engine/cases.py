@@ -4,6 +4,7 @@ A whole batch of them is one program: limits, costs and even the router are numb
 sizes and a batch width (`LANES`), so that a preset at a number of instances compiles once a session.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -34,7 +35,7 @@ MOST_REQUESTS = 24
 NUM_REQUESTS, NUM_SLOTS = 56, 20
 
 PRESETS = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi", "orca", "static", "tensorrt-llm",
-           "sglang", "simdistserve-vllm")
+           "tensorrt-llm-waiting", "tensorrt-llm-sync-waiting", "sglang", "simdistserve-vllm")
 """Presets of the reference that the engine has too."""
 
 
@@ -134,6 +135,9 @@ def draw(rng: np.random.Generator, num_requests: int, num_slots: int, block_size
                      retract_free_tokens=int(rng.integers(0, 5)), expected_clip=int(rng.choice([8, 4096])))
     if flags.decode_context_limit is not None:
         extra = dict(decode_context_limit=largest + int(rng.integers(0, 3 * largest)))
+    if flags.batch_wait_timeout_iters:
+        extra = dict(batch_wait_timeout_iters=int(rng.integers(1, 12)),
+                     batch_wait_max_tokens_ratio=float(rng.choice([0.125, 0.25, 0.5, 0.75, 1.0])))
     blocks = need + watermark + int(rng.integers(0, rng.choice([max(need, 1), 2 * need * min(seqs, 4)])))
     a, b = 2.0**-6, 2.0**-9
     c, d, e = 2.0**-12, 2.0**-8, 2.0**-14
@@ -181,6 +185,10 @@ def draw_many(seed: int, flags: simulator.Flags, dims: Dims, count: int = LANES)
 def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int = 1_000_000) -> Params:
     """What the engine is told of a case. Leaves are NumPy's: a batch is stacked on the host."""
     i, x, flags = np.int32, np.float32, replace(flags, **case.limits)
+    waits = {}
+    if flags.batch_wait_timeout_iters:
+        enough = math.ceil(flags.batch_wait_max_tokens_ratio * flags.max_num_batched_tokens)
+        waits = dict(batch_wait_timeout_iters=i(flags.batch_wait_timeout_iters), batch_wait_tokens=i(enough))
     batching = Batching(
         i(flags.max_num_seqs), i(flags.max_num_batched_tokens), i(flags.max_model_len),
         i(flags.num_blocks), i(flags.watermark_blocks), i(flags.decode_context_limit or 0),
@@ -190,7 +198,7 @@ def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int 
         decode_needs_free_block=flags.decode_needs_free_block, victim=flags.victim,
         waiting_blocked_after_preempt=flags.waiting_blocked_after_preempt, order=flags.order,
         admit=flags.admit, async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
-        has_context_limit=flags.decode_context_limit is not None, prefix_caching=flags.prefix_caching)
+        has_context_limit=flags.decode_context_limit is not None, prefix_caching=flags.prefix_caching, **waits)
     chosen = AnyRouter(i(case.router), routing.Score(*map(x, case.score))) if router == "mixed" else ROUTERS[router]()
     return Params((Group(batching, case.cost or fitted(*case.coefficients)),), chosen, i(max_steps))
 

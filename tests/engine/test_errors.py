@@ -104,6 +104,13 @@ CASES = {
     "arrivals beyond the clock": (changed(FITTED, workload__rate_rps=1e-12), "workload", ["last arrival", "1e+09"]),
     "more than fits in memory": (changed(REAL, workload__num_requests=2**27), "workload.num_requests",
                                  ["134,217,728 requests", "GiB", "this machine"]),
+    "prompts in chunks that wait for each other": (
+        changed(REAL, engine__batch_wait_timeout_iters=20, engine__batch_wait_max_tokens_ratio=0.9),
+        "engine.batch_wait_timeout_iters", ["20", "whole prompts", "tensorrt-llm"]),
+    "ranks whose prompts wait for each other": (
+        changed(REAL, engine__preset="tensorrt-llm", engine__batch_wait_timeout_iters=20,
+                engine__batch_wait_max_tokens_ratio=0.9, engine__data_parallel_size=2),
+        "engine.batch_wait_timeout_iters", ["data-parallel attention"]),
     "too many slots for a batch": (changed(FITTED, engine__max_num_seqs=300), "engine.max_num_seqs", ["256"]),
 }
 

@@ -1,5 +1,10 @@
-"""The pure function inside other people's transformations."""
+"""The pure functions inside other people's transformations."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -10,6 +15,7 @@ import pytest
 import jaxsim
 from jaxsim import Scenario
 from jaxsim.engine import functional, loop
+from jaxsim.state import world as w
 
 FORM = {"a": 0.01, "b": 1e-5, "c": 1e-7, "d": 1e-5}
 
@@ -100,3 +106,193 @@ def test_forward_mode_goes_under_vmap():
     lanes = jax.jit(jax.vmap(jax.jacfwd(end_s)))(at)
     assert np.allclose(lanes[1], columns, rtol=1e-5)
     assert np.allclose(lanes[:, :, 0] * at[:, :1], lanes[:, :, 1] * at[:, 1:], rtol=1e-4)
+
+
+# --- the tape -----------------------------------------------------------------------------------------------
+
+
+ROWS = 200
+
+
+@pytest.fixture(scope="module")
+def recorded(made):
+    """Over two lanes, the second of which has costs twice as high."""
+    dims, params, requests = made
+
+    def run(factor):
+        changed = slower(params, factor)
+        world, tape = functional.simulate_recorded(dims, changed, requests, ROWS)
+        return world, tape, functional.record_seconds(dims, changed, tape)
+
+    return jax.device_get(jax.jit(jax.vmap(run))(jnp.array([1.0, 2.0])))
+
+
+def busy_s(dims, world):
+    return w.clock_rows(dims).everything(world.clocks).executor.busy.hi.sum(axis=-1)
+
+
+def test_the_tape_changes_nothing(made, recorded):
+    dims, params, requests = made
+    world, tape, _ = recorded
+    plain = functional.simulate(dims, params, requests)
+    for name in ("finished", "first_tokens", "scheduled", "progress"):
+        assert np.array_equal(getattr(world, name)[0, :24], getattr(plain, name)[:24]), name
+    assert not tape.is_full.any() and np.all(tape.count > 24)
+
+
+def test_records_add_up_to_the_run(made, recorded):
+    """And are priced again as they were priced."""
+    dims, _, _ = made
+    world, tape, seconds = recorded
+    assert np.allclose(tape.duration_s.sum(1), busy_s(dims, world), rtol=1e-5)
+    assert np.allclose(seconds, tape.duration_s, rtol=1e-6, atol=1e-7)
+    iterations = w.count_rows(dims).everything(world.counts).executor.num_iterations.sum(axis=-1)
+    assert np.array_equal(tape.iterations.sum(1), iterations)
+    assert np.any(tape.iterations < tape.planned) and np.all(tape.iterations <= tape.planned)
+
+
+def test_requests_point_at_their_records(made, recorded):
+    dims, _, requests = made
+    world, tape, _ = recorded
+    arrival = np.asarray(requests.arrival)[:24, 1].astype(np.float64)
+
+    def when(stamps):
+        return stamps[:, 1].astype(np.float64) + stamps[:, 2]
+
+    for lane in range(2):
+        mine = jax.tree.map(lambda x, lane=lane: x[lane], tape)
+        start, end = when(mine.start), when(mine.end)
+        assert np.array_equal(end[mine.last], when(world.finished[lane, :24]))
+        assert np.array_equal(start[mine.joined], when(world.scheduled[lane, :24]))
+        first_token = when(world.first_tokens[lane])[world.placed[lane, :24, 0]]
+        assert np.allclose(start[mine.first_token] + mine.first_s[mine.first_token], first_token, rtol=0, atol=1e-6)
+        is_met = mine.met >= 0
+        assert is_met.any() and not is_met.all()
+        met = mine.met[is_met]
+        assert np.all((start[met] <= arrival[is_met]) & (arrival[is_met] <= end[met]))
+        # Where nothing was in flight, the request starts one; it waits for nothing else.
+        alone = ~is_met & (mine.instance[mine.joined] >= 0)
+        assert np.array_equal(start[mine.joined][alone], arrival[alone])
+        count = int(mine.count)
+        contiguous = np.flatnonzero(mine.is_contiguous)
+        assert contiguous.max() < count and np.array_equal(start[contiguous], end[mine.previous[contiguous]])
+        begins = np.flatnonzero(~mine.is_contiguous[:count])
+        assert set(start[begins]) <= set(arrival)
+        assert np.array_equal(mine.instance[mine.previous[contiguous]], mine.instance[contiguous])
+
+
+def test_reverse_mode_over_the_tape_is_forward_mode_of_the_loop(made):
+    """Total busy time, and the end of the last record, by the coefficients of the cost: a scan over the tape chains the
+    records, everything else is at the recorded schedule."""
+    dims, params, requests = made
+    at = params.groups[0].cost.coefficients
+
+    def priced(coefficients):
+        return eqx.tree_at(lambda p: p.groups[0].cost.coefficients, params, coefficients)
+
+    def by_loop(coefficients):
+        world = functional.simulate(dims, priced(coefficients), requests)
+        return jnp.stack([busy_s(dims, world), jnp.max(world.finished[:24, 1])])
+
+    def by_tape(coefficients):
+        changed = priced(coefficients)
+        _, tape = functional.simulate_recorded(dims, changed, requests, ROWS)
+        seconds = functional.record_seconds(dims, changed, tape)
+
+        def start(ends, record):
+            index, start_s, own_s, previous, is_contiguous = record
+            begin = jnp.where(is_contiguous, ends[previous], start_s)
+            return ends.at[index].set(begin + own_s), None
+
+        start_s = tape.start[:, 1] + tape.start[:, 2]
+        records = jnp.arange(ROWS), start_s, seconds, tape.previous, tape.is_contiguous
+        ends, _ = jax.lax.scan(start, jnp.zeros(ROWS), records)
+        return jnp.stack([seconds.sum(), jnp.max(jnp.where(tape.iterations > 0, ends, 0.0))])
+
+    forward = jax.jit(jax.jacfwd(by_loop))(at)
+    reverse = jax.jit(jax.jacrev(by_tape))(at)
+    assert np.count_nonzero(forward[0]) > 8
+    assert np.allclose(reverse, forward, rtol=1e-4)
+    assert np.allclose(jax.jit(jax.jacfwd(by_tape))(at), forward, rtol=1e-4)
+
+
+def test_lost_records_are_not_silent(made):
+    dims, params, requests = made
+    _, tape = functional.simulate_recorded(dims, params, requests, 20)
+    assert tape.is_full and tape.num_lost == tape.count - 20
+    assert np.isnan(functional.record_seconds(dims, params, tape)).all()
+    assert np.any(tape.last == -1) and np.all(tape.last < 20)
+
+
+def test_repeated_calls_compile_once(made):
+    """Whatever the numbers, called as they are."""
+    dims, params, requests = made
+    functional.simulate(dims, params, requests)
+    before = loop.run._cache_size()
+    for factor in (1.5, 3.0):
+        functional.simulate(dims, slower(params, factor), functional.inputs(scenario(), seed=4)[2])
+    assert loop.run._cache_size() == before
+
+
+# --- devices ------------------------------------------------------------------------------------------------
+
+
+ON_DEVICES = """
+import json, re
+import jax, jax.numpy as jnp, numpy as np
+flags = dict(jax.config.values)
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxsim.engine import functional
+from jaxsim.engine.environment import Action, Environment
+from tests.engine.test_functional import scenario, slower
+
+dims, params, requests = functional.inputs(scenario())
+env = Environment(scenario(), tick_s=0.5)
+assert {k: v for k, v in jax.config.values.items() if k in flags} == flags, "a flag was changed"
+
+def end_s(factor):
+    changed = slower(params, factor)
+    return functional.latencies(dims, changed, requests, functional.simulate(dims, changed, requests)).e2e_s
+
+def recorded(factor):
+    changed = slower(params, factor)
+    world, _ = functional.simulate_recorded(dims, changed, requests, 200)
+    return functional.latencies(dims, changed, requests, world).e2e_s
+
+def in_ticks(factor):
+    changed = slower(env.params, factor)
+    def tick(state, _):
+        return env.step(state, Action())[0], None
+    state, _ = jax.lax.scan(tick, env.reset(requests, changed)[0], length=30)
+    return functional.latencies(env.dims, changed, requests, state.world).e2e_s
+
+factors = jnp.linspace(0.5, 2.0, 8)
+mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+sharded = jax.device_put(factors, NamedSharding(mesh, P("devices")))
+whole = jax.jit(jax.vmap(end_s))(factors)
+split = jax.jit(jax.vmap(end_s))(sharded)
+said = dict(split=bool(np.array_equal(split, whole)), is_finite=bool(np.isfinite(whole).all()))
+for function in (end_s, recorded, in_ticks):
+    over = jax.shard_map(jax.vmap(function), mesh=mesh, in_specs=P("devices"), out_specs=P("devices"))
+    compiled = jax.jit(over).lower(sharded).compile()
+    said[function.__name__] = dict(
+        same=bool(np.array_equal(compiled(sharded), whole)),
+        collectives=re.findall("all-reduce|all-gather|collective|all-to-all", compiled.as_text()))
+assert dict(jax.config.values) == flags | {k: v for k, v in jax.config.values.items() if k not in flags}
+print("REPORT", json.dumps(said))
+"""
+
+
+def test_shards_run_their_own_loops_quietly():
+    """Over four devices: the same bits, no collective, no flag, no word."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
+                                "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", ON_DEVICES], capture_output=True, text=True, env=environment, cwd=root,
+                          timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("REPORT") and done.stderr == ""
+    said = json.loads(line.removeprefix("REPORT"))
+    alone = {"same": True, "collectives": []}
+    assert said == {"split": True, "is_finite": True, "end_s": alone, "recorded": alone, "in_ticks": alone}

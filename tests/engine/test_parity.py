@@ -88,6 +88,17 @@ def test_engine_equals_reference(name, num_executors):
     assert (seen["preemptions"] > seen["requests"] / (200 if num_executors < 8 else 1000)) == (name in PREEMPTING)
 
 
+def test_prompts_that_wait_come_later():
+    """What the cases of batch waiting test: most of them are others without it."""
+    flags, dims = simulator.preset("tensorrt-llm-waiting"), c.dims_of("tensorrt-llm-waiting", 3)
+    cases = c.draw_many(0, flags, dims)
+    at_once = [replace(case, limits=case.limits | dict(batch_wait_timeout_iters=0)) for case in cases]
+    delays = [np.mean([a.ttft_s - b.ttft_s for a, b in zip(*(c.reference(one, flags, dims, "mixed").requests
+                                                            for one in pair), strict=True)])
+              for pair in zip(cases, at_once, strict=True)]
+    assert np.mean(np.array(delays) > 0) > 0.3
+
+
 @pytest.mark.parametrize("name", ["vllm-v1", "vllm-v0", "sglang"], ids=lambda name: f"{name}-3")
 def test_long_outputs(name):
     """Runs of iterations up to the longest there are, and counters beyond where they are wound back."""

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxsim.cost.base import BatchStats
+from jaxsim.engine import lower
+from jaxsim.spec.scenario import Scenario
 from tests.engine import cases as c
 from tests.engine import real
 from tests.reference import simulator
@@ -86,3 +89,18 @@ def test_a_cost_that_is_off_is_found(pairs, system):
     slower = c.replace(case, cost=c.replace(case.cost, by_sequences=case.cost.by_sequences * np.float32(1.001)))
     (lane,) = c.simulate([slower], *system, real.ROUTER, lanes=c.LANES)
     assert np.any(np.abs(lane["finish_s"] - column(result, "finish_s")) > AGREES_S)
+
+
+def test_engines_that_capture_only_decodes_launch_the_kernels_of_prompts():
+    """TensorRT-LLM: a decode is one launch, a short prompt takes the host's seconds for every kernel."""
+    def seconds(preset, batch, **engine):
+        scenario = Scenario.from_dict({
+            "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+            "engine": {"preset": preset, "max_model_len": 4096, "async_scheduling": False, **engine},
+            "workload": {"kind": "batch"}, "cost": {"host": "none"}})
+        return float(lower.make_cost(scenario, lower.resolve_system(scenario), 16, 4096).iteration(batch))
+
+    decode, prompt = BatchStats.of(1, 100), BatchStats.of(0, 0, 1, 16, 16, 256)
+    assert seconds("tensorrt-llm", decode) == seconds("vllm-v1", decode)
+    assert seconds("tensorrt-llm", prompt) > 1.2 * seconds("vllm-v1", prompt)
+    assert seconds("tensorrt-llm", prompt) == seconds("tensorrt-llm", prompt, enforce_eager=True)

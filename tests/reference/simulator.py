@@ -59,6 +59,8 @@ class Flags:
       (`full`); is_expected_strict, resets_ratio_when_idle: whether what it asks for must be less than what is
       left, and whether an engine that falls idle starts from the first ratio again.
     - prefix_caching: blocks of a known prefix are not computed again (`PrefixCache`).
+    - batch_wait_timeout_iters, batch_wait_max_tokens_ratio: prompts beside decodes are withdrawn for so many
+      iterations, unless the batch fills that share of the token budget (TensorRT-LLM).
     """
 
     phase_mix: str = "unified"
@@ -88,6 +90,8 @@ class Flags:
     is_expected_strict: bool = False
     resets_ratio_when_idle: bool = False
     prefix_caching: bool = False
+    batch_wait_timeout_iters: int = 0
+    batch_wait_max_tokens_ratio: float = 0.0
 
     def __post_init__(self):
         for name, allowed in (
@@ -123,6 +127,10 @@ class Flags:
             self.phase_mix != "unified" or self.reserve != "none" or not self.track_blocks
         ):
             raise ValueError("prefix_caching needs unified batches, no reservation, block accounting")
+        if self.batch_wait_timeout_iters and (
+            self.phase_mix != "unified" or self.chunked_prefill or self.reserve in CAN_GROW or self.order != "fcfs"
+        ):
+            raise ValueError("batch waiting needs whole prompts beside decodes, all blocks reserved, fcfs")
 
 
 # What a preset does not name is the default of Flags; sizes are the caller's business, except where an engine
@@ -151,7 +159,20 @@ PRESETS: dict[str, dict] = {
         "max_num_batched_tokens": UNLIMITED,
         "admit": "when_empty",
     },
-    "tensorrt-llm": {"chunked_prefill": False, "reserve": "max_tokens"},
+    "tensorrt-llm": {"chunked_prefill": False, "reserve": "max_tokens", "async_scheduling": True},
+    "tensorrt-llm-waiting": {
+        "chunked_prefill": False,
+        "reserve": "max_tokens",
+        "async_scheduling": True,
+        "batch_wait_timeout_iters": 20,
+        "batch_wait_max_tokens_ratio": 0.5,
+    },
+    "tensorrt-llm-sync-waiting": {
+        "chunked_prefill": False,
+        "reserve": "max_tokens",
+        "batch_wait_timeout_iters": 20,
+        "batch_wait_max_tokens_ratio": 0.5,
+    },
     "sglang": {
         "phase_mix": "prefill_first",
         "reserve": "expected",
@@ -360,6 +381,7 @@ class Instance:
     # Ids preempted by passes at this instant that scheduled nothing.
     preempted_before: list[int] = field(default_factory=list)
     cache: prefix_cache.PrefixCache | None = None
+    iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
 
     @property
     def outstanding(self) -> int:
@@ -653,6 +675,26 @@ def admit(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | None
         plan.add(job, chunk)
 
 
+def wait_for_prompts(instance: Instance, plan: Plan, flags: Flags) -> None:
+    """TensorRT-LLM's batch waiting: withdraws the prompts just admitted, if too few, unless they waited long."""
+    if not flags.batch_wait_timeout_iters:
+        return
+    prompts = [job for job, _ in plan.entries if not job.is_prefilled]
+    if not prompts or len(prompts) == len(plan.entries):
+        return
+    scheduled_tokens = sum(tokens for _, tokens in plan.entries)
+    is_full = scheduled_tokens >= flags.batch_wait_max_tokens_ratio * flags.max_num_batched_tokens
+    if is_full or instance.iterations_waited >= flags.batch_wait_timeout_iters:
+        instance.iterations_waited = 0
+        return
+    instance.iterations_waited += 1
+    for job in reversed(prompts):
+        plan.withdraw(job)
+        instance.running.remove(job)
+        release(instance, job)
+        enqueue(instance, job, flags, at_front=True)
+
+
 def scheduling_pass(instance: Instance, flags: Flags, visible: set[int] | None) -> Plan:
     """Composes the next batch of an instance and changes its queue, list and pool accordingly."""
     plan = Plan(budget=flags.max_num_batched_tokens)
@@ -662,6 +704,7 @@ def scheduling_pass(instance: Instance, flags: Flags, visible: set[int] | None) 
         schedule_running(instance, plan, flags)
         if may_admit and not (plan.preempted and flags.waiting_blocked_after_preempt):
             admit(instance, plan, flags, visible)
+        wait_for_prompts(instance, plan, flags)
         return plan
 
     for job in instance.running:

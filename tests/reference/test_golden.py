@@ -1,6 +1,6 @@
 """Numbers from outside that the reference simulator must reproduce.
 
-- Scheduler traces of vLLM V0 and V1 on a pool of ten blocks.
+- Scheduler traces of vLLM V0 and V1 on a pool of ten blocks; of TensorRT-LLM's batch waiting.
 - The public simulator of LLMServe/DistServe (`simdistserve`), its vLLM backend: single requests, small and
   large workloads, goodput by bisection. Its rules: prefills first and whole, as many as fit the token budget,
   which is the KV capacity; decode batches of at most 50000 context tokens; no memory accounting; the first
@@ -52,6 +52,20 @@ def test_trace_vllm_v0():
     assert [i for i in steps if steps[i].preempted] == [7, 9, 11, 13]
     assert max(steps) == 56
     assert [r.preemptions for r in result.requests] == [0, 0, 4]
+
+
+def test_trace_tensorrt_llm_batch_waiting():
+    """By hand from `PyExecutor._waiting_requests`: three iterations at most, or half of 100 tokens."""
+    flags = preset("tensorrt-llm-sync-waiting", batch_wait_timeout_iters=3, max_num_batched_tokens=100, max_num_seqs=8)
+    arrive = [(0.0, 20, 12), (1.0, 10, 4), (5.0, 30, 3), (6.0, 20, 3), (10.0, 10, 9), (13.0, 10, 2)]
+    requests = [Request(i, *shape) for i, shape in enumerate(arrive)]
+    steps = [r.batch for r in simulate(requests, flags, 1, "round_robin", lambda stats: 1.0).iterations]
+    # Nothing decodes: no wait. Then three iterations pass by, and the count begins anew.
+    assert steps[:5] == [{0: 20}, {0: 1}, {0: 1}, {0: 1}, {0: 1, 1: 10}]
+    # 2 + 30 tokens wait, 2 + 30 + 20 do not.
+    assert steps[5:7] == [{0: 1, 1: 1}, {0: 1, 1: 1, 2: 30, 3: 20}]
+    # Two iterations waited, then nothing decodes: it goes, and the two still count for the next.
+    assert steps[9:15] == [{0: 1}, {0: 1}, {0: 1}, {4: 10}, {4: 1}, {4: 1, 5: 10}]
 
 
 # --- simdistserve ---------------------------------------------------------------------------------

@@ -284,9 +284,11 @@ def test_static_batches_wait_for_the_longest(name, want):
     assert [r.scheduled_s for r in results] == want
 
 
-@pytest.mark.parametrize(("max_tokens", "want"), [(8, 1), (9, 4)])
+@pytest.mark.parametrize(("max_tokens", "want"), [(8, 2), (9, 4)])
 def test_guaranteed_no_evict_reserves_the_output_limit(max_tokens, want):
-    """Four blocks of 8: the first takes two; 8 + 8 tokens fit beside it, 8 + 9 wait for its end."""
+    """Four blocks of 8: the first takes two; 8 + 8 tokens fit beside it, a pass later than they came (the overlap
+    scheduler), 8 + 9 wait for its end.
+    """
     flags = preset("tensorrt-llm", num_blocks=4, block_size=8)
     requests = [Request(0, 0, 8, 4, 8), Request(1, 1, 8, 4, max_tokens)]
     _, results = unit_steps(requests, flags)

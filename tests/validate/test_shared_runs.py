@@ -58,6 +58,19 @@ def test_operating_points_of_vllm(shared_data, tmp_path):
     assert found["ttft_ms"]["median_absolute_error"] < 0.25 and found["tpot_ms"]["median_absolute_error"] < 0.12
 
 
+def test_operating_points_of_tensorrt_llm(shared_data, tmp_path):
+    """Llama-3.1-70B at 1k/1k, where prompts wait for each other on fewer than 8 devices: each of those by itself."""
+    table = pd.read_csv(shared_data / "runs" / "serving_points_silicon.csv")
+    table = table[(table["backend"] == "trtllm") & (table["mode"] == "agg") & (table["ambiguous"] == 0)
+                  & (table["system"] == "h200_sxm") & table["model_path"].str.contains("70B")
+                  & (table["isl"] == 1024) & (table["osl"] == 1024) & (table["tp_size"] < 8)]
+    table.iloc[::3].to_csv(tmp_path / "points.csv", index=False)
+    found = points.simulate_points(tmp_path / "points.csv")
+    assert found.summary()["ttft_ms"]["count"] == 6
+    assert found.frame["ttft_ms_error"].abs().max() < 0.1
+    assert found.summary()["tpot_ms"]["median_absolute_error"] < 0.12
+
+
 @pytest.mark.parametrize("capacity_tokens, share", [(1 << 28, 0.374), (4_000_000, 0.185), (16_000_000, 0.342)])
 def test_hit_rates_of_a_production_trace(shared_data, capacity_tokens, share):
     """Prompt tokens found in the cache, by its size, within 2 points: Mooncake conversations, one fast engine."""

@@ -1,0 +1,221 @@
+"""The environment by control ticks: exact whatever the ticks, and actions take effect where they are said to."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsim import InputError, Scenario
+from jaxsim.engine import functional
+from jaxsim.engine import simulate as engine
+from jaxsim.engine.environment import Action, Environment
+from jaxsim.policy import routing
+
+DYADIC = {"a": 2.0**-6, "b": 2.0**-16, "c": 2.0**-22, "d": 2.0**-12}
+"""Exact in float32: a jump takes what its iterations take one by one."""
+
+SEEDS, TICKS = 8, 48
+
+
+def scenario(preset: str = "vllm-v1", **engine_fields) -> Scenario:
+    """Two replicas with slots and memory for few."""
+    return Scenario.from_dict({
+        "schema_version": 1, "num_seeds": 1, "cluster": {"replicas": 2, "router": "round_robin"},
+        "engine": {"preset": preset, "max_num_seqs": 6, "max_num_batched_tokens": 256, "max_model_len": 256,
+                   "num_gpu_blocks_override": 40, **engine_fields},
+        "workload": {"kind": "poisson", "rate_rps": 9.0, "num_requests": 40, "input": {"kind": "uniform",
+                     "min_tokens": 8, "max_tokens": 96}, "output": {"kind": "uniform", "min_tokens": 1,
+                                                                    "max_tokens": 100}},
+        "slo": {"ttft_ms": 500.0}, "cost": {"kind": "fitted", "prefill": DYADIC, "decode": DYADIC}})
+
+
+def rollout(env: Environment, actions, requests):
+    """One episode under given actions: latencies, the world, and what every step gave."""
+    def tick(state, action):
+        state, *seen = env.step(state, action)
+        return state, seen
+
+    state, seen = jax.lax.scan(tick, env.reset(requests)[0], actions)
+    return functional.latencies(env.dims, env.params, requests, state.world), state.world, seen
+
+
+@jax.jit
+def equal(a, b):
+    return jax.tree.map(lambda x, y: jnp.array_equal(x, y, equal_nan=True), a, b)
+
+
+def limits(rng: np.random.Generator, lanes: int, ticks: int) -> Action:
+    """Limits that change at about every other tick."""
+    def held(values, is_new):
+        at = np.maximum.accumulate(np.where(is_new, np.arange(ticks), 0), axis=1)
+        return jnp.asarray(np.take_along_axis(values, at, axis=1))
+
+    is_new = rng.random((2, lanes, ticks)) < 0.5
+    return Action(max_num_seqs=held(rng.integers(1, 7, (lanes, ticks)), is_new[0]),
+                  max_num_batched_tokens=held(rng.integers(16, 257, (lanes, ticks)), is_new[1]))
+
+
+@pytest.mark.parametrize("preset", ["vllm-v1@0.9", "vllm-v1@0.19", "vllm-v0"])
+def test_changes_take_effect_as_if_iterations_were_single(preset, monkeypatch):
+    """Under limits that change all the time: cutting a jump is as exact as having none. And where nothing changes, the
+    ticks change nothing."""
+    changing = limits(np.random.default_rng(0), SEEDS, TICKS)
+    still = Action(max_num_seqs=jnp.full((SEEDS, TICKS), 6), max_num_batched_tokens=jnp.full((SEEDS, TICKS), 256))
+    both = jax.tree.map(lambda *x: jnp.concatenate(x), changing, still)
+
+    def run(env):
+        requests = jax.tree.map(lambda x: jnp.concatenate([x, x]), env.requests(range(SEEDS)))
+        return requests, *jax.jit(jax.vmap(lambda a, r: rollout(env, a, r)))(both, requests)
+
+    env = Environment(scenario(preset), tick_s=0.3)
+    requests, met, world, _ = run(env)
+    whole = jax.jit(jax.vmap(lambda r: functional.simulate(env.dims, env.params, r)))(
+        jax.tree.map(lambda x: x[SEEDS:], requests))
+    plain = jax.vmap(lambda r, world: functional.latencies(env.dims, env.params, r, world))(
+        jax.tree.map(lambda x: x[SEEDS:], requests), whole)
+    assert all(jax.tree.leaves(equal(jax.tree.map(lambda x: x[SEEDS:], met), plain)))
+    assert met.is_finished.all() and met.preemptions.sum() > 0 and not world.fault.any()
+    assert np.array_equal(world.itl[SEEDS:], whole.itl)
+
+    monkeypatch.setattr(engine, "dims_of", lambda *args, of=engine.dims_of: replace(of(*args), max_jump=1))
+    single = Environment(scenario(preset), tick_s=0.3)
+    assert single.dims.max_jump == 1
+    _, by_one, slow, _ = run(single)
+    assert (slow.steps.sum() > 1.5 * world.steps.sum()) and not np.array_equal(met.e2e_s[:SEEDS], met.e2e_s[SEEDS:])
+    for name in ("ttft_s", "tpot_s", "e2e_s", "queue_s", "preemptions"):
+        assert np.array_equal(getattr(met, name), getattr(by_one, name), equal_nan=True), name
+
+
+@pytest.fixture(scope="module")
+def steered():
+    """An environment with a router to steer, and its rollout as one program over many lanes."""
+    env = Environment(scenario(), tick_s=0.3, routing=routing.Linear(bias=np.zeros(2, np.float32)))
+    return env, jax.jit(jax.vmap(lambda actions, requests: rollout(env, actions, requests)))
+
+
+def test_a_replica_that_is_off_gets_nothing_and_drains(steered):
+    env, run = steered
+    is_active = np.ones((SEEDS, TICKS, 2), bool)
+    is_active[:, 2:6, 0] = False
+    is_active[:, 6:8, 1] = False
+    is_active[:, 10:12] = False  # nobody: as if all
+    bias = np.zeros((SEEDS, TICKS, 2), np.float32)
+    bias[:, 8:10, 1] = 1e3
+    router = jax.tree.map(lambda x: jnp.broadcast_to(x, (SEEDS, TICKS)), routing.Linear(bias=np.float32(0)))
+    actions = Action(replace(router, bias=jnp.asarray(bias)), jnp.asarray(is_active))
+    requests = env.requests(range(SEEDS))
+    met, world, (seen, outcome, is_done) = run(actions, requests)
+    arrived = np.asarray(seen.arrived)
+    assert arrived[:, 2:6, 0].sum() == arrived[:, 6:8, 1].sum() == arrived[:, 8:10, 1].sum() == 0
+    assert arrived[:, 2:6, 1].sum() > 50 and arrived[:, 8:10, 0].sum() > 20 and arrived[:, 10:12].sum(axis=(0, 1)).all()
+    # Who was there is served there.
+    there = np.asarray(seen.running + seen.waiting)[:, 1:6, 0]
+    assert there[:, 0].sum() > there[:, -1].sum() and np.all(np.diff(there, axis=1) <= 0)
+    assert np.array_equal(there[:, 0] - there[:, -1], seen.completed[:, 2:6, 0].sum(axis=1))
+    assert met.is_finished.all() and is_done[:, -1].all()
+    # What is reported adds up to what happened, by the tick.
+    assert np.array_equal(arrived.sum(axis=(1, 2)), requests.count)
+    assert np.array_equal(seen.completed.sum(axis=(1, 2)), requests.count)
+    present = np.cumsum(arrived - seen.completed, axis=1)
+    assert np.array_equal(present, seen.waiting + seen.running)
+    assert np.allclose(outcome.ttft_s.sum(axis=(1, 2)), met.ttft_s.sum(1), rtol=1e-5)
+    assert np.allclose(outcome.e2e_s.sum(axis=(1, 2)), met.e2e_s.sum(1), rtol=1e-5)
+    assert np.array_equal(outcome.attained.sum(axis=(1, 2)), (met.ttft_s <= 0.5).sum(1))
+    assert np.array_equal(outcome.output_tokens.sum(axis=(1, 2)), requests.table[:, :-1, 1].sum(1))
+    assert np.all(seen.used_blocks <= 40) and np.array_equal(seen.used_blocks == 0, seen.running == 0)
+    first_done = np.argmax(np.asarray(is_done), axis=1)
+    assert np.array_equal(np.asarray(seen.completed).sum(2).cumsum(1) == 40, is_done) and first_done.max() < TICKS - 1
+
+
+def test_blocks_are_those_of_the_instant(steered):
+    """In the middle of a jump: as many as the tokens of those who run, to one boundary."""
+    env, run = steered
+    requests = jax.tree.map(lambda x: jnp.stack([x] * SEEDS), env.requests(3))
+    still = jax.tree.map(lambda x: jnp.broadcast_to(x, (SEEDS, TICKS, *jnp.shape(x))), env.params.routing)
+    _, _, (seen, _, _) = run(Action(still, jnp.ones((SEEDS, TICKS, 2), bool)), requests)
+    used, running = np.asarray(seen.used_blocks[0]), np.asarray(seen.running[0])
+    jumps = (np.diff(running, axis=0) == 0) & (running[1:] > 0) & (np.diff(used, axis=0) > 0)
+    assert jumps.sum() > 5, "blocks grow while the same number run"
+
+
+@pytest.mark.parametrize("rule", [routing.RoundRobin(), routing.Random(), routing.LeastOutstanding(),
+                                  routing.PowerOfTwo(), routing.LeastKV(), routing.DataParallel(), routing.Score(),
+                                  routing.Linear()], ids=lambda rule: type(rule).__name__)
+def test_routers_keep_to_active_instances(rule):
+    rng = np.random.default_rng(1)
+
+    def view(is_active):
+        return routing.View(
+            jnp.asarray(rng.integers(0, 4, 5)), jnp.asarray(rng.integers(0, 3, 5)), jnp.asarray(rng.integers(0, 9, 5)),
+            jnp.full(5, 9), jnp.int32(rng.integers(0, 99)), jnp.asarray(rng.random(2), jnp.float32), jnp.int32(10),
+            is_active)
+
+    chosen = []
+    for _ in range(60):
+        is_active = rng.random(5) < 0.5
+        is_active[rng.integers(5)] = True
+        chosen.append(int(rule.choose(view(jnp.asarray(is_active)))))
+        assert is_active[chosen[-1]]
+        everybody = view(None)
+        assert int(rule.choose(everybody)) == int(rule.choose(replace(everybody, is_active=jnp.ones(5, bool))))
+    assert len(set(chosen)) == 5
+
+
+class Stubborn(routing.AbstractRouting):
+    """Knows nothing of active instances."""
+
+    def choose(self, view):
+        return jnp.int32(0)
+
+
+def test_other_routers_are_kept_to_them():
+    env = Environment(scenario(), tick_s=1.0, routing=Stubborn())
+    step = jax.jit(env.step)
+    state, _ = env.reset(0)
+    state, seen, _, _ = step(state, Action(is_active=jnp.array([False, True])))
+    state, more, _, _ = step(state, Action(is_active=jnp.array([True, True])))
+    assert seen.arrived[0] == 0 < seen.arrived[1] and more.arrived[1] == 0 < more.arrived[0]
+
+
+def test_policy_gradients_pass_by_the_environment(steered):
+    """A step is a constant, also to reverse mode."""
+    env, _ = steered
+
+    def loss(bias):
+        state, _ = env.reset(requests)
+        router = replace(env.params.routing, bias=bias)
+        _, _, outcome, _ = env.step(state, Action(router))
+        return jnp.sum(bias**2) + outcome.e2e_s.sum()
+
+    requests = env.requests(0)
+    assert np.array_equal(jax.grad(loss)(jnp.array([1.0, -2.0])), [2.0, -4.0])
+
+
+def test_what_does_not_fit_is_refused(steered):
+    env, _ = steered
+    state, _ = env.reset(0)
+    with pytest.raises(ValueError, match="class and shapes"):
+        env.step(state, Action(routing.RoundRobin()))
+    with pytest.raises(ValueError, match="2 instances"):
+        env.step(state, Action(is_active=jnp.ones(3, bool)))
+    with pytest.raises(InputError, match="tick_s"):
+        Environment(scenario(), tick_s=0.0)
+    with pytest.raises(InputError, match="enable_prefix_caching"):
+        Environment(scenario(enable_prefix_caching=True), tick_s=1.0)
+
+
+def test_the_example_learns():
+    """A smaller version: it runs as it stands, and its trials get better."""
+    path = Path(__file__).parents[2] / "examples" / "learned_router.py"
+    spec = importlib.util.spec_from_file_location("learned_router", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    lines = []
+    shares = example.main(generations=30, num_requests=96, num_ticks=5, train_seeds=16, test_seeds=16, log=lines.append)
+    assert set(shares) == {"learned", "RoundRobin", "LeastOutstanding"} and len(lines) >= 14
+    assert all(0.5 < share <= 1 for share in shares.values())
+    assert shares["learned"] > max(shares["RoundRobin"], shares["LeastOutstanding"])
