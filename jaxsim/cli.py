@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsim.calibrate.command import add_parser as add_calibrate
+from jaxsim.planning.command import add_parser as add_plan
 from jaxsim.study.command import add_parser as add_sweep
 from jaxsim.study.goodput_command import add_parser as add_goodput
 from jaxsim.study.plot_command import add_parser as add_plot
@@ -235,13 +236,16 @@ def _parser() -> argparse.ArgumentParser:
 
     add_sweep(commands).set_defaults(command=_sweep)
     add_goodput(commands).set_defaults(command=_goodput)
+    add_plan(commands).set_defaults(command=_plan)
     add_plot(commands)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
 
     bench = commands.add_parser("bench", help="measure how fast the simulator is",
                                 description="Measure how fast the simulator is on this machine.")
-    bench.add_argument("--quick", action="store_true", help="end within 90 seconds")
+    bench.add_argument("--suite", choices=("engine", "sweeps"), default="engine",
+                       help="the compiled loop on one core, or whole sweeps on all of them (default: engine)")
+    bench.add_argument("--quick", action="store_true", help="fewer and shorter: the engine within 90 seconds")
     bench.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
     bench.set_defaults(command=_bench)
 
@@ -552,6 +556,15 @@ def _goodput(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from jaxsim.planning.command import run
+
+    _keep_programs()
+    _find_devices()
+    run(options, _assignments(options.values))
+    return 0
+
+
 def _validate(options: argparse.Namespace) -> int:
     from jaxsim.validate.command import FILES, run, system
 
@@ -586,7 +599,10 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from jaxsim.bench import command
+    if options.suite == "sweeps":
+        from jaxsim.bench.sweeps import command
+    else:
+        from jaxsim.bench.engine import command
 
     return command(options.quick, options.json)
 

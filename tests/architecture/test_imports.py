@@ -18,9 +18,9 @@ LEVELS = {
     "jaxsim.cost": 3, "jaxsim.policy": 3, "jaxsim.workload": 3, "jaxsim.metrics": 3,
     "jaxsim.traces": 4, "jaxsim.profiles": 4,
     "jaxsim.engine": 5,
-    "jaxsim.io": 6,
+    "jaxsim.io": 6, "jaxsim.analytic": 6,
     "jaxsim.validate": 7, "jaxsim.study": 7,
-    "jaxsim.calibrate": 8,
+    "jaxsim.calibrate": 8, "jaxsim.planning": 8,
     "jaxsim.cli": 9, "jaxsim.bench": 9, "jaxsim.__main__": 9, "jaxsim": 9,
     "jaxsim.scenarios": 0,
 }
@@ -31,15 +31,21 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.cli": "*",
     "jaxsim.calibrate.command": "*",
     "jaxsim.validate.command": "*",
+    "jaxsim.planning.command": "*",
     "jaxsim.study.command": "*",
     "jaxsim.study.goodput_command": "*",
     "jaxsim.study.plot_command": "*",
     # Drawing is optional and matplotlib slow to load.
     "jaxsim.io.figure": "matplotlib",
     "jaxsim.io.plots": "matplotlib",
-    "jaxsim.study.plots": "matplotlib",
+    "jaxsim.study.heat_map": "matplotlib",
+    "jaxsim.study.line_plot": "matplotlib",
+    "jaxsim.study.panels": "matplotlib",
+    "jaxsim.study.pareto_plot": "matplotlib",
+    # Half a second that only Sobol designs need.
+    "jaxsim.study.design": "scipy",
     # Not on every platform; the memory of a run is then left out.
-    "jaxsim.bench": "resource",
+    "jaxsim.bench.engine": "resource",
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cpp
-from jaxsim import bench
+from jaxsim.bench import engine as bench
 from jaxsim.engine import loop
 
 CASE = bench.Case("test", scenarios=12, requests=60, slots=8, num_blocks=60)
@@ -99,7 +99,7 @@ def test_workload_is_as_stated():
 
 def test_report_without_sources(monkeypatch):
     """An installed package has neither the C++ sources nor the reference: null and a note, not an error."""
-    monkeypatch.setattr(bench, "_checkout", lambda relative: None)
+    monkeypatch.setattr(bench, "checkout", lambda relative: None)
     monkeypatch.setattr(bench, "_measure_quickly", lambda jobs, began, report: [
         report(bench._empty(bench.Case(**case), "not run")) for job in jobs for case in job.cases])
     report = bench.main(quick=True)

@@ -327,9 +327,9 @@ def test_schema_is_printed(capsys):
 
 
 def test_bench_hands_over(monkeypatch):
-    import jaxsim.bench
+    from jaxsim.bench import engine
 
-    monkeypatch.setattr(jaxsim.bench, "command", lambda quick, as_json: 7 if (quick, as_json) == (True, False) else 1)
+    monkeypatch.setattr(engine, "command", lambda quick, as_json: 7 if (quick, as_json) == (True, False) else 1)
     assert cli.main(["bench", "--quick"]) == 7
 
 

@@ -1,0 +1,1 @@
+"""Plan search: which way to cut a model over devices, screened in closed form, confirmed by simulation."""

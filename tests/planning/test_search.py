@@ -1,0 +1,133 @@
+"""Plan search, from Python and from the command line."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jaxsim import cli
+from jaxsim._core.errors import InputError
+from jaxsim.planning import search as searching
+from jaxsim.planning.command import RANKS
+from jaxsim.planning.search import search
+from jaxsim.spec.scenario import Scenario
+
+BASE = {
+    "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"}, "num_seeds": 2,
+    "engine": {"max_num_seqs": 32, "max_model_len": 4096}, "slo": {"ttft_ms": 200.0, "tpot_ms": 12.0},
+    "workload": {"kind": "poisson", "rate_rps": 4.0, "num_requests": 80, "input": 300, "output": 60}}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Two H100 and two L4, on which the model fits in some ways only."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(searching, "LARGEST_GRID", 32)
+    yield search(Scenario.from_dict(BASE), [("h100", 2), ("v100_pcie_16", 2)], top=3)
+    patch.undo()
+
+
+def test_every_plan_is_in_the_table(found):
+    table = found.table
+    assert len(table) == 8 and set(table["device"]) == {"h100_sxm_80", "v100_pcie_16"}
+    assert set(zip(table["device"], table["plan"], strict=True)) == {
+        (device, plan) for device in ("h100_sxm_80", "v100_pcie_16") for plan in (
+            "TP2", "2 x TP1", "TP1 PP2", "attention DP2 FFN TP2")}
+    # What cannot run says why, with the arithmetic; what can, but is not simulated, too.
+    misfit = table[(table["device"] == "v100_pcie_16") & (table["plan"] == "2 x TP1")].iloc[0]
+    assert "GiB" in misfit["refused"] and np.isnan(misfit["screened.tpot_ms"]) and pd.isna(misfit["rank"])
+    others = table[table["plan"].isin(["TP1 PP2", "attention DP2 FFN TP2"]) & (table["device"] == "h100_sxm_80")]
+    assert others["refused"].str.contains("not simulated").all() and others["screened.tpot_ms"].notna().all()
+    assert others["mean_tpot_ms"].isna().all()
+
+
+def test_ranks_and_the_front(found):
+    table = found.table
+    ranked = table[table["rank"].notna()]
+    assert list(ranked["rank"]) == [1, 2, 3] and list(ranked.index) == [0, 1, 2]
+    assert found.best == 0 and ranked["plan"].iloc[0] == "TP2" and ranked["device"].iloc[0] == "h100_sxm_80"
+    meets = ranked["meets_limits"].astype(bool)
+    assert meets.iloc[0] and not meets.iloc[2] and ranked["device"].iloc[2] == "v100_pcie_16"
+    assert ranked[meets]["mean_e2el_ms"].is_monotonic_increasing
+    # Nobody on the front is beaten by another in all three.
+    axes = ranked[["mean_ttft_ms", "mean_tpot_ms"]].assign(
+        less=-ranked["screened.output_tokens_per_s_per_device"]).to_numpy(float)
+    for row, is_on in zip(axes, ranked["is_on_front"], strict=True):
+        is_beaten = any((other <= row).all() and (other < row).any() for other in axes)
+        assert is_on != is_beaten
+    assert ranked["is_on_front"].iloc[0]
+
+
+def test_what_was_screened_is_what_was_simulated(found):
+    """At a low load, of all that was simulated: TPOT within 5 %, TTFT within 10 %."""
+    ranked = found.table[found.table["rank"].notna()]
+    np.testing.assert_allclose(ranked["screened.tpot_ms"], ranked["mean_tpot_ms"], rtol=0.05)
+    np.testing.assert_allclose(ranked["screened.ttft_ms"], ranked["mean_ttft_ms"], rtol=0.10)
+    assert (ranked["screened.rate_within_limits"] <= ranked["screened.capacity_rps"] * 1.0001).all()
+    assert ranked["screened.rate_within_limits"].iloc[2] == 0
+
+
+def test_the_line_of_the_best(found):
+    line = found.vllm_line()
+    assert line.startswith("vllm serve meta-llama/Llama-3.1-8B --tensor-parallel-size 2 --max-num-seqs 32 ")
+    assert "--max-model-len 4096" in line and "--gpu-memory-utilization 0.9" in line
+    with pytest.raises(InputError, match="was not simulated"):
+        found.vllm_line(7)
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line on standard error."""
+    assert cli.main(["plan", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--model", "llama-3.1-8b"], "--devices.*missing"),
+    (["--devices", "h100:8"], "--model.*missing"),
+    (["--model", "llama-3.1-8b", "--devices", "h101:8"], "h100"),
+    (["--model", "lama-3.1-8b", "--devices", "h100:8"], "llama-3.1-8b"),
+    (["--model", "llama-3.1-8b", "--devices", "h100:0"], "is not NAME:COUNT"),
+    (["--model", "llama-3.1-8b", "--devices", "h100"], "is not NAME:COUNT"),
+    (["--model", "llama-3.1-8b", "--devices", "h100:1", "--slo", "tft:1"], "is no limit"),
+    (["--model", "llama-3.1-8b", "--devices", "h100:1", "--attainment", "2"], "is not a share"),
+    (["--model", "llama-3.1-8b", "--devices", "h100:1", "--top", "0"], "leaves nothing"),
+    (["--model", "llama-3.1-8b", "--devices", "h100:1", "--out", "x.txt"], "is no table"),
+    (["--model", "llama-3.1-8b", "--devices", "h100:1", "--trace", "nowhere.csv"], "nowhere.csv"),
+    (["fitted-latency", "--devices", "h100:1"], "does not know how plans differ"),
+])
+def test_mistakes(capsys, arguments, says):
+    assert re.search(says, refused(capsys, *arguments))
+
+
+def test_no_plan_fits(capsys):
+    """Every refusal is shown."""
+    err = refused(capsys, "--model", "llama-3.1-70b", "--devices", "l4:2")
+    for plan in ("TP2", "2 x TP1", "TP1 PP2", "attention DP2 FFN TP2"):
+        assert f"l4 {plan}: " in err
+    assert err.count("GiB") >= 8 and "no plan can run" in err
+
+
+def test_the_command(found, capsys, monkeypatch, tmp_path):
+    """What is printed, and what is written, of a search that was done."""
+    monkeypatch.setattr("jaxsim.planning.search.search", lambda *args, **options: found)
+    arguments = ["plan", "--model", "llama-3.1-8b", "--devices", "h100:2", "--devices", "v100_pcie_16:2", "--rate", "4",
+                 "--slo", "ttft:200", "tpot:12", "--out", str(tmp_path / "plans.csv")]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "h100_sxm_80:2 TP2" in text and found.vllm_line() in text and "simulated;" in text
+    assert "v100_pcie_16:2 2 x TP1: " in text
+    assert all(len(line) <= 100 for line in text.splitlines() if "vllm serve" not in line)
+    assert len(pd.read_csv(tmp_path / "plans.csv")) == 8
+    assert cli.main([*arguments[:-1], str(tmp_path / "plans.parquet"), "--json"]) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "plans.parquet")[["plan", "mean_ttft_ms"]],
+                                  found.table[["plan", "mean_ttft_ms"]])
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["rows"]) == 8 and printed["best"] == 0 and printed["vllm"] == found.vllm_line()
+
+
+def test_orders_are_the_ones_of_the_command():
+    assert tuple(searching.COLUMNS) == RANKS == tuple(searching.SCREENED)
