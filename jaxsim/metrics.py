@@ -9,8 +9,12 @@ Definitions (all seconds inside, milliseconds in keys that end in `_ms`):
 * duration: from the first arrival to the last completion, so the drain after the last arrival is part of it and
   of every rate. Percentiles are linear between order statistics.
 * attainment and goodput: requests that meet all limits given at once, over all requests that arrived.
-* requests that arrive in the first `warmup_s` seconds are left out of request metrics, never out of the
-  simulation.
+* requests that arrive in the first `warmup_s` seconds, or in the last `cooldown_s` before the last arrival, are left
+  out of request metrics, never out of the simulation. With a cool-down, rates are those of the window in between,
+  whatever arrived when: requests that end in it, prompts whose first token comes in it, and output tokens, of a request
+  spread evenly from its first to its last, over the length of the window.
+* energy: each device draws `power.busy_w` while its instance has an iteration in flight and `power.idle_w` in between
+  (`jaxsim.spec.device.ServingPower`). A first form: power does not follow the batch, prompts are charged as decodes.
 
 Known gaps: percentiles and deviation of ITL come from a histogram with bins at most 1.6 % wide, which
 cannot leave out a warm-up; the mean of ITL is exact.
@@ -27,7 +31,9 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int, Int8
 from scipy.special import stdtrit
 
+from jaxsim._core.errors import InputError
 from jaxsim.kernels import histogram
+from jaxsim.spec.device import ServingPower
 from jaxsim.spec.scenario import Scenario, SloSection
 
 FINISHED, UNFINISHED = 0, 1
@@ -196,50 +202,107 @@ def is_unstable(lane: LaneResult) -> bool | None:
 def unstable(arrival_s: Float[np.ndarray, " requests"], scheduled_s: Float[np.ndarray, " requests"],
              finish_s: Float[np.ndarray, " requests"]) -> bool | None:
     """`is_unstable` of a run with these times; NaN for what never happened."""
-    if len(arrival_s) < FEWEST_FOR_TREND or arrival_s[-1] <= arrival_s[0]:
-        return None
-    # NaN sorts last.
-    finished = np.searchsorted(np.sort(finish_s), arrival_s, side="right")
-    scheduled = np.searchsorted(np.sort(scheduled_s), arrival_s, side="right")
-    if _keeps_growing(np.arange(1, len(arrival_s) + 1) - scheduled):
-        return True
-    return None if _keeps_growing(scheduled - finished) else False
+    (verdict,) = unstable_rows(arrival_s[None], scheduled_s[None], finish_s[None])
+    return None if np.isnan(verdict) else bool(verdict)
 
 
-def _keeps_growing(level: Int[np.ndarray, " requests"]) -> bool:
+def unstable_rows(arrival_s: Float[np.ndarray, "runs requests"], scheduled_s: Float[np.ndarray, "runs requests"],
+                  finish_s: Float[np.ndarray, "runs requests"]) -> Float[np.ndarray, " runs"]:
+    """The same of many runs: 1 where unstable, 0 where not, NaN where it is too early to tell."""
+    rows, count = arrival_s.shape
+    if count < FEWEST_FOR_TREND:
+        return np.full(rows, np.nan)
+    waiting = np.arange(1, count + 1) - _so_far(arrival_s, scheduled_s)
+    running = np.arange(1, count + 1) - waiting - _so_far(arrival_s, finish_s)
+    filling = np.where(_keeps_growing(running), np.nan, 0.0)
+    verdict = np.where(_keeps_growing(waiting), 1.0, filling)
+    return np.where(arrival_s[:, -1] <= arrival_s[:, 0], np.nan, verdict)
+
+
+def _so_far(arrival_s: Float[np.ndarray, "runs requests"], times_s: Float[np.ndarray, "runs requests"]
+            ) -> Int[np.ndarray, "runs requests"]:
+    """How many of the times of a run have come at each of its arrivals."""
+    rows, count = arrival_s.shape
+    # By the first arrival that is not before it; arrivals are in order, so no time has to be sorted.
+    place = np.stack([np.searchsorted(a, t) for a, t in zip(arrival_s, times_s, strict=True)])
+    flat = (place + (count + 1) * np.arange(rows)[:, None]).ravel()
+    return np.cumsum(np.bincount(flat, minlength=rows * (count + 1)).reshape(rows, -1)[:, :-1], axis=1)
+
+
+def _keeps_growing(level: Int[np.ndarray, "runs requests"]) -> Bool[np.ndarray, " runs"]:
     """Whether a number of requests, at each arrival, rises over the second half of the arrivals."""
-    size = len(level) // 2 // _TREND_BATCHES
-    means = level[-size * _TREND_BATCHES:].reshape(_TREND_BATCHES, size).mean(axis=1)
-    score = sum(np.sign(means[j] - means[i]) for j in range(_TREND_BATCHES) for i in range(j))
-    growth = (means[-1] - means[0]) / (size * (_TREND_BATCHES - 1))
-    return bool(score >= _TREND_SCORE and growth >= _GROWING_SHARE)
+    size = level.shape[1] // 2 // _TREND_BATCHES
+    means = level[:, -size * _TREND_BATCHES:].reshape(len(level), _TREND_BATCHES, size).mean(axis=2)
+    later, earlier = np.tril_indices(_TREND_BATCHES, -1)
+    score = np.sign(means[:, later] - means[:, earlier]).sum(axis=1)
+    growth = (means[:, -1] - means[:, 0]) / (size * (_TREND_BATCHES - 1))
+    return (score >= _TREND_SCORE) & (growth >= _GROWING_SHARE)
 
 
-def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float = 0.0) -> dict[str, Any]:
-    """All metrics of one run: flat keys of vLLM's benchmark client, nested groups. None, never NaN."""
+def measured_span_s(arrival_s: Float[np.ndarray, " requests"], warmup_s: float, cooldown_s: float
+                    ) -> tuple[float, float]:
+    """From when to when requests must arrive to be measured; without a cool-down, however late."""
+    if not len(arrival_s):
+        return 0.0, math.inf
+    return float(arrival_s[0]) + warmup_s, float(np.nanmax(arrival_s)) - cooldown_s if cooldown_s else math.inf
+
+
+def is_measured(lane: LaneResult, warmup_s: float, cooldown_s: float = 0.0) -> Bool[np.ndarray, " requests"]:
+    """Requests that metrics are made of: those that arrive neither in the warm-up nor in the cool-down."""
+    _, end_s = measured_span_s(lane.arrival_s, warmup_s, cooldown_s)
+    return (lane.arrival_s - lane.arrival_s[:1] >= warmup_s) & (lane.arrival_s <= end_s)
+
+
+def share_inside(first_s: Any, last_s: Any, start_s: Any, end_s: Any) -> Any:
+    """Share of the time from first to last that lies in a window; of an instant, whether it does. NaN stays NaN."""
+    length = last_s - first_s
+    inside = np.minimum(last_s, end_s) - np.maximum(first_s, start_s)
+    return np.where(length > 0, np.maximum(inside, 0.0) / np.where(length > 0, length, 1.0),
+                    np.where(np.isnan(length), np.nan, inside >= 0))
+
+
+def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float = 0.0, cooldown_s: float = 0.0,
+                 power: ServingPower | None = None, num_devices: int = 1) -> dict[str, Any]:
+    """All metrics of one run: flat keys of vLLM's benchmark client, nested groups. None, never NaN.
+
+    power: of one of the `num_devices` devices; None where it is not known.
+    """
     frame = request_frame(lane)
-    is_measured = lane.arrival_s - lane.arrival_s[:1] >= warmup_s
-    is_done = is_measured & lane.is_finished
-    measured, done = frame[is_measured], frame[is_done]
+    is_mine = is_measured(lane, warmup_s, cooldown_s)
+    is_done = is_mine & lane.is_finished
+    measured, done = frame[is_mine], frame[is_done]
+    met_by_all = meets(frame, slo)
+    met = {name: mask[is_mine] for name, mask in met_by_all.items()}
     duration_s = None
     if is_done.any():
-        duration_s = float(lane.finish_s[is_done].max() - lane.arrival_s[is_measured][0]) + lane.front_end_s
-    met = meets(measured, slo)
+        duration_s = float(lane.finish_s[is_done].max() - lane.arrival_s[is_mine][0]) + lane.front_end_s
+    start_s, end_s = measured_span_s(lane.arrival_s, warmup_s, cooldown_s)
+    window_s, is_counted, is_good = duration_s, is_done, is_mine
+    inputs, outputs = done["input_tokens"].sum(), done["output_tokens"].sum()
+    if end_s < math.inf:
+        window_s = end_s - start_s if end_s > start_s else None
+        is_counted = is_good = lane.is_finished & (lane.finish_s >= start_s) & (lane.finish_s <= end_s)
+        is_begun = (lane.first_token_s >= start_s) & (lane.first_token_s <= end_s)
+        inputs = np.asarray(lane.input_tokens)[is_begun].sum()
+        outputs = np.nansum(lane.output_tokens * share_inside(lane.first_token_s, lane.finish_s, start_s, end_s))
+    num_cooldown = int((lane.arrival_s > end_s).sum())
 
     def per_second(amount: float) -> float | None:
-        return float(amount) / duration_s if duration_s else None
+        return float(amount) / window_s if window_s else None
 
-    input_tokens, output_tokens = int(done["input_tokens"].sum()), int(done["output_tokens"].sum())
+    utilisation = _utilisation_group(lane)
     result: dict[str, Any] = {
         "duration": duration_s,
+        "window_s": window_s,
         "completed": len(done),
         "failed": len(measured) - len(done),
-        "total_input_tokens": input_tokens,
-        "total_output_tokens": output_tokens,
-        "request_throughput": per_second(len(done)),
-        "request_goodput": per_second(met["all"].sum()) if met else None,
-        "output_throughput": per_second(output_tokens),
-        "total_token_throughput": per_second(input_tokens + output_tokens),
+        "total_input_tokens": int(done["input_tokens"].sum()),
+        "total_output_tokens": int(done["output_tokens"].sum()),
+        "request_throughput": per_second(is_counted.sum()),
+        "request_goodput": per_second((met_by_all["all"] & is_good).sum()) if met else None,
+        "output_throughput": per_second(outputs),
+        "total_token_throughput": per_second(inputs + outputs),
+        **_energy_of(power, num_devices, utilisation["busy_share"], window_s, per_second(outputs)),
     }
     for name, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("itl", None), ("e2el", "e2e_s")):
         summary = _gaps(lane, done) if column is None else _distribution(done[column].to_numpy())
@@ -250,10 +313,11 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "preemptions": _preemption_group(measured),
         "tenants": _tenants_group(lane, measured, met),
         "kv": _kv_group(lane),
-        "utilisation": _utilisation_group(lane),
+        "utilisation": utilisation,
         "cost": {"extrapolated_share": lane.extrapolated_share},
         "num_requests": len(measured),
-        "num_warmup_requests": lane.num_requests - len(measured),
+        "num_warmup_requests": lane.num_requests - len(measured) - num_cooldown,
+        "num_cooldown_requests": num_cooldown,
         "unstable": is_unstable(lane),
         "fault": lane.fault or None,
     }
@@ -346,6 +410,39 @@ def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
             "num_iterations": int(lane.num_iterations)}
 
 
+def energy(idle_w: Any, busy_w: Any, num_devices: Any, busy_share: Any, window_s: Any, output_throughput: Any
+           ) -> dict[str, Any]:
+    """Energy of runs, numbers or arrays with an entry a run; NaN where the power of the device is not known.
+
+    idle_w, busy_w: of a device, watts. busy_share: of the time with an iteration in flight, mean over instances.
+    window_s: seconds that the energy is of. mean_power_w = devices x (idle + (busy - idle) x busy_share), energy =
+    mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps: power does not follow
+    the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in it.
+    """
+    mean_power_w = num_devices * (idle_w + (busy_w - idle_w) * busy_share)
+    energy_j = mean_power_w * window_s
+    tokens = np.where(np.asarray(output_throughput) > 0, output_throughput, np.nan)
+    return {"mean_power_w": mean_power_w, "energy_j": energy_j, "energy_wh": energy_j / 3600,
+            "energy_j_per_output_token": mean_power_w / tokens}
+
+
+def _energy_of(power: ServingPower | None, num_devices: int, busy_share: float | None, window_s: float | None,
+               output_throughput: float | None) -> dict[str, float | None]:
+    nan = math.nan
+    watts = (nan, nan) if power is None else (power.idle_w, power.busy_w)
+    rest = (nan if value is None else value for value in (busy_share, window_s, output_throughput))
+    found = {name: float(value) for name, value in energy(*watts, num_devices, *rest).items()}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def _power(scenario: Scenario) -> ServingPower | None:
+    try:
+        return scenario.device.spec().power if scenario.device else None
+    except InputError:
+        # A fitted cost needs no device, so the one named may be in no catalogue.
+        return None
+
+
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested groups as dotted keys."""
     flat: dict[str, Any] = {}
@@ -412,8 +509,8 @@ class Result:
     @functools.cached_property
     def runs(self) -> tuple[tuple[dict[str, Any], ...], ...]:
         """Metrics of every seed of every scenario (`lane_metrics`)."""
-        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s) for lane in lanes)
-                     for s, lanes in zip(self.scenarios, self.lanes, strict=True))
+        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s, s.cooldown_s, _power(s), s.num_devices)
+                           for lane in lanes) for s, lanes in zip(self.scenarios, self.lanes, strict=True))
 
     @functools.cached_property
     def metrics(self) -> tuple[dict[str, Any], ...]:

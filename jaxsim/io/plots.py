@@ -8,7 +8,8 @@ import pandas as pd
 
 from jaxsim.io.figure import FAINT, INK, LIMIT, LINE, drawn, heading
 from jaxsim.io.table import number
-from jaxsim.metrics import FINISHED, STATUS_NAMES, Interval, LaneResult, Result, request_frame
+from jaxsim.metrics import FINISHED, STATUS_NAMES, Interval, LaneResult, Result, is_measured, request_frame
+from jaxsim.spec.scenario import Scenario
 
 PHASES = {"queue": "#E69F00", "prefill": "#0072B2", "stall": "#D55E00", "decode": "#66C2A5"}
 """Colours told apart by readers with any colour vision (after Okabe and Ito)."""
@@ -39,7 +40,7 @@ def plot_latencies(result: Result, path: str | Path, index: int = 0) -> Path:
     """
     path, scenario = Path(path), result.scenarios[index]
     metrics, intervals = result.metrics[index], result.intervals[index]
-    frames = [_measured(lane, scenario.warmup_s) for lane in result.lanes[index]]
+    frames = [_measured(lane, scenario.warmup_s, scenario.cooldown_s) for lane in result.lanes[index]]
     pooled = pd.concat(frames, ignore_index=True)
     panels = (("Time to first token", "ttft", "ttft", "ttft_s"), ("Time per output token", "tpot", "tpot", "tpot_s"),
               ("End to end", "e2e", "e2el", "e2e_s"))
@@ -66,25 +67,29 @@ def plot_latencies(result: Result, path: str | Path, index: int = 0) -> Path:
         axes[0].set_ylabel("share of requests")
         seeds = f", {len(frames)} seeds" if len(frames) > 1 else ""
         heading(figure, f"{_label(result, index)}{seeds}")
-        figure.supxlabel("\n".join(_footnotes(pooled, len(frames), scenario.slo.tpot_ms is not None)),
+        figure.supxlabel("\n".join(_footnotes(pooled, len(frames), scenario.slo.tpot_ms is not None, scenario)),
                          x=0.008, ha="left", fontsize=8.5, color=FAINT)
     return path
 
 
-def _measured(lane: LaneResult, warmup_s: float) -> pd.DataFrame:
+def _measured(lane: LaneResult, warmup_s: float, cooldown_s: float = 0.0) -> pd.DataFrame:
     """The requests that the metrics are made of, and of those the latencies of the ones that finished."""
-    frame = request_frame(lane)[lane.arrival_s - lane.arrival_s[:1] >= warmup_s]
+    frame = request_frame(lane)[is_measured(lane, warmup_s, cooldown_s)]
     is_done = frame["status"] == STATUS_NAMES[FINISHED]
     columns = ["ttft_s", "tpot_s", "e2e_s"]
     return frame.assign(**{name: frame[name].where(is_done) for name in columns})
 
 
-def _footnotes(pooled: pd.DataFrame, num_seeds: int, has_tpot_limit: bool) -> list[str]:
+def _footnotes(pooled: pd.DataFrame, num_seeds: int, has_tpot_limit: bool, scenario: Scenario) -> list[str]:
     """What a reader would otherwise take for a contradiction between curves, marks and shares."""
     notes = []
     if num_seeds > 1:
         notes.append("thin: single seeds; thick: all requests of all seeds; dots: mean of the seeds' percentiles with"
                      " its 95 % interval, as in the table")
+    windows = ("first", scenario.warmup_s), ("last", scenario.cooldown_s)
+    left_out = [f"the {part} {seconds:g} s" for part, seconds in windows if seconds]
+    if left_out:
+        notes.append(f"requests that arrive in {' or '.join(left_out)} are not measured")
     num_failed = int((pooled["status"] != STATUS_NAMES[FINISHED]).sum())
     num_short = int((pooled["tpot_s"].isna() & pooled["e2e_s"].notna()).sum())
     if num_short:

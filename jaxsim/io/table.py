@@ -89,7 +89,7 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
         plan = Plan(tensor_parallel_size=engine.tensor_parallel_size, data_parallel_size=engine.data_parallel_size,
                     enable_expert_parallel=engine.enable_expert_parallel)
         lines += notes(scenario.model.spec(), scenario.device.spec(), plan, scenario.dtype,
-                       moe_backend=engine.moe_backend)
+                       moe_backend=engine.moe_backend, kv_dtype=scenario.kv_dtype)
     if lane.num_prefix_blocks and lane.cached_tokens is None:
         lines.append("the trace names shared prefixes, but engine.enable_prefix_caching is off: every prompt is"
                      " computed in full")
@@ -154,7 +154,8 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
 
     facts = [
         ("requests", f"{number(m['completed'])} completed, {number(m['failed'])} failed;"
-                     f" rates over {flat('duration')} s, drain included"),
+                     f" rates over {flat('window_s')} s,"
+                     f" {'between warm-up and cool-down' if m['num_cooldown_requests'] else 'drain included'}"),
         ("throughput", f"{flat('request_throughput')} requests/s, {flat('output_throughput')} output"
                        f" tokens/s, {flat('total_token_throughput')} tokens/s"),
     ]

@@ -31,6 +31,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
     sweep.add_argument("--executor", default="local", metavar="WHO",
                        help="local (threads), processes:N, or dask:ADDRESS of a scheduler (default: local)")
     sweep.add_argument("--workers", type=int, metavar="N", help="threads of the local executor (default: processors)")
+    sweep.add_argument("--requests", action="store_true",
+                       help="keep every request of every run as well (some 60 bytes each)")
     sweep.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="values",
                        help="replace a field of the scenario that all start from (repeatable)")
     sweep.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
@@ -56,7 +58,8 @@ def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> No
         if not options.dry_run:
             runner.check_memory(about, options.workers)
             with _executor(options.executor) as executor:
-                runner.run_tiles(made, folder, executor=executor, workers=options.workers, progress=progress)
+                runner.run_tiles(made, folder, executor=executor, workers=options.workers,
+                                 with_requests=options.requests, progress=progress)
             path = results.write(made, folder)
     if options.dry_run:
         text = to_json(about) if options.json else "\n".join(_lines(about)) + "\n"
@@ -109,6 +112,9 @@ def _lines(about: dict[str, Any]) -> Iterator[str]:
            f" {about['requests']:,} requests")
     yield (f"{about['programs']} programs, {about['tiles']:,} tiles of up to {about['widest_tile']} runs,"
            f" {about['tile_bytes'] / 2**20:,.0f} MiB a tile")
+    if "elapsed_s" not in about:
+        yield (f"some {number(about['seconds'])} s of one core, a third of it or three times as much on another"
+               " machine, and less where programs are kept from before")
     if "elapsed_s" in about:
         rate = number(about["scenarios"] / max(about["elapsed_s"], 1e-3))
         yield f"{about['elapsed_s']:,.1f} s, {rate} scenarios/s"
@@ -120,11 +126,12 @@ def _progress() -> Iterator[Any]:
     if not sys.stderr.isatty():
         last = [time.monotonic()]
 
-        def line(what: str, done: int, total: int) -> None:
+        def line(what: str, done: int, total: int, programs: int = 0) -> None:
             now = time.monotonic()
             if now - last[0] >= LINES_EVERY_S or (total and done == total):
                 last[0] = now
-                print(f"jaxsim: {what}: {done:,}" + (f" of {total:,} runs" if total else ""), file=sys.stderr)
+                print(f"jaxsim: {what}: {done:,}" + (f" of {total:,} runs" if total else "")
+                      + (f", {programs} programs" if programs else ""), file=sys.stderr)
 
         yield line
         return
@@ -136,11 +143,12 @@ def _progress() -> Iterator[Any]:
                   transient=True) as bar:
         task, begun = bar.add_task("", total=None, rate=""), [time.monotonic(), ""]
 
-        def update(what: str, done: int, total: int) -> None:
+        def update(what: str, done: int, total: int, programs: int = 0) -> None:
             if what != begun[1]:
                 begun[:] = time.monotonic(), what
             rate = done / max(time.monotonic() - begun[0], 1e-6)
-            bar.update(task, description=what, completed=done, total=total or None, rate=f"{rate:,.0f}/s")
+            bar.update(task, description=what, completed=done, total=total or None,
+                       rate=f"{rate:,.0f}/s" + (f", {programs} programs" if programs else ""))
 
         yield update
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 from msgspec import Meta
-from scipy.stats import qmc
 
 from jaxsim._core.errors import InputError
 
@@ -82,6 +81,9 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise InputError("sample.axes", {}, "is empty", "give at least one range")
         names = list(self.axes)
         if self.method == "sobol":
+            # Here, as no other study pays for loading it.
+            from scipy.stats import qmc
+
             sampler = qmc.Sobol(len(names), scramble=True, rng=self.seed)
             # In whole powers of two, of which the first are as even.
             shares = sampler.random_base2(max(self.num - 1, 0).bit_length())[:self.num]

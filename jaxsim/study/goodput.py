@@ -1,21 +1,31 @@
 """Goodput: the highest rate at which a system keeps its limits, for many systems at once.
 
-Every round simulates the same number of rates inside each system's bracket, all systems, rates and seeds in one batch:
-the rate only stretches the arrivals, so no round compiles anything. A bracket ends between the first rate tried that
-misses the target and the one below. The requests are the same at all rates.
+A round simulates a few rates inside each open bracket, all systems, rates and seeds in one batch. The rate only
+stretches the arrivals, so requests are the same at all rates, and later rounds run in the programs of the first: as
+brackets close, those still open share fewer tiles of the same width, and get more rates each where a tile has room.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+import concurrent.futures as futures
+import dataclasses
+import io
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float
 from scipy.special import stdtrit
 
 from jaxsim._core.errors import InputError
 from jaxsim.spec.scenario import Scenario, SloSection
 from jaxsim.study import runner
+from jaxsim.study.lanes import Shape
+from jaxsim.study.plan import Tile, plan_of
+from jaxsim.study.study import Study
 
 RATES_A_ROUND = 8
 MOST_ROUNDS = 12
@@ -26,75 +36,93 @@ LOWEST_RPS, HIGHEST_RPS = 1e-4, 1e6
 """Beyond these it is not moved: nobody is alone at a lower rate, and all come at once at a higher."""
 
 Rule = Literal["joint", "separate"]
+RULES: dict[str, tuple[Rule, ...]] = {"joint": ("joint",), "separate": ("separate",), "both": ("joint", "separate")}
+
+SHOWN = ("window_s", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms", "output_throughput",
+         "num_devices", "usd_per_million_output_tokens", "energy_j_per_output_token")
+"""Metrics of the runs at the rate found."""
+
+_LIMITS = ("ttft", "tpot", "e2e")
 
 
 def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, attainment: float = 0.9,
-           rule: Rule = "joint", rates: tuple[float, float] = (0.1, 100.0), tolerance: float = 0.02,
-           workers: int | None = None,
+           rule: Literal["joint", "separate", "both"] = "joint", rates: tuple[float, float] = (0.1, 100.0),
+           tolerance: float = 0.02, workers: int | None = None,
            progress: Callable[[str, int, int], None] = lambda *_: None) -> pd.DataFrame:
-    """The goodput of every scenario: a row each.
+    """The goodput of every scenario: a row each, or with `both` two.
 
     slo: limits, instead of each scenario's own. attainment: share of requests that must meet them, all of them at once
     (`joint`) or each by itself (`separate`, DistServe's rule). rates: requests/s to begin with; a bracket that they
-    miss is moved on. tolerance: relative width of the bracket at the end.
+    miss is moved on. tolerance: relative width of the bracket at the end. progress: told what, and how many brackets
+    are closed of how many.
 
-    Columns: rate_rps, the highest rate found to meet the target with all tried below it (0 if none did, NaN if the
-    scenario cannot be simulated: `refused` says why); next_rps, the lowest found to miss it (infinite if none did);
-    rate_rps.ci95, half of the 95 % interval of the highest of the rates tried that single seeds meet, coarse where a
-    seed is far from the mean; attainment, mean_ttft_ms, p99_ttft_ms, mean_tpot_ms, output_throughput,
-    usd_per_million_output_tokens at `rate_rps`. A rate at which requests pile up (`unstable`) misses
-    the target, however few there are. Raises `InputError`.
+    Columns: scenario, the index; rule; rate_rps, the highest rate found to meet the target with all tried below it (0
+    if none did, NaN if the scenario cannot be simulated: `refused` says why); rate_rps.ci95, half of the 95 % interval
+    over seeds of the rate at which the mean attainment crosses the target (jackknife; NaN from one seed); next_rps, the
+    lowest found to miss it (infinite if none did), and limited_by, what it missed: the limit that fewest requests met,
+    or `unstable`, requests piling up, which misses the target however few there are; rate_rps_per_device; attainment
+    and `SHOWN` at rate_rps. Raises `InputError`.
+
+    A warm-up and a cool-down are of the scenario's own rate, and are stretched with the arrivals: the same requests
+    are measured at all rates.
     """
     wanted = [s if slo is None else msgspec.structs.replace(s, slo=slo) for s in scenarios]
     _check(wanted, attainment, rates, tolerance)
-    low, high = np.full(len(wanted), rates[0]), np.full(len(wanted), rates[1])
-    # Whether the ends of a bracket were tried.
-    is_low_met, is_high_missed, is_given_up = (np.zeros(len(wanted), bool) for _ in range(3))
-    tried: list[pd.DataFrame] = []
-    refused: dict[int, str] = {}
+    brackets = [_Bracket(k, s, name, attainment) for k, s in enumerate(wanted) for name in RULES[rule]]
+    tried = [_Tried() for _ in wanted]
+    batches = _Batches()
     for turn in range(MOST_ROUNDS):
-        is_done = is_low_met & is_high_missed & (high <= low * (1 + tolerance)) | is_given_up
-        if all(is_done[k] or k in refused for k in range(len(wanted))):
+        open_ = [b for b in brackets if b.asks(tried[b.scenario], rates, tolerance, 1)]
+        progress(f"round {turn + 1}", len(brackets) - len(open_), len(brackets))
+        if not open_:
             break
-        # Ends that were not tried yet are part of the round.
-        steps = RATES_A_ROUND - 1 + is_low_met + is_high_missed
-        share = (is_low_met[:, None] + np.arange(RATES_A_ROUND)) / steps[:, None]
-        inner = low[:, None] * (high / low)[:, None] ** share
-        asked = [(k, j, scenario_at(wanted[k], rate)) for k in range(len(wanted)) for j, rate in enumerate(inner[k])]
-        progress("searching", turn * len(asked), 0)
-        frame, why = runner.table([scenario for *_, scenario in asked], workers=workers)
-        # A rate that cannot be simulated is missed; a system of which none can is refused.
-        for k in {asked[index][0] for index in why}:
-            mine = [index for index, (owner, *_) in enumerate(asked) if owner == k]
-            if all(index in why for index in mine):
-                refused.setdefault(k, why[mine[0]])
-        frame["scenario"] = [asked[p][0] for p in frame["point"]]
-        frame["rate_rps"] = [inner[asked[p][0], asked[p][1]] for p in frame["point"]]
-        tried.append(frame)
-        for k in range(len(wanted)):
-            if k in refused or is_done[k]:
-                continue
-            mine = frame[frame["scenario"] == k]
-            met = [_meets(mine[mine["rate_rps"] == rate], wanted[k].slo, attainment, rule) for rate in inner[k]]
-            first = met.index(False) if False in met else len(met)
-            if first:
-                low[k], is_low_met[k] = inner[k, first - 1], True
-            if first < len(met):
-                high[k], is_high_missed[k] = inner[k, first], True
-            if not first and not is_low_met[k]:
-                is_given_up[k], low[k] = low[k] <= LOWEST_RPS, max(low[k] / WIDEN, min(LOWEST_RPS, low[k]))
-            elif first == len(met) and not is_high_missed[k]:
-                is_given_up[k], high[k] = high[k] >= HIGHEST_RPS, min(high[k] * WIDEN, max(HIGHEST_RPS, high[k]))
-    runs = pd.concat(tried, ignore_index=True) if tried else pd.DataFrame()
-    return pd.DataFrame([_row(k, runs, refused.get(k), low[k] if is_low_met[k] else 0.0,
-                              high[k] if is_high_missed[k] else np.inf, wanted[k].slo, attainment, rule)
-                         for k in range(len(wanted))])
+        room = batches.rates_each([b.scenario for b in open_], wanted)
+        asked = dict.fromkeys((b.scenario, float(rate)) for b in open_
+                              for rate in b.asks(tried[b.scenario], rates, tolerance, room[b.scenario]))
+        frame, refusals = batches.run([(k, scenario_at(wanted[k], rate)) for k, rate in asked], workers)
+        for at, (k, rate) in enumerate(asked):
+            tried[k].add(rate, frame[frame["point"] == at], refusals.get(at))
+    return pd.DataFrame([b.row(tried[b.scenario]) for b in brackets])
+
+
+def search_study(study: Study, **options: Any) -> pd.DataFrame:
+    """The goodput of every point of a study whose axes are everything but the rate; options: those of `search`.
+
+    The columns of the axes come first. Points that cannot be simulated are kept, `refused` says why. Raises
+    `InputError`.
+    """
+    points, scenarios, refused = list(study.points()), {}, {}
+    if not points:
+        raise InputError("where", study.where, "leaves no point of the study", "loosen a condition")
+    if "workload.rate_rps" in points[0]:
+        raise InputError("axes.workload.rate_rps", "an axis", "is what is searched for", "leave it out")
+    if options.get("slo") is not None and any(name.startswith("slo.") for name in points[0]):
+        raise InputError("--slo", "given", "stands against an axis over limits", "leave one of them out")
+    base = study.base_tree()
+    for k, point in enumerate(points):
+        try:
+            scenarios[k] = study.scenario_at(point, base)
+        except InputError as error:
+            refused[k] = str(error)
+    found = search(list(scenarios.values()), **options) if scenarios else pd.DataFrame({"scenario": []})
+    found["scenario"] = [list(scenarios)[int(k)] for k in found["scenario"]]
+    rules = RULES[options.get("rule", "joint")]
+    lost = pd.DataFrame([{"scenario": k, "rule": rule, "refused": why} for k, why in refused.items() for rule in rules])
+    found = pd.concat([part for part in (found, lost) if len(part)], ignore_index=True)
+    found = found.sort_values("scenario", kind="stable", ignore_index=True)
+    if study.feasible_only:
+        found = found[found["refused"].isna()].reset_index(drop=True)
+    parameters = pd.DataFrame([points[k] for k in found["scenario"]])
+    return pd.concat([parameters, found.drop(columns="scenario")], axis=1)
 
 
 def scenario_at(scenario: Scenario, rate_rps: float) -> Scenario:
-    """The scenario at another rate."""
-    workload = msgspec.structs.replace(scenario.workload, rate_rps=float(rate_rps))
-    return msgspec.structs.replace(scenario, workload=workload)
+    """The scenario at another rate; its window is stretched with the arrivals."""
+    rate_rps = float(rate_rps)
+    workload = msgspec.structs.replace(scenario.workload, rate_rps=rate_rps)
+    scale = (scenario.workload.rate_rps or 0.0) / rate_rps
+    return msgspec.structs.replace(scenario, workload=workload, warmup_s=scenario.warmup_s * scale,
+                                   cooldown_s=scenario.cooldown_s * scale)
 
 
 def _check(scenarios, attainment, rates, tolerance) -> None:
@@ -111,49 +139,222 @@ def _check(scenarios, attainment, rates, tolerance) -> None:
         if scenario.workload.kind in ("closed-loop", "batch"):
             raise InputError("workload.kind", scenario.workload.kind, "has no rate to search over",
                              "use an open arrival process, or a trace")
-        if scenario.warmup_s:
-            raise InputError("warmup_s", scenario.warmup_s, "is longer than whole runs at high rates", "leave it out")
+        for field in ("warmup_s", "cooldown_s"):
+            if getattr(scenario, field) and scenario.workload.rate_rps is None:
+                raise InputError(field, getattr(scenario, field),
+                                 "is of no rate: it is stretched with the arrivals, from workload.rate_rps",
+                                 "give workload.rate_rps, or leave it out")
 
 
-def _attained(runs: pd.DataFrame, slo: SloSection, rule: Rule) -> pd.Series:
-    """By run: the share that counts."""
-    if rule == "joint":
-        return runs["slo.attainment"]
-    names = [f"slo.{name}_attainment" for name in ("ttft", "tpot", "e2e") if getattr(slo, f"{name}_ms") is not None]
-    return runs[names].min(axis=1)
+class _Tried:
+    """What is known of a scenario: the runs at each rate, or why there are none."""
+
+    def __init__(self):
+        self._runs: dict[float, pd.DataFrame] = {}
+        self.refusals: dict[float, str] = {}
+
+    def add(self, rate_rps: float, runs: pd.DataFrame, refusal: str | None) -> None:
+        """Remember the runs of all seeds at a rate."""
+        self._runs[rate_rps] = runs
+        if refusal is not None:
+            self.refusals[rate_rps] = refusal
+
+    @property
+    def rates(self) -> list[float]:
+        """All that were tried, rising."""
+        return sorted(self._runs)
+
+    def at(self, rate_rps: float) -> pd.DataFrame:
+        """A row a seed; none where the rate was refused."""
+        return self._runs[rate_rps]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the scenario cannot be simulated at any rate."""
+        return next(iter(self.refusals.values())) if self.rates and len(self.refusals) == len(self._runs) else None
 
 
-def _meets(runs: pd.DataFrame, slo: SloSection, attainment: float, rule: Rule) -> bool:
-    """Whether a rate meets the target in the mean over seeds, and most of them do not see requests pile up."""
-    if not len(runs) or runs["fault"].notna().any():
-        return False
-    return bool(_attained(runs, slo, rule).mean() >= attainment and not runs["unstable"].mean() > 0.5)
+@dataclasses.dataclass(frozen=True)
+class _Bracket:
+    """The search of one scenario under one rule; what is known is in `_Tried`."""
 
+    scenario: int
+    of: Scenario
+    rule: Rule
+    target: float
 
-def _row(k: int, runs: pd.DataFrame, refusal: str | None, low: float, high: float, slo: SloSection, attainment: float,
-         rule: Rule) -> dict:
-    row = {"scenario": k, "rate_rps": np.nan, "next_rps": np.nan, "rate_rps.ci95": np.nan, "attainment": np.nan}
-    shown = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "output_throughput", "num_devices",
-             "usd_per_million_output_tokens")
-    row |= dict.fromkeys(shown, np.nan) | {"refused": refusal}
-    if refusal is not None:
+    def shares(self, runs: pd.DataFrame) -> Float[np.ndarray, " seeds"]:
+        """By run: the share of requests that counts. A run that was stopped by a bound counts nothing."""
+        names = ["slo.attainment"]
+        if self.rule == "separate":
+            names = [f"slo.{name}_attainment" for name in _LIMITS if getattr(self.of.slo, f"{name}_ms") is not None]
+        return np.where(runs["fault"].notna(), 0.0, runs[names].min(axis=1).to_numpy(float))
+
+    def ends(self, tried: _Tried) -> tuple[float, float]:
+        """The highest rate that meets the target with all below, 0 if none; the lowest that misses it."""
+        low = 0.0
+        for rate in tried.rates:
+            runs = tried.at(rate)
+            if not len(runs) or not _is_met(self.shares(runs), _piles_up(runs), self.target):
+                return low, rate
+            low = rate
+        return low, math.inf
+
+    def asks(self, tried: _Tried, rates: tuple[float, float], tolerance: float, most: int) -> list[float]:
+        """Rates to try next; none once the bracket is closed."""
+        if not tried.rates:
+            return list(np.geomspace(*rates, RATES_A_ROUND))
+        low, high = self.ends(tried)
+        if tried.refusal is not None or (low == 0 and high <= LOWEST_RPS) or (high == math.inf and low >= HIGHEST_RPS):
+            return []
+        if low == 0:
+            return list(np.geomspace(max(high / WIDEN, LOWEST_RPS), high, most + 1)[:-1])
+        if high == math.inf:
+            return list(np.geomspace(low, min(low * WIDEN, HIGHEST_RPS), most + 1)[1:])
+        closing = math.ceil(math.log(high / low) / math.log1p(tolerance) - 1e-9) - 1
+        return list(np.geomspace(low, high, min(most, closing) + 2)[1:-1])
+
+    def row(self, tried: _Tried) -> dict[str, Any]:
+        """What was found."""
+        row = dict.fromkeys(("scenario", "rule", "rate_rps", "rate_rps.ci95", "next_rps", "limited_by",
+                             "rate_rps_per_device", "attainment", *SHOWN), math.nan)
+        row |= {"scenario": self.scenario, "rule": self.rule, "limited_by": None, "refused": tried.refusal}
+        if tried.refusal is not None:
+            return row
+        low, high = self.ends(tried)
+        row |= {"rate_rps": low, "next_rps": high}
+        if high < math.inf:
+            row["limited_by"] = self._limiting(tried.at(high))
+        if 0 < low and high < math.inf:
+            row["rate_rps.ci95"] = self._half_width(tried)
+        if low:
+            here = tried.at(low)
+            row |= {name: float(here[name].mean()) for name in SHOWN}
+            row |= {"attainment": float(self.shares(here).mean()), "rate_rps_per_device": low / row["num_devices"]}
         return row
-    mine = runs[runs["scenario"] == k]
-    row |= {"rate_rps": low, "next_rps": high}
-    by_seed = [_of_seed(group, slo, attainment, rule) for _, group in mine.groupby("seed")]
-    if len(by_seed) > 1:
-        row["rate_rps.ci95"] = float(stdtrit(len(by_seed) - 1, 0.975) * np.std(by_seed, ddof=1) / np.sqrt(len(by_seed)))
-    here = mine[mine["rate_rps"] == low]
-    if len(here):
-        row["attainment"] = float(_attained(here, slo, rule).mean())
-        row |= {name: float(here[name].mean()) for name in shown if name in here}
-    return row
+
+    def _limiting(self, runs: pd.DataFrame) -> str | None:
+        """What a rate missed."""
+        if not len(runs):
+            return "refused"
+        if runs["fault"].notna().any():
+            return "fault"
+        if self.shares(runs).mean() >= self.target:
+            return "unstable"
+        means = {name: float(runs[f"slo.{name}_attainment"].mean()) for name in _LIMITS
+                 if getattr(self.of.slo, f"{name}_ms") is not None}
+        return min(means, key=means.__getitem__)
+
+    def _half_width(self, tried: _Tried) -> float:
+        """Jackknife over seeds: the crossing without each seed in turn.
+
+        Seeds are left out one by one rather than looked at one by one: what is left crosses near the rate found, where
+        rates were tried densely, and a single seed far from it. Source: Efron and Stein, The jackknife estimate of
+        variance, Annals of Statistics 9 (1981).
+        """
+        rates = [rate for rate in tried.rates if len(tried.at(rate))]
+        shares = np.array([self.shares(tried.at(rate)) for rate in rates])
+        piles = np.array([_piles_up(tried.at(rate)) for rate in rates])
+        seeds = shares.shape[1]
+        if seeds < 2:
+            return math.nan
+        without = [_crossing(rates, np.delete(shares, s, axis=1), np.delete(piles, s, axis=1), self.target)
+                   for s in range(seeds)]
+        error = math.sqrt((seeds - 1) ** 2 / seeds) * np.std(without, ddof=1)
+        return float(stdtrit(seeds - 1, 0.975) * error)
 
 
-def _of_seed(runs: pd.DataFrame, slo: SloSection, attainment: float, rule: Rule) -> float:
-    """The highest rate tried that one seed meets with all below."""
-    ordered = runs.sort_values("rate_rps")
-    is_met = (_attained(ordered, slo, rule) >= attainment) & ~(ordered["unstable"] > 0.5)
-    misses = np.flatnonzero(~is_met.to_numpy())
-    first = misses[0] if len(misses) else len(ordered)
-    return float(ordered["rate_rps"].iloc[first - 1]) if first else 0.0
+def _piles_up(runs: pd.DataFrame) -> Bool[np.ndarray, " seeds"]:
+    return (runs["unstable"] > 0.5).to_numpy()
+
+
+def _is_met(shares: Float[np.ndarray, " seeds"], piles_up: Bool[np.ndarray, " seeds"], target: float) -> bool:
+    """Whether a rate meets the target in the mean over seeds, and most of them do not see requests pile up."""
+    return bool(shares.mean() >= target and piles_up.mean() <= 0.5)
+
+
+def _crossing(rates: Sequence[float], shares: Float[np.ndarray, "rates seeds"],
+              piles_up: Bool[np.ndarray, "rates seeds"], target: float) -> float:
+    """The rate at which the mean over seeds crosses the target, linear in the logarithm between those tried."""
+    met = [_is_met(s, p, target) for s, p in zip(shares, piles_up, strict=True)]
+    first = met.index(False) if False in met else len(met)
+    if first in (0, len(met)):
+        return float(rates[min(first, len(met) - 1)])
+    above, below = shares[first - 1].mean(), shares[first].mean()
+    # Where requests pile up before limits are missed, anywhere in between.
+    part = (above - target) / (above - below) if below < target else 0.5
+    return float(rates[first - 1] * (rates[first] / rates[first - 1]) ** part)
+
+
+class _Batches:
+    """Runs scenarios in tiles; what fits a tile that was run before takes its program."""
+
+    def __init__(self):
+        self._tiles: dict[Hashable, list[Tile]] = defaultdict(list)
+        self._tile_of: dict[int, Tile] = {}
+
+    def rates_each(self, owners: Sequence[int], scenarios: Sequence[Scenario]) -> Mapping[int, int]:
+        """How many rates each of these systems may try at once: what fills the tiles that they need."""
+        sharing: dict[int, list[int]] = defaultdict(list)
+        for k in owners:
+            sharing[id(self._tile_of.get(k))].append(k)
+        found = dict.fromkeys(owners, RATES_A_ROUND)
+        for mine in sharing.values():
+            tile = self._tile_of.get(mine[0])
+            if tile is not None:
+                runs = sum(scenarios[k].num_seeds for k in mine)
+                num_tiles = -(-runs * RATES_A_ROUND // tile.width)
+                found |= dict.fromkeys(mine, max(num_tiles * tile.width // runs, RATES_A_ROUND))
+        return found
+
+    def run(self, asked: Sequence[tuple[int, Scenario]], workers: int | None) -> tuple[pd.DataFrame, dict[int, str]]:
+        """Scenarios and whose they are: a row a run with `point`, the place here, and why some were refused."""
+        refusals: dict[int, str] = {}
+        fitting: dict[int, list[int]] = defaultdict(list)
+        known: dict[int, Tile] = {}
+        new: list[int] = []
+        for at, (_, scenario) in enumerate(asked):
+            try:
+                tile = self._like(runner.LANES.shape(scenario), scenario.num_seeds)
+            except InputError as error:
+                refusals[at] = str(error)
+                continue
+            if tile is None:
+                new.append(at)
+            else:
+                known[id(tile)] = tile
+                fitting[id(tile)].append(at)
+        tiles = [tile for key, places in fitting.items() for tile in _filled(known[key], places, asked)]
+        made = plan_of([lambda s=asked[at][1]: s for at in new], runner.LANES)
+        runner.check_memory(runner.estimate(made), workers)
+        for tile in made.tiles:
+            first = runner.LANES.shape(tile.scenarios[0])
+            self._tiles[first.key, first.num_requests].append(tile)
+            places = tuple(new[point] for point in tile.points)
+            self._tile_of |= {asked[at][0]: self._like(first, 1) or tile for at in places}
+            tiles.append(dataclasses.replace(tile, points=places))
+        with futures.ThreadPoolExecutor(workers or runner.num_workers(), thread_name_prefix="tile") as pool:
+            parts = [pq.read_table(io.BytesIO(content)).to_pandas() for content in pool.map(runner.run_tile, tiles)]
+        frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"point": pd.Series(dtype=np.int64)})
+        return frame.sort_values(["point", *(["seed"] if parts else [])], ignore_index=True), refusals
+
+    def _like(self, shape: Shape, num_seeds: int) -> Tile | None:
+        """The smallest tile with room for such a scenario."""
+        fits = [tile for tile in self._tiles.get((shape.key, shape.num_requests), ())
+                if shape.slots <= tile.slots and shape.longest <= tile.longest and num_seeds <= tile.width
+                and shape.scheduler.most_tokens(tile.slots, tile.longest) <= tile.tokens]
+        return min(fits, key=lambda tile: tile.slots, default=None)
+
+
+def _filled(like: Tile, places: Sequence[int], asked: Sequence[tuple[int, Scenario]]) -> list[Tile]:
+    """Tiles of the same program, a scenario's seeds together."""
+    filled, current, count = [], [], 0
+    for at in places:
+        seeds = asked[at][1].num_seeds
+        if count + seeds > like.width:
+            filled.append(current)
+            current, count = [], 0
+        current.append(at)
+        count += seeds
+    return [dataclasses.replace(like, points=tuple(part), scenarios=tuple(asked[at][1] for at in part))
+            for part in [*filled, current]]

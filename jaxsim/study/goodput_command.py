@@ -4,10 +4,14 @@ Imports are inside the functions, so that the command line answers --help withou
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+_SHORT_RUN = 10
+"""A run of fewer lengths of a request has seen few come and go."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParser:
@@ -24,8 +28,9 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
                       help="limits: ttft:200 tpot:50 e2e:10000, milliseconds (default: the scenario's)")
     find.add_argument("--attainment", type=float, default=0.9, metavar="SHARE",
                       help="share of requests that must meet them (default: 0.9)")
-    find.add_argument("--rule", choices=("joint", "separate"), default="joint",
-                      help="a request meets all limits at once, or each limit is met by itself (DistServe's rule)")
+    find.add_argument("--rule", choices=("joint", "separate", "both"), default="joint",
+                      help="a request meets all limits at once, or each limit is met by itself (DistServe's rule), or a"
+                           " row of each")
     find.add_argument("--rates", default="0.1:100", metavar="LOW:HIGH",
                       help="requests/s to begin with, moved if wrong (default: 0.1:100)")
     find.add_argument("--tolerance", type=float, default=0.02, metavar="SHARE", help="of the rate (default: 0.02)")
@@ -39,33 +44,37 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
 
 def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     """Run the command; `values`: of --set. Raises `InputError`."""
-    import numpy as np
-    import pandas as pd
-
     from jaxsim._core.errors import InputError
-    from jaxsim.io.result import to_json
-    from jaxsim.study.command import check_workers
-    from jaxsim.study.goodput import search
+    from jaxsim.spec.scenario import Scenario
+    from jaxsim.study.command import check_workers, chosen
+    from jaxsim.study.goodput import search, search_study
 
     check_workers(options.workers)
     out = None if options.out is None else Path(options.out)
     if out is not None and out.suffix not in (".csv", ".parquet"):
         raise InputError("--out", options.out, "is no table", "give a name that ends in .csv or .parquet")
-    points, scenarios = _scenarios(options.scenario, values, bool(options.slo))
+    if out is not None and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise InputError("--out", options.out, "cannot be written", "give a file in a folder that is there")
     start = time.perf_counter()
-    found = search(scenarios, slo=limits(options.slo) if options.slo else None, attainment=options.attainment,
-                   rule=options.rule, rates=_rates(options.rates), tolerance=options.tolerance,
-                   workers=options.workers)
+    how = dict(slo=limits(options.slo) if options.slo else None, attainment=options.attainment, rule=options.rule,
+               rates=_rates(options.rates), tolerance=options.tolerance, workers=options.workers, progress=_told)
+    if _is_study(options.scenario):
+        frame = search_study(chosen(options.scenario, values), **how)
+    else:
+        scenario = Scenario.from_toml(options.scenario)
+        frame = search([scenario.with_values(values) if values else scenario], **how).drop(columns="scenario")
     elapsed_s = time.perf_counter() - start
-    frame = pd.concat([pd.DataFrame(points), found.drop(columns="scenario")], axis=1)
     if out is not None:
         frame.to_csv(out, index=False) if out.suffix == ".csv" else frame.to_parquet(out, index=False)
     if options.json:
-        rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-        sys.stdout.write(to_json({"rows": [{k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
-                                           for row in rows], "elapsed_s": round(elapsed_s, 3)}))
-        return
-    _print(frame, list(points[0]), options, elapsed_s)
+        _print_json(frame, elapsed_s)
+    else:
+        _print(frame, options, elapsed_s)
+
+
+def _told(what: str, done: int, total: int) -> None:
+    print(f"jaxsim: {what}: {total - done:,} of {total:,} open" if done < total else f"jaxsim: {total:,} searched",
+          file=sys.stderr)
 
 
 def limits(given: list[str]) -> Any:
@@ -98,54 +107,88 @@ def _rates(text: str) -> tuple[float, float]:
         raise InputError("--rates", text, "is not LOW:HIGH", "write e.g. 0.1:100") from None
 
 
-def _scenarios(name: str, values: dict[str, Any], has_slo: bool) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Points and scenarios: those of a study, or one. Raises `InputError`."""
+def _is_study(name: str) -> bool:
+    """Whether a file, or a shipped name, is of a study."""
     import tomllib
 
-    from jaxsim._core.errors import InputError
-    from jaxsim.spec.scenario import Scenario
-    from jaxsim.study.command import chosen
     from jaxsim.study.study import shipped_studies
 
-    is_study = name in shipped_studies() and not Path(name).exists()
-    if Path(name).is_file():
-        try:
-            is_study = bool({"axes", "zip", "sample"} & tomllib.loads(Path(name).read_text(encoding="utf-8")).keys())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-            # The reader says what is wrong.
-            is_study = False
-    if not is_study:
-        scenario = Scenario.from_toml(name)
-        return [{}], [scenario.with_values(values) if values else scenario]
-    study = chosen(name, values)
-    base, points, scenarios = study.base_tree(), [], []
-    for point in study.points():
-        if any(name.startswith("slo.") for name in point) and has_slo:
-            raise InputError("--slo", "given", "stands against an axis over limits", "leave one of them out")
-        if "workload.rate_rps" in point:
-            raise InputError("axes.workload.rate_rps", "an axis", "is what is searched for", "leave it out")
-        points.append(point)
-        scenarios.append(study.scenario_at(point, base))
-    return points, scenarios
+    if not Path(name).is_file():
+        return name in shipped_studies()
+    try:
+        return bool({"axes", "zip", "sample"} & tomllib.loads(Path(name).read_text(encoding="utf-8")).keys())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        # The reader says what is wrong.
+        return False
 
 
-def _print(frame: Any, names: list[str], options: argparse.Namespace, elapsed_s: float) -> None:
+def _print_json(frame: Any, elapsed_s: float) -> None:
+    import math
+
+    from jaxsim.io.result import to_json
+
+    def plain(value: Any) -> Any:
+        value = value.item() if hasattr(value, "item") else value
+        # What does not exist, and a bracket without an end.
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    rows = [{name: plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
+    sys.stdout.write(to_json({"rows": rows, "elapsed_s": round(elapsed_s, 3)}))
+
+
+def _print(frame: Any, options: argparse.Namespace, elapsed_s: float) -> None:
     from rich.table import Table
 
     from jaxsim.io.table import console, number
+    from jaxsim.study.view import short, value_text, wrapped
 
-    table = Table(box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name.rpartition(".")[2])
-    for name in ("requests/s", "±", "met", "TTFT p99", "TPOT mean", "tokens/s", "USD/M tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in frame.to_dict("records"):
-        table.add_row(*(str(row[name]) for name in names), *(number(row[key]) for key in (
-            "rate_rps", "rate_rps.ci95", "attainment", "p99_ttft_ms", "mean_tpot_ms", "output_throughput",
-            "usd_per_million_output_tokens")))
+    parameters = list(frame.columns[:frame.columns.get_loc("rule")])
+    columns = {"requests/s": "rate_rps", "±": "rate_rps.ci95", "a device": "rate_rps_per_device", "met": "attainment",
+               "TTFT p99": "p99_ttft_ms", "TPOT mean": "mean_tpot_ms", "tokens/s": "output_throughput",
+               "USD/M": "usd_per_million_output_tokens", "J/token": "energy_j_per_output_token"}
+    if not frame["num_devices"].max() > 1:
+        del columns["a device"]
+    columns = {title: name for title, name in columns.items() if name in ("rate_rps", "attainment")
+               or frame[name].notna().any()}
+    titles = {name: wrapped(text) for name, text in short(parameters).items()}
+    if options.rule == "both":
+        titles["rule"] = "rule"
+
+    def made() -> Table:
+        table = Table(box=None, pad_edge=False)
+        for title in titles.values():
+            table.add_column(title, no_wrap=True)
+        for title in columns:
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("limited\nby", no_wrap=True)
+        for row in frame.to_dict("records"):
+            by = "refused" if isinstance(row["refused"], str) else row["limited_by"]
+            table.add_row(*(value_text(row[name]) for name in titles),
+                          *(number(row[name]) for name in columns.values()), by if isinstance(by, str) else "-")
+        return table
+
     out = console()
-    out.print(table)
-    for index in frame.index[frame["refused"].notna()][:3]:
-        out.print(f"refused: row {index}: {frame['refused'][index]}")
-    out.print(f"the highest rates that {options.attainment:.0%} of requests meet ({options.rule}); ±: half of a 95 %"
-              f" interval over seeds; {elapsed_s:.1f} s")
+    # What is the same everywhere says nothing, and what matters least makes room.
+    spare = [name for name in parameters if len(frame) > 1 and frame[name].nunique(dropna=False) == 1]
+    for name in spare:
+        del titles[name]
+    bounds = [name for name in titles if name.startswith("slo.")]
+    for name in ("tokens/s", "J/token", "TPOT mean", "met", *bounds, "TTFT p99", "USD/M"):
+        if out.measure(made(), options=out.options.update(width=1000)).maximum > out.width:
+            (titles if name in bounds else columns).pop(name, None)
+    out.print(made())
+    is_short = frame["window_s"] < _SHORT_RUN * frame["mean_e2el_ms"] * 1e-3
+    if is_short.any():
+        out.print(f"{is_short.sum()} of {frame['window_s'].count()} rates are of runs shorter than {_SHORT_RUN}"
+                  " requests one after the other, and may not last: raise workload.num_requests")
+    for reason, count in frame["refused"].value_counts().items():
+        out.print(f"refused{f', {count} rows' if count > 1 else ''}: {reason}")
+    if frame["rate_rps"].notna().any():
+        _explain(out, options, elapsed_s)
+
+
+def _explain(out: Any, options: argparse.Namespace, elapsed_s: float) -> None:
+    rule = {"joint": "all limits at once", "separate": "each limit by itself",
+            "both": "joint: all limits at once, separate: each by itself"}[options.rule]
+    out.print(f"requests/s: the highest rate at which {options.attainment:.0%} of requests meet the limits ({rule}); ±:"
+              f" half of a 95 % interval over seeds; TTFT and TPOT in ms; {elapsed_s:.1f} s")

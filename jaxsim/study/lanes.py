@@ -46,6 +46,7 @@ class Shape:
 
     key: static choices. slots; longest: tokens of a request; longest_output: of an answer. work: in requests, or
     about so. requests: of all seeds. dims: sizes of a run's arrays.
+    last_s: the last arrival at one request a second, where another rate only stretches.
     """
 
     key: Hashable
@@ -57,6 +58,7 @@ class Shape:
     work: float
     requests: int
     dims: Dims
+    last_s: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,7 +141,8 @@ class Lanes:
 
     def __init__(self):
         self._systems, self._draws, self._costs, self._params = Store(), Store(512), Store(256), Store()
-        self._checks, self._prefixes, self._kinds = Store(1 << 16), Store(512), Store()
+        self._units = Store()
+        self._shapes, self._prefixes, self._kinds = Store(1 << 16), Store(512), Store()
 
     # What scenarios share
 
@@ -170,26 +173,29 @@ class Lanes:
             return workload.arrival_s
         return round_to_grid(workload.unit_times / w.rate_rps)
 
-    def _check(self, scenario: Scenario, system: lower.System, workload: Workload, seed: int) -> None:
-        """Refuse requests that the system cannot serve. Raises `InputError`."""
-        key = self._system_key(scenario), self._draws_key(scenario, seed)
-        self._checks.get(key, lambda: lower.check_requests(system, workload))
-        last = workload.arrival_s[-1]
-        if _is_stretched(scenario):
-            last = workload.unit_times[-1] / scenario.workload.rate_rps
-        if not last <= lower.MAX_ARRIVAL_S:
-            raise InputError("workload.rate_rps", scenario.workload.rate_rps,
-                             f"brings the last request after {last:.3g} s", "raise it, or draw fewer requests")
-
     # Shapes
 
     def shape(self, scenario: Scenario) -> Shape:
         """Raises `InputError` for a scenario that cannot be simulated."""
+        shape = self._shapes.get(self._unit_key(scenario), lambda: self._shape(scenario))
+        rate = scenario.workload.rate_rps
+        if _is_stretched(scenario) and not shape.last_s / rate <= lower.MAX_ARRIVAL_S:
+            raise InputError("workload.rate_rps", rate, f"brings the last request after {shape.last_s / rate:.3g} s",
+                             "raise it, or draw fewer requests")
+        return shape
+
+    def _unit_key(self, s: Scenario) -> bytes:
+        """Of scenarios that differ in a rate that only stretches, and in how they are judged."""
+        w = msgspec.structs.replace(s.workload, rate_rps=1.0) if _is_stretched(s) else s.workload
+        return _bytes(s.model, s.device, s.engine, s.cluster, s.cost, w, s.num_seeds, stamps(s))
+
+    def _shape(self, scenario: Scenario) -> Shape:
         system = self.system(scenario)
-        s, most, longest, output, work, requests = system.scheduler, 0, 0, 0, 0.0, 0
+        s, most, longest, output, work, requests, last_s = system.scheduler, 0, 0, 0, 0.0, 0, 0.0
         for seed in scenario.seeds:
             workload = self.workload(scenario, seed)
-            self._check(scenario, system, workload, seed)
+            lower.check_requests(system, workload)
+            last_s = max(last_s, float(workload.unit_times[-1]) if _is_stretched(scenario) else 0.0)
             most = max(most, len(workload))
             longest = max(longest, int((workload.input_tokens + workload.output_tokens).max()))
             output = max(output, int(workload.output_tokens.max()))
@@ -203,7 +209,7 @@ class Lanes:
                tuple(sorted(scenario.cluster.router_weights)), scenario.workload.kind == "closed-loop",
                self._cost_kind(scenario, system), scenario.engine.enable_prefix_caching,
                dataclasses.replace(dims, num_slots=0))
-        return Shape(key, dims.num_requests, dims.num_slots, s, longest, output, work, requests, dims)
+        return Shape(key, dims.num_requests, dims.num_slots, s, longest, output, work, requests, dims, last_s)
 
     def _cost_kind(self, scenario: Scenario, system: lower.System) -> Hashable:
         """The structure of the cost tables, apart from their sizes."""
@@ -231,6 +237,12 @@ class Lanes:
 
     def runs(self, scenario: Scenario, slots: int, tokens: int, longest: int) -> tuple[Dims, list[Run]]:
         """The runs of a scenario with room for so many slots, tokens of an iteration and of a request."""
+        sizes = slots, tokens, longest
+        dims, alike = self._units.get((self._unit_key(scenario), sizes), lambda: self._runs(scenario, *sizes))
+        return dims, [dataclasses.replace(run, scenario=scenario, arrival_s=self.arrivals(scenario, run.workload))
+                      for run in alike]
+
+    def _runs(self, scenario: Scenario, slots: int, tokens: int, longest: int) -> tuple[Dims, list[Run]]:
         system = self.system(scenario)
         workloads = [self.workload(scenario, seed) for seed in scenario.seeds]
         dims = dataclasses.replace(simulate.dims_of(scenario, system, max(map(len, workloads))), num_slots=slots)
@@ -242,15 +254,15 @@ class Lanes:
                         for seed, w in zip(scenario.seeds, workloads, strict=True)]
             dims = simulate.with_prefixes(dims, prefixes)
         lower.check_counters(dims, workloads)
-        sizes = slots, tokens, longest
-        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cost, stamps(scenario)), sizes
+        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cost, stamps(scenario)), (
+            slots, tokens, longest)
         cost = self._costs.get(key, lambda: jax.device_get(
             lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
         closed = (scenario.workload.concurrency, scenario.workload.think_s)
         key = *key, _bytes(scenario.cluster, closed if scenario.workload.kind == "closed-loop" else None)
         params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
         front_end_s = lower.front_end_s(scenario, system)
-        return dims, [Run(scenario, system, params, workload, prefix, self.arrivals(scenario, workload),
+        return dims, [Run(scenario, system, params, workload, prefix, workload.arrival_s,
                           lower.step_limit(workload, dims.num_ranks), front_end_s)
                       for workload, prefix in zip(workloads, prefixes, strict=True)]
 

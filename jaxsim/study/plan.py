@@ -17,7 +17,7 @@ from jaxsim.study.lanes import Lanes, Shape, ladder, stamps
 from jaxsim.study.study import Study
 from jaxsim.study.tile import MULTIPLE
 
-FORMAT = "jaxsim tile 1"
+FORMAT = "jaxsim tile 2"
 """Changes when a tile's content changes its meaning."""
 
 RUNS_A_TILE = 256
@@ -29,7 +29,7 @@ class Tile:
     """Scenarios that are simulated in one batch.
 
     points: their places in the study. slots, tokens, longest, width: room in the program.
-    run_bytes: memory of a run.
+    run_bytes: memory of a run. program: tiles with the same number share a compiled program.
     """
 
     points: tuple[int, ...]
@@ -42,6 +42,7 @@ class Tile:
     num_requests: int
     run_bytes: int
     work: float
+    program: int
 
     def name(self, version: str) -> str:
         """Hash of everything that its result depends on."""
@@ -113,15 +114,14 @@ def plan_of(made: Iterable[Callable[[], Scenario]], lanes: Lanes, runs_a_tile: i
                   else shape.slots for size, (*_, shape) in zip(padded, members, strict=True)]
         for slots in sorted(set(padded)):
             mine = [m for m, size in zip(members, padded, strict=True) if size == slots]
-            cut = _cut(mine, slots, runs_a_tile)
-            tiles += cut
-            programs += len({tile.width for tile in cut})
+            tiles += _cut(mine, slots, runs_a_tile, programs)
+            programs += 1
     # The longest first, so that none is left to run alone at the end.
     tiles.sort(key=lambda tile: (-tile.work, tile.points))
     return Plan([], seeds, tiles, sorted(refusals, key=lambda r: r.point), programs)
 
 
-def _cut(members: Sequence[tuple[int, Scenario, Shape]], slots: int, runs_a_tile: int) -> list[Tile]:
+def _cut(members: Sequence[tuple[int, Scenario, Shape]], slots: int, runs_a_tile: int, program: int) -> list[Tile]:
     longest = max(shape.longest for *_, shape in members)
     tokens = max(shape.scheduler.most_tokens(slots, longest) for *_, shape in members)
     # A batch lasts as long as its longest scenario, so alike go together.
@@ -136,16 +136,16 @@ def _cut(members: Sequence[tuple[int, Scenario, Shape]], slots: int, runs_a_tile
     tiles, current, count = [], [], 0
     for member in ordered:
         if current and count + member[1].num_seeds > width:
-            tiles.append(_tile(current, slots, tokens, longest, width))
+            tiles.append(_tile(current, slots, tokens, longest, width, program))
             current, count = [], 0
         current.append(member)
         count += member[1].num_seeds
-    return [*tiles, _tile(current, slots, tokens, longest, width)]
+    return [*tiles, _tile(current, slots, tokens, longest, width, program)]
 
 
-def _tile(members, slots: int, tokens: int, longest: int, width: int) -> Tile:
+def _tile(members, slots: int, tokens: int, longest: int, width: int, program: int) -> Tile:
     return Tile(tuple(index for index, *_ in members), tuple(scenario for _, scenario, _ in members), slots,
                 tokens, longest, width, sum(scenario.num_seeds for _, scenario, _ in members),
                 sum(shape.requests for *_, shape in members),
                 run_bytes(dataclasses.replace(members[0][2].dims, num_slots=slots)),
-                sum(shape.work for *_, shape in members))
+                sum(shape.work for *_, shape in members), program)

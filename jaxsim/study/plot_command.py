@@ -50,20 +50,6 @@ def run(options: argparse.Namespace) -> int:
     kind = view.choose(frame) if options.kind in (None, "auto") else options.kind
     folder = Path(options.folder)
     out = Path(options.out) if options.out else (folder if folder.is_dir() else folder.parent) / f"{kind}.png"
-    if kind == "lines":
-        plots.lines(frame, options.x, options.y or None, options.hue, out=out)
-    elif kind == "heatmap":
-        if options.hue:
-            raise InputError("--hue", options.hue, "is not for a heat map", "write --x FIELD --y FIELD METRIC")
-        fields = [name for name in options.y if name in view.parameters(frame)]
-        values = [name for name in options.y if name not in fields]
-        if len(fields) > 1 or len(values) > 1:
-            raise InputError("--y", options.y, "is more than one field and one metric",
-                             "a heat map shows one metric over two fields: --x FIELD --y FIELD METRIC")
-        plots.heatmap(frame, options.x, *(fields or [None]), *(values or [None]), out=out)
-    else:
-        if len(options.y) > 1:
-            raise InputError("--y", options.y, "is more than one metric", "a Pareto front has two: --x and --y")
-        plots.pareto(frame, options.x, *(options.y or [None]), options.hue, out=out)
+    plots.plot(frame, kind, options.x, options.y or None, options.hue, out=out)
     print(out)
     return 0

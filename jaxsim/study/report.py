@@ -22,7 +22,8 @@ MOST_ROWS = 2000
 MOST_REASONS = 20
 
 METRICS = ("request_throughput", "output_throughput", view.PER_DEVICE, "p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms",
-           "p99_tpot_ms", "p99_e2el_ms", "request_goodput", "slo.attainment", "kv.peak_share", "preemptions.total")
+           "p99_tpot_ms", "p99_e2el_ms", "request_goodput", "slo.attainment", "kv.peak_share", "preemptions.total",
+           "usd_per_million_output_tokens", "energy_j_per_output_token")
 """Columns of the table, of those that have values."""
 
 _NUMBER = ' class="n"'
@@ -35,7 +36,9 @@ _CAVEATS = (
     "Latencies of unstable rows depend on the length of the run, not on the system: more requests, higher numbers.",
     "A scenario whose run was too short to tell counts neither as stable nor as unstable; more requests would tell.",
     "Throughputs are over the duration of a run, the drain after the last arrival included, so they are below the rate"
-    " of arrivals in short runs.",
+    " of arrivals in short runs; with a cool-down (cooldown_s) they are of the window in between.",
+    "Energy is approximate: each device at its idle power, or with an iteration in flight at the power of generating"
+    " tokens; prompts draw more, hosts and cooling are not in it. Devices without published figures have none.",
     "A percentile of few requests is close to the largest value seen; the 99th wants thousands.")
 
 _STYLE = """
@@ -104,6 +107,7 @@ def page(frame: pd.DataFrame, where: str | None = None) -> str:
         f"<h1>{_text(title)}</h1>",
         f"<p>{_text(study['description'])}</p>" if study.get("description") else "",
         f'<p class="faint">Only rows where <code>{_text(where)}</code>.</p>' if where else "",
+        *(f'<p class="faint">{_text(note[0].upper() + note[1:])}.</p>' for note in view.window_note(frame)),
         '<ul class="cards">' + "".join(f"<li><b>{n:,}</b> {_text(name)}</li>" for name, n in counts.items()) + "</ul>",
         "<h2>Plots</h2>", *_plots(frame),
         "<h2>Axes</h2>", _axes(frame, study.get("derived", {})),

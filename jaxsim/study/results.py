@@ -16,13 +16,25 @@ from jaxsim.io.result import version
 from jaxsim.study.plan import Plan
 from jaxsim.study.study import Study
 
-STUDY, TILES, TABLE = "study.json", "tiles", "results.parquet"
+STUDY, TILES, REQUESTS, TABLE = "study.json", "tiles", "requests", "results.parquet"
 """Files of a study's folder."""
 
 FORMAT = "jaxsim study 1"
 
 MAJORITY = ("unstable",)
 TEXT = ("fault",)
+DESCRIPTIONS = {
+    "refused": "why the scenario cannot be simulated; empty where it was",
+    "unstable": "most seeds had more and more requests waiting when arrivals ended: latencies are of the run's length",
+    "duration": "first measured arrival to last measured answer, the drain included",
+    "window_s": "what rates are over: the duration, or with a cool-down the time between warm-up and cool-down",
+    "usd_per_million_output_tokens": "list prices of the device catalogue",
+    "mean_power_w": "approximate: each device at its idle power, or with an iteration in flight at the power of"
+                    " generating tokens; hosts and cooling are not in it",
+    "energy_j": "approximate: mean_power_w x window_s", "energy_wh": "approximate: energy_j / 3600",
+    "energy_j_per_output_token": "approximate: mean_power_w / output_throughput"}
+"""Of columns whose names leave something unsaid; docs/results.md has them all."""
+
 HALF_WIDTH = ".ci95"
 """Behind a metric's name: half of its 95 % interval over seeds."""
 
@@ -40,12 +52,16 @@ def unit(name: str) -> str:
     name = name.removesuffix(HALF_WIDTH)
     endings = {"_ms": "ms", "_s": "s", "_rps": "1/s", "_share": "1", "attainment": "1", "_tokens": "tokens",
                "_throughput": "1/s", "per_device": "1/s", "usd_per_million_output_tokens": "USD",
-               "_goodput": "1/s", "_bytes": "bytes"}
+               "_goodput": "1/s", "_bytes": "bytes", "energy_j": "J", "energy_wh": "Wh", "_power_w": "W",
+               "_j_per_output_token": "J"}
     return "s" if name == "duration" else next((u for end, u in endings.items() if name.endswith(end)), "")
 
 
 def write(made: Plan, folder: Path) -> Path:
-    """Join the tiles to the table; the same bytes whatever order they were run in."""
+    """Join the tiles to the table; the same bytes whatever order they were run in.
+
+    Raises `InputError` where there is no room for it: the tiles are kept.
+    """
     names = {tile.name(version()) for tile in made.tiles}
     runs = read_runs(folder, names)
     frame = combine(runs)
@@ -62,18 +78,31 @@ def write(made: Plan, folder: Path) -> Path:
     parameters["num_seeds"] = parameters.pop("num_seeds") if "num_seeds" in parameters else seeds
     reasons = {refusal.point: refusal.reason for refusal in made.refusals}
     parameters["refused"] = [reasons.get(k) for k in range(len(parameters))]
+    study = (folder / STUDY).read_text(encoding="utf-8")
+    if json.loads(study)["study"].get("feasible_only"):
+        parameters = parameters[parameters["refused"].isna()]
     clash = [name for name in frame.columns if name in parameters.columns and name != "point"]
     table = parameters.merge(frame.drop(columns=clash), on="point", how="left")
     arrow = pa.Table.from_pandas(table, preserve_index=False)
-    fields = [field.with_metadata({"unit": unit(field.name)}) if unit(field.name) else field for field in arrow.schema]
-    arrow = arrow.cast(pa.schema(fields)).replace_schema_metadata(
-        {"jaxsim": FORMAT, "version": version(), "study": (folder / STUDY).read_text(encoding="utf-8"),
+    arrow = arrow.cast(pa.schema([_described(field) for field in arrow.schema])).replace_schema_metadata(
+        {"jaxsim": FORMAT, "version": version(), "study": study,
          "tiles": json.dumps(sorted(names)), "parameters": json.dumps(list(made.points[0]))})
     path = folder / TABLE
     part = path.with_name(f".{TABLE}.part")
-    pq.write_table(arrow, part, compression="zstd")
-    part.replace(path)
+    try:
+        pq.write_table(arrow, part, compression="zstd")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError("--out", str(path), error.strerror or str(error),
+                         "make room and run the same command again: finished tiles are kept") from None
     return path
+
+
+def _described(field: pa.Field) -> pa.Field:
+    """With its unit, and what its name leaves unsaid."""
+    about = {"unit": unit(field.name), "description": DESCRIPTIONS.get(field.name, "")}
+    return field.with_metadata({key: text for key, text in about.items() if text} or None)
 
 
 def read_runs(folder: Path, names: set[str] | None = None) -> pd.DataFrame:
@@ -109,16 +138,31 @@ def combine(runs: pd.DataFrame) -> pd.DataFrame:
     return found.reset_index()
 
 
-def load(folder: str | Path, *, runs: bool = False) -> pd.DataFrame:
-    """The table of a study: a row a scenario, or with `runs` a row a seed. Raises `InputError`."""
+def load(folder: str | Path, *, runs: bool = False, requests: bool = False) -> pd.DataFrame:
+    """The table of a study: a row a scenario, with `runs` a row a seed, with `requests` a row a request.
+
+    Requests have `point` and `seed` and no parameters of their scenario. Raises `InputError`.
+    """
     folder = Path(folder)
     path = folder / TABLE if folder.is_dir() else folder
     if not path.is_file():
         raise InputError("study", str(folder), "holds no finished study",
                          "give the folder of `jaxsim sweep --out`; run it again to finish it")
     table = pq.read_table(path).to_pandas()
-    if not runs:
+    if not (runs or requests):
         return table
     about = pq.read_schema(path).metadata
+    names = set(json.loads(about[b"tiles"]))
+    if requests:
+        return _read_requests(path.parent, names)
     parameters = ["point", *json.loads(about[b"parameters"])]
-    return read_runs(path.parent, set(json.loads(about[b"tiles"]))).merge(table[parameters], on="point", how="left")
+    return read_runs(path.parent, names).merge(table[parameters], on="point", how="left")
+
+
+def _read_requests(folder: Path, names: set[str]) -> pd.DataFrame:
+    files = [folder / REQUESTS / f"{name}.parquet" for name in sorted(names)]
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise InputError("requests", str(folder), "were not kept", "run `jaxsim sweep` again with --requests")
+    frame = pd.concat([pq.read_table(path).to_pandas() for path in files], ignore_index=True)
+    return frame.sort_values(["point", "seed", "request_id"], kind="stable", ignore_index=True)

@@ -7,8 +7,10 @@ was run twice changes nothing. Whoever runs tiles is a `concurrent.futures.Execu
 import concurrent.futures as futures
 import dataclasses
 import io
+import itertools
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,33 @@ import pyarrow.parquet as pq
 from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import memory_bytes
 from jaxsim.io.result import version
+from jaxsim.metrics import energy
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study import results
 from jaxsim.study.lanes import Lanes, Run
 from jaxsim.study.plan import RUNS_A_TILE, Plan, Tile, plan, plan_of
 from jaxsim.study.study import Study
-from jaxsim.study.table import columns
+from jaxsim.study.table import columns, requests
 from jaxsim.study.tile import simulate_runs
 
 LANES = Lanes()
 """Of this process: tiles of one study share systems, tables and draws."""
 
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is."""
+_OWN = threading.local()
+"""The device of a thread that runs tiles."""
+
+Progress = Callable[..., None]
+"""Told what is being done, how much of it is done and how much there is; as `programs`, how many were compiled."""
+
+SECONDS_A_PROGRAM, SECONDS_A_WORK = 12.0, 0.7e-6
+"""Of one core, to compile a program and to simulate what `Shape.work` counts: measured on a shared AMD EPYC."""
 
 
-def run_tile(tile: Tile) -> bytes:
-    """A tile's result as the bytes of its file: a row a run. A pure function of the tile."""
+def run_tile(tile: Tile, with_requests: bool = False) -> tuple[bytes, bytes | None]:
+    """A tile's result as the bytes of its file, a row a run; with_requests: and of one with a row a request.
+
+    A pure function of the tile.
+    """
     runs, points, seeds, sizes = [], [], [], []
     for point, scenario in zip(tile.points, tile.scenarios, strict=True):
         size, mine = LANES.runs(scenario, tile.slots, tile.tokens, tile.longest)
@@ -48,49 +60,66 @@ def run_tile(tile: Tile) -> bytes:
     # Room for the prefixes of all.
     dims = dataclasses.replace(sizes[0], **{name: max(getattr(size, name) for size in sizes)
                                             for name in ("num_segments", "path_width", "log_size")})
-    out = simulate_runs(dims, runs, tile.width)
-    found = columns(out, [run.scenario.slo for run in runs], np.array([run.scenario.warmup_s for run in runs]))
-    found |= _per_device(runs, found["output_throughput"])
-    table = pa.table({"point": pa.array(points, pa.int64()), "seed": pa.array(seeds, pa.int64()), **{
-        name: pa.array(values, pa.string()) if values.dtype == object else pa.array(values, from_pandas=True)
-        for name, values in found.items()}})
+    with jax.default_device(getattr(_OWN, "device", None)):
+        out = simulate_runs(dims, runs, tile.width)
+    found = columns(out, [run.scenario.slo for run in runs], np.array([run.scenario.warmup_s for run in runs]),
+                    np.array([run.scenario.cooldown_s for run in runs]))
+    found |= _per_device(runs, found)
+    places = {"point": np.array(points, np.int64), "seed": np.array(seeds, np.int64)}
+    rows = _parquet(places | found)
+    if not with_requests:
+        return rows, None
+    listed = requests(out)
+    run = listed.pop("run")
+    return rows, _parquet({name: values[run] for name, values in places.items()} | listed)
+
+
+def _parquet(columns: dict[str, np.ndarray]) -> bytes:
+    table = pa.table({name: pa.array(values, pa.string()) if values.dtype == object else
+                      pa.array(values, from_pandas=True) for name, values in columns.items()})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 
-def _per_device(runs: Sequence[Run], output_throughput: np.ndarray) -> dict[str, np.ndarray]:
-    """Throughput by device, and the price of tokens where the device's is known."""
-    devices = np.array([run.system.plan.num_devices * run.scenario.cluster.replicas for run in runs], np.float64)
+def _per_device(runs: Sequence[Run], found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Throughput by device, and the price and energy of tokens where those of the device are known."""
+    output_throughput = found["output_throughput"]
+    devices = np.array([run.scenario.num_devices for run in runs], np.float64)
+    powers = [getattr(run.system.device, "power", None) for run in runs]
+    idle_w, busy_w = np.array([(p.idle_w, p.busy_w) if p else (np.nan, np.nan) for p in powers]).T
     usd_per_s = np.array([getattr(run.system.device, "usd_per_h", None) or np.nan for run in runs]) / 3600
     return {"num_devices": devices, "output_throughput_per_device": output_throughput / devices,
             "usd_per_million_output_tokens": 1e6 * usd_per_s * devices / np.where(output_throughput > 0,
-                                                                                  output_throughput, np.nan)}
+                                                                                  output_throughput, np.nan),
+            **energy(idle_w, busy_w, devices, found["utilisation.busy_share"], found["window_s"], output_throughput)}
 
 
 def table(scenarios: Sequence[Scenario], workers: int | None = None) -> tuple[pd.DataFrame, dict[int, str]]:
     """Runs of scenarios without a folder: a row a run with `point`, and why some were refused."""
     made = plan_of([lambda s=s: s for s in scenarios], LANES)
     check_memory(estimate(made), workers)
-    with futures.ThreadPoolExecutor(workers or num_workers(), thread_name_prefix="tile") as pool:
-        parts = [pq.read_table(io.BytesIO(content)).to_pandas() for content in pool.map(run_tile, made.tiles)]
+    with _threads(workers) as pool:
+        parts = [pq.read_table(io.BytesIO(content)).to_pandas() for content, _ in pool.map(run_tile, made.tiles)]
     frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"point": pd.Series(dtype=np.int64)})
     return frame, {refusal.point: refusal.reason for refusal in made.refusals}
 
 
 def sweep(study: Study, folder: str | Path, *, executor: futures.Executor | None = None, workers: int | None = None,
-          runs_a_tile: int = RUNS_A_TILE, progress: Progress = lambda *_: None) -> Path:
+          runs_a_tile: int = RUNS_A_TILE, with_requests: bool = False,
+          progress: Progress = lambda *_, **__: None) -> Path:
     """Run what is not there yet of a study, and write its table; returns the path of that.
 
     folder: of the study's results, and of no other's. executor: who runs tiles, instead of `workers` threads (as many
-    as processors, or devices if there are more than one). Raises `InputError`; Ctrl-C stops after the tiles in flight.
+    as processors, or devices if there are more than one). with_requests: keep every request of every run as well, for
+    `load(folder, requests=True)`. Raises `InputError`; Ctrl-C stops after the tiles in flight.
     """
     folder = Path(folder)
     claim(study, folder)
     made = plan(study, LANES, runs_a_tile=runs_a_tile,
                 on_point=lambda done: progress("looking at scenarios", done, 0))
     check_memory(estimate(made), workers)
-    run_tiles(made, folder, executor=executor, workers=workers, progress=progress)
+    run_tiles(made, folder, executor=executor, workers=workers, with_requests=with_requests, progress=progress)
     return results.write(made, folder)
 
 
@@ -101,11 +130,12 @@ def claim(study: Study, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / results.TILES).mkdir(exist_ok=True)
+        (folder / results.REQUESTS).mkdir(exist_ok=True)
         if path.exists():
             if path.read_text(encoding="utf-8") != text:
                 raise InputError("--out", str(folder), "holds the results of another study, or of another version",
                                  "give another folder; nothing is overwritten")
-        elif any(p.name != results.TILES for p in folder.iterdir()):
+        elif any(p.name not in (results.TILES, results.REQUESTS) for p in folder.iterdir()):
             raise InputError("--out", str(folder), "holds files that are no study's", "give an empty folder")
         else:
             replace(path, text.encode())
@@ -127,33 +157,40 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def run_tiles(made: Plan, folder: Path, *, executor: futures.Executor | None = None, workers: int | None = None,
-              progress: Progress = lambda *_: None) -> None:
+              with_requests: bool = False, progress: Progress = lambda *_, **__: None) -> None:
     """Run the tiles that have no file yet."""
     stamp = version()
     names = {tile.name(stamp): tile for tile in made.tiles}
     there = {p.stem for p in (folder / results.TILES).glob("*.parquet")}
+    if with_requests:
+        there &= {p.stem for p in (folder / results.REQUESTS).glob("*.parquet")}
     missing = {name: tile for name, tile in names.items() if name not in there}
     done = sum(tile.num_runs for name, tile in names.items() if name in there)
+    programs: set[int] = set()
     progress("simulating", done, made.num_runs)
     own = None
     if executor is None:
-        executor = own = futures.ThreadPoolExecutor(workers or num_workers(), thread_name_prefix="tile")
+        executor = own = _threads(workers)
     pending: dict[futures.Future, str] = {}
     try:
         for name, tile in missing.items():
-            pending[executor.submit(run_tile, tile)] = name
+            pending[executor.submit(run_tile, tile, with_requests)] = name
         refused = None
         for future in futures.as_completed(pending):
             name = pending[future]
             try:
-                content = future.result()
+                content, listed = future.result()
             except InputError as error:
                 # The other tiles are worth keeping.
                 refused = error
                 continue
-            _write_tile(folder, name, content)
+            if listed is not None:
+                # First, as the tile's own file says that it is done.
+                _write_tile(folder / results.REQUESTS, name, listed)
+            _write_tile(folder / results.TILES, name, content)
             done += missing[name].num_runs
-            progress("simulating", done, made.num_runs)
+            programs.add(missing[name].program)
+            progress("simulating", done, made.num_runs, programs=len(programs))
         if refused is not None:
             raise refused
     except BaseException:
@@ -166,12 +203,23 @@ def run_tiles(made: Plan, folder: Path, *, executor: futures.Executor | None = N
 
 
 def _write_tile(folder: Path, name: str, content: bytes) -> None:
-    path = folder / results.TILES / f"{name}.parquet"
+    path = folder / f"{name}.parquet"
     try:
         replace(path, content)
     except OSError as error:
         raise InputError("--out", str(path), error.strerror or str(error),
                          "make room and run the same command again: finished tiles are kept") from None
+
+
+def _threads(workers: int | None) -> futures.Executor:
+    """Threads that each keep to one device, all devices in turn."""
+    devices, lock = itertools.cycle(jax.local_devices()), threading.Lock()
+
+    def take() -> None:
+        with lock:
+            _OWN.device = next(devices)
+
+    return futures.ThreadPoolExecutor(workers or num_workers(), thread_name_prefix="tile", initializer=take)
 
 
 def num_workers() -> int:
@@ -189,6 +237,7 @@ def estimate(made: Plan) -> dict[str, Any]:
     return {"scenarios": len(made.points), "refused": len(made.refusals), "runs": made.num_runs,
             "requests": sum(tile.num_requests for tile in made.tiles), "tiles": len(made.tiles),
             "programs": made.num_programs, "widest_tile": max((tile.width for tile in made.tiles), default=0),
+            "seconds": made.num_programs * SECONDS_A_PROGRAM + sum(tile.work for tile in made.tiles) * SECONDS_A_WORK,
             "tile_bytes": max((tile.width * tile.run_bytes for tile in made.tiles), default=0)}
 
 

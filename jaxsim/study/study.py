@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.spec.messages import explain
-from jaxsim.spec.scenario import Scenario, read_tree, shipped_scenarios
+from jaxsim.spec.scenario import Scenario, anchored, anchored_value, builtins_of, read_tree, shipped_scenarios
 from jaxsim.spec.toml import parse_toml
 from jaxsim.study import design
 from jaxsim.study.design import Axis, Point, Sample
@@ -36,6 +36,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         sample: a random or Sobol design over a box.
         derived: fields computed from others, in order: "8 // engine.tensor_parallel_size".
         where: conditions that a point must meet to be part of the study.
+        feasible_only: leave points that cannot be simulated out of the table, instead of keeping them with the reason.
     """
 
     schema_version: Literal[1]
@@ -48,10 +49,14 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     sample: Sample | None = None
     derived: dict[str, str] = {}
     where: list[str] = []
+    feasible_only: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], folder: Path | None = None) -> "Study":
-        """From nested dictionaries; `folder`: of relative paths. Raises `InputError` for the first thing wrong."""
+        """From nested dictionaries. Raises `InputError` for the first thing wrong.
+
+        folder: of relative paths: the scenario's file, and those that the scenario or an axis names.
+        """
         if not isinstance(values, Mapping):
             raise InputError("study", values, "is not a table of fields", "give nested dictionaries")
         tree = {key: _lists(value) for key, value in values.items()}
@@ -59,8 +64,8 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             study = msgspec.convert(tree, cls)
         except msgspec.ValidationError as error:
             raise explain(str(error), tree, cls) from None
-        if folder is not None and isinstance(study.scenario, str) and study.scenario.endswith(".toml"):
-            study = msgspec.structs.replace(study, scenario=str(folder / study.scenario))
+        if folder is not None:
+            study = study._anchored(folder)
         study._check()
         return study
 
@@ -82,6 +87,21 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         tree = parse_toml(text, str(path))
         tree.setdefault("name", path.stem)
         return cls.from_dict(tree, path.parent)
+
+    def _anchored(self, folder: Path) -> "Study":
+        scenario = self.scenario
+        if isinstance(scenario, dict):
+            scenario = anchored(copy.deepcopy(scenario), folder)
+        elif scenario.endswith(".toml"):
+            scenario = str(folder / scenario)
+
+        def axes(given: dict[str, Axis]) -> dict[str, Axis]:
+            return {name: [anchored_value(name, value, folder) for value in axis] if isinstance(axis, list) else axis
+                    for name, axis in given.items()}
+
+        sample = self.sample and msgspec.structs.replace(self.sample, axes=axes(self.sample.axes))
+        return msgspec.structs.replace(self, scenario=scenario, axes=axes(self.axes), zip=[axes(z) for z in self.zip],
+                                       sample=sample)
 
     def _check(self) -> None:
         if not (self.axes or self.zip or self.sample):
@@ -117,7 +137,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         tree.setdefault("schema_version", 1)
         if self.num_seeds is not None:
             tree["num_seeds"] = self.num_seeds
-        return tree
+        return builtins_of(tree, "")
 
     def _derived(self) -> dict[str, Expression]:
         return {name: Expression(text, f"derived.{name}") for name, text in self.derived.items()}
@@ -150,6 +170,9 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def scenario_at(self, point: Point, base: dict[str, Any] | None = None) -> Scenario:
         """The scenario of a point; `base`: what `base_tree` gave, to be read once. Raises `InputError`."""
         tree = dict(self.base_tree() if base is None else base)
+        if "cost" in tree:
+            # Reading it may write into it.
+            tree["cost"] = dict(tree["cost"])
         for dotted, value in point.items():
             *sections, last = dotted.split(".")
             node = tree
@@ -158,8 +181,8 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                 inner = node.get(key)
                 node[key] = dict(inner) if isinstance(inner, dict) else {}
                 node = node[key]
-            node[last] = value
-        return Scenario.from_dict(tree)
+            node[last] = builtins_of(value, dotted)
+        return Scenario.from_builtins(tree)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries without defaults; `from_dict` gives the study back."""

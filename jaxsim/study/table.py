@@ -10,17 +10,21 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxsim.kernels import histogram
-from jaxsim.metrics import PERCENTILES, unstable
+from jaxsim.metrics import FINISHED, PERCENTILES, STATUS_NAMES, UNFINISHED, share_inside, unstable_rows
 from jaxsim.spec.scenario import SloSection
 from jaxsim.study.tile import Runs
 
 Columns = dict[str, np.ndarray]
 
 
-def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, " runs"]) -> Columns:
+def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, " runs"],
+            cooldown_s: Float[np.ndarray, " runs"]) -> Columns:
     """All metrics, an entry a run. slos: limits of each run."""
     arrival_s, real = runs.arrival_s, runs.is_real
-    is_measured = real & (arrival_s - arrival_s[:, :1] >= warmup_s[:, None])
+    start_s = arrival_s[:, 0] + warmup_s
+    # Those that never arrived are NaN.
+    end_s = np.where(cooldown_s > 0, np.fmax.reduce(np.where(real, arrival_s, -np.inf), axis=1) - cooldown_s, np.inf)
+    is_measured = real & (arrival_s - arrival_s[:, :1] >= warmup_s[:, None]) & (arrival_s <= end_s[:, None])
     is_done = is_measured & runs.is_finished
     ttft = runs.first_token_s - arrival_s + runs.front_end_s[:, None]
     e2e = runs.finish_s - arrival_s + runs.front_end_s[:, None]
@@ -32,17 +36,27 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     duration = np.where(completed > 0, last - first + runs.front_end_s, np.nan)
     duration = np.where(completed > 0, duration, np.nan)
     met = _met(runs, slos, ttft, tpot, e2e)
+    # With a cool-down, rates are of what ended in the window.
+    has_end = np.isfinite(end_s)
+    window = np.where(has_end, np.where(end_s > start_s, end_s - start_s, np.nan), duration)
+    in_window = runs.is_finished & (runs.finish_s >= start_s[:, None]) & (runs.finish_s <= end_s[:, None])
+    is_counted, is_good = (np.where(has_end[:, None], in_window, mask) for mask in (is_done, is_measured))
 
     def per_second(amount):
-        return np.divide(amount, duration, out=np.full(len(duration), np.nan), where=duration > 0)
+        return np.divide(amount, window, out=np.full(len(window), np.nan), where=window > 0)
 
-    inputs = np.where(is_done, runs.input_tokens, 0).sum(axis=1)
-    outputs = np.where(is_done, runs.output_tokens, 0).sum(axis=1)
-    good = (met["all"] & is_measured).sum(axis=1) if met else None
+    input_sum, output_sum = (np.where(is_done, tokens, 0).sum(axis=1) for tokens in (
+        runs.input_tokens, runs.output_tokens))
+    is_begun = (runs.first_token_s >= start_s[:, None]) & (runs.first_token_s <= end_s[:, None])
+    spread = runs.output_tokens * share_inside(runs.first_token_s, runs.finish_s, start_s[:, None], end_s[:, None])
+    inputs = np.where(has_end, np.where(is_begun, runs.input_tokens, 0).sum(axis=1), input_sum)
+    outputs = np.where(has_end, np.nansum(spread, axis=1), output_sum)
+    good = (met["all"] & is_good).sum(axis=1) if met else None
     has_limits = np.array([_has_limits(slo) for slo in slos])
     found: Columns = {
-        "duration": duration, "completed": completed, "failed": measured - completed, "total_input_tokens": inputs,
-        "total_output_tokens": outputs, "request_throughput": per_second(completed),
+        "duration": duration, "window_s": window, "completed": completed, "failed": measured - completed,
+        "total_input_tokens": input_sum, "total_output_tokens": output_sum,
+        "request_throughput": per_second(is_counted.sum(axis=1)),
         "request_goodput": np.where(has_limits, per_second(good), np.nan) if met else np.full(len(duration), np.nan),
         "output_throughput": per_second(outputs), "total_token_throughput": per_second(inputs + outputs)}
     for name, values in (("ttft", ttft), ("tpot", tpot), ("itl", None), ("e2el", e2e)):
@@ -72,9 +86,9 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         "utilisation.most_busy_share": (runs.busy_s / whole[:, None]).max(axis=1),
         "utilisation.mean_running": runs.running_s.mean(axis=1) / whole,
         "utilisation.num_iterations": runs.num_iterations, "num_requests": measured,
-        "num_warmup_requests": real.sum(axis=1) - measured,
-        "unstable": np.array([_verdict(unstable(*(x[row][real[row]] for x in (
-            arrival_s, runs.scheduled_s, runs.finish_s)))) for row in range(len(real))]),
+        "num_warmup_requests": (real & ~is_measured & ~(arrival_s > end_s[:, None])).sum(axis=1),
+        "num_cooldown_requests": (real & (arrival_s > end_s[:, None])).sum(axis=1),
+        "unstable": _unstable(runs),
         "fault": np.array([text or None for text in runs.fault], object)}
     if runs.cached_tokens is not None:
         found["cached_share"] = _ratio(np.where(is_measured, runs.cached_tokens, 0).sum(axis=1),
@@ -82,8 +96,27 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     return found
 
 
-def _verdict(value: bool | None) -> float:
-    return np.nan if value is None else float(value)
+def requests(runs: Runs) -> Columns:
+    """Every request of the runs, in order: the columns of `requests.parquet` that a tile knows. run: its row."""
+    ttft = runs.first_token_s - runs.arrival_s + runs.front_end_s[:, None]
+    e2e = runs.finish_s - runs.arrival_s + runs.front_end_s[:, None]
+    gaps = runs.output_tokens - 1
+    tpot = np.where(gaps > 0, (runs.finish_s - runs.first_token_s) / np.maximum(gaps, 1), np.nan)
+    run, request = np.nonzero(runs.is_real)
+    status = np.asarray(STATUS_NAMES, object)[np.where(runs.is_finished, FINISHED, UNFINISHED)]
+    cached = np.zeros(runs.is_real.shape, np.int64) if runs.cached_tokens is None else runs.cached_tokens
+    whole = {"arrival_s": runs.arrival_s, "input_tokens": runs.input_tokens, "output_tokens": runs.output_tokens,
+             "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": runs.scheduled_s - runs.arrival_s,
+             "stall_s": runs.stall_s, "cached_tokens": cached, "preemptions": runs.preemptions, "status": status}
+    return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
+
+
+def _unstable(runs: Runs) -> Float[np.ndarray, " runs"]:
+    found, lengths = np.empty(len(runs.is_real)), runs.is_real.sum(axis=1)
+    for length in np.unique(lengths):
+        rows = lengths == length
+        found[rows] = unstable_rows(*(x[rows, :length] for x in (runs.arrival_s, runs.scheduled_s, runs.finish_s)))
+    return found
 
 
 def _has_limits(slo: SloSection) -> bool:
@@ -146,13 +179,14 @@ def _percentile(ordered: Float[np.ndarray, "runs requests"], count, percent: flo
 
 def _gaps(runs: Runs, is_done, gaps, after_first) -> Columns:
     """Of the time between tokens: the mean is exact, the rest from the histogram."""
-    counts = runs.itl_counts.astype(np.float64)
+    counts = runs.itl_counts
     total, number = counts.sum(axis=1), np.where(is_done, gaps, 0).sum(axis=1)
     is_there = (total > 0) & (number > 0)
     edges = histogram.edges()
     middles = 0.5 * (edges[1:] + edges[:-1])
-    binned = _ratio(counts @ middles, total)
-    std = np.sqrt(np.maximum(_ratio(counts @ middles**2, total) - binned**2, 0.0))
+    first, second = (counts.astype(np.float64) @ np.stack([middles, middles**2], axis=1)).T
+    binned = _ratio(first, total)
+    std = np.sqrt(np.maximum(_ratio(second, total) - binned**2, 0.0))
     mean = _ratio(np.where(is_done, after_first, 0.0).sum(axis=1), number)
     at = histogram.percentiles_of_rows(runs.itl_counts, (50, *PERCENTILES)) * 1e3
     found = {"mean": mean * 1e3, "median": at[:, 0], "std": std * 1e3}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -81,17 +82,23 @@ def together(dims: Dims, runs: Sequence[Run]) -> tuple[Params, Requests]:
 
 def _gathered(trees):
     """Stacked along a new axis; each tree is stacked once, however often it stands there."""
-    places: dict[int, int] = {}
-    index = [places.setdefault(id(tree), len(places)) for tree in trees]
-    unique = [trees[index.index(k)] for k in range(len(places))]
-    index = np.asarray(index)
+    places, index = _distinct(trees)
 
     def gather(*leaves):
         if len(leaves) == 1:
             return np.broadcast_to(np.asarray(leaves[0]), (len(index), *np.shape(leaves[0])))
         return np.stack(leaves)[index]
 
-    return jax.tree.map(gather, *unique)
+    return jax.tree.map(gather, *(trees[at] for at in places))
+
+
+def _distinct(things: Sequence[Any]) -> tuple[list[int], Int[np.ndarray, " things"]]:
+    """Places of things that are not one and the same, and which of these each is."""
+    first: dict[int, int] = {}
+    for at, thing in enumerate(things):
+        first.setdefault(id(thing), at)
+    order = {key: k for k, key in enumerate(first)}
+    return list(first.values()), np.array([order[id(thing)] for thing in things])
 
 
 def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
@@ -112,11 +119,13 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
     log_row, instance = world.placed[:, rows, 0], world.placed[:, rows, 1]
     first_s = np.take_along_axis(seconds(world.first_tokens), np.maximum(log_row, 0), axis=1)
 
-    def column(name, fill=0):
-        out = np.full(is_real.shape, fill, np.int64)
-        for row, run in zip(out, runs, strict=True):
-            row[:len(run.workload)] = getattr(run.workload, name)
-        return out
+    places, index = _distinct([run.workload for run in runs])
+
+    def column(name):
+        out = np.zeros((len(places), is_real.shape[1]), np.int64)
+        for row, at in zip(out, places, strict=True):
+            row[:lengths[at]] = getattr(runs[at].workload, name)
+        return out[index]
 
     if runs[0].params.source.answers:
         due = world.due[:, rows]

@@ -25,9 +25,11 @@ PER_DEVICE = "output_throughput_per_device"
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "end-to-end latency"}
 _CAPITALS = {"slo": "SLO", "kv": "KV", "ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E"}
 _SLOS = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
+_WRITTEN = {"mean_power_w": "mean power, W", "energy_j": "energy, J", "energy_wh": "energy, Wh",
+            "energy_j_per_output_token": "energy per output token, J", "window_s": "measured window, s",
+            "usd_per_million_output_tokens": "USD per million output tokens"}
 _UNITS = {"request_throughput": "requests/s", "request_goodput": "requests/s", "output_throughput": "tokens/s",
           "total_token_throughput": "tokens/s", PER_DEVICE: "tokens/s", "duration": "s"}
-
 
 
 def read(folder: str | Path, where: str | None = None) -> pd.DataFrame:
@@ -90,11 +92,26 @@ def limits(frame: pd.DataFrame) -> dict[str, float]:
     return found
 
 
+def window_note(frame: pd.DataFrame) -> list[str]:
+    """What is measured, where a warm-up or a cool-down leaves requests out."""
+    scenario, found = study_of(frame).get("scenario", {}), []
+    for name, text in (("warmup_s", "the first {} s"), ("cooldown_s", "the last {} s")):
+        values = frame[name].unique() if name in parameters(frame) else [scenario.get(name) or 0]
+        if any(value > 0 for value in values):
+            found.append(text.format(value_text(values[0]) if len(values) == 1 else name))
+    if not found:
+        return []
+    over = "; rates are over the time in between" if any("last" in text for text in found) else ""
+    return [f"requests that arrive in {' or '.join(found)} are not measured{over}"]
+
+
 def label(name: str) -> str:
     """What a metric is called on an axis, with its unit."""
     latency = re.fullmatch(r"(\w+?)_(ttft|tpot|itl|e2el)_ms", name)
     if latency:
         return f"{latency[1]} {LATENCIES[latency[2]]}, ms"
+    if name in _WRITTEN:
+        return _WRITTEN[name]
     measured = _UNITS.get(name, unit(name))
     words = " ".join(_CAPITALS.get(word, word) for word in re.split(r"[_.]", name.removesuffix("_ms")))
     return f"{words}, {measured}" if measured not in ("", "1") else words
@@ -112,6 +129,16 @@ def short(names: Sequence[str]) -> dict[str, str]:
                 break
         found[name] = ending
     return found
+
+
+def wrapped(text: str, at: str = "_") -> str:
+    """Broken into lines of about ten characters."""
+    found = [""]
+    for part in re.findall(rf"[^{at}]+{at}?", text):
+        if found[-1] and len(found[-1]) + len(part) > 11:
+            found.append("")
+        found[-1] += part
+    return "\n".join(line.strip() for line in found)
 
 
 def value_text(value: Any) -> str:

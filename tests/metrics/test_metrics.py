@@ -7,7 +7,9 @@ import pytest
 from scipy import stats
 
 from jaxsim import metrics
+from jaxsim._core.errors import InputError
 from jaxsim.metrics import Result, combine, lane_metrics, request_frame
+from jaxsim.spec.device import ServingPower, device_catalogue
 from jaxsim.spec.scenario import SloSection
 from tests.metrics.lanes import blank_lane, scenario, simulated, token_gaps
 
@@ -118,6 +120,48 @@ def test_warmup_leaves_early_requests_out():
     assert (m["completed"], m["num_warmup_requests"]) == (2, 2)
     assert m["mean_e2el_ms"] == pytest.approx(1000.0)
     assert m["duration"] == 2.0
+
+
+def test_cooldown_leaves_late_requests_out_and_rates_are_of_the_window():
+    """What ends in the window counts, whenever it arrived: neither filling nor the drain is in a rate."""
+    arrival = np.arange(11.0)
+    lane = blank_lane(arrival, arrival + 2.5)
+    m = lane_metrics(lane, SloSection(e2e_ms=3000.0), warmup_s=2.0, cooldown_s=4.0)
+    # Arrivals 2..6 are measured; the ends of arrivals 0..3 (2.5 to 5.5 s) lie between 2 and 6 s.
+    assert (m["num_requests"], m["num_warmup_requests"], m["num_cooldown_requests"]) == (5, 2, 4)
+    assert (m["window_s"], m["duration"]) == (4.0, 6.5)
+    assert m["request_throughput"] == m["request_goodput"] == 1.0
+    # Their first tokens are their last here: five and ten tokens each.
+    assert m["output_throughput"] == 5.0 and m["total_token_throughput"] == 15.0
+    assert m["completed"] == 5 and m["total_output_tokens"] == 25 and m["slo"]["attainment"] == 1.0
+    whole = lane_metrics(lane)
+    assert whole["window_s"] == whole["duration"] == 12.5 and whole["request_throughput"] == 11 / 12.5
+    # A queue that drains only after arrivals have ended serves less than what arrives, and the window says so.
+    slow = blank_lane(arrival, 1.0 + 3.0 * np.arange(1, 12))
+    assert lane_metrics(slow, cooldown_s=1.0)["request_throughput"] == pytest.approx(2 / 9)
+    # Five tokens from 1 to 5 s after each arrival: of each so many seconds, of 4, lie between 2 and 6 s.
+    spread = blank_lane(arrival, arrival + 5.0, first_token_s=arrival + 1.0)
+    inside_s = sum(max(min(a + 5, 6) - max(a + 1, 2), 0) for a in range(11))
+    assert lane_metrics(spread, warmup_s=2.0, cooldown_s=4.0)["output_throughput"] == pytest.approx(
+        5 * inside_s / 4 / 4)
+    empty = lane_metrics(lane, warmup_s=6.0, cooldown_s=6.0)
+    assert empty["num_requests"] == 0 and empty["window_s"] is None and empty["request_throughput"] is None
+
+
+def test_energy_is_between_idle_and_busy():
+    """By hand: two devices, an instance busy for 4 of 10 s; without figures there is none."""
+    lane = blank_lane([0.0, 1.0], [5.0, 10.0], busy_s=np.array([4.0]))
+    m = lane_metrics(lane, power=ServingPower(idle_w=100.0, busy_w=400.0), num_devices=2)
+    assert m["mean_power_w"] == pytest.approx(2 * (100 + 300 * 0.4))
+    assert m["energy_j"] == pytest.approx(2 * (100 * 10 + 300 * 4)) and m["energy_wh"] == m["energy_j"] / 3600
+    assert m["energy_j_per_output_token"] == pytest.approx(m["energy_j"] / 10)
+    assert lane_metrics(lane)["energy_j"] is None
+    for device in device_catalogue().values():
+        if device.power:
+            assert device.idle_w is None or device.idle_w <= device.power.idle_w
+            assert device.power.idle_w < device.power.busy_w <= device.tdp_w and device.power.source
+    with pytest.raises(InputError, match="busy_w"):
+        ServingPower(idle_w=100.0, busy_w=50.0)
 
 
 def test_phases_add_up_to_the_whole(starved):

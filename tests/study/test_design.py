@@ -1,6 +1,7 @@
 """Axes, designs and formulas of a study."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,3 +103,41 @@ def test_expressions():
         assert Expression(text, "here")(fields.__getitem__) == value
     assert Expression("a.b + c * a.b", "here").fields == {"a.b", "c"}
     assert math.isclose(Expression("sqrt(2)", "here")(fields.__getitem__), math.sqrt(2))
+
+
+def test_paths_count_from_the_folder_of_the_study(tmp_path, monkeypatch):
+    """Those of an inline scenario and those of an axis, from wherever it is read."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    trace = ("schema_version = 1\n[scenario]\nschema_version = 1\nnum_seeds = 1\n"
+             'cost = {{ kind = "fitted", prefill = {{ b = 1e-5 }}, decode = {{ a = 0.01 }} }}\n'
+             'engine = {{ num_gpu_blocks_override = 100, max_model_len = 512 }}\n'
+             'workload = {{ kind = "trace", trace = "{trace}" }}\n[axes]\n{axes}\n')
+    for name in ("a.csv", "b.csv"):
+        (folder / name).write_text("arrival_s,input_tokens,output_tokens\n0,10,2\n1,20,3\n")
+    (folder / "inline.toml").write_text(trace.format(trace="a.csv", axes='"engine.max_num_seqs" = [1, 2]'))
+    (folder / "axis.toml").write_text(trace.format(
+        trace="a.csv", axes='"workload.trace" = ["a.csv", "b.csv"]\n"engine.preset" = ["vllm-v1", "mine.toml"]'))
+    monkeypatch.chdir(tmp_path)
+    for given in ("mine/inline.toml", str(folder / "inline.toml")):
+        made = Study.from_toml(given)
+        scenario = made.scenario_at(next(made.points()))
+        assert Path(scenario.workload.trace).samefile(folder / "a.csv")
+    points = list(Study.from_toml("mine/axis.toml").points())
+    assert [Path(p["workload.trace"]).name for p in points[::2]] == ["a.csv", "b.csv"]
+    assert all(Path(p["workload.trace"]).is_file() for p in points)
+    assert [p["engine.preset"] for p in points[:2]] == ["vllm-v1", "mine/mine.toml"]
+    # A table from Python has no folder: its paths are the caller's.
+    plain = study(axes={"workload.trace": ["a.csv"]})
+    assert next(plain.points())["workload.trace"] == "a.csv"
+
+
+def test_a_window_without_requests_is_refused():
+    """A cool-down by itself, or beside a warm-up, that leaves nothing of the arrivals."""
+    made = study(axes={"warmup_s": [0.0, 100.0], "cooldown_s": [10.0, 200.0]})
+    base = made.base_tree()
+    base["workload"] = {**base["workload"], "rate_rps": 4.0, "num_requests": 1000}
+    scenarios = [made.scenario_at(point, base) for point in list(made.points())[:3]]
+    assert [(s.warmup_s, s.cooldown_s) for s in scenarios] == [(0, 10), (0, 200), (100, 10)]
+    with pytest.raises(InputError, match="cooldown_s = 200.*beside warmup_s = 100.*within about 250 s"):
+        made.scenario_at({"warmup_s": 100.0, "cooldown_s": 200.0}, base)

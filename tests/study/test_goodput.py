@@ -10,7 +10,9 @@ from jaxsim import cli
 from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import simulate
 from jaxsim.spec.scenario import Scenario, SloSection
-from jaxsim.study.goodput import scenario_at, search
+from jaxsim.study import runner
+from jaxsim.study.goodput import scenario_at, search, search_study
+from jaxsim.study.study import Study
 
 BASE = {
     "schema_version": 1, "engine": {"max_num_seqs": 8, "num_gpu_blocks_override": 4096, "max_model_len": 4096},
@@ -76,12 +78,81 @@ def test_rules(found):
 
 
 def test_limits_of_their_own(found):
-    """Without limits for all, each scenario keeps its own; a warm-up longer than fast runs is refused."""
+    """Without limits for all, each scenario keeps its own."""
     mine = [msgspec.structs.replace(of(), slo=SloSection(ttft_ms=ms)) for ms in (60.0, 5000.0)]
     rates = search(mine, workers=1)["rate_rps"]
     assert rates[0] < 0.9 * rates[1]
+
+
+def test_the_window_is_of_the_same_requests_at_all_rates(found):
+    """It is given at the scenario's own rate, and stretched with the arrivals; without a rate it is refused."""
+    windowed = msgspec.structs.replace(of(), warmup_s=30.0, cooldown_s=60.0)
+    counts = [[(m["num_requests"], m["num_warmup_requests"]) for m in simulate(scenario_at(windowed, rate)).runs[0]]
+              for rate in (0.5, 1.0, 20.0)]
+    assert counts[0] == counts[1] == counts[2] and 150 < counts[0][0][0] < 250 and counts[0][0][1] > 10
+    row = search([windowed], slo=SLO, workers=1).iloc[0]
+    assert row["rate_rps"] == pytest.approx(found[1]["rate_rps"][1], rel=0.2)
+    no_rate = msgspec.structs.replace(windowed, workload=msgspec.structs.replace(windowed.workload, rate_rps=None))
     with pytest.raises(InputError, match="warmup_s"):
-        search([msgspec.structs.replace(of(), warmup_s=5.0)], slo=SLO)
+        search([no_rate], slo=SLO)
+
+
+def test_interval_is_that_of_other_seeds(found):
+    """Searches of other seeds scatter as the intervals say."""
+    few = [msgspec.structs.replace(of(max_num_seqs=16), num_seeds=4, workload=msgspec.structs.replace(
+        of().workload, seed=1000 + 10 * k)) for k in range(24)]
+    frame = search(few, slo=SLO, workers=1, tolerance=0.005)
+    mean, half = frame["rate_rps"].mean(), frame["rate_rps.ci95"]
+    is_in = (frame["rate_rps"] - mean).abs() < half
+    assert 20 <= is_in.sum() <= 24 and half.median() < 0.5 * mean
+    # 3.18: Student's t at 97.5 % of the 3 degrees of freedom of four seeds.
+    assert 0.5 < np.sqrt((half**2).mean()) / 3.18 / frame["rate_rps"].std() < 2
+
+
+def test_closed_brackets_are_not_simulated_on(found, monkeypatch):
+    """Rounds take fewer tiles as brackets close, and no round compiles what the first did not."""
+    programs, runs = [], []
+    simulated = runner.run_tile
+
+    def counting(tile):
+        programs.append((tile.slots, tile.tokens, tile.longest, tile.width))
+        runs.append(tile.scenarios)
+        return simulated(tile)
+
+    monkeypatch.setattr(runner, "run_tile", counting)
+    turns = []
+    systems = [msgspec.structs.replace(of(max_num_seqs=n), slo=SLO) for n in range(4, 15)]
+    # A limit that nothing meets is given up only at the lowest of rates.
+    systems.append(msgspec.structs.replace(of(max_num_seqs=16), slo=SloSection(ttft_ms=0.01)))
+    frame = search(systems, workers=1, rule="both", rates=(3.0, 40.0),
+                   progress=lambda *told: turns.append((told, len(runs))))
+    assert len(set(programs)) == 1
+    tiles = np.diff([count for _, count in turns])
+    assert len(tiles) > 3 and tiles[0] == 2 and tiles[-1] == 1 and (np.diff(tiles) <= 0).all()
+    assert {s.engine.max_num_seqs for s in runs[-1]} == {16}
+    rates = [(s.engine.max_num_seqs, s.workload.rate_rps) for tile in runs for s in tile]
+    assert len(set(rates)) == len(rates)
+    assert turns[-1][0][1:] == (24, 24) and frame["rule"].tolist() == ["joint", "separate"] * 12
+    assert (frame["rate_rps"][1::2].to_numpy() >= 0.98 * frame["rate_rps"][::2].to_numpy()).all()
+    assert (frame["rate_rps"][:-2] > 1).all() and (frame["rate_rps"][-2:] == 0).all()
+    assert set(frame["limited_by"]) <= {"ttft", "tpot", "unstable"}
+
+
+def test_study_keeps_what_cannot_be_simulated(found):
+    """One table of all points: those refused by a check of fields, those that do not fit, and the rest."""
+    base = {**BASE, "slo": {"ttft_ms": 150.0, "tpot_ms": 15.0}}
+    study = Study.from_dict({"schema_version": 1, "scenario": base, "axes": {
+        "engine.pipeline_parallel_size": [1, 2], "engine.num_gpu_blocks_override": [4096, 20]}})
+    frame = search_study(study, workers=1)
+    assert frame["engine.num_gpu_blocks_override"].tolist() == [4096, 20, 4096, 20]
+    assert frame["rate_rps"][0] == pytest.approx(found[1]["rate_rps"][1])
+    assert "needs 61 blocks" in frame["refused"][1] and frame["refused"][2:].str.contains("pipeline").all()
+    assert frame["rate_rps"].isna().tolist() == [False, True, True, True]
+    assert frame["rate_rps_per_device"][0] == frame["rate_rps"][0] / frame["num_devices"][0]
+    kept = search_study(msgspec.structs.replace(study, feasible_only=True), workers=1, rule="both")
+    assert kept["rule"].tolist() == ["joint", "separate"] and kept["refused"].isna().all()
+    nothing = msgspec.structs.replace(study, axes={"engine.pipeline_parallel_size": [2, 4]})
+    assert search_study(nothing)["refused"].notna().all()
 
 
 @pytest.mark.parametrize("arguments, field", [
@@ -103,7 +174,7 @@ def test_command_line(found, tmp_path, capsys):
     study.write_text('schema_version = 1\nscenario = "mine.toml"\n[axes]\n"engine.max_num_seqs" = [1, 8]\n')
     out = tmp_path / "out.csv"
     assert cli.main(["goodput", str(study), "--slo", "ttft:150", "tpot:15", "--out", str(out), "--workers", "1"]) == 0
-    assert "max_num_seqs" in capsys.readouterr().out and len(out.read_text().splitlines()) == 3
+    assert "max_num_" in capsys.readouterr().out and len(out.read_text().splitlines()) == 3
     for bad, says in ((["--slo", "ttf:150"], "ttft"), (["--slo", "ttft:x"], "milliseconds"),
                       (["--rates", "1"], "LOW:HIGH"), (["--out", "x.txt"], ".csv"),
                       (["--set", "workload.kind=batch", "--slo", "ttft:1"], "workload")):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from jaxsim import cli
 from jaxsim._core.errors import InputError
-from jaxsim.study import plots, report, results, view
+from jaxsim.study import panels, plots, report, results, view
 
 RATES = [1.0, 2.0, 4.0, 8.0, 16.0]
 AXES = {"workload.rate_rps": RATES, "engine.max_num_seqs": [16, 64], "device.name": ["h100", "a100"]}
@@ -236,9 +236,9 @@ def test_names_of_users_are_no_mathematics():
 
 
 def test_numbers_in_cells_are_short():
-    assert [plots._compact(v, False) for v in (0, 3.14159, 1234.0, 46449.0, 185429.0, 2.5e6)] == [
+    assert [panels.compact(v, False) for v in (0, 3.14159, 1234.0, 46449.0, 185429.0, 2.5e6)] == [
         "0", "3.14", "1,234", "46k", "185k", "2.5M"]
-    assert plots._compact(0.987, True) == "99 %"
+    assert panels.compact(0.987, True) == "99 %"
 
 
 # ---- refusals

@@ -1,7 +1,9 @@
 """Sweeps: the same numbers as runs one by one, the same bytes after any interruption."""
 
 import concurrent.futures
+import contextlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from jaxsim import cli
 from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import simulate
-from jaxsim.metrics import combine, flatten
+from jaxsim.metrics import combine, flatten, request_frame
 from jaxsim.study import results, runner
 from jaxsim.study.lanes import Lanes, ladder
 from jaxsim.study.plan import plan
@@ -70,9 +72,23 @@ def test_table_equals_runs_one_by_one(swept):
                 assert half == pytest.approx((ends[1] - ends[0]) / 2, rel=1e-6, abs=1e-9), name
 
 
+def test_feasible_only_leaves_refusals_out(swept, tmp_path):
+    """The same tiles, the same rows but the refused ones."""
+    study, folder = swept
+    made = plan(study, runner.LANES, runs_a_tile=8)
+    (tmp_path / results.TILES).symlink_to(folder / results.TILES)
+    (tmp_path / results.STUDY).write_text(results.identity(small(feasible_only=True)))
+    kept, every = results.load(results.write(made, tmp_path)), results.load(folder)
+    every = every[every["refused"].isna()].reset_index(drop=True)
+    assert 0 < len(kept) < 20 and kept["point"].equals(every["point"]) and kept["refused"].isna().all()
+    assert kept["mean_ttft_ms"].equals(every["mean_ttft_ms"])
+
+
 def test_columns_have_units_and_provenance(swept):
     study, folder = swept
     schema = pq.read_schema(folder / results.TABLE)
+    assert schema.field("energy_j").metadata[b"unit"] == b"J"
+    assert b"approximate" in schema.field("energy_j").metadata[b"description"]
     assert schema.field("mean_ttft_ms").metadata[b"unit"] == b"ms"
     assert schema.field("workload.rate_rps").metadata[b"unit"] == b"1/s"
     assert schema.metadata[b"jaxsim"] == results.FORMAT.encode()
@@ -132,26 +148,72 @@ def test_folders_are_of_one_study(swept, tmp_path):
         results.load(tmp_path)
 
 
-def test_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
-    def full(path, content):
-        if path.suffix == ".parquet":
-            raise OSError(28, "No space left on device")
-        path.write_bytes(content)
+@contextlib.contextmanager
+def no_file_beyond(most_bytes: int):
+    """The system itself refuses to let a file grow, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(runner, "replace", full)
-    monkeypatch.setattr(runner, "run_tile", lambda tile: b"")
-    with pytest.raises(InputError, match="No space left.*kept"):
-        runner.sweep(small(), tmp_path / "out", runs_a_tile=8)
+
+def test_full_disk_keeps_what_is_done(swept, tmp_path):
+    """No room for a tile, then none for the table: both are told, nothing half written stays, the rest is kept."""
+    study, folder = swept
+    out, whole = tmp_path / "out", (folder / results.TABLE).read_bytes()
+    with no_file_beyond(4000), pytest.raises(InputError, match="File too large.*same command again.*kept"):
+        runner.sweep(study, out, workers=1, runs_a_tile=8)
+    assert not list(out.rglob("*.part")) and not list(out.rglob("*.parquet"))
+    with no_file_beyond(len(whole) - 1), pytest.raises(InputError, match="results.parquet.*File too large.*kept"):
+        runner.sweep(study, out, workers=1, runs_a_tile=8)
+    kept = {path: path.stat().st_mtime_ns for path in (out / results.TILES).iterdir()}
+    assert kept.keys() and not list(out.rglob("*.part")) and not (out / results.TABLE).exists()
+    runner.sweep(study, out, workers=1, runs_a_tile=8)
+    assert (out / results.TABLE).read_bytes() == whole
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
 
 
-def test_more_than_the_machine_is_refused_before_the_run(tmp_path, monkeypatch):
-    about = runner.estimate(plan(small(), Lanes()))
-    monkeypatch.setattr(runner, "memory_bytes", lambda: about["tile_bytes"])
-    with pytest.raises(InputError, match="tiles of [1-9][0-9]* runs would fit"):
-        runner.sweep(small(), tmp_path / "out")
-    monkeypatch.setattr(runner, "memory_bytes", lambda: 1000)
+def test_more_than_the_machine_is_refused_before_the_run(tmp_path):
+    """Runs of so many requests that a usual tile outgrows this machine's own memory; the size it names does fit."""
+    def of(num_requests, axes):
+        base = {**BASE, "workload": {**BASE["workload"], "rate_rps": 1e4, "num_requests": num_requests}}
+        return small(scenario=base, num_seeds=1, axes=axes, where=[])
+
+    few, many = (runner.estimate(plan(of(count, {"num_seeds": [1]}), Lanes()))["tile_bytes"] for count in (1000, 9000))
+    # Half as many again as 64 runs in one tile have room for, as drawn and as the loop reads them.
+    num_requests = int(1.5 * runner.memory_bytes() / (2 * 64 * (many - few) / 8000 / 8))
+    study = of(num_requests, {"cost.front_end_s": {"from": 0, "to": 1, "num": 64}})
+    with pytest.raises(InputError, match="this machine has .* GiB") as caught:
+        runner.sweep(study, tmp_path / "out", workers=1)
+    assert not list((tmp_path / "out" / results.TILES).iterdir())
+    fits = int(re.search(r"tiles of ([1-9]\d*) runs would fit: runs_a_tile=\1", str(caught.value))[1])
+    assert fits < 64
+    runner.check_memory(runner.estimate(plan(study, runner.LANES, runs_a_tile=fits)), workers=1)
+    # Not even one run.
     with pytest.raises(InputError, match="not even one run"):
-        runner.sweep(small(), tmp_path / "out")
+        runner.check_memory(runner.estimate(plan(study, runner.LANES)) | {"tile_bytes": 2**60}, workers=1)
+
+
+def test_requests_are_those_of_runs_one_by_one(swept, tmp_path):
+    """Kept when asked for, also of a study that was run without them; the rows of a run's own frame."""
+    study, folder = swept
+    with pytest.raises(InputError, match="again with --requests"):
+        results.load(folder, requests=True)
+    runner.sweep(study, folder, workers=2, runs_a_tile=8, with_requests=True)
+    frame, table = results.load(folder, requests=True), results.load(folder)
+    kept = np.flatnonzero(table["refused"].isna())
+    assert frame.groupby(["point", "seed"]).size().eq(60).all() and set(frame["point"]) == set(kept)
+    (lanes,) = simulate(study.scenario_at(list(study.points())[kept[0]])).lanes
+    for lane, (_, mine) in zip(lanes, frame[frame["point"] == kept[0]].groupby("seed"), strict=True):
+        alone = request_frame(lane)
+        for name in set(mine) - {"point", "seed"}:
+            if name == "status":
+                assert list(mine[name]) == list(alone[name])
+            else:
+                np.testing.assert_allclose(mine[name], alone[name], rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 def test_command_line(swept, tmp_path, capsys):
@@ -161,7 +223,8 @@ def test_command_line(swept, tmp_path, capsys):
     scenario.write_text(small().scenario_at({}).to_toml())
     path.write_text(f'schema_version = 1\nscenario = "scenario.toml"\nwhere = {json.dumps(WHERE)}\n[axes]\n{axes}')
     assert cli.main(["sweep", str(path), "--out", str(out), "--dry-run"]) == 0
-    assert "20 scenarios, " in capsys.readouterr().out and not out.exists()
+    said = capsys.readouterr().out
+    assert "20 scenarios, " in said and " s of one core" in said and not out.exists()
     assert cli.main(["sweep", str(path), "--out", str(out), "--json", "--workers", "1"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["scenarios"] == 20 and printed["runs"] == 2 * (20 - printed["refused"])
@@ -239,3 +302,21 @@ def test_prefixes_and_changed_files(tmp_path):
     after = results.load(runner.sweep(study, tmp_path / "few", workers=1).parent)["duration"]
     assert after[0] > 10 * before[0] and after[1] == before[1]
     assert len(results.load(tmp_path / "few", runs=True)) == 2
+
+
+def test_windows_equal_runs_one_by_one(tmp_path):
+    """With a warm-up, a cool-down, both and neither: rates of the window, and the energy of known devices."""
+    windows = {"warmup_s": [0.0, 2.0, 0.0, 3.0], "cooldown_s": [0.0, 0.0, 4.0, 2.5]}
+    study = small(axes={"device.name": ["h100", "a100_pcie_80"]}, zip=[windows], where=[])
+    runner.sweep(study, tmp_path / "out", workers=1)
+    frame, points = results.load(tmp_path / "out"), list(study.points())
+    expected = simulate([study.scenario_at(point) for point in points])
+    for row, metrics in zip(frame.to_dict("records"), expected.metrics, strict=True):
+        for name in ("window_s", "duration", "completed", "total_output_tokens", "request_throughput",
+                     "request_goodput", "output_throughput", "total_token_throughput", "num_warmup_requests",
+                     "num_cooldown_requests", "p99_ttft_ms", "mean_power_w", "energy_j", "energy_wh",
+                     "energy_j_per_output_token"):
+            value = metrics[name]
+            assert row[name] == pytest.approx(np.nan if value is None else value, rel=1e-9, nan_ok=True), name
+        assert np.isnan(row["energy_j"]) == (row["device.name"] == "a100_pcie_80")
+    assert {"cooldown_s", "warmup_s"} <= set(frame.columns) and frame["num_cooldown_requests"].max() > 0

@@ -1,0 +1,248 @@
+"""Rules between the fields of a scenario, and between a scenario and its model and device."""
+
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from jaxsim._core.errors import InputError
+from jaxsim.spec.engine import EngineConfig
+from jaxsim.spec.messages import describe, hints
+from jaxsim.spec.model import ModelSpec
+from jaxsim.spec.presets import Scheduler, resolve
+from jaxsim.spec.sections import (
+    FIELDS_OF_KIND,
+    MAX_ITERATION_S,
+    WITHOUT_RATE,
+    FittedCost,
+    FixedLength,
+    LogNormalLength,
+    ProfiledCost,
+    QuantilesLength,
+    RooflineCost,
+    WorkloadSection,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from jaxsim.spec.scenario import Scenario
+
+
+def check(s: "Scenario") -> None:
+    """Raises `InputError` for the first rule that a scenario breaks."""
+    _check_engine(s)
+    _check_system(s)
+    _check_workload(s)
+    _check_sizes(s)
+
+
+def _scheduler(engine: EngineConfig) -> Scheduler:
+    # A file may change, a name does not.
+    return resolve(engine) if engine.preset.endswith(".toml") else _shipped_scheduler(engine)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shipped_scheduler(engine: EngineConfig) -> Scheduler:
+    return resolve(engine)
+
+
+def _check_engine(s: "Scenario") -> None:
+    engine = s.engine
+    if engine.pipeline_parallel_size != 1:
+        raise InputError("engine.pipeline_parallel_size", engine.pipeline_parallel_size, "not there yet",
+                         "use 1, and engine.tensor_parallel_size where that is what you need")
+    scheduler = _scheduler(engine)
+    if engine.enable_prefix_caching and (scheduler.phase_mix != "unified" or scheduler.reserve != "none"
+                                         or not scheduler.kv_accounting):
+        raise InputError("engine.enable_prefix_caching", True,
+                         f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
+                         "use a preset 'vllm-v1', or leave it out")
+    for ours, theirs in (("dtype", "dtype"), ("kv_dtype", "kv_cache_dtype")):
+        given, other = s.model and getattr(s.model, ours), getattr(engine, theirs)
+        if {given, other}.isdisjoint((None, "auto")) and given != other:
+            raise InputError(f"engine.{theirs}", other, f"differs from model.{ours} = {given!r}",
+                             "give one of them")
+
+
+def _check_system(s: "Scenario") -> None:
+    if s.model and (s.model.name is None) == (s.model.config is None):
+        raise InputError("model.name", s.model.name, "give exactly one of model.name and model.config",
+                         "a name from `jaxsim list models`, or the path of a config.json")
+    if s.model and s.model.config is not None and s.model.dimensions is not None:
+        raise InputError("model.dimensions", s.model.dimensions, f"comes with model.config = {s.model.config!r}",
+                         "give one of them, and a model.name with dimensions")
+    if s.model and s.model.dimensions is not None:
+        s.model.spec()
+    if s.device and s.device.numbers is not None:
+        s.device.spec()
+    if isinstance(s.cost, RooflineCost | ProfiledCost):
+        for field in ("model", "device"):
+            if getattr(s, field) is None:
+                raise InputError(field, None, f"missing, and a {s.cost.__struct_config__.tag} cost needs it",
+                                 f"add a [{field}] section, or give coefficients with cost.kind = 'fitted'")
+        for name, value in s.cost.overrides.items():
+            if name.endswith("efficiency") and value > 1:
+                raise InputError(f"cost.overrides.{name}", value, "is more than all that the device can do",
+                                 "give a share above 0 and at most 1, or raise the peak itself")
+    else:
+        if (s.model is None or s.device is None) and s.engine.num_gpu_blocks_override is None:
+            raise InputError("engine.num_gpu_blocks_override", None,
+                             "missing, and without [model] and [device] the KV pool cannot be derived",
+                             "give the number of KV blocks")
+        if s.model is None and s.engine.max_model_len is None:
+            raise InputError("engine.max_model_len", None, "missing, and there is no [model] to take it from",
+                             "give the limit of prompt + output in tokens")
+        for kind in ("prefill", "decode", "mixed"):
+            starts = [row[0] for row in s.cost.rows(kind) or [(0,)]]
+            if not starts or starts[0] != 0 or not _is_rising(starts):
+                raise InputError(f"cost.{kind}", starts, "pieces must start at min_sequences = 0 and rise",
+                                 "sort them by min_sequences, the first without it")
+
+
+def _check_workload(s: "Scenario") -> None:
+    w = s.workload
+    for field, kinds in FIELDS_OF_KIND.items():
+        value = getattr(w, field)
+        if value is not None and w.kind not in kinds:
+            raise InputError(f"workload.{field}", plain(value), f"has no effect with kind = {w.kind!r}",
+                             "leave it out, or use kind = " + " or ".join(map(repr, kinds)))
+    needed = {"gamma": ("cv",), "weibull": ("cv",), "mmpp": ("rate_ratio", "high_dwell_s", "low_dwell_s"),
+              "trace": ("trace",), "closed-loop": ("concurrency",)}.get(w.kind, ())
+    if w.kind not in ("trace", *WITHOUT_RATE, "azure-conv-2023"):
+        needed = ("rate_rps", *needed)
+    for field in needed:
+        if getattr(w, field) is None:
+            raise InputError(f"workload.{field}", None, f"missing, and kind = {w.kind!r} needs it",
+                             f"give {describe(hints(WorkloadSection)[field])}")
+    if w.kind in WITHOUT_RATE and w.rate_rps is not None:
+        why = "all arrive at once" if w.kind == "batch" else "answers bring requests about"
+        raise InputError("workload.rate_rps", w.rate_rps, f"has no effect where {why}",
+                         "leave it out, or use kind = 'poisson'")
+    if w.lengths_from is not None:
+        for field in ("input", "output", "spearman"):
+            if getattr(w, field):
+                raise InputError(f"workload.{field}", plain(getattr(w, field)),
+                                 "given together with lengths_from",
+                                 "give laws, or a trace to draw the lengths from")
+    if w.spearman and w.kind == "trace":
+        raise InputError("workload.spearman", w.spearman, "has no effect with kind = 'trace'", "leave it out")
+    for field in ("input", "output"):
+        _check_length(f"workload.{field}", getattr(w, field))
+    names = [t.name for t in w.tenants]
+    if len(set(names)) < len(names):
+        raise InputError("workload.tenants", names, "two have the same name", "give each its own")
+    if w.slice and w.slice.end_s is not None and w.slice.end_s <= w.slice.start_s:
+        raise InputError("workload.slice.end_s", w.slice.end_s, f"not after start_s = {w.slice.start_s}",
+                         "give a later end")
+    span_s = _arrival_span_s(s)
+    if s.warmup_s + s.cooldown_s > 0 and span_s is not None and s.warmup_s + s.cooldown_s >= span_s:
+        field = "warmup_s" if s.warmup_s >= span_s or not s.cooldown_s else "cooldown_s"
+        beside = f" beside warmup_s = {s.warmup_s:g}" if field == "cooldown_s" and s.warmup_s else ""
+        raise InputError(field, getattr(s, field),
+                         f"leaves no request to measure{beside}: they arrive within about {span_s:.4g} s",
+                         "lower it, or raise workload.num_requests")
+
+
+def _arrival_span_s(s: "Scenario") -> float | None:
+    """Seconds over which requests arrive, on average; None where only the trace or the generator knows."""
+    w = s.workload
+    if w.kind == "batch":
+        return 0.0
+    if w.rate_rps is not None:
+        return s.num_requests / w.rate_rps if s.num_requests is not None else None
+    return w.slice.end_s - w.slice.start_s if w.slice and w.slice.end_s is not None else None
+
+
+def _check_length(field: str, law: Any) -> None:
+    low, high = getattr(law, "min_tokens", None), getattr(law, "max_tokens", None)
+    if low is not None and high is not None and low > high:
+        raise InputError(f"{field}.min_tokens", low, f"above max_tokens = {high}", "swap them")
+    if isinstance(law, LogNormalLength) and (law.mu is None) == (law.mean_tokens is None):
+        raise InputError(f"{field}.mean_tokens", law.mean_tokens, f"comes with mu = {law.mu}",
+                         "give exactly one of mean_tokens and mu")
+    if isinstance(law, QuantilesLength):
+        levels, tokens = law.levels, law.tokens
+        if levels[0] != 0 or levels[-1] != 1 or not _is_rising(levels):
+            raise InputError(f"{field}.levels", levels, "do not rise from 0 to 1",
+                             "sort them, 0 and 1 included")
+        if len(tokens) != len(levels) or list(tokens) != sorted(tokens):
+            raise InputError(f"{field}.tokens", tokens, f"are not {len(levels)} rising lengths",
+                             "give one quantile a level")
+
+
+def _is_rising(numbers: Any) -> bool:
+    return all(a < b for a, b in itertools.pairwise(numbers))
+
+
+def _longest(law: Any) -> int | None:
+    """The largest length a law can give; None where it is not known here."""
+    if isinstance(law, int):
+        return law
+    if isinstance(law, QuantilesLength):
+        return law.tokens[-1]
+    return law.tokens if isinstance(law, FixedLength) else getattr(law, "max_tokens", None)
+
+
+def _check_sizes(s: "Scenario") -> None:
+    """What can already be said about the longest request; the engine checks the lengths actually drawn."""
+    w, engine = s.workload, s.engine
+    scheduler = _scheduler(engine)
+    model = _known_model(s)
+    prompt, output = _longest(w.input), _longest(w.output)
+    if isinstance(s.cost, FittedCost):
+        limit = engine.max_model_len or (model.max_position if model else None)
+        longest = min((n for n in (limit, prompt and prompt + (output or limit or 0)) if n), default=None)
+        if longest is not None:
+            _check_coefficients(s, scheduler, longest)
+    if prompt is None:
+        return
+    total = prompt + (output or 1)
+    text = f"prompt {prompt} + output {output}" if output else f"prompt {prompt}"
+    if model is not None and total > model.max_position:
+        raise InputError("workload.input", prompt,
+                         f"the longest request needs {total} tokens ({text}), beyond the {model.max_position} positions"
+                         f" of {model.name}", "shorten workload.input or workload.output, or use a model with more")
+    if engine.max_model_len is not None and total > engine.max_model_len:
+        raise InputError("engine.max_model_len", engine.max_model_len,
+                         f"the longest request needs {total} tokens ({text})",
+                         f"raise it to {total}, or shorten workload.input or workload.output")
+    if not scheduler.chunked_prefill and engine.max_num_batched_tokens is not None:
+        if prompt > engine.max_num_batched_tokens:
+            raise InputError("engine.max_num_batched_tokens", engine.max_num_batched_tokens,
+                             f"a prompt of {prompt} tokens never fits one iteration without chunked prefill",
+                             f"raise it to {prompt}, or set engine.enable_chunked_prefill = true")
+    blocks = engine.num_gpu_blocks_override
+    if blocks is not None and scheduler.kv_accounting:
+        needed = -(-(total - 1) // scheduler.block_size)
+        if needed > blocks:
+            raise InputError("engine.num_gpu_blocks_override", blocks,
+                             f"the longest request ({text}) needs {needed} blocks of"
+                             f" {scheduler.block_size} tokens",
+                             f"give at least {needed} blocks, or shorten the requests")
+
+
+def _known_model(s: "Scenario") -> ModelSpec | None:
+    """The model, where it can be had: what is wrong with it is told when the system is put together."""
+    try:
+        return s.model.spec() if s.model else None
+    except InputError:
+        return None
+
+
+def _check_coefficients(s: "Scenario", scheduler: Scheduler, longest: int) -> None:
+    """Refuse coefficients by which the largest batch of the longest requests would never end."""
+    sequences = min(scheduler.max_num_seqs, s.num_requests or scheduler.max_num_seqs)
+    context = sequences * longest
+    tokens = min(scheduler.max_num_batched_tokens, context)
+    pairs = min(2 * longest * tokens, sequences * longest**2)
+    counts = {"prefill": (1, tokens, 0, sequences, pairs), "decode": (1, 0, context, sequences, 0),
+              "mixed": (1, tokens, context, sequences, pairs)}
+    for kind, most in counts.items():
+        for start, *row in s.cost.rows(kind) or []:
+            terms = [number * count for number, count in zip(row, most, strict=True)]
+            if start <= sequences and sum(terms) > MAX_ITERATION_S:
+                at = terms.index(max(terms))
+                raise InputError(f"cost.{kind}.{'abcde'[at]}", row[at],
+                                 f"an iteration of {sequences} sequences of up to {longest} tokens could take"
+                                 f" {sum(terms):.3g} s, more than the {MAX_ITERATION_S} s that are simulated",
+                                 "lower it (coefficients are in seconds), engine.max_num_seqs or"
+                                 " engine.max_model_len")

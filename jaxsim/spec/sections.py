@@ -1,0 +1,363 @@
+"""The sections of a scenario: what each holds, and what the values of one field may be."""
+
+import math
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from jaxsim.spec.device import DeviceSpec, load_device
+from jaxsim.spec.engine import Share, Text
+from jaxsim.spec.model import ModelSpec, load_model
+
+MAX_ITERATION_S = 1 << 15
+"""An iteration of fitted coefficients may not take more seconds than this (9 hours)."""
+
+Tokens = Annotated[int, Meta(ge=1, le=1 << 27)]
+Level = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Coefficient = Annotated[float, Meta(ge=0, le=MAX_ITERATION_S)]
+
+ArrivalKind = Literal["poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "closed-loop",
+                      "azure-conv-2023", "trace"]
+_GENERATED = ("poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "closed-loop", "azure-conv-2023")
+WITHOUT_RATE = ("batch", "closed-loop")
+FIELDS_OF_KIND = {
+    "concurrency": ("closed-loop",),
+    "think_s": ("closed-loop",),
+    "cv": ("gamma", "weibull"),
+    "rate_ratio": ("mmpp",),
+    "high_dwell_s": ("mmpp",),
+    "low_dwell_s": ("mmpp",),
+    "trace": ("trace",),
+    "format": ("trace",),
+    "slice": ("trace",),
+    "sort": ("trace",),
+    "drop_failed": ("trace",),
+    "input": _GENERATED,
+    "output": _GENERATED,
+    "lengths_from": _GENERATED,
+}
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Common rules: immutable, unknown fields refused, defaults not written back."""
+
+
+class ModelSection(_Section, frozen=True):
+    """Which model runs.
+
+        name: a name of `jaxsim list models`, or a Hugging Face id that the catalogue knows.
+        config: path of a Hugging Face config.json, instead of a name.
+        dimensions: every dimension of a model that is in no catalogue (`jaxsim.spec.model.ModelSpec`); name is then
+            only a label.
+        dtype: weights and activations (bf16, fp16, fp8, int8, int4, ...); the model's own if left out.
+        kv_dtype: KV cache; the same as dtype if left out.
+    """
+
+    name: Text | None = None
+    config: Text | None = None
+    dimensions: dict[str, Any] | None = None
+    dtype: Text | None = None
+    kv_dtype: Text | None = None
+
+    def spec(self) -> ModelSpec:
+        """The model itself. Raises `InputError` where it cannot be had."""
+        if self.dimensions is not None:
+            return ModelSpec.from_dict({"name": self.name, **self.dimensions}, "model.dimensions")
+        return ModelSpec.from_hf_config(self.config) if self.config is not None else load_model(self.name)
+
+
+class DeviceSection(_Section, frozen=True):
+    """What it runs on.
+
+        name: a name of `jaxsim list devices`.
+        numbers: every number of a device that is in no catalogue (`jaxsim.spec.device.DeviceSpec`); name is then only
+            a label.
+    """
+
+    name: Text
+    numbers: dict[str, Any] | None = None
+
+    def spec(self) -> DeviceSpec:
+        """The device itself. Raises `InputError` where it cannot be had."""
+        if self.numbers is not None:
+            return DeviceSpec.from_dict({"name": self.name, **self.numbers}, "device.numbers")
+        return load_device(self.name)
+
+
+class ClusterSection(_Section, frozen=True):
+    """How many engines, and who chooses among them.
+
+        replicas: independent engines, each with its own queue and KV pool.
+        router: a name of `jaxsim list policies`, or the dotted path of a router class; round_robin if left out, or with
+            data-parallel ranks vLLM's own balancer among all of them.
+        router_weights: numbers of the router, where it has any.
+    """
+
+    replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
+    router: Text | None = None
+    router_weights: dict[str, float] = {}
+
+
+class FixedLength(_Section, frozen=True, tag_field="kind", tag="fixed"):
+    """The same for every request.
+
+        tokens: the length.
+    """
+
+    tokens: Tokens
+
+
+class UniformLength(_Section, frozen=True, tag_field="kind", tag="uniform"):
+    """Whole numbers, all equally likely.
+
+        min_tokens: smallest length.
+        max_tokens: largest length.
+    """
+
+    min_tokens: Tokens
+    max_tokens: Tokens
+
+
+class LogNormalLength(_Section, frozen=True, tag_field="kind", tag="log-normal"):
+    """Log-normal, rounded; what lies outside the limits piles up at them.
+
+        mean_tokens: mean before clipping (or give mu).
+        mu: mean of the logarithm (or give mean_tokens).
+        sigma: standard deviation of the logarithm.
+        min_tokens: smallest length.
+        max_tokens: largest length.
+    """
+
+    sigma: NotNegative
+    mean_tokens: Positive | None = None
+    mu: float | None = None
+    min_tokens: Tokens = 1
+    max_tokens: Tokens | None = None
+
+
+class QuantilesLength(_Section, frozen=True, tag_field="kind", tag="quantiles"):
+    """Any measured distribution as a table of its quantiles, linear in between.
+
+        levels: rising from 0 to 1.
+        tokens: the quantiles at those levels.
+    """
+
+    levels: Annotated[tuple[Level, ...], Meta(min_length=2)]
+    tokens: Annotated[tuple[Tokens, ...], Meta(min_length=2)]
+
+
+Length = Tokens | FixedLength | UniformLength | LogNormalLength | QuantilesLength
+
+
+class TenantSection(_Section, frozen=True):
+    """A class of requests.
+
+        name: a label carried to the results.
+        share: its part of the requests, relative to the others.
+        priority: smaller is more urgent; counts under engine.scheduling_policy = "priority".
+    """
+
+    name: Text
+    share: Positive = 1.0
+    priority: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] = 0
+
+
+class TraceSlice(_Section, frozen=True):
+    """Which part of a trace.
+
+        start_s: requests that arrive before this are left out, seconds from the first.
+        end_s: and those from here on.
+        keep: share of the rest that is kept, at random.
+        run: which run of a file with several: the seed in a `requests.parquet`, the number (0 is the first, -1 the
+            last) in a benchmark client's file.
+        scenario: which scenario of a table of requests with several.
+    """
+
+    start_s: NotNegative = 0.0
+    end_s: Positive | None = None
+    keep: Share = 1.0
+    run: int | None = None
+    scenario: int | Text | None = None
+
+
+class WorkloadSection(_Section, frozen=True):
+    """What arrives.
+
+        kind: the arrival process, a fitted generator by name, or the replay of a trace.
+        rate_rps: mean arrivals a second over the whole cluster. A trace without it keeps its own times.
+        num_requests: requests simulated; 1000, or the whole trace, if left out.
+        seed: of all random draws; run k of `num_seeds` uses seed + k.
+        cv: coefficient of variation of the gaps (gamma, weibull); 1 is as bursty as Poisson.
+        concurrency: clients that each have one request at a time (closed-loop).
+        think_s: from an answer to the client's next request; 0 if left out (closed-loop).
+        rate_ratio: high rate over low rate (mmpp).
+        high_dwell_s: mean time at the high rate (mmpp).
+        low_dwell_s: mean time at the low rate (mmpp).
+        trace: the file replayed.
+        format: its format; found from the file if left out.
+        slice: part of the trace.
+        sort: sort the trace by arrival, instead of refusing rows out of order.
+        drop_failed: leave out the trace's requests without output or input tokens, instead of refusing them; formats
+            that log failures that way do so unless this is false.
+        input: prompt length, tokens or a law; that of azure-conv-2023 if left out.
+        output: output length, tokens or a law; that of azure-conv-2023 if left out.
+        spearman: rank correlation of prompt and output length; azure-conv-2023's own if no length is given.
+        lengths_from: a trace whose pairs of lengths are drawn with replacement, instead of laws.
+        output_limit: the max_tokens clients send: outputs are cut there, and the engine knows it. If left out
+            it is told the exact output length, as in benchmarks that ignore the end-of-sequence token.
+        tenants: classes of requests.
+    """
+
+    kind: ArrivalKind
+    rate_rps: Positive | None = None
+    num_requests: Annotated[int, Meta(ge=1, le=1 << 27)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
+    cv: Positive | None = None
+    concurrency: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    think_s: NotNegative | None = None
+    rate_ratio: Annotated[float, Meta(ge=1)] | None = None
+    high_dwell_s: Positive | None = None
+    low_dwell_s: Positive | None = None
+    trace: Text | None = None
+    format: Text | None = None
+    slice: TraceSlice | None = None
+    sort: bool | None = None
+    drop_failed: bool | None = None
+    input: Length | None = None
+    output: Length | None = None
+    spearman: Annotated[float, Meta(ge=-1, le=1)] = 0.0
+    lengths_from: Text | None = None
+    output_limit: Tokens | None = None
+    tenants: tuple[TenantSection, ...] = ()
+
+    def generator_arguments(self) -> dict[str, Any]:
+        """Arguments of `jaxsim.workload.named.generator`, tenants apart; not for a trace."""
+        if self.kind == "trace":
+            raise ValueError("a trace is read, not generated")
+        numbers = {name: getattr(self, name) for name in ("cv", "rate_ratio", "high_dwell_s", "low_dwell_s")}
+        laws = {name: plain(getattr(self, name)) for name in ("input", "output")}
+        # Everything at once is any process at an infinite rate.
+        kind, rate_rps = {
+            **dict.fromkeys(WITHOUT_RATE, ("deterministic", math.inf)), "mmpp": ("mmpp2", self.rate_rps)}.get(
+            self.kind, (self.kind, self.rate_rps))
+        given = {**numbers, **laws, "output_limit": self.output_limit, "rate_rps": rate_rps}
+        return {"kind": kind, "spearman": self.spearman, **{k: v for k, v in given.items() if v is not None}}
+
+
+    def trace_options(self) -> dict[str, Any]:
+        """Options of `jaxsim.traces.read_trace`, the seed apart; only for a trace."""
+        own = {name: getattr(self, name) for name in ("rate_rps", "num_requests", "sort", "drop_failed")}
+        part = {} if self.slice is None else {n: getattr(self.slice, n) for n in TraceSlice.__struct_fields__}
+        return {name: value for name, value in (own | part).items() if value is not None}
+
+
+def plain(value: Any) -> Any:
+    """A section as nested dictionaries; anything else as it is."""
+    return msgspec.to_builtins(value) if hasattr(value, "__struct_fields__") else value
+
+
+class SloSection(_Section, frozen=True):
+    """Limits a good request meets, all of those given at once.
+
+        ttft_ms: time to first token.
+        tpot_ms: time per output token after the first.
+        e2e_ms: arrival to last token.
+    """
+
+    ttft_ms: Positive | None = None
+    tpot_ms: Positive | None = None
+    e2e_ms: Positive | None = None
+
+
+class FittedForm(_Section, frozen=True):
+    """Seconds: a + b x prefill tokens + c x decode context + d x sequences + e x prefill pairs.
+
+        min_sequences: the form holds from this number of sequences on.
+        a: seconds.
+        b: seconds a prompt token computed.
+        c: seconds a KV token that decodes read, the new one included.
+        d: seconds a sequence in the batch.
+        e: seconds a unit of (history + chunk)^2 - history^2, summed over prompt chunks.
+    """
+
+    min_sequences: Annotated[int, Meta(ge=0)] = 0
+    a: Coefficient = 0.0
+    b: Coefficient = 0.0
+    c: Coefficient = 0.0
+    d: Coefficient = 0.0
+    e: Coefficient = 0.0
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        """(min_sequences, a, b, c, d, e), as `jaxsim.cost.fitted.fitted` takes them."""
+        return (self.min_sequences, self.a, self.b, self.c, self.d, self.e)
+
+
+Pieces = FittedForm | tuple[FittedForm, ...]
+
+
+class RooflineCost(_Section, frozen=True, tag_field="kind", tag="roofline"):
+    """Operators against the device's peaks.
+
+        overrides: parameters of the roofline by name, instead of their calibrated values.
+        host: whose host overheads are taken; those of the preset's engine if left out.
+        distinct_experts: how many experts a batch reads: as expected under uniform routing, the tokens' top-k
+            with no overlap, or all.
+        front_end_s: seconds of a request outside the engine (HTTP server, tokenizer), in TTFT and end to end; those of
+            `host` if left out, 0 where clocks are inside the engine.
+    """
+
+    overrides: dict[str, float] = {}
+    host: Text | None = None
+    distinct_experts: Literal["expected", "topk", "all"] = "expected"
+    front_end_s: NotNegative | None = None
+
+
+class ProfiledCost(_Section, frozen=True, tag_field="kind", tag="profiled"):
+    """Measured operator times; the roofline prices what was not measured and continues what was.
+
+        path: a profile that `jaxsim import-profile` wrote, of the model, device and tensor-parallel degree that run.
+        overrides: parameters of that roofline by name, instead of their calibrated values.
+        host: whose host overheads are taken, unless the profile holds its own; those of the preset's engine if left
+            out.
+        distinct_experts: as for the roofline; also where a profile's expert times are read.
+        front_end_s: as for the roofline.
+    """
+
+    path: Text
+    overrides: dict[str, float] = {}
+    host: Text | None = None
+    distinct_experts: Literal["expected", "topk", "all"] = "expected"
+    front_end_s: NotNegative | None = None
+
+
+class FittedCost(_Section, frozen=True, tag_field="kind", tag="fitted"):
+    """Coefficients from the user, by composition of the iteration, piecewise in its number of sequences.
+
+        prefill: iterations of prompt chunks only.
+        decode: iterations of decodes only.
+        mixed: iterations of both; made from the other two if left out.
+        exact: keep what float32 rounds off, to compare long runs with another simulator's to the microsecond.
+        front_end_s: seconds of a request outside the engine; 0 if left out.
+    """
+
+    prefill: Pieces
+    decode: Pieces
+    mixed: Pieces | None = None
+    exact: bool = False
+    front_end_s: NotNegative | None = None
+
+    def rows(self, kind: str) -> list[tuple[float, ...]] | None:
+        """Rows (min_sequences, a, b, c, d, e) of `prefill`, `decode` or `mixed`; None where left out."""
+        forms = getattr(self, kind)
+        if forms is None:
+            return None
+        return [f.row for f in (forms if isinstance(forms, tuple) else (forms,))]
+
+
+def every_section() -> list[type]:
+    """The classes above."""
+    return _Section.__subclasses__()
