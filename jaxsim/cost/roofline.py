@@ -443,22 +443,21 @@ def pad_to_graph(counts: Int[np.ndarray, " counts"]) -> Int[np.ndarray, " counts
 HOSTS = {
     "vllm-v0": dict(host_step_s=3.8e-3, host_sequence_s=40e-6, async_step_s=3.8e-3),
     "vllm-v1": dict(host_step_s=1.0e-3, host_sequence_s=40e-6, async_step_s=0.3e-3),
-    "tensorrt-llm": dict(host_step_s=1.5e-3, host_sequence_s=47e-6, async_step_s=0.3e-3, launch_kernel_s=40e-6),
+    "tensorrt-llm": dict(host_step_s=1.5e-3, host_sequence_s=50e-6, async_step_s=0.3e-3, launch_kernel_s=48e-6),
     "none": dict(host_step_s=0.0, host_sequence_s=0.0, async_step_s=0.0),
 }
-"""Host seconds by engine generation: what the device lane leaves over of measured steps. Launches where they differ from
-`LAUNCHES`.
+"""Host seconds by engine generation: what the device lane leaves over of measured steps; launches where not `LAUNCHES`.
 
 Source: v0: decode steps of Llama-3.1-70B in vLLM 0.6 on H100 (microsoft/apex_plus), 2.9, 4.3 and 4.3 ms at 2, 4 and 8
 ranks; 40 us a sequence from the scheduler, sampler, input and output times of an early vLLM fork (microsoft/vidur). v1:
 median inter-token times of Qwen3-8B in vLLM 0.11 on H100 at batches of 8 to 256 (ML.ENERGY), prefill interference
 included; asynchronous: five runs of vLLM 0.15 on H100 (inference-sim/training), 0 +- 0.3 ms a step and no slope, and
-0.9 ms of vLLM 0.19 on an RTX PRO 6000 (casys-kaist/LLMServingSim). tensorrt-llm: TPOT = decode + clients/output x prompt,
-solved for both over three output lengths of Llama-3.1-8B in TensorRT-LLM 1.0.0rc3 on 2 to 8 H100 (ai-dynamo/
-aiconfigurator, gap analysis, prompts of 1,024): decodes of 32 and 64 sequences on 8 GPUs take the host 3.0 and 4.5 ms,
-and an iteration with a prompt 18 to 20 ms on 2, 4 and 8 GPUs alike. The overlap loop of its PyExecutor schedules, prepares
-every sequence's inputs, launches, and updates and answers the previous batch while the device runs; async_step_s is
-vLLM's: sampling and copies outside of the graph.
+0.9 ms of vLLM 0.19 on an RTX PRO 6000 (casys-kaist/LLMServingSim). tensorrt-llm: least absolute log error of TPOT =
+decode + n/output x (iteration with a prompt - decode), n sequences decoding, over 60 points of Llama-3.1-8B with prompts
+of 1,024 in TensorRT-LLM 1.0 on 1 to 8 H100 (ai-dynamo/aiconfigurator, gap analysis); 60 with prompts of 2,048 give 1.9
+ms and 57 us a kernel. In the overlap loop of its PyExecutor all of the host's work runs beside the device: scheduling,
+inputs of every sequence, launches, then update and answers of the previous batch. Copies and sampling outside of the
+graph do not: async_step_s is vLLM's, not fitted.
 """
 
 FRONT_ENDS = {"vllm-v0": 14e-3, "vllm-v1": 6e-3, "tensorrt-llm": 6e-3, "none": 0.0}

@@ -5,9 +5,7 @@ stretches the arrivals, so requests are the same at all rates, and later rounds 
 brackets close, those still open share fewer tiles of the same width, and get more rates each where a tile has room.
 """
 
-import concurrent.futures as futures
 import dataclasses
-import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -16,7 +14,6 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 from scipy.special import stdtrit
 
@@ -333,10 +330,8 @@ class _Batches:
             places = tuple(new[point] for point in tile.points)
             self._tile_of |= {asked[at][0]: self._like(first, 1) or tile for at in places}
             tiles.append(dataclasses.replace(tile, points=places))
-        with futures.ThreadPoolExecutor(workers or runner.num_workers(), thread_name_prefix="tile") as pool:
-            parts = [pq.read_table(io.BytesIO(content)).to_pandas() for content in pool.map(runner.run_tile, tiles)]
-        frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"point": pd.Series(dtype=np.int64)})
-        return frame.sort_values(["point", *(["seed"] if parts else [])], ignore_index=True), refusals
+        frame = runner.rows_of(tiles, workers)
+        return frame.sort_values(["point", *(["seed"] if tiles else [])], ignore_index=True), refusals
 
     def _like(self, shape: Shape, num_seeds: int) -> Tile | None:
         """The smallest tile with room for such a scenario."""

@@ -6,6 +6,7 @@ was run twice changes nothing. Whoever runs tiles is a `concurrent.futures.Execu
 
 import concurrent.futures as futures
 import dataclasses
+import errno
 import io
 import itertools
 import os
@@ -99,10 +100,14 @@ def table(scenarios: Sequence[Scenario], workers: int | None = None) -> tuple[pd
     """Runs of scenarios without a folder: a row a run with `point`, and why some were refused."""
     made = plan_of([lambda s=s: s for s in scenarios], LANES)
     check_memory(estimate(made), workers)
+    return rows_of(made.tiles, workers), {refusal.point: refusal.reason for refusal in made.refusals}
+
+
+def rows_of(tiles: Sequence[Tile], workers: int | None = None) -> pd.DataFrame:
+    """What tiles give, without a folder: a row a run, with `point` at least."""
     with _threads(workers) as pool:
-        parts = [pq.read_table(io.BytesIO(content)).to_pandas() for content, _ in pool.map(run_tile, made.tiles)]
-    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"point": pd.Series(dtype=np.int64)})
-    return frame, {refusal.point: refusal.reason for refusal in made.refusals}
+        parts = [pq.read_table(io.BytesIO(content)).to_pandas() for content, _ in pool.map(run_tile, tiles)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"point": pd.Series(dtype=np.int64)})
 
 
 def sweep(study: Study, folder: str | Path, *, executor: futures.Executor | None = None, workers: int | None = None,
@@ -118,7 +123,9 @@ def sweep(study: Study, folder: str | Path, *, executor: futures.Executor | None
     claim(study, folder)
     made = plan(study, LANES, runs_a_tile=runs_a_tile,
                 on_point=lambda done: progress("looking at scenarios", done, 0))
-    check_memory(estimate(made), workers)
+    if executor is None:
+        # What runs elsewhere takes no memory of this machine.
+        check_memory(estimate(made), workers)
     run_tiles(made, folder, executor=executor, workers=workers, with_requests=with_requests, progress=progress)
     return results.write(made, folder)
 
@@ -129,16 +136,18 @@ def claim(study: Study, folder: Path) -> None:
     path = folder / results.STUDY
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / results.TILES).mkdir(exist_ok=True)
-        (folder / results.REQUESTS).mkdir(exist_ok=True)
         if path.exists():
-            if path.read_text(encoding="utf-8") != text:
+            if not results.is_same(path.read_text(encoding="utf-8"), text):
                 raise InputError("--out", str(folder), "holds the results of another study, or of another version",
                                  "give another folder; nothing is overwritten")
         elif any(p.name not in (results.TILES, results.REQUESTS) for p in folder.iterdir()):
             raise InputError("--out", str(folder), "holds files that are no study's", "give an empty folder")
         else:
             replace(path, text.encode())
+        for name in (results.TILES, results.REQUESTS):
+            (folder / name).mkdir(exist_ok=True)
+            if not os.access(folder / name, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise InputError("--out", str(folder), error.strerror or str(error), "give another folder") from None
 
@@ -242,13 +251,13 @@ def estimate(made: Plan) -> dict[str, Any]:
 
 
 def check_memory(about: dict[str, Any], workers: int | None = None) -> None:
-    """Refuse tiles that this machine cannot hold. Raises `InputError`."""
+    """Refuse tiles that this machine cannot hold, `workers` of them at once. Raises `InputError`."""
     room, at_once = memory_bytes(), min(workers or num_workers(), about["tiles"])
     # As drawn and as the loop reads it; the carry, and the results on the host.
     needed = 2 * at_once * about["tile_bytes"]
     if room and needed > room:
         fits = int(about["widest_tile"] * room / needed)
-        remedy = (f"tiles of {fits} runs would fit: runs_a_tile={fits}, or fewer --workers" if fits else
+        remedy = (f"tiles of {fits} runs would fit: --runs-a-tile {fits}, or fewer --workers" if fits else
                   "draw fewer requests or seeds: not even one run fits")
         raise InputError("workload.num_requests", f"{about['widest_tile']} runs a tile, {at_once} tiles at once",
                          f"need about {needed / 2**30:,.0f} GiB, this machine has {room / 2**30:,.0f} GiB",

@@ -308,6 +308,11 @@ def test_aiconfigurators_table_is_read_as_it_is():
     assert (second["dtype"], second["kv_dtype"], second["engine.max_num_batched_tokens"]) == ("fp8", "fp8", 8320)
     assert points.point_scenario({}, second).engine.max_num_batched_tokens == 8320
     assert points.point_scenario({}, first).engine.moe_backend == "marlin"
+    by_nvidia = [row | {"backend": name, "provenance": "nvidia-aic-gap-analysis"} for name in ("trtllm", "sglang")]
+    first, second = silicon.convert(pd.DataFrame(by_nvidia))[0].to_dict("records")
+    # A place for each client, the prompt, and 1,500 tokens more.
+    assert points.point_scenario({}, first).engine.max_num_batched_tokens == 16 + 1024 + 1500
+    assert points.point_scenario({}, second).engine.max_num_batched_tokens is None
 
 
 @pytest.mark.parametrize("changes, says", [
