@@ -453,11 +453,11 @@ ranks; 40 us a sequence from the scheduler, sampler, input and output times of a
 median inter-token times of Qwen3-8B in vLLM 0.11 on H100 at batches of 8 to 256 (ML.ENERGY), prefill interference
 included; asynchronous: five runs of vLLM 0.15 on H100 (inference-sim/training), 0 +- 0.3 ms a step and no slope, and
 0.9 ms of vLLM 0.19 on an RTX PRO 6000 (casys-kaist/LLMServingSim). tensorrt-llm: least absolute log error of TPOT =
-decode + n/output x (iteration with a prompt - decode), n sequences decoding, over 60 points of Llama-3.1-8B with prompts
-of 1,024 in TensorRT-LLM 1.0 on 1 to 8 H100 (ai-dynamo/aiconfigurator, gap analysis); 60 with prompts of 2,048 give 1.9
-ms and 57 us a kernel. In the overlap loop of its PyExecutor all of the host's work runs beside the device: scheduling,
-inputs of every sequence, launches, then update and answers of the previous batch. Copies and sampling outside of the
-graph do not: async_step_s is vLLM's, not fitted.
+decode + n/output x (iteration with a prompt - decode), n sequences decoding, over 60 points of Llama-3.1-8B with
+prompts of 1,024 in TensorRT-LLM 1.0 on 1 to 8 H100 (ai-dynamo/aiconfigurator, gap analysis); 60 with prompts of 2,048
+give 1.9 ms and 57 us a kernel. In the overlap loop of its PyExecutor all of the host's work runs beside the device:
+scheduling, inputs of every sequence, launches, then update and answers of the previous batch. Copies and sampling
+outside of the graph do not: async_step_s is vLLM's, not fitted.
 """
 
 FRONT_ENDS = {"vllm-v0": 14e-3, "vllm-v1": 6e-3, "tensorrt-llm": 6e-3, "none": 0.0}

@@ -71,6 +71,17 @@ def test_operating_points_of_tensorrt_llm(shared_data, tmp_path):
     assert found.summary()["tpot_ms"]["median_absolute_error"] < 0.12
 
 
+def test_host_of_tensorrt_llm(shared_data, tmp_path):
+    """Llama-3.1-8B on 1 to 8 GPUs with prompts of 2,048, where the host's seconds were fitted on those of 1,024."""
+    table = pd.read_csv(shared_data / "runs" / "serving_points_silicon.csv")
+    table = table[(table["backend"] == "trtllm") & (table["provenance"] == "nvidia-aic-gap-analysis")
+                  & table["model_path"].str.contains("8B") & (table["isl"] == 2048) & (table["concurrency"] <= 32)]
+    table.iloc[::3].to_csv(tmp_path / "points.csv", index=False)
+    found = points.simulate_points(tmp_path / "points.csv").summary()["tpot_ms"]
+    assert found["count"] == 12
+    assert found["median_absolute_error"] < 0.12
+
+
 @pytest.mark.parametrize("capacity_tokens, share", [(1 << 28, 0.374), (4_000_000, 0.185), (16_000_000, 0.342)])
 def test_hit_rates_of_a_production_trace(shared_data, capacity_tokens, share):
     """Prompt tokens found in the cache, by its size, within 2 points: Mooncake conversations, one fast engine."""

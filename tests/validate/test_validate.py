@@ -299,7 +299,7 @@ def test_aiconfigurators_table_is_read_as_it_is():
            "moe_ep_size": 1, "concurrency": 16, "ttft_ms": 90.0, "tpot_ms": 8.0, "provenance": "inferencex-dump",
            "ambiguous": 0}
     frame, notes = silicon.convert(pd.DataFrame([
-        row, row | {"backend": "trtllm", "precision": "fp8", "model_path": "meta-llama/Llama-3.1-70B", "isl": 8192},
+        row, row | {"backend": "trtllm", "precision": "fp8", "model_path": "deepseek-ai/DeepSeek-R1", "isl": 8192},
         row | {"mode": "disagg"}, row | {"ambiguous": 1}, row | {"concurrency": np.nan}]))
     assert len(frame) == 2 and len(notes) == 3
     first, second = frame.to_dict("records")
