@@ -9,17 +9,21 @@ import msgspec
 from jaxsim._core.errors import InputError
 from jaxsim.cost.apex import ParallelPlan, candidate_plans
 from jaxsim.spec.model import ModelSpec
-from jaxsim.spec.plan import Plan
+from jaxsim.spec.plan import Plan, kv_cache_bytes, weight_format
 from jaxsim.spec.presets import Scheduler, load_preset
 from jaxsim.spec.scenario import Scenario
 
 NO_PIPELINES = "pipeline stages are screened and not simulated: the event engine runs one batch at a time"
 NO_CELLS = ("no engine here copies attention over ranks that share a dense FFN: screened and not simulated")
 
-QUANTIZATION = {"fp8": "fp8", "fp8_block": "fp8", "int4": "awq_marlin", "mxfp4": "mxfp4", "fp4": "modelopt_fp4"}
-"""vLLM's --quantization by weight format; other narrow formats are a property of a checkpoint."""
+DTYPES = ("float32", "bfloat16", "float16")
+"""vLLM's --dtype among the weight formats."""
 
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+ONLINE = ("fp8",)
+"""vLLM's --quantization that narrows the weights as it loads them; others need a checkpoint that is narrow already."""
+
+KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""vLLM's --kv-cache-dtype, in all versions; "auto" is the width of the activations."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,12 +115,14 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
 
 
 def vllm_line(scenario: Scenario, scheduler: Scheduler, candidate: Candidate) -> str:
-    """`vllm serve ...` of one instance of a plan. Raises `InputError` for schedulers that are not vLLM's.
+    """`vllm serve ...` of one instance of a plan. Raises `InputError` for what vLLM has no flags for.
 
     What decides the timing is written out, what the scenario leaves to vLLM is left to it.
     """
     engine, model, plan = scenario.engine, scenario.model, candidate.plan
-    if not load_preset(engine.preset).engine.casefold().startswith("vllm"):
+    name = load_preset(engine.preset).engine.casefold()
+    is_v0 = "v0" in name
+    if not name.startswith("vllm"):
         raise InputError("engine.preset", engine.preset, "is not vLLM, whose flags these are",
                          "read the degrees in the table")
     if candidate.is_cell_level:
@@ -132,12 +138,7 @@ def vllm_line(scenario: Scenario, scheduler: Scheduler, candidate: Candidate) ->
         flags.append(("enable-expert-parallel", None))
         if engine.all2all_backend != "allgather_reducescatter":
             flags.append(("all2all-backend", engine.all2all_backend))
-    if scenario.dtype in QUANTIZATION:
-        flags.append(("quantization", QUANTIZATION[scenario.dtype]))
-    elif scenario.dtype != "auto":
-        flags.append(("dtype", scenario.dtype))
-    if scenario.kv_dtype != "auto":
-        flags.append(("kv-cache-dtype", scenario.kv_dtype))
+    flags += _formats(scenario)
     flags += [("max-num-seqs", scheduler.max_num_seqs), ("max-num-batched-tokens", scheduler.max_num_batched_tokens)]
     if engine.max_model_len is not None:
         flags.append(("max-model-len", engine.max_model_len))
@@ -145,16 +146,41 @@ def vllm_line(scenario: Scenario, scheduler: Scheduler, candidate: Candidate) ->
     for field in ("block_size", "num_gpu_blocks_override", "scheduling_policy"):
         if getattr(engine, field) is not None:
             flags.append((field.replace("_", "-"), getattr(engine, field)))
-    for field in ("enable_chunked_prefill", "async_scheduling"):
-        if getattr(engine, field) is not None:
-            flags.append((("" if getattr(engine, field) else "no-") + field.replace("_", "-"), None))
+    if is_v0:
+        # V0 turns it on by itself for long models, and knows no --no-enable-...
+        flags.append((f"enable-chunked-prefill={scheduler.chunked_prefill}", None))
+    elif engine.enable_chunked_prefill is not None:
+        flags.append((("" if engine.enable_chunked_prefill else "no-") + "enable-chunked-prefill", None))
+    if engine.async_scheduling is not None and not is_v0:
+        flags.append((("" if engine.async_scheduling else "no-") + "async-scheduling", None))
     if engine.enforce_eager:
         flags.append(("enforce-eager", None))
     if engine.moe_backend != "auto":
         flags.append(("moe-backend", engine.moe_backend))
-    flags.append((("" if engine.enable_prefix_caching else "no-") + "enable-prefix-caching", None))
+    if engine.enable_prefix_caching or not is_v0:
+        flags.append((("" if engine.enable_prefix_caching else "no-") + "enable-prefix-caching", None))
     words = ["vllm", "serve", name]
     for flag, value in flags:
         words += [f"--{flag}"] + ([] if value is None else [str(value)])
     return shlex.join(words)
 
+
+def _formats(scenario: Scenario) -> list[tuple[str, str]]:
+    """Flags of the number formats, where they are not the model's own. Raises `InputError`."""
+    model, flags = scenario.model.spec(), []
+    own, asked = weight_format("auto", model).name, weight_format(scenario.dtype, model).name
+    if asked in DTYPES and own in DTYPES:
+        if scenario.dtype != "auto":
+            flags.append(("dtype", asked))
+    elif asked in ONLINE and own in DTYPES:
+        flags.append(("quantization", asked))
+    elif asked != own:
+        raise InputError("model.dtype", scenario.dtype, f"is no format that vLLM makes of {model.name}, which is {own}",
+                         "serve a checkpoint in that format, with the degrees in the table")
+    kv = str(scenario.kv_dtype).lower()
+    if kv in KV_DTYPES:
+        flags.append(("kv-cache-dtype", kv))
+    elif kv_cache_bytes(kv, scenario.dtype, model) != weight_format(scenario.dtype, model).activation_bytes:
+        raise InputError("model.kv_dtype", scenario.kv_dtype, "is no --kv-cache-dtype of vLLM",
+                         "use " + ", ".join(("auto", *KV_DTYPES)))
+    return flags

@@ -64,11 +64,13 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     out = None if options.out is None else Path(options.out)
     if out is not None and out.suffix not in (".csv", ".parquet"):
         raise InputError("--out", options.out, "is no table", "give a name that ends in .csv or .parquet")
+    if out is not None and not out.parent.is_dir():
+        raise InputError("--out", options.out, "is in a folder that is not there", f"make {out.parent} first")
     kinds = [devices(text) for text in options.devices]
     scenario = chosen(options, values, kinds)
     start = time.perf_counter()
     found = search(scenario, kinds, attainment=options.attainment, top=options.top, rank_by=options.rank_by,
-                   workers=options.workers)
+                   workers=options.workers, progress=_told)
     elapsed_s = time.perf_counter() - start
     if out is not None:
         found.table.to_csv(out, index=False) if out.suffix == ".csv" else found.table.to_parquet(out, index=False)
@@ -83,6 +85,11 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
                                   "elapsed_s": round(elapsed_s, 3)}))
         return
     _print(found, scenario, options, line, told, elapsed_s)
+
+
+def _told(what: str, done: int, total: int) -> None:
+    if done == 0 and total:
+        print(f"jaxsim: {what} {total} plan{'s' * (total > 1)}", file=sys.stderr)
 
 
 def devices(text: str) -> tuple[str, int]:
@@ -157,8 +164,9 @@ def _print(found: Any, scenario: Any, options: argparse.Namespace, line: str | N
     has_prices = found.table["screened.usd_per_million_output_tokens"].notna().any() if (
         "screened.usd_per_million_output_tokens" in found.table) else False
     table = Table(box=None, pad_edge=False)
-    for name in ("", "plan"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("", no_wrap=True)
+    # Wrapped where the rest leaves no room: numbers are never cut off.
+    table.add_column("plan")
     for name in ("TTFT", "form", "TPOT", "form", "p99", *(["met"] if has_limits else []), "req/s",
                  *(["$/M"] if has_prices else []), ""):
         table.add_column(name, justify="right", no_wrap=True)
@@ -177,6 +185,7 @@ def _print(found: Any, scenario: Any, options: argparse.Namespace, line: str | N
         cells.append("*" if row["is_on_front"] else "")
         label = f"{row['device']}:{row['num_devices']} " if many else ""
         state = " UNSTABLE" if is_ranked and row["unstable"] > 0.5 else ""
+        state += " STOPPED" if is_ranked and isinstance(row["fault"], str) else ""
         table.add_row(str(row["rank"]) if is_ranked else "-", label + row["plan"] + state, *cells)
     out = console()
     kinds = ", ".join(options.devices)
@@ -184,16 +193,16 @@ def _print(found: Any, scenario: Any, options: argparse.Namespace, line: str | N
               f" {float(found.load.input_tokens):,.0f} prompt and {float(found.load.output_tokens):,.0f} output tokens"
               " on average")
     out.print(table)
-    within = "that keeps mean TTFT and TPOT within limits" if has_limits else "that can be served"
-    out.print(f"TTFT, TPOT: simulated means, and p99 of TPOT, ms; form: in closed form, not simulated;\n"
+    within = "that keeps means within limits" if has_limits else "that can be served"
+    out.print("TTFT, TPOT: simulated means, and p99 of TPOT, ms; form: in closed form, not simulated; "
               f"req/s: the highest rate {within}, in closed form"
-              + ("; $/M: a million\noutput tokens at it" if has_prices else "")
+              + ("; $/M: a million output tokens at it" if has_prices else "")
               + "; *: front of TTFT, TPOT and output tokens at it, by device or dollar")
     _print_refused(out, rows, many)
     if found.best is None:
         simulated = found.table["rank"].notna().any()
-        out.print("\nno best plan: " + ("requests pile up in all that were simulated" if simulated
-                                       else "what fits cannot be simulated"))
+        out.print("\nno best plan: " + ("requests pile up in all that were simulated, or a bound stopped them"
+                                       if simulated else "what fits cannot be simulated"))
     elif line is not None:
         best = rows[found.best]
         count = f" (each of {best['replicas']})" if best["replicas"] > 1 else ""

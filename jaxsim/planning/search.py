@@ -60,8 +60,8 @@ class Plans:
 
     @property
     def best(self) -> int | None:
-        """Row of the best plan that was simulated and is stable; None where there is none."""
-        ranked = self.table.index[self.table["rank"].notna() & ~(self.table["unstable"] > 0.5)]
+        """Row of the best plan that was simulated to its end and is stable; None where there is none."""
+        ranked = self.table.index[self.table["rank"].notna() & _is_sound(self.table)]
         return int(ranked[0]) if len(ranked) else None
 
     def vllm_line(self, row: int | None = None) -> str:
@@ -112,6 +112,10 @@ def search(scenario: Scenario, devices: Sequence[tuple[str, int]], *, attainment
 def _check(scenario: Scenario, devices, attainment, top, rank_by) -> None:
     if not devices:
         raise InputError("--devices", None, "names no device", "write e.g. --devices h100:8")
+    kinds = [(load_device(name).name, count) for name, count in devices]
+    for name, count in kinds:
+        if kinds.count((name, count)) > 1:
+            raise InputError("--devices", f"{name}:{count}", "is given twice", "name each kind and count once")
     if not isinstance(scenario.cost, RooflineCost | ProfiledCost) or scenario.model is None:
         raise InputError("cost.kind", scenario.cost.__struct_config__.tag, "does not know how plans differ",
                          "use a roofline cost, with a model")
@@ -244,15 +248,21 @@ def _simulated(table: pd.DataFrame, scenarios: list[Scenario], rows: list[int], 
             if len(values):
                 found[name][rows[int(point)]] = values.iloc[0] if name == "fault" else float(values.mean())
     refused = table["refused"].copy()
+    refused[table["screened.tpot_ms"].notna() & refused.isna() & ~table.index.isin(rows)] = (
+        f"below the {len(rows)} best of the closed forms, which are simulated: raise --top to simulate it")
     for point, why in refusals.items():
         refused[rows[point]] = why
     has_limits = any(limit is not None for limit in (base.slo.ttft_ms, base.slo.tpot_ms, base.slo.e2e_ms))
-    meets = (found["slo.attainment"] >= attainment) & ~(found["unstable"] > 0.5)
-    is_known = found["mean_e2el_ms"].notna()
-    table = table.assign(**found, refused=refused,
-                         meets_limits=meets.where(is_known & has_limits) if has_limits else None)
-    stable = table.where(~(table["unstable"] > 0.5))
-    return table.assign(is_on_front=front(stable, ["mean_ttft_ms", "mean_tpot_ms"], [_axis(table)]))
+    table = table.assign(**found, refused=refused)
+    is_sound = _is_sound(table)
+    meets = (table["slo.attainment"] >= attainment) & is_sound
+    table = table.assign(meets_limits=meets.where(table["mean_e2el_ms"].notna()) if has_limits else None)
+    return table.assign(is_on_front=front(table.where(is_sound), ["mean_ttft_ms", "mean_tpot_ms"], [_axis(table)]))
+
+
+def _is_sound(table: pd.DataFrame) -> pd.Series:
+    """Rows in which no requests pile up, in most runs, and no run was stopped: its latencies are of what had ended."""
+    return ~(table["unstable"] > 0.5) & table["fault"].isna()
 
 
 def _axis(table: pd.DataFrame) -> str:
@@ -264,14 +274,13 @@ def _axis(table: pd.DataFrame) -> str:
 
 
 def _order(table: pd.DataFrame, rank_by: RankBy) -> np.ndarray:
-    """Positions of rows: simulated and stable, meeting limits, by the metric; then screened ones; then refused ones."""
+    """Positions of rows: simulated, sound, meeting limits, by the metric; then screened ones; then refused ones."""
     sign = -1 if rank_by in HIGHER else 1
     simulated = (sign * table[COLUMNS[rank_by]].where(table["mean_e2el_ms"].notna())).to_numpy(float)
     screened = (sign * table[SCREENED[rank_by]]).to_numpy(float)
     is_simulated = table["mean_e2el_ms"].notna().to_numpy()
     misses = table["meets_limits"].map(lambda x: x is False or x == 0 if x is not None else False).to_numpy(bool)
     short = np.where(misses, 1 - table["slo.attainment"].fillna(0).to_numpy(float), 0.0)
-    is_piling = (table["unstable"] > 0.5).to_numpy()
     value = np.where(is_simulated, simulated, screened)
     value = np.where(np.isnan(value), np.inf, value)
-    return np.lexsort((np.arange(len(table)), value, short, misses, is_piling, ~is_simulated))
+    return np.lexsort((np.arange(len(table)), value, short, misses, ~_is_sound(table).to_numpy(), ~is_simulated))

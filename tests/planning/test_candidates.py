@@ -72,6 +72,43 @@ def test_the_line_says_what_was_simulated(plan):
     assert read.engine == scenario.engine and read.model.spec() == scenario.model.spec()
 
 
+def serving(preset: str = "vllm-v1", **model) -> Scenario:
+    return Scenario.from_dict({
+        "schema_version": 1, "model": {"name": "llama-3.1-8b", **model}, "device": {"name": "h100"},
+        "engine": {"preset": preset}, "workload": {"kind": "poisson", "rate_rps": 1.0, "input": 10, "output": 10}})
+
+
+def line_of(scenario: Scenario) -> str:
+    return vllm_line(scenario, resolve(scenario.engine), Candidate(device="h100", plan=Plan()))
+
+
+@pytest.mark.parametrize("formats, flags", [
+    ({}, ""), ({"dtype": "bf16"}, "--dtype bfloat16"), ({"dtype": "half"}, "--dtype float16"),
+    ({"dtype": "fp8_e4m3"}, "--quantization fp8"), ({"kv_dtype": "bf16"}, ""),
+    ({"dtype": "fp8", "kv_dtype": "fp8_e5m2"}, "--quantization fp8 --kv-cache-dtype fp8_e5m2")])
+def test_formats_are_named_as_vllm_names_them(formats, flags):
+    """--dtype {auto, half, float16, bfloat16, float, float32}; --quantization fp8 narrows as it loads (its manual)."""
+    assert f"--tensor-parallel-size 1 {flags} --max-num-seqs".replace("  ", " ") in line_of(serving(**formats))
+
+
+@pytest.mark.parametrize("formats, says", [
+    ({"dtype": "int4"}, "serve a checkpoint"), ({"dtype": "w8a8"}, "serve a checkpoint"),
+    ({"dtype": "int3-g128"}, "serve a checkpoint"), ({"kv_dtype": "int8"}, "no --kv-cache-dtype")])
+def test_formats_that_only_a_checkpoint_has(formats, says):
+    """vLLM: "Cannot find the config file for awq" where the weights are not narrow already."""
+    with pytest.raises(InputError, match=says):
+        line_of(serving(**formats))
+
+
+def test_flags_of_the_older_engine():
+    """vLLM 0.6 turns chunked prefill on by itself for long models, and has no --no- form of it."""
+    line = line_of(serving("vllm-v0"))
+    assert "--enable-chunked-prefill=False" in line and "--no-" not in line
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert import_vllm(line, device="h100", preset="vllm-v0").engine.enable_chunked_prefill is False
+
+
 def test_lines_that_cannot_be_written():
     scenario = Scenario.from_dict({
         "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
