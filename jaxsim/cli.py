@@ -190,9 +190,9 @@ def _parser() -> argparse.ArgumentParser:
                      help="take model and engine from a `vllm serve ...` line, the rest from the scenario")
     run.set_defaults(command=_run)
 
-    show = commands.add_parser("list", help="list models, devices, policies or scenarios",
+    show = commands.add_parser("list", help="list models, devices, policies, scenarios or studies",
                                description="List what a scenario may name.")
-    show.add_argument("what", choices=("models", "devices", "policies", "scenarios"))
+    show.add_argument("what", choices=("models", "devices", "policies", "scenarios", "studies"))
     form = show.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true",
@@ -421,7 +421,7 @@ def _list(options: argparse.Namespace) -> int:
         sys.stdout.write(markdown())
         return 0
     groups = {"models": _models, "devices": _devices, "policies": _policies,
-              "scenarios": _scenarios}[options.what]()
+              "scenarios": _scenarios, "studies": _studies}[options.what]()
     if options.json:
         import json
 
@@ -473,6 +473,12 @@ def _scenarios() -> dict[str, list[dict[str, Any]]]:
 
     return {"scenarios": [{"scenario": name, "shows": Scenario.named(name).description}
                           for name in shipped_scenarios()]}
+
+
+def _studies() -> dict[str, list[dict[str, Any]]]:
+    from jaxsim.study.study import Study, shipped_studies
+
+    return {"studies": [{"study": name, "asks": Study.from_toml(name).description} for name in shipped_studies()]}
 
 
 def _import_vllm(options: argparse.Namespace) -> int:

@@ -114,13 +114,19 @@ class Environment:
     """A scenario whose control is left to the caller.
 
     scenario: its router is the one that actions change, unless `routing` gives one; its limits are the largest.
-    tick_s: seconds between ticks, a multiple of 2^-20 s. routing: any router, with the shapes that actions will have.
+    tick_s: seconds between ticks, rounded to a multiple of 2^-20 s. routing: any router, with the shapes that actions
+    will have.
 
     An instance is what a router chooses from: a replica, or each of its data-parallel ranks. Raises `InputError` for
     whatever is wrong with the scenario, and where its prompts share a prefix cache.
     """
 
     def __init__(self, scenario: Scenario, tick_s: float, routing: AbstractRouting | None = None):
+        if not isinstance(scenario, Scenario):
+            raise InputError("scenario", type(scenario).__name__, "is not a Scenario",
+                             "make one with Scenario.from_toml(path) or Scenario.from_dict(fields)")
+        if not (routing is None or isinstance(routing, AbstractRouting)):
+            raise InputError("routing", routing, "is not a router", "give an instance of a subclass of AbstractRouting")
         scenario = scenario.checked()
         if not 2.0**-20 <= tick_s < clock.EPOCH_S:
             raise InputError("tick_s", tick_s, "is not a time between ticks",
@@ -169,31 +175,51 @@ class Environment:
     def reset(self, requests: Requests | int, params: Params | None = None) -> tuple[State, Observation]:
         """Time zero, before any arrival. requests: those of an episode, or a seed (on the host).
 
-        params: other numbers than the scenario's, for this episode.
+        params: other numbers than the scenario's, for this episode. Raises `ValueError` for requests of several
+        workloads or another environment.
         """
         if isinstance(requests, (int, np.integer)):
             requests = self.requests(requests)
-        params, dims = self.params if params is None else params, self.dims
-        world = loop.start(dims, params, params.source.prepare(requests), is_stepped=True)
-        nobody = jnp.zeros(dims.all_ranks, jnp.int32)
-        state = State(params, requests, world, jnp.zeros(dims.num_requests, bool), nobody)
-        state = loop.varying_with((params, requests), state)
-        return state, Observation(jnp.float32(0), nobody, nobody, nobody, nobody, nobody)
+        dims = self.dims
+        if (not isinstance(requests, Requests) or jnp.shape(requests.count)
+                or len(requests.table) != dims.num_requests + 1):
+            raise ValueError(f"requests: not one workload of this environment, with room for {dims.num_requests};"
+                             " make it with its requests(seed), and take several by vmap")
+        params = self.params if params is None else jax.tree.map(jnp.asarray, params)
+        is_active = jnp.ones(dims.all_ranks, bool) if params.is_active is None else params.is_active
+        params = replace(params, is_active=_or_all(dims, "params", is_active))
+        with functional.in_32_bits():
+            world = loop.start(dims, params, params.source.prepare(requests), is_stepped=True)
+            nobody = jnp.zeros(dims.all_ranks, jnp.int32)
+            state = State(params, requests, world, jnp.zeros(dims.num_requests, bool), nobody)
+            seen = Observation(jnp.float32(0), nobody, nobody, nobody, nobody, nobody)
+            return loop.varying_with((params, requests), (state, seen))
 
     def step(self, state: State, action: Action) -> tuple[State, Observation, Outcome, Bool[Array, ""]]:
         """Take the action, and simulate up to the next tick.
 
         Returns the state there, what is to be seen, what became of requests since the last tick, and whether every
-        request has ended (or a fault stopped the run; from then on a step changes nothing but the time).
+        request has ended (or a fault stopped the run; from then on a step changes nothing but the time). Raises
+        `ValueError` for an action of shapes or types that do not fit; a number of the router that is NaN is the fault
+        `NO_NUMBER`.
         """
-        return _step(self.dims, self.setting, *jax.lax.stop_gradient((state, action)))
+        if not isinstance(action, Action):
+            raise ValueError(f"action: a {type(action).__name__}, not an Action")
+        state, action = jax.lax.stop_gradient((state, action))
+        # Outside of the compiled step, so that this is one program for all actions, whatever they leave out.
+        params = acted(self.dims, self.setting, state, action)
+        with functional.in_32_bits():
+            return _step(self.dims, self.setting, params, state)
 
 
 @partial(jax.jit, static_argnums=0)
-def _step(dims: Dims, setting: Setting, state: State, action: Action):
-    params = acted(dims, setting, state, action)
+def _step(dims: Dims, setting: Setting, params: Params, state: State):
     world = cut_jumps(dims, state.params, params, state.requests, state.world)
-    world = replace(world, until=_after(world.until, setting.tick_s))
+    numbers = [leaf for leaf in jax.tree.leaves(params.routing) if eqx.is_inexact_array(leaf)]
+    is_no_number = jnp.any(jnp.array([jnp.any(jnp.isnan(leaf)) for leaf in numbers]))
+    is_broken = is_no_number & loop.is_live(state.requests, world)
+    world = replace(world, until=_after(world.until, setting.tick_s),
+                    fault=world.fault | jnp.where(is_broken, w.NO_NUMBER, 0))
     world = functional.in_lanes(loop.run_until, dims, (params, state.requests, world))
     state = replace(state, params=params, world=world)
     return *_observed(dims, setting, state), (world.num_finished >= state.requests.count) | (world.fault != 0)
@@ -208,6 +234,15 @@ def _after(stamp: Float[Array, " 3"], seconds: Float[Array, ""]) -> Float[Array,
     return jnp.stack([epoch + turn, moved.hi, moved.lo])
 
 
+def _or_all(dims: Dims, where: str, is_active) -> Bool[Array, " instances"]:
+    """The active instances, all if none is. Raises `ValueError` for anything but a boolean of each."""
+    is_active = jnp.asarray(is_active)
+    if is_active.shape != (dims.all_ranks,) or is_active.dtype != bool:
+        raise ValueError(f"{where}.is_active: {is_active.dtype}{list(is_active.shape)}, to be booleans of the"
+                         f" {dims.all_ranks} instances")
+    return is_active | ~jnp.any(is_active)
+
+
 def acted(dims: Dims, setting: Setting, state: State, action: Action) -> Params:
     """The numbers from now on. Raises `ValueError` for an action that does not fit."""
     params = state.params
@@ -219,12 +254,15 @@ def acted(dims: Dims, setting: Setting, state: State, action: Action) -> Params:
                              " give Environment(..., routing=) one like it")
         routing = jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), routing, action.routing)
     if action.is_active is not None:
-        is_active = jnp.asarray(action.is_active, bool)
-        if is_active.shape != params.is_active.shape:
-            raise ValueError(f"action.is_active: shape {is_active.shape}, there are {dims.all_ranks} instances")
-        is_active = is_active | ~jnp.any(is_active)
+        is_active = _or_all(dims, "action", action.is_active)
     if params.flags.gathers and not (action.max_num_seqs is None and action.max_num_batched_tokens is None):
         raise ValueError("action: limits cannot change where prompts wait for others (batch_wait_timeout_iters)")
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        limit = getattr(action, name)
+        if limit is not None and (jnp.shape(limit) not in ((), (1,), (len(params.groups),))
+                                  or not jnp.issubdtype(jnp.result_type(limit), jnp.integer)):
+            raise ValueError(f"action.{name}: {jnp.result_type(limit)}{list(jnp.shape(limit))}, to be one integer, or"
+                             f" one for each group of executors, of which there are {len(params.groups)}")
     lengths = state.requests.table[:dims.num_requests]
     longest = jnp.max(lengths[:, PROMPT] + lengths[:, OUTPUT])
     groups = []
@@ -269,7 +307,8 @@ def cut_jumps(dims: Dims, before: Params, after: Params, requests: Requests, wor
     may_join = (rank.waiting > 0) & (rank.running < new_seqs) & is_eased
     one = replace(counts, batch=jax.tree.map(lambda x: x[:, 0, 0], batch))
     in_flight = replace(times, batch=jax.tree.map(lambda x: x[:, 0, 0], times.batch))
-    is_jump = (world.phase == w.ENDING) & (one.batch.extra > 0) & (one.batch.is_committed == 0)
+    is_jump = ((world.phase == w.ENDING) & (one.batch.extra > 0) & (one.batch.is_committed == 0)
+               & (world.fault == 0))
     is_cut = is_jump & jnp.any(may_join, axis=1)
     cut, end = jax.vmap(lambda counts, times: ending.cut_jump(now, counts, times))(one, in_flight)
     extra = jnp.where(is_cut[:, None, None], jnp.minimum(batch.extra, cut.batch.extra[:, None, None]), batch.extra)

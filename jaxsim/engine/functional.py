@@ -19,6 +19,7 @@ what a change of cost would do. `simulate_recorded` keeps the schedule itself, a
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import equinox as eqx
@@ -102,12 +103,29 @@ def in_lanes(run: Callable[..., PyTree], dims: Dims, inputs: tuple) -> PyTree:
     A loop under `vmap` would select over the whole state in each iteration.
     """
     # As a flat list: JAX's rule for `vmap` of `jvp` trips over structures with None in them.
-    leaves, structure = jax.tree.flatten(inputs)
+    leaves, structure = jax.tree.flatten(jax.tree.map(_narrow, inputs))
     return _entry(run, dims, structure)(*leaves)
 
 
+def in_32_bits() -> AbstractContextManager:
+    """A context in which arrays have 32 bits, as the loop has them throughout, whatever the caller's mode."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(False)
+    return jax.experimental.disable_x64()
+
+
+def _narrow(x):
+    """Of 32 bits, for numbers that a caller in 64-bit mode has made."""
+    dtype = jnp.result_type(x)
+    return jnp.asarray(x, {"float64": jnp.float32, "int64": jnp.int32}.get(dtype.name, dtype))
+
+
 @functools.lru_cache(maxsize=64)
-def _entry(run, dims: Dims, structure):
+def _entry(batched, dims: Dims, structure):
+    def run(*args):
+        with in_32_bits():
+            return batched(*args)
+
     def spread(axis_size, is_batched, values):
         return [x if has_axis else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
                 for x, has_axis in zip(values, is_batched, strict=True)]

@@ -87,7 +87,8 @@ def start(dims: Dims, params: Params, requests: Requests, is_stepped: bool = Fal
     num_blocks = params.of_executors(lambda batching: batching.num_blocks)
     world = w.initial_world(dims, *params.source.start(requests), fields, words, ratio, num_blocks)
     if is_stepped:
-        world = replace(world, until=jnp.zeros(3, jnp.float32), routed=jnp.full(dims.num_requests + 1, -1))
+        world = replace(world, until=jnp.zeros(3, jnp.float32),
+                        routed=jnp.full(dims.num_requests + 1, -1, jnp.int32))
     return world
 
 

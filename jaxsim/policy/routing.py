@@ -143,7 +143,8 @@ class Score(AbstractRouting):
 
     score = load_weight * outstanding / mean(outstanding) + queue_weight * waiting + kv_weight * used share. A
     prefix-match term joins with prefix caching. Where the spread of outstanding requests exceeds both gates
-    (`max - min > balance_abs` and `max > balance_rel * min`), the shortest queue wins instead.
+    (`max - min > balance_abs` and `max > balance_rel * min`), the shortest queue wins instead. Mean, most and least
+    are of the instances that take requests.
 
     Source: SGLang's cache-aware router (the gates), the vLLM production stack's load-aware router and llm-d's
     weighted scorers (the terms).
@@ -160,11 +161,13 @@ class Score(AbstractRouting):
     def choose(self, view: View) -> Int[Array, ""]:
         """Argmin of the score; ties to the lowest index."""
         load = view.outstanding.astype(jnp.float32)
-        mean = jnp.sum(view.outstanding).astype(jnp.float32) / load.shape[0]
+        counted = load if view.is_active is None else jnp.where(view.is_active, load, 0.0)
+        mean = jnp.sum(counted) / view.count
         score = (self.load_weight * load / jnp.maximum(mean, 1.0)
                  + self.queue_weight * view.waiting
                  + self.kv_weight * view.used_blocks / jnp.maximum(view.num_blocks, 1))
-        most, least = jnp.max(load), jnp.min(load)
+        most = jnp.max(counted)
+        least = jnp.min(load if view.is_active is None else jnp.where(view.is_active, load, most))
         is_unbalanced = (most - least > self.balance_abs) & (most > self.balance_rel * least)
         return view.least(jnp.where(is_unbalanced, load, score))
 

@@ -7,7 +7,7 @@ Everything is checked here, on the host, before anything is compiled; what is wr
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,7 +35,8 @@ from jaxsim.spec.toml import dump_toml, parse_toml
 
 __all__ = [
     "ClusterSection", "DeviceSection", "FittedCost", "ModelSection", "ProfiledCost", "RooflineCost", "Scenario",
-    "SloSection", "WorkloadSection", "anchored", "anchored_value", "json_schema", "read_tree", "shipped_scenarios"]
+    "SloSection", "WorkloadSection", "anchored", "assign", "json_schema", "read_tree", "shipped_scenarios",
+    "with_paths", "with_paths_of"]
 
 SCHEMA_VERSION = 1
 _DEFAULT_REQUESTS = 1000
@@ -165,10 +166,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         if not isinstance(values, Mapping):
             raise InputError("values", values, "is not a table of fields", 'write e.g. {"engine.max_num_seqs": 64}')
         tree = self.to_dict()
-        for dotted, value in values.items():
-            if not isinstance(dotted, str):
-                raise InputError("a field name", dotted, "is not text", 'write e.g. {"engine.max_num_seqs": 64}')
-            _assign(tree, dotted, value)
+        assign(tree, values)
         return type(self).from_dict(tree)
 
 
@@ -233,19 +231,32 @@ _PATHS = (("workload", "trace"), ("workload", "lengths_from"), ("model", "config
 
 def anchored(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The fields of a file, changed in place: its relative paths are relative to its folder."""
+    return with_paths(tree, lambda path: str(folder / path))
+
+
+def with_paths(tree: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Fields of a scenario, changed in place: every path to a file is what `change` makes of it."""
     for section, last in _PATHS:
         node = tree.get(section)
         if isinstance(node, dict) and last in node:
-            node[last] = anchored_value(f"{section}.{last}", node[last], folder)
+            node[last] = with_paths_of(f"{section}.{last}", node[last], change)
     return tree
 
 
-def anchored_value(field: str, value: Any, folder: Path) -> Any:
-    """The value of one dotted field, or section, of a file, likewise."""
+def with_paths_of(field: str, value: Any, change: Callable[[str], str]) -> Any:
+    """The value of one dotted field, or section, likewise."""
     if isinstance(value, dict):
-        return anchored({field: dict(value)}, folder)[field]
+        return with_paths({field: dict(value)}, change)[field]
     is_path = tuple(field.split(".")) in _PATHS and isinstance(value, str) and value
-    return str(folder / value) if is_path and (field != "engine.preset" or value.endswith(".toml")) else value
+    return change(value) if is_path and (field != "engine.preset" or value.endswith(".toml")) else value
+
+
+def assign(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Replace dotted fields of a tree, in place; None is the default. Raises `InputError`."""
+    for dotted, value in values.items():
+        if not isinstance(dotted, str):
+            raise InputError("a field name", dotted, "is not text", 'write e.g. {"engine.max_num_seqs": 64}')
+        _assign(tree, dotted, value)
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -32,10 +32,10 @@ scheduled; something was preempted; admissions are over; nothing ran when the pa
 all; the forming prompt's chunk is settled; the walk over running sequences ended early; prompts need not wait for
 more."""
 
-STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL = 1, 2, 4, 8, 16
+STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL, NO_NUMBER = 1, 2, 4, 8, 16, 32
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
 takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen; more
-releases of cached blocks than the log of them holds."""
+releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN."""
 
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 LIMIT, PLACE, SINCE = RESERVED, PROMPT, STAMP

@@ -4,6 +4,7 @@ Imports are inside the functions, so that the command line answers --help withou
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
     sweep.add_argument("--executor", default="local", metavar="WHO",
                        help="local (threads), processes:N, or dask:ADDRESS of a scheduler (default: local)")
     sweep.add_argument("--workers", type=int, metavar="N", help="threads of the local executor (default: processors)")
+    sweep.add_argument("--runs-a-tile", type=int, metavar="N",
+                       help="runs simulated in one batch; fewer take less memory (default: 256)")
     sweep.add_argument("--requests", action="store_true",
                        help="keep every request of every run as well (some 60 bytes each)")
     sweep.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="values",
@@ -41,22 +44,30 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
 
 def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> None:
     """Run the command; `values`: of --set. Raises `InputError`."""
+    from jaxsim._core.errors import InputError
     from jaxsim.io.result import to_json
     from jaxsim.study import results, runner
     from jaxsim.study.lanes import Lanes
-    from jaxsim.study.plan import plan
+    from jaxsim.study.plan import RUNS_A_TILE, plan
 
     check_workers(options.workers)
+    if options.runs_a_tile is not None and options.runs_a_tile < 1:
+        raise InputError("--runs-a-tile", options.runs_a_tile, "is not a number of runs",
+                         "give at least 1, or leave it out")
     study = chosen(options.study, values)
     start = time.perf_counter()
     with _progress() as progress:
         if not options.dry_run:
             runner.claim(study, folder)
         made = plan(study, Lanes() if options.dry_run else runner.LANES,
+                    runs_a_tile=options.runs_a_tile or RUNS_A_TILE,
                     on_point=lambda done: progress("looking at scenarios", done, 0))
         about = runner.estimate(made)
         if not options.dry_run:
-            runner.check_memory(about, options.workers)
+            kind, _, number = options.executor.partition(":")
+            if kind != "dask":
+                # A scheduler's workers have memory of their own.
+                runner.check_memory(about, int(number) if number.isdecimal() else options.workers)
             with _executor(options.executor) as executor:
                 runner.run_tiles(made, folder, executor=executor, workers=options.workers,
                                  with_requests=options.requests, progress=progress)
@@ -73,8 +84,9 @@ def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> No
     for refusal in made.refusals[:3]:
         print(f"refused: point {refusal.point}: {refusal.reason}")
     if len(made.refusals) > 3:
-        print(f"refused: {len(made.refusals) - 3:,} more, in the column `refused`")
-    print(f"{path}: {len(made.points):,} rows")
+        where = "left out of the table" if study.feasible_only else "in the column `refused`"
+        print(f"refused: {len(made.refusals) - 3:,} more, {where}")
+    print(f"{path}: {len(made.points) - (len(made.refusals) if study.feasible_only else 0):,} rows")
 
 
 def check_workers(workers: int | None) -> None:
@@ -90,19 +102,29 @@ def chosen(path: str, values: dict[str, Any]) -> Any:
     import msgspec
 
     from jaxsim._core.errors import InputError
-    from jaxsim.spec.scenario import Scenario
-    from jaxsim.study.study import Study
+    from jaxsim.spec.scenario import Scenario, assign
+    from jaxsim.study.study import Study, check_field
 
     study = Study.from_toml(path)
     if not values:
         return study
+    axes = {*study.axes, *itertools.chain(*study.zip), *study.derived, *(study.sample.axes if study.sample else ())}
     for name in values:
-        if name in study.axes or any(name in axes for axes in study.zip) or name in study.derived:
+        if name in axes:
             raise InputError("--set", name, "is an axis of the study", "change the study file")
     tree = study.base_tree()
-    if "model" not in tree and "cost" not in tree:
-        return msgspec.structs.replace(study, scenario={**tree, **values})
-    return msgspec.structs.replace(study, scenario=Scenario.from_dict(tree).with_values(values).to_dict())
+    try:
+        Scenario.from_dict(tree)
+    except InputError:
+        # Axes give what it lacks, so only names can be checked.
+        for name in values:
+            check_field(name, "--set")
+        assign(tree, values)
+    else:
+        assign(tree, values)
+        tree = Scenario.from_dict(tree).to_dict()
+    # The study's own number of seeds is in the tree, replaced or not.
+    return msgspec.structs.replace(study, scenario=tree, num_seeds=None)
 
 
 def _lines(about: dict[str, Any]) -> Iterator[str]:
@@ -164,12 +186,16 @@ def _executor(name: str) -> Iterator[Any]:
     elif kind == "processes" and rest.isdecimal() and int(rest) > 0:
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
+        from concurrent.futures.process import BrokenProcessPool
 
         with ProcessPoolExecutor(int(rest), mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield pool
+            try:
+                yield pool
+            except BrokenProcessPool:
+                raise _died(name) from None
     elif kind == "dask" and rest:
         try:
-            from distributed import Client
+            from distributed import Client, KilledWorker
         except ImportError:
             raise InputError("--executor", name, "needs Dask", "pip install distributed") from None
         try:
@@ -178,6 +204,16 @@ def _executor(name: str) -> Iterator[Any]:
             raise InputError("--executor", name, f"cannot be reached ({error})",
                              "give the scheduler's address") from None
         with client, client.get_executor(retries=2) as pool:
-            yield pool
+            try:
+                yield pool
+            except KilledWorker:
+                raise _died(name) from None
     else:
         raise InputError("--executor", name, "is not known", "use local, processes:N or dask:ADDRESS")
+
+
+def _died(name: str) -> Exception:
+    from jaxsim._core.errors import InputError
+
+    return InputError("--executor", name, "lost a worker that was killed, perhaps as memory ran out",
+                      "run the same command again, with fewer workers if it did: finished tiles are kept")

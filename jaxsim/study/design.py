@@ -50,11 +50,17 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             return [int(v) for v in np.rint(values)]
         return [float(f"{v:.12g}") for v in values]
 
-    def values(self, name: str) -> list[float | int]:
-        """All of them. Raises `InputError`."""
+    def count(self, name: str) -> int:
+        """How many values there are, without making them; rounded ones may be fewer. Raises `InputError`."""
         if self.num is None:
             raise InputError(f"axes.{name}.num", None, "is missing", "give how many values the range has")
-        found = self.checked(name).at(np.linspace(0, 1, self.num) if self.num > 1 else np.zeros(1))
+        self.checked(name)
+        return min(self.num, int(abs(self.to - self.from_)) + 2) if self.whole else self.num
+
+    def values(self, name: str) -> list[float | int]:
+        """All of them. Raises `InputError`."""
+        self.count(name)
+        found = self.at(np.linspace(0, 1, self.num) if self.num > 1 else np.zeros(1))
         return list(dict.fromkeys(found))
 
 

@@ -93,6 +93,8 @@ def limits(given: list[str]) -> Any:
             value = -1.0
         if not (colon and 0 < value < float("inf")):
             raise InputError("--slo", item, "has no number of milliseconds", f"write e.g. {name}:200")
+        if f"{name}_ms" in found:
+            raise InputError("--slo", item, "is given twice", "give each limit once")
         found[f"{name}_ms"] = value
     return SloSection(**found)
 

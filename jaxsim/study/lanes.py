@@ -23,7 +23,7 @@ from jaxsim.engine import lower, simulate
 from jaxsim.engine.common import Params
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.presets import Scheduler
-from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario
+from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario, with_paths
 from jaxsim.workload.arrivals import round_to_grid
 from jaxsim.workload.workload import Workload
 
@@ -32,6 +32,8 @@ LADDER = 64
 
 KEPT = 2048
 """Draws, tables and parameters that are kept for other scenarios; the oldest make room."""
+
+_SECTIONS = ("model", "device", "engine", "cluster", "workload", "slo", "cost")
 
 _LABELS = ("preset", "version", "kv_rule", "host")
 """Of a scheduler: they choose numbers, not programs."""
@@ -113,15 +115,26 @@ def stamps(scenario: Scenario) -> list[str]:
     model, w, preset = scenario.model, scenario.workload, scenario.engine.preset
     paths = [model and model.config, w.trace, w.lengths_from, preset if preset.endswith(".toml") else None,
              getattr(scenario.cost, "path", None)]
-    return [_digest(str(path)) for path in paths if path]
+    return [digest(str(path)) for path in paths if path]
 
 
-def _digest(path: str) -> str:
+def anywhere(scenario: Scenario) -> Any:
+    """What a scenario is wherever its files lie: each is known by its content, or its path if it cannot be read."""
+    return with_paths(msgspec.to_builtins(scenario), known) if any(stamps(scenario)) else scenario
+
+
+def known(path: str) -> str:
+    """A file by its content, or its path if it cannot be read."""
+    return digest(path) or path
+
+
+def digest(path: str) -> str:
+    """Hash of a file's content; "" if it cannot be read."""
     place = Path(path)
     place = place / "config.json" if place.is_dir() else place
     try:
         about = place.stat()
-        return _content(str(place), about.st_size, about.st_mtime_ns, about.st_ino)
+        return _content(str(place.absolute()), about.st_size, about.st_mtime_ns, about.st_ino)
     except (OSError, ValueError):
         return ""
 
@@ -141,10 +154,17 @@ class Lanes:
 
     def __init__(self):
         self._systems, self._draws, self._costs, self._params = Store(), Store(512), Store(256), Store()
-        self._units = Store()
+        self._units, self._sections = Store(), Store()
         self._shapes, self._prefixes, self._kinds = Store(1 << 16), Store(512), Store()
 
     # What scenarios share
+
+    def shared(self, scenario: Scenario) -> Scenario:
+        """The same; sections equal to those of another scenario are that one's, so that a million take less memory."""
+        mine = {name: getattr(scenario, name) for name in _SECTIONS}
+        return msgspec.structs.replace(scenario, **{
+            name: self._sections.get(_bytes(name, section), lambda section=section: section)
+            for name, section in mine.items() if section is not None})
 
     def system(self, scenario: Scenario) -> lower.System:
         """Raises `InputError` for what does not go together."""

@@ -13,7 +13,7 @@ from jaxsim.engine.lower import counter_room
 from jaxsim.engine.simulate import run_bytes
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study.design import Point
-from jaxsim.study.lanes import Lanes, Shape, ladder, stamps
+from jaxsim.study.lanes import Lanes, Shape, anywhere, ladder, stamps
 from jaxsim.study.study import Study
 from jaxsim.study.tile import MULTIPLE
 
@@ -47,7 +47,8 @@ class Tile:
     def name(self, version: str) -> str:
         """Hash of everything that its result depends on."""
         files = [stamps(scenario) for scenario in self.scenarios]
-        content = [FORMAT, version, jax.__version__, jax.default_backend(), files, self.points, self.scenarios,
+        content = [FORMAT, version, jax.__version__, jax.default_backend(), files, self.points,
+                   [anywhere(scenario) for scenario in self.scenarios],
                    self.slots, self.tokens, self.longest, self.width]
         return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()[:32]
 
@@ -97,7 +98,7 @@ def plan_of(made: Iterable[Callable[[], Scenario]], lanes: Lanes, runs_a_tile: i
     refusals, seeds = [], {}
     for index, make in enumerate(made):
         try:
-            scenario = make()
+            scenario = lanes.shared(make())
             seeds[index] = scenario.num_seeds
             members.append((index, scenario, lanes.shape(scenario)))
         except InputError as error:

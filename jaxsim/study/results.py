@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 
 from jaxsim._core.errors import InputError
 from jaxsim.io.result import version
+from jaxsim.study.lanes import known
 from jaxsim.study.plan import Plan
 from jaxsim.study.study import Study
 
@@ -35,16 +36,31 @@ DESCRIPTIONS = {
     "energy_j_per_output_token": "approximate: mean_power_w / output_throughput"}
 """Of columns whose names leave something unsaid; docs/results.md has them all."""
 
+TILES_AT_ONCE = 64
+"""Whose runs are held in memory while the table is made."""
+
 HALF_WIDTH = ".ci95"
 """Behind a metric's name: half of its 95 % interval over seeds."""
 
 
 def identity(study: Study) -> str:
-    """The text of `study.json`: what makes two studies the same. No clock, no host."""
-    fields = {**study.to_dict(), "scenario": study.base_tree()}
-    content = msgspec.json.encode(fields, order="deterministic")
-    return json.dumps({"format": FORMAT, "jaxsim": version(), "hash": hashlib.sha256(content).hexdigest(),
-                       "study": json.loads(content)}, indent=2) + "\n"
+    """The text of `study.json`. No clock, no host.
+
+    What makes two studies the same is in it as `hash`, where files are known by their content and not by their paths.
+    """
+    whole = msgspec.structs.replace(study, scenario=study.base_tree())
+    known_by = msgspec.json.encode(whole.with_paths(known), order="deterministic")
+    return json.dumps({"format": FORMAT, "jaxsim": version(), "hash": hashlib.sha256(known_by).hexdigest(),
+                       "study": json.loads(msgspec.json.encode(whole, order="deterministic"))}, indent=2) + "\n"
+
+
+def is_same(one: str, other: str) -> bool:
+    """Whether two texts of `study.json` are of one study, and of one version."""
+    try:
+        first, second = json.loads(one), json.loads(other)
+        return all(first[key] == second[key] for key in ("format", "jaxsim", "hash"))
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def unit(name: str) -> str:
@@ -63,8 +79,9 @@ def write(made: Plan, folder: Path) -> Path:
     Raises `InputError` where there is no room for it: the tiles are kept.
     """
     names = {tile.name(version()) for tile in made.tiles}
-    runs = read_runs(folder, names)
-    frame = combine(runs)
+    frame = _combined(folder, names)
+    if max(made.num_seeds.values(), default=0) < 2:
+        frame = frame.drop(columns=[name for name in frame if name.endswith(HALF_WIDTH)])
     parameters = pd.DataFrame(made.points)
     parameters.insert(0, "point", np.arange(len(parameters)))
     for name in parameters:
@@ -82,8 +99,8 @@ def write(made: Plan, folder: Path) -> Path:
     if json.loads(study)["study"].get("feasible_only"):
         parameters = parameters[parameters["refused"].isna()]
     clash = [name for name in frame.columns if name in parameters.columns and name != "point"]
-    table = parameters.merge(frame.drop(columns=clash), on="point", how="left")
-    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    frame = parameters.merge(frame.drop(columns=clash), on="point", how="left")
+    arrow = pa.Table.from_pandas(frame, preserve_index=False)
     arrow = arrow.cast(pa.schema([_described(field) for field in arrow.schema])).replace_schema_metadata(
         {"jaxsim": FORMAT, "version": version(), "study": study,
          "tiles": json.dumps(sorted(names)), "parameters": json.dumps(list(made.points[0]))})
@@ -107,11 +124,30 @@ def _described(field: pa.Field) -> pa.Field:
 
 def read_runs(folder: Path, names: set[str] | None = None) -> pd.DataFrame:
     """A row a run, in the order of points and seeds."""
-    files = sorted(p for p in (folder / TILES).glob("*.parquet") if names is None or p.stem in names)
+    if names is None:
+        files = sorted((folder / TILES).glob("*.parquet"))
+    else:
+        files = [path for name in sorted(names) if (path := folder / TILES / f"{name}.parquet").is_file()]
     if not files:
         return pd.DataFrame({"point": pd.Series(dtype=np.int64), "seed": pd.Series(dtype=np.int64)})
     frame = pd.concat([pq.read_table(path).to_pandas() for path in files], ignore_index=True)
     return frame.sort_values(["point", "seed"], kind="stable", ignore_index=True)
+
+
+def _combined(folder: Path, names: set[str]) -> pd.DataFrame:
+    """`combine` of all tiles, some at a time: a scenario's seeds are in one, and all runs may not fit into memory."""
+    listed = sorted(names)
+    parts = [combine(read_runs(folder, set(listed[at:at + TILES_AT_ONCE])))
+             for at in range(0, len(listed), TILES_AT_ONCE)]
+    if not parts:
+        return combine(read_runs(folder, names))
+    frame = pd.concat(parts, ignore_index=True)
+    parts.clear()
+    # Tiles differ in which metrics there are.
+    last = (*MAJORITY, *TEXT)
+    metrics = [name for name in frame if name not in last and not name.endswith(HALF_WIDTH)]
+    frame = frame[[*metrics, *(name for name in frame if name.endswith(HALF_WIDTH)), *last]]
+    return frame.sort_values("point", ignore_index=True)
 
 
 def combine(runs: pd.DataFrame) -> pd.DataFrame:
@@ -123,12 +159,8 @@ def combine(runs: pd.DataFrame) -> pd.DataFrame:
     values = runs[numbers].astype(np.float64)
     by = runs["point"]
     mean, count = values.groupby(by).mean(), values.groupby(by).count()
-    found = mean.copy()
-    if (grouped.size() > 1).any():
-        std = values.groupby(by).std(ddof=1)
-        half = stdtrit(np.maximum(count - 1, 1), 0.975) * std / np.sqrt(count)
-        half = half.where(count > 1)
-        found = pd.concat([found, half.add_suffix(HALF_WIDTH)], axis=1)
+    half = stdtrit(np.maximum(count - 1, 1), 0.975) * values.groupby(by).std(ddof=1) / np.sqrt(count)
+    found = pd.concat([mean, half.where(count > 1).add_suffix(HALF_WIDTH)], axis=1)
     for name in MAJORITY:
         said, yes = grouped[name].count(), grouped[name].sum()
         verdict = (2 * yes > said).astype(object)

@@ -136,13 +136,17 @@ def claim(study: Study, folder: Path) -> None:
     path = folder / results.STUDY
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            if not results.is_same(path.read_text(encoding="utf-8"), text):
-                raise InputError("--out", str(folder), "holds the results of another study, or of another version",
-                                 "give another folder; nothing is overwritten")
-        elif any(p.name not in (results.TILES, results.REQUESTS) for p in folder.iterdir()):
+        own = (results.STUDY, results.TILES, results.REQUESTS)
+        is_there = path.exists()
+        if is_there and results.is_same(path.read_text(encoding="utf-8"), text):
+            pass
+        elif is_there and any(folder.rglob("*.parquet")):
+            raise InputError("--out", str(folder), "holds the results of another study, or of another version",
+                             "give another folder; nothing is overwritten")
+        elif any(p.name not in own and not p.name.endswith(".part") for p in folder.iterdir()):
             raise InputError("--out", str(folder), "holds files that are no study's", "give an empty folder")
         else:
+            # A study that stopped before its first result, as one that was put right since, holds nothing.
             replace(path, text.encode())
         for name in (results.TILES, results.REQUESTS):
             (folder / name).mkdir(exist_ok=True)
@@ -257,7 +261,7 @@ def check_memory(about: dict[str, Any], workers: int | None = None) -> None:
     needed = 2 * at_once * about["tile_bytes"]
     if room and needed > room:
         fits = int(about["widest_tile"] * room / needed)
-        remedy = (f"tiles of {fits} runs would fit: --runs-a-tile {fits}, or fewer --workers" if fits else
+        remedy = (f"tiles of {fits} runs would fit: sweep with --runs-a-tile {fits}, or fewer --workers" if fits else
                   "draw fewer requests or seeds: not even one run fits")
         raise InputError("workload.num_requests", f"{about['widest_tile']} runs a tile, {at_once} tiles at once",
                          f"need about {needed / 2**30:,.0f} GiB, this machine has {room / 2**30:,.0f} GiB",

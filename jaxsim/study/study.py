@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.spec.messages import explain
-from jaxsim.spec.scenario import Scenario, anchored, anchored_value, builtins_of, read_tree, shipped_scenarios
+from jaxsim.spec.scenario import Scenario, builtins_of, read_tree, shipped_scenarios, with_paths, with_paths_of
 from jaxsim.spec.toml import parse_toml
 from jaxsim.study import design
 from jaxsim.study.design import Axis, Point, Sample
@@ -65,7 +65,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         except msgspec.ValidationError as error:
             raise explain(str(error), tree, cls) from None
         if folder is not None:
-            study = study._anchored(folder)
+            study = study.with_paths(lambda path: str(folder / path))
         study._check()
         return study
 
@@ -88,15 +88,16 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         tree.setdefault("name", path.stem)
         return cls.from_dict(tree, path.parent)
 
-    def _anchored(self, folder: Path) -> "Study":
+    def with_paths(self, change: Callable[[str], str]) -> "Study":
+        """The same with every path to a file as `change` makes it."""
         scenario = self.scenario
         if isinstance(scenario, dict):
-            scenario = anchored(copy.deepcopy(scenario), folder)
+            scenario = with_paths(copy.deepcopy(scenario), change)
         elif scenario.endswith(".toml"):
-            scenario = str(folder / scenario)
+            scenario = change(scenario)
 
         def axes(given: dict[str, Axis]) -> dict[str, Axis]:
-            return {name: [anchored_value(name, value, folder) for value in axis] if isinstance(axis, list) else axis
+            return {name: [with_paths_of(name, value, change) for value in axis] if isinstance(axis, list) else axis
                     for name, axis in given.items()}
 
         sample = self.sample and msgspec.structs.replace(self.sample, axes=axes(self.sample.axes))
@@ -106,17 +107,19 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def _check(self) -> None:
         if not (self.axes or self.zip or self.sample):
             raise InputError("axes", {}, "is empty", 'write e.g. [axes] "workload.rate_rps" = [1, 2, 4]')
-        base, seen = self.base_tree(), set()
+        # A scenario that cannot be read is told of first.
+        self.base_tree()
+        seen: set[str] = set()
         groups = [self.axes, *self.zip, self.sample.axes if self.sample else {}, self.derived]
         for name in itertools.chain(*groups):
             if name in seen:
                 raise InputError(f"axes.{name}", name, "is given twice", "name a field in one place only")
             seen.add(name)
-            _check_field(name, base)
+            check_field(name, f"axes.{name}")
         for expression in [*self._derived().values(), *self._where()]:
             for name in expression.fields:
                 if name not in seen:
-                    _check_field(name, base)
+                    check_field(name, f"axes.{name}")
         if self.num_points_at_most > MOST_POINTS:
             raise InputError("axes", f"{self.num_points_at_most:,} points", f"is more than {MOST_POINTS:,}",
                              "shorten an axis, or use [sample]")
@@ -126,7 +129,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """Points before `where`."""
         count = self.sample.num if self.sample else 1
         for name, axis in self.axes.items():
-            count *= len(axis) if isinstance(axis, list) else len(axis.values(name))
+            count *= len(axis) if isinstance(axis, list) else axis.count(name)
         for index, axes in enumerate(self.zip):
             count *= len(design.zipped(axes, f"zip[{index}]"))
         return count
@@ -207,15 +210,15 @@ def _lists(node: Any) -> Any:
     return [_lists(value) for value in node] if isinstance(node, list) else node
 
 
-def _check_field(name: str, base: dict[str, Any]) -> None:
-    """Refuse an axis that no scenario has: try it at no value, and see whether the field itself is refused."""
+def check_field(name: str, where: str) -> None:
+    """Raises `InputError` for a field that no scenario has; where: it is named."""
     known = sorted(_fields(Scenario))
     head = name.split(".")
     if name in known or any(name.startswith(f"{k}.") for k in _OPEN):
         return
     if any(k.startswith(name + ".") for k in known):
         return
-    raise InputError(f"axes.{name}", name, "is no field of a scenario",
+    raise InputError(where, name, "is no field of a scenario",
                      suggest(name, known, f"see docs/studies.md; fields of {head[0]}"))
 
 

@@ -15,6 +15,7 @@ import pytest
 import jaxsim
 from jaxsim import Scenario
 from jaxsim.engine import functional, loop
+from jaxsim.engine.environment import Action, Environment
 from jaxsim.state import world as w
 
 FORM = {"a": 0.01, "b": 1e-5, "c": 1e-7, "d": 1e-5}
@@ -22,7 +23,7 @@ FORM = {"a": 0.01, "b": 1e-5, "c": 1e-7, "d": 1e-5}
 
 def scenario(**workload) -> Scenario:
     return Scenario.from_dict({
-        "schema_version": 1, "num_seeds": 2, "cluster": {"replicas": 2},
+        "schema_version": 1, "num_seeds": 1, "cluster": {"replicas": 2},
         "engine": {"max_num_seqs": 8, "max_num_batched_tokens": 256, "max_model_len": 256,
                    "num_gpu_blocks_override": 24},
         "workload": {"kind": "poisson", "rate_rps": 8.0, "num_requests": 24, "input": 60,
@@ -37,7 +38,7 @@ def made():
 
 def test_it_gives_what_simulate_gives(made):
     dims, params, requests = made
-    ours = jax.jit(lambda p, r: functional.latencies(dims, p, r, functional.simulate(dims, p, r)))(params, requests)
+    ours = functional.latencies(dims, params, requests, functional.simulate(dims, params, requests))
     frame = jaxsim.simulate(scenario()).requests.query("seed == 0")
     for name in ("ttft_s", "tpot_s", "e2e_s", "queue_s"):
         assert np.allclose(getattr(ours, name), frame[name], rtol=1e-6, atol=1e-7, equal_nan=True), name
@@ -80,20 +81,8 @@ def test_vmap_makes_lanes_of_one_loop(made, monkeypatch):
 
 
 def test_forward_mode_where_all_arrive_at_once():
-    """Costs times s are times times s: the derivative of a time by s is the time itself."""
-    dims, params, requests = functional.inputs(scenario(kind="batch", rate_rps=None))
-
-    def end_s(s):
-        changed = slower(params, s)
-        return functional.latencies(dims, params, requests, functional.simulate(dims, changed, requests)).e2e_s
-
-    times, slopes = jax.jit(lambda s: jax.jvp(end_s, (s,), (jnp.float32(1.0),)))(jnp.float32(1.0))
-    assert np.all(times > 0)
-    assert np.allclose(slopes, times, rtol=1e-4)
-
-
-def test_forward_mode_goes_under_vmap():
-    """`jacfwd`, alone and over lanes, has the columns of `jvp`."""
+    """Costs times s are times times s, so the derivative of a time by s is the time over s. `jacfwd` over lanes has
+    the columns of `jvp`."""
     dims, params, requests = functional.inputs(scenario(kind="batch", rate_rps=None))
 
     def end_s(factors):
@@ -101,8 +90,9 @@ def test_forward_mode_goes_under_vmap():
         return functional.latencies(dims, changed, requests, functional.simulate(dims, changed, requests)).e2e_s
 
     at = jnp.array([[1.0, 1.0], [2.0, 0.5], [0.5, 3.0]])
-    columns = jnp.stack([jax.jvp(end_s, (at[1],), (jnp.eye(2)[i],))[1] for i in range(2)], axis=1)
-    assert np.allclose(jax.jit(jax.jacfwd(end_s))(at[1]), columns, rtol=1e-5)
+    (times, by_first), (_, by_second) = (jax.jvp(end_s, (at[1],), (direction,)) for direction in jnp.eye(2))
+    columns = jnp.stack([by_first, by_second], axis=1)
+    assert np.all(times > 0) and np.allclose(columns * at[1], times[:, None], rtol=1e-4)
     lanes = jax.jit(jax.vmap(jax.jacfwd(end_s)))(at)
     assert np.allclose(lanes[1], columns, rtol=1e-5)
     assert np.allclose(lanes[:, :, 0] * at[:, :1], lanes[:, :, 1] * at[:, 1:], rtol=1e-4)
@@ -115,16 +105,23 @@ ROWS = 200
 
 
 @pytest.fixture(scope="module")
-def recorded(made):
-    """Over two lanes, the second of which has costs twice as high."""
+def lanes(made):
+    """Three, the second with costs twice as high, the third with iterations of few tokens: more than there are rows."""
     dims, params, requests = made
 
-    def run(factor):
-        changed = slower(params, factor)
+    def run(factor, max_num_batched_tokens):
+        changed = eqx.tree_at(lambda p: p.groups[0].batching.max_num_batched_tokens, slower(params, factor),
+                              max_num_batched_tokens)
         world, tape = functional.simulate_recorded(dims, changed, requests, ROWS)
         return world, tape, functional.record_seconds(dims, changed, tape)
 
-    return jax.device_get(jax.jit(jax.vmap(run))(jnp.array([1.0, 2.0])))
+    return jax.device_get(jax.jit(jax.vmap(run))(jnp.array([1.0, 2.0, 1.0]), jnp.array([256, 256, 8])))
+
+
+@pytest.fixture(scope="module")
+def recorded(lanes):
+    """Those whose tape is whole."""
+    return jax.tree.map(lambda x: x[:2], lanes)
 
 
 def busy_s(dims, world):
@@ -181,7 +178,7 @@ def test_requests_point_at_their_records(made, recorded):
         assert np.array_equal(mine.instance[mine.previous[contiguous]], mine.instance[contiguous])
 
 
-def test_reverse_mode_over_the_tape_is_forward_mode_of_the_loop(made):
+def test_reverse_mode_over_the_tape_is_forward_mode_of_the_loop(made, recorded):
     """Total busy time, and the end of the last record, by the coefficients of the cost: a scan over the tape chains the
     records, everything else is at the recorded schedule."""
     dims, params, requests = made
@@ -194,9 +191,10 @@ def test_reverse_mode_over_the_tape_is_forward_mode_of_the_loop(made):
         world = functional.simulate(dims, priced(coefficients), requests)
         return jnp.stack([busy_s(dims, world), jnp.max(world.finished[:24, 1])])
 
-    def by_tape(coefficients):
+    def by_tape(coefficients, tape=None):
         changed = priced(coefficients)
-        _, tape = functional.simulate_recorded(dims, changed, requests, ROWS)
+        if tape is None:
+            _, tape = functional.simulate_recorded(dims, changed, requests, ROWS)
         seconds = functional.record_seconds(dims, changed, tape)
 
         def start(ends, record):
@@ -213,15 +211,15 @@ def test_reverse_mode_over_the_tape_is_forward_mode_of_the_loop(made):
     reverse = jax.jit(jax.jacrev(by_tape))(at)
     assert np.count_nonzero(forward[0]) > 8
     assert np.allclose(reverse, forward, rtol=1e-4)
-    assert np.allclose(jax.jit(jax.jacfwd(by_tape))(at), forward, rtol=1e-4)
+    schedule = jax.tree.map(lambda x: x[0], recorded[1])
+    assert np.allclose(jax.jit(jax.jacfwd(by_tape))(at, schedule), forward, rtol=1e-4)
 
 
-def test_lost_records_are_not_silent(made):
-    dims, params, requests = made
-    _, tape = functional.simulate_recorded(dims, params, requests, 20)
-    assert tape.is_full and tape.num_lost == tape.count - 20
-    assert np.isnan(functional.record_seconds(dims, params, tape)).all()
-    assert np.any(tape.last == -1) and np.all(tape.last < 20)
+def test_lost_records_are_not_silent(lanes):
+    _, tape, seconds = jax.tree.map(lambda x: x[2], lanes)
+    assert tape.is_full and tape.num_lost == tape.count - ROWS
+    assert np.isnan(seconds).all()
+    assert np.any(tape.last == -1) and np.any(tape.last >= 0) and np.all(tape.last < ROWS)
 
 
 def test_repeated_calls_compile_once(made):
@@ -232,6 +230,32 @@ def test_repeated_calls_compile_once(made):
     for factor in (1.5, 3.0):
         functional.simulate(dims, slower(params, factor), functional.inputs(scenario(), seed=4)[2])
     assert loop.run._cache_size() == before
+
+
+def test_64_bit_mode_changes_no_type(made):
+    """Traced only. A caller in that mode may also come with numbers of 64 bits."""
+    dims, params, requests = made
+    env = Environment(scenario(), tick_s=0.5)
+
+    def types(tree):
+        return [(jnp.shape(x), x.dtype) for x in jax.tree.leaves(tree)]
+
+    def both(factor):
+        changed = slower(params, factor)
+        _, tape = functional.simulate_recorded(dims, changed, requests, ROWS)
+        return functional.simulate(dims, changed, requests), functional.record_seconds(dims, params, tape)
+
+    def tick(state):
+        return env.step(state, Action(is_active=jnp.array([True, False])))
+
+    state = env.reset(requests)
+    plain, before = types(jax.eval_shape(both, np.float32(2))), types(state)
+    assert types(jax.eval_shape(tick, state[0])[:2]) == before
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        assert (2.0 * jnp.ones(1)).dtype == jnp.float64
+        assert types(jax.eval_shape(both, np.float64(2))) == plain
+        state = env.reset(requests)
+        assert types(state) == types(jax.eval_shape(tick, state[0])[:2]) == before
 
 
 # --- devices ------------------------------------------------------------------------------------------------
@@ -261,9 +285,9 @@ def recorded(factor):
 
 def in_ticks(factor):
     changed = slower(env.params, factor)
-    def tick(state, _):
-        return env.step(state, Action())[0], None
-    state, _ = jax.lax.scan(tick, env.reset(requests, changed)[0], length=30)
+    def tick(carry, _):
+        return env.step(carry[0], Action())[:2], None
+    (state, _), _ = jax.lax.scan(tick, env.reset(requests, changed), length=30)
     return functional.latencies(env.dims, changed, requests, state.world).e2e_s
 
 factors = jnp.linspace(0.5, 2.0, 8)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxsim.study import results, runner
+from jaxsim._core.errors import InputError
+from jaxsim.study import command, results, runner
 from jaxsim.study.study import Study
 
 STUDY = {
@@ -38,6 +39,13 @@ def test_processes(expected, tmp_path):
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         path = runner.sweep(Study.from_dict(STUDY), tmp_path / "out", executor=pool, runs_a_tile=8)
     assert path.read_bytes() == expected
+
+
+def test_a_process_that_dies_is_told():
+    """And what to do about it, instead of a traceback."""
+    with pytest.raises(InputError, match="processes:1.*killed.*same command again.*kept"), command._executor(
+            "processes:1") as pool:
+        pool.submit(os._exit, 1).result()
 
 
 def test_dask_worker_killed_in_mid_sweep(expected, tmp_path):

@@ -30,7 +30,7 @@ def of(**engine) -> Scenario:
 
 @pytest.fixture(scope="module")
 def found():
-    """One at a time, eight, sixteen; and one that no request fits into."""
+    """One at a time, eight, sixteen; and one that no request fits into. Searches of three share its program."""
     systems = [of(max_num_seqs=1), of(), of(max_num_seqs=16), of()]
     tight = msgspec.structs.replace(systems[3].engine, num_gpu_blocks_override=20)
     systems[3] = msgspec.structs.replace(systems[3], engine=tight)
@@ -62,24 +62,25 @@ def test_brackets_that_miss_are_moved(found):
     """Where the first rates are all too high or all too low, the answer is the same."""
     systems, frame = found
     for rates in ((20.0, 90.0), (0.01, 0.05)):
-        other = search(systems[:2], slo=SLO, attainment=0.9, rates=rates, workers=1)
-        assert other["rate_rps"].to_numpy() == pytest.approx(frame["rate_rps"][:2].to_numpy(), rel=0.03)
+        other = search(systems[:3], slo=SLO, attainment=0.9, rates=rates, workers=1)
+        assert other["rate_rps"].to_numpy() == pytest.approx(frame["rate_rps"][:3].to_numpy(), rel=0.03)
 
 
 def test_rules(found):
     """Each limit by itself asks for less than all at once; a limit that cannot be met gives no rate."""
     systems, frame = found
-    separate = search(systems[:2], slo=SLO, attainment=0.9, rule="separate", workers=1)
-    assert (separate["rate_rps"] >= 0.98 * frame["rate_rps"][:2]).all()
-    none = search(systems[:1], slo=SloSection(ttft_ms=0.01), workers=1).iloc[0]
+    separate = search(systems[:3], slo=SLO, attainment=0.9, rule="separate", workers=1)
+    assert (separate["rate_rps"] >= 0.98 * frame["rate_rps"][:3]).all()
+    none = search(systems[:3], slo=SloSection(ttft_ms=0.01), workers=1).iloc[0]
     assert none["rate_rps"] == 0 and none["next_rps"] > 0 and none["refused"] is None
-    every = search(systems[1:2], slo=SloSection(ttft_ms=1e9), workers=1).iloc[0]
+    every = search(systems[:3], slo=SloSection(ttft_ms=1e9), workers=1).iloc[1]
     assert 1 < every["rate_rps"] < every["next_rps"] < 1e6
 
 
 def test_limits_of_their_own(found):
     """Without limits for all, each scenario keeps its own."""
-    mine = [msgspec.structs.replace(of(), slo=SloSection(ttft_ms=ms)) for ms in (60.0, 5000.0)]
+    mine = [msgspec.structs.replace(of(max_num_seqs=n), slo=SloSection(ttft_ms=ms))
+            for n, ms in ((8, 60.0), (8, 5000.0), (16, 60.0))]
     rates = search(mine, workers=1)["rate_rps"]
     assert rates[0] < 0.9 * rates[1]
 
@@ -90,7 +91,7 @@ def test_the_window_is_of_the_same_requests_at_all_rates(found):
     counts = [[(m["num_requests"], m["num_warmup_requests"]) for m in simulate(scenario_at(windowed, rate)).runs[0]]
               for rate in (0.5, 1.0, 20.0)]
     assert counts[0] == counts[1] == counts[2] and 150 < counts[0][0][0] < 250 and counts[0][0][1] > 10
-    row = search([windowed], slo=SLO, workers=1).iloc[0]
+    row = search([found[0][0], windowed, found[0][2]], slo=SLO, workers=1).iloc[1]
     assert row["rate_rps"] == pytest.approx(found[1]["rate_rps"][1], rel=0.2)
     no_rate = msgspec.structs.replace(windowed, workload=msgspec.structs.replace(windowed.workload, rate_rps=None))
     with pytest.raises(InputError, match="warmup_s"):
@@ -171,10 +172,10 @@ def test_command_line(found, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["rows"][0]["rate_rps"] == pytest.approx(found[1]["rate_rps"][1], rel=0.03)
     study = tmp_path / "study.toml"
-    study.write_text('schema_version = 1\nscenario = "mine.toml"\n[axes]\n"engine.max_num_seqs" = [1, 8]\n')
+    study.write_text('schema_version = 1\nscenario = "mine.toml"\n[axes]\n"engine.max_num_seqs" = [1, 8, 16]\n')
     out = tmp_path / "out.csv"
     assert cli.main(["goodput", str(study), "--slo", "ttft:150", "tpot:15", "--out", str(out), "--workers", "1"]) == 0
-    assert "max_num_" in capsys.readouterr().out and len(out.read_text().splitlines()) == 3
+    assert "max_num_" in capsys.readouterr().out and len(out.read_text().splitlines()) == 4
     for bad, says in ((["--slo", "ttf:150"], "ttft"), (["--slo", "ttft:x"], "milliseconds"),
                       (["--rates", "1"], "LOW:HIGH"), (["--out", "x.txt"], ".csv"),
                       (["--set", "workload.kind=batch", "--slo", "ttft:1"], "workload")):

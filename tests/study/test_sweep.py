@@ -16,6 +16,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import simulate
 from jaxsim.metrics import combine, flatten, request_frame
 from jaxsim.study import results, runner
+from jaxsim.study.command import chosen
 from jaxsim.study.lanes import Lanes, ladder
 from jaxsim.study.plan import plan
 from jaxsim.study.study import Study
@@ -134,6 +135,9 @@ def test_programs_are_shared():
     assert made.num_programs == 2 and made.num_runs == 96 and not made.refusals
     assert sorted(p for tile in made.tiles for p in tile.points) == list(range(48))
     assert ladder([8, 64, 512, 4096]) == [64, 64, 4096, 4096]
+    # Equal sections are one object, so that plans of many scenarios are small.
+    scenarios = [scenario for tile in made.tiles for scenario in tile.scenarios]
+    assert len({id(s.engine) for s in scenarios}) == 8 and len({id(s.workload) for s in scenarios}) == 3
     assert made.tiles[0].name("1") != made.tiles[1].name("1") != made.tiles[1].name("2")
 
 
@@ -144,6 +148,12 @@ def test_folders_are_of_one_study(swept, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(InputError, match="no study's"):
         runner.sweep(small(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    # One that was put right before it had any result.
+    runner.claim(small(num_seeds=3), tmp_path / "new")
+    runner.claim(small(), tmp_path / "new")
+    assert results.is_same((tmp_path / "new" / results.STUDY).read_text(), results.identity(small()))
+    assert not results.is_same("{}", results.identity(small()))
     with pytest.raises(InputError, match="no finished study"):
         results.load(tmp_path)
 
@@ -189,9 +199,16 @@ def test_more_than_the_machine_is_refused_before_the_run(tmp_path):
     with pytest.raises(InputError, match="this machine has .* GiB") as caught:
         runner.sweep(study, tmp_path / "out", workers=1)
     assert not list((tmp_path / "out" / results.TILES).iterdir())
-    fits = int(re.search(r"tiles of ([1-9]\d*) runs would fit: runs_a_tile=\1", str(caught.value))[1])
+    fits = int(re.search(r"tiles of ([1-9]\d*) runs would fit: sweep with --runs-a-tile \1", str(caught.value))[1])
     assert fits < 64
     runner.check_memory(runner.estimate(plan(study, runner.LANES, runs_a_tile=fits)), workers=1)
+    # Elsewhere there may be room.
+    class Elsewhere(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, *_, **__):
+            raise BrokenPipeError("was asked")
+
+    with Elsewhere(1) as executor, pytest.raises(BrokenPipeError, match="was asked"):
+        runner.sweep(study, tmp_path / "out", executor=executor)
     # Not even one run.
     with pytest.raises(InputError, match="not even one run"):
         runner.check_memory(runner.estimate(plan(study, runner.LANES)) | {"tile_bytes": 2**60}, workers=1)
@@ -233,12 +250,66 @@ def test_command_line(swept, tmp_path, capsys):
     assert cli.main(["sweep", str(path), "--out", str(out), "--set", "num_seeds=3"]) == 2
     assert "another study" in capsys.readouterr().err
     assert cli.main(["sweep", "default"]) == 2 and "is a scenario" in capsys.readouterr().err
-    for arguments, says in ((["--executor", "ray"], "processes:N"), (["--workers", "0"], "at least 1"),
+    for arguments, says in ((["--executor", "ray"], "processes:N"), (["--executor", "processes:two"], "processes:N"),
+                            (["--workers", "0"], "at least 1"),
                             (["--set", "model.dtype=fp8"], "is an axis")):
         assert cli.main(["sweep", str(path), "--out", str(tmp_path / "new"), *arguments]) == 2
         assert says in capsys.readouterr().err
 
 
+def test_a_study_is_the_same_wherever_its_files_lie(tmp_path, monkeypatch):
+    """Read from another folder, or moved with what it names, it goes on; with another content of a file it does not."""
+    def known(path) -> tuple[str, list[str]]:
+        study = Study.from_toml(path)
+        return json.loads(results.identity(study))["hash"], [t.name("1") for t in plan(study, Lanes()).tiles]
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    for name in ("a.csv", "b.csv"):
+        (here / name).write_text(f"arrival_s,input_tokens,output_tokens\n0,10,2\n1,20,{ord(name[0]) - 90}\n")
+    base = small(scenario={**BASE, "workload": {"kind": "trace", "trace": "a.csv"}})
+    (here / "scenario.toml").write_text(base.scenario_at({}).to_toml())
+    (here / "study.toml").write_text('schema_version = 1\nscenario = "scenario.toml"\n[axes]\n'
+                                     '"workload.trace" = ["a.csv", "b.csv"]\n')
+    first = known(here / "study.toml")
+    monkeypatch.chdir(tmp_path)
+    assert known("here/study.toml") == first
+    here.rename(there)
+    monkeypatch.chdir(there)
+    assert known("study.toml") == first
+    (there / "b.csv").write_text((there / "a.csv").read_text())
+    assert known("study.toml")[0] != first[0] and known("study.toml")[1] != first[1]
+
+
+def test_fields_set_on_the_command_line(tmp_path, capsys):
+    """In whole scenarios, in those that only axes make whole, and over the study's own number of seeds."""
+    def file(scenario: str, more: str) -> str:
+        (tmp_path / "study.toml").write_text(f"schema_version = 1\nnum_seeds = 4\n{more}\n[scenario]\n"
+                                             f"schema_version = 1\n{scenario}")
+        return str(tmp_path / "study.toml")
+
+    whole = f"engine = {{ max_num_seqs = 8 }}\nworkload = {{ kind = 'batch', num_requests = 8 }}\n{FITTED_TOML}"
+    axis = "axes = { 'engine.max_num_batched_tokens' = [64, 128] }"
+    lacking = "device = { name = 'h100' }\nworkload = { kind = 'batch', num_requests = 8 }\n"
+    models = "axes = { 'model.name' = ['llama-3.1-8b'] }"
+    for path in (file(whole, axis), file(lacking, models)):
+        study = chosen(path, {"workload.num_requests": 16, "num_seeds": 3})
+        scenario = study.scenario_at(next(study.points()))
+        assert (scenario.workload.num_requests, scenario.num_seeds, scenario.workload.kind) == (16, 3, "batch")
+        with pytest.raises(InputError, match="workload.num_requests|no such field"):
+            chosen(path, {"workload.num_request": 16})
+    sample = "sample = { num = 4, axes = { 'workload.num_requests' = [8, 16] } }"
+    with pytest.raises(InputError, match="is an axis"):
+        chosen(file(whole, sample), {"workload.num_requests": 16})
+    # Nothing is left, and that many rows there are.
+    path = file(whole, "feasible_only = true\naxes = { 'engine.pipeline_parallel_size' = [2, 4] }")
+    assert cli.main(["sweep", path, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith("results.parquet: 0 rows\n")
+    assert cli.main(["sweep", path, "--out", str(tmp_path / "out"), "--runs-a-tile", "0"]) == 2
+    assert "--runs-a-tile = 0" in capsys.readouterr().err
+
+
+FITTED_TOML = "cost = { kind = 'fitted', prefill = { b = 1e-5 }, decode = { a = 0.01 } }\n"
 FITTED = {"kind": "fitted", "prefill": [{"a": 0.002, "b": 2e-5}], "decode": [{"a": 0.01, "d": 1e-4}]}
 KINDS = {
     "the generator's own rate": ({"workload": {"kind": "azure-conv-2023", "num_requests": 60}},
@@ -299,9 +370,11 @@ def test_prefixes_and_changed_files(tmp_path):
     assert all(len(rows) == 1 for rows in found.values()) and len(found) == 2
     write(few, 2, 5000)
     before = results.load(tmp_path / "few")["duration"]
-    after = results.load(runner.sweep(study, tmp_path / "few", workers=1).parent)["duration"]
+    with pytest.raises(InputError, match="another study"):
+        runner.sweep(study, tmp_path / "few", workers=1)
+    after = results.load(runner.sweep(study, tmp_path / "again", workers=1).parent)["duration"]
     assert after[0] > 10 * before[0] and after[1] == before[1]
-    assert len(results.load(tmp_path / "few", runs=True)) == 2
+    assert len(results.load(tmp_path / "again", runs=True)) == 2
 
 
 def test_windows_equal_runs_one_by_one(tmp_path):
