@@ -36,6 +36,7 @@ FAULTS = {
     w.STARVED: "requests are left that nothing will bring: the source of arrivals has stopped",
     w.LOG_FULL: "more releases of cached blocks than were foreseen: sequences are preempted over and over",
     w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
+    w.NO_NUMBER: "an action gave a router a weight that is not a number",
 }
 
 
