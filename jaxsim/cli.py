@@ -371,8 +371,10 @@ def _keep_programs() -> None:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(home) / "jaxsim"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-    # XLA takes two tuning hints for processor features and calls every program it loads foreign.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # XLA takes two tuning hints for processor features and calls every program it loads foreign. JAX itself leaves a 1
+    # to its children.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def _find_devices() -> None:
@@ -384,7 +386,7 @@ def _find_devices() -> None:
     try:
         jax.devices()
     except RuntimeError as error:
-        raise InputError("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS"), 
+        raise InputError("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS"),
                          f"JAX cannot start ({str(error).splitlines()[0]})",
                          "set the environment variable JAX_PLATFORMS=cpu, or unset it") from None
 

@@ -40,9 +40,6 @@ POINTS_A_RATE = 40
 """Batch limits x devices x presets."""
 
 COUNTS, QUICK_COUNTS = (120, 1000, 10_000, 100_000), (120, 1000, 4000)
-FEW_REQUESTS = 100
-"""Requests a scenario of the counts: 100,000 scenarios of 1,000 would take some minutes more."""
-
 ROUNDS = 3
 _MARK = "jaxsim-bench:"
 
@@ -67,7 +64,7 @@ class TimedThreads(futures.ThreadPoolExecutor):
         return super().submit(timed)
 
 
-def study_of(num_scenarios: int, num_requests: int = 1000) -> Study:
+def study_of(num_scenarios: int) -> Study:
     """The study with so many scenarios, in steps of 40: more rates between 1 and 20 a second."""
     path = checkout(STUDY)
     if path is None:
@@ -75,7 +72,6 @@ def study_of(num_scenarios: int, num_requests: int = 1000) -> Study:
     study = Study.from_toml(path)
     tree = study.to_dict()
     tree["axes"]["workload.rate_rps"]["num"] = num_scenarios // POINTS_A_RATE
-    tree["scenario"]["workload"]["num_requests"] = num_requests
     return Study.from_dict(tree)
 
 
@@ -118,9 +114,9 @@ def _workers(scenarios: int, folder: Path) -> dict[str, Any]:
 
 
 def _counts(scenarios: int, folder: Path) -> dict[str, Any]:
-    study = study_of(scenarios, FEW_REQUESTS)
+    study = study_of(scenarios)
     # So that the second is without compiling; its tiles are as wide, so its programs the same.
-    run_once(study if scenarios <= 10_000 else study_of(10_000, FEW_REQUESTS), folder / "first", runner.num_workers())
+    run_once(study if scenarios <= 10_000 else study_of(10_000), folder / "first", runner.num_workers())
     found = run_once(study, folder / "second", runner.num_workers())
     return {"scenarios": scenarios, "cpu_ms": 1e3 * found["cpu_s"] / scenarios,
             "wall_ms": 1e3 * found["wall_s"] / scenarios, "host_ms": 1e3 * found["host_s"] / scenarios,
@@ -187,7 +183,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
             "loop_s": "loop s", "host_share": "host share", "programs": "programs", "peak_mib": "MiB"}),
         "workers": ("Compiled before", {"ratio": "two workers / one", "host_share": "host share",
                                         "requests_per_s": "requests/s"}),
-        "counts": (f"Milliseconds a scenario of {FEW_REQUESTS} requests, compiled before",
+        "counts": ("Milliseconds a scenario, compiled before",
                    {"cpu_ms": "processor", "host_ms": "host", "wall_ms": "wall", "peak_mib": "MiB"})}
     for name, (title, shown) in columns.items():
         table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)

@@ -396,6 +396,8 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, simulations, capsys)
             words.append("--dry-run")
         if words[0] == "goodput":
             words += ["--set", "num_seeds=1", "--set", "workload.num_requests=20"]
+        if words[0] == "plan":
+            words += ["--seeds", "1", "--set", "workload.num_requests=20", "--top", "1"]
         assert cli.main(words) == 0, line
     from jaxsim.engine.lower import resolve_system
 
