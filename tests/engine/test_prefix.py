@@ -96,10 +96,10 @@ def test_nothing_is_held_at_the_end():
 def test_without_prompts_in_common_nothing_changes():
     """Nobody finds anything, unless preempted: the same times as without prefix caching."""
     flags = simulator.preset("vllm-v1")
-    dims = c.dims_of("vllm-v1", 3, **SIZES)
+    dims = c.dims_of("vllm-v1", 1, **SIZES)
     batch = [replace(case, prefixes=[()] * len(case)) for case in draw(2, flags, dims)]
     cached = c.simulate(batch, replace(flags, prefix_caching=True), dims, "mixed")
-    plain = c.simulate(batch, flags, c.dims_of("vllm-v1", 3, block_size=4), "mixed")
+    plain = c.simulate(batch, flags, c.dims_of("vllm-v1", 1, block_size=4), "mixed")
     same = [one for one in zip(cached, plain, strict=True) if not one[1]["preemptions"].any()]
     assert len(same) > 20
     for one, other in same:
