@@ -73,6 +73,8 @@ def lines(frame: pd.DataFrame, x: str | None = None, y: str | Sequence[str] | No
                 beside = None if at is None else {v: p + 0.5 * (k + 0.5) / len(styles) - 0.25 for v, p in at.items()}
                 mine = inside if hue is None else inside[inside[hue].map(written) == text]
                 _family(axis, mine, x, metric, colour, marker, beside, None if is_scattered else "-", drew)
+            if len(inside) and inside["refused"].notna().all():
+                axis.text(0.5, 0.5, "all refused", transform=axis.transAxes, ha="center", fontsize=9.5, color=FAINT)
             mark_limit(axis, inside, metric, "y", drew)
             parameter_axis(axis, frame[x], at)
             if is_first(axis):
