@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,21 +25,6 @@ def pytest_xdist_make_scheduler(config, log):
             return program[1] if program else subject[0] if subject else nodeid.split("::")[0]
 
     return ByProgram(config, log)
-
-
-ROOM_BYTES = 3 << 30
-"""What a process may hold before it forgets its compiled programs: two of them fit a small machine."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs_make_room():
-    yield
-    try:
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return
-    if resident > ROOM_BYTES and "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")
