@@ -380,7 +380,7 @@ def test_gradients_of_table_entries(name, tensor_ranks, device):
 
 @pytest.mark.parametrize("stats", [BatchStats.of(16, 16_000), prefill(512),
                                    BatchStats.of(16, 16_000, 1, 100, 900, 1.7e5)])
-@pytest.mark.parametrize("name, device", [("gpt-oss-20b", "h100"), ("llama-3.1-8b", "a100"), ("deepseek-v3", "h200")])
+@pytest.mark.parametrize("name, device", [("gpt-oss-20b", "h100"), ("deepseek-v3", "h200")])
 def test_gradients_of_iterations_are_finite(name, device, stats):
     """Also where a class of layers is empty, or nothing decodes."""
     def seconds(cost):
