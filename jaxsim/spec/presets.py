@@ -285,6 +285,10 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
          "is simulated for whole prompts beside decodes whose KV blocks are reserved", "use preset = 'tensorrt-llm'"),
         ("batch_wait_timeout_iters", wait_iters, gathers and engine.data_parallel_size > 1,
          "has no effect in TensorRT-LLM with data-parallel attention", "leave it out"),
+        ("batch_wait_timeout_iters", wait_iters, wait_iters > 0 and not gathers,
+         "has no effect without engine.batch_wait_max_tokens_ratio", "set both, or neither"),
+        ("batch_wait_max_tokens_ratio", wait_ratio, wait_ratio > 0 and not gathers,
+         "has no effect without engine.batch_wait_timeout_iters", "set both, or neither"),
     ):
         if is_wrong:
             raise InputError(f"engine.{field}", value, problem, remedy)

@@ -111,6 +111,10 @@ CASES = {
         changed(REAL, engine__preset="tensorrt-llm", engine__batch_wait_timeout_iters=20,
                 engine__batch_wait_max_tokens_ratio=0.9, engine__data_parallel_size=2),
         "engine.batch_wait_timeout_iters", ["data-parallel attention"]),
+    "waiting for no share": (changed(REAL, engine__preset="tensorrt-llm", engine__batch_wait_timeout_iters=20),
+                             "engine.batch_wait_timeout_iters", ["no effect", "set both"]),
+    "waiting for no time": (changed(REAL, engine__preset="tensorrt-llm", engine__batch_wait_max_tokens_ratio=0.9),
+                            "engine.batch_wait_max_tokens_ratio", ["no effect", "set both"]),
     "too many slots for a batch": (changed(FITTED, engine__max_num_seqs=300), "engine.max_num_seqs", ["256"]),
 }
 
