@@ -1,10 +1,48 @@
 """Fixtures every test may use."""
 
+import gc
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure(config):
+    """Compiled programs are kept for the session, whoever compiled them: another worker, or a command that a test ran.
+
+    What is kept is the machine code that compiling it again would give.
+    """
+    config.addinivalue_line("markers", "unoptimised: programs of this file are compiled quickly, to slower code")
+    # Tracing and the reference simulator make many small objects, none of them in cycles worth looking for so often.
+    gc.set_threshold(200_000, 20, 100)
+    if hasattr(config, "workerinput") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="jaxsim-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimisation(request):
+    """Programs as users get them, but in files marked `unoptimised`.
+
+    That is for what is about neither bits nor compiled programs, and compiles longer than it runs: searches, closed
+    forms and gradients within a tolerance. Laws, comparisons with the reference and whatever is said to be equal bit
+    for bit are not marked.
+    """
+    if request.node.get_closest_marker("unoptimised") is None:
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    # No other file is to meet these programs.
+    jax.clear_caches()
 
 
 @pytest.hookimpl(optionalhook=True)

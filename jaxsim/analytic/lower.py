@@ -1,9 +1,6 @@
 """From a scenario to an executor and its load."""
 
-import dataclasses
-
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 
 from jaxsim._core.errors import InputError
@@ -11,7 +8,6 @@ from jaxsim.analytic.steady import Executor
 from jaxsim.analytic.workload import Load, load_of
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.engine import lower
-from jaxsim.spec.memory import kv_blocks
 from jaxsim.spec.scenario import Scenario
 
 HELD = {"max_tokens": "all", "max_model_len": "max_model_len"}
@@ -21,13 +17,13 @@ NO_POOL_TOKENS = 1e12
 """Where an engine keeps no account of KV memory."""
 
 
-def of_scenario(scenario: Scenario, *, num_batches: int | None = None, stages: int = 1) -> tuple[Executor, Load]:
+def of_scenario(scenario: Scenario, *, num_batches: int | None = None) -> tuple[Executor, Load]:
     """Executor and load of a scenario; arrivals that have no rate are refused.
 
-    num_batches: grid of batch sizes, where several executors shall share a shape. stages: of a pipeline, which a
-    scenario cannot name yet: its devices are then `stages` times as many. Raises `InputError`.
+    num_batches: grid of batch sizes, where several executors shall share a shape. Raises `InputError`.
     """
-    return executor_of(scenario, system_of(scenario, stages), num_batches=num_batches), load_of_scenario(scenario)
+    system = lower.resolve_system(scenario)
+    return executor_of(scenario, system, num_batches=num_batches), load_of_scenario(scenario)
 
 
 def load_of_scenario(scenario: Scenario) -> Load:
@@ -37,22 +33,6 @@ def load_of_scenario(scenario: Scenario) -> Load:
         raise InputError("workload.kind", kind, "has no rate of arrivals", "use an open arrival process, or a trace")
     workload = lower.make_workload(scenario, scenario.seeds[0])
     return load_of(workload, scenario.workload.rate_rps)
-
-
-def system_of(scenario: Scenario, stages: int = 1) -> lower.System:
-    """The scenario resolved, as the event engine has it, with pipeline stages. Raises `InputError`."""
-    if stages == 1:
-        return lower.resolve_system(scenario)
-    # Weights may fit only where they are cut over the stages.
-    given = msgspec.structs.replace(scenario.engine, num_gpu_blocks_override=1)
-    system = lower.resolve_system(msgspec.structs.replace(scenario, engine=given))
-    plan, s = msgspec.structs.replace(system.plan, pipeline_parallel_size=stages).check(system.model), system.scheduler
-    memory = kv_blocks(system.model, system.device, plan, dtype=scenario.dtype, kv_dtype=scenario.kv_dtype,
-                       block_size=s.block_size, gpu_memory_utilization=s.gpu_memory_utilization,
-                       max_num_batched_tokens=min(s.max_num_batched_tokens, system.max_model_len),
-                       max_num_seqs=s.max_num_seqs, max_model_len=system.max_model_len, rule=s.kv_rule)
-    blocks = scenario.engine.num_gpu_blocks_override or memory.num_blocks
-    return dataclasses.replace(system, plan=plan, memory=memory, num_blocks=blocks)
 
 
 def executor_of(scenario: Scenario, system: lower.System, cost: AbstractIterationCost | None = None, *,
@@ -72,8 +52,10 @@ def executor_of(scenario: Scenario, system: lower.System, cost: AbstractIteratio
         cost = lower.make_cost(scenario, system, batches - 1, system.max_model_len)
     pool = system.num_blocks * s.block_size * (1 - s.watermark) if s.kv_accounting else NO_POOL_TOKENS
     executors = scenario.cluster.replicas * system.plan.data_parallel_size // num_ranks
+    # An engine that waits for its oldest batch has everything in it, but for prompts that overflow the token budget.
+    in_flight = s.num_stages if s.pass_on_arrival else 1
     numbers = (s.max_num_seqs, s.max_num_batched_tokens, pool, s.block_size, system.max_model_len, executors,
-               lower.front_end_s(scenario, system), system.plan.pipeline_parallel_size)
+               lower.front_end_s(scenario, system), in_flight)
     return Executor(cost, *(jnp.asarray(np.float64(x), float) for x in numbers), num_batches=batches,
                     num_ranks=num_ranks, is_mixed=s.phase_mix == "unified", held=HELD.get(s.reserve, "context"),
                     is_async=s.async_scheduling)

@@ -44,7 +44,7 @@ class Executor(eqx.Module):
 
     cost: as the event engine has it. max_num_seqs, max_num_batched_tokens, kv_tokens (of a rank's pool), block_size
     (tokens), max_model_len; num_executors: alike, that share the arrivals evenly; front_end_s: outside the engine;
-    num_stages: of a pipeline, each with a batch in flight. All of these are traced.
+    num_in_flight: batches of a pipeline that its sequences are spread over. All of these are traced.
 
     Static. num_batches: grid of batch sizes, at least max_num_seqs + 1. num_ranks: that iterate together, each with its
     own sequences. is_mixed: prompts share iterations with decodes. held: which tokens a sequence keeps room for: its
@@ -59,7 +59,7 @@ class Executor(eqx.Module):
     max_model_len: Float[Array, ""]
     num_executors: Float[Array, ""]
     front_end_s: Float[Array, ""]
-    num_stages: Float[Array, ""]
+    num_in_flight: Float[Array, ""]
     num_batches: int = eqx.field(static=True)
     num_ranks: int = eqx.field(static=True, default=1)
     is_mixed: bool = eqx.field(static=True, default=True)
@@ -79,17 +79,17 @@ class Executor(eqx.Module):
     def steps(self, load: Load) -> Steps:
         """Seconds of iterations at every number of sequences of the executor, 0 to `num_batches` - 1 a rank.
 
-        Ranks are as full as can be alike. In a pipeline the sequences are spread over `num_stages` batches: an
+        Ranks are as full as can be alike. In a pipeline the sequences are spread over `num_in_flight` batches: an
         iteration is the way of one batch through all stages, and what a prompt adds is added to each stage's part only.
         """
         made = steps(self.cost, load, self.num_batches, self.max_num_batched_tokens, num_ranks=self.num_ranks,
                      is_mixed=self.is_mixed)
         counts = np.arange(self.num_ranks * (self.num_batches - 1) + 1)
         fullest = -(-counts // self.num_ranks)
-        at = jnp.maximum(jnp.asarray(fullest, float) / self.num_stages, np.minimum(counts, 1))
+        at = jnp.maximum(jnp.asarray(fullest, float) / self.num_in_flight, np.minimum(counts, 1))
         spread = jax.tree.map(lambda table: _between(table.T, at[:, None] if table.ndim == 2 else at).T, made)
         return eqx.tree_at(lambda s: (s.prompt_s, s.token_s), spread,
-                           (spread.prompt_s / self.num_stages, spread.token_s / self.num_stages))
+                           (spread.prompt_s / self.num_in_flight, spread.token_s / self.num_in_flight))
 
 
 class Steady(eqx.Module):

@@ -104,7 +104,7 @@ def _priced(cost: AbstractIterationCost, stats: BatchStats, tokens: Int[Array, "
     if num_ranks == 1:
         return seconds
     is_decode = stats.num_prefill == 0
-    seconds = seconds + cost.together_seconds(is_decode, tokens, stats.num_decode)
+    seconds = seconds + cost.together_seconds(is_decode, tokens, stats.num_decode + stats.prefill_tokens)
     return jnp.maximum(seconds, cost.host_seconds(is_decode, stats.num_decode + stats.num_prefill))
 
 

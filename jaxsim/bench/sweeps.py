@@ -5,6 +5,7 @@ runs in processes of its own, from the study file to the table on disk:
 
 * cold: no compiled program is kept. Wall seconds from the start of Python, memory, and what the processors did.
 * workers: the same study again and again in one process, programs compiled before, by one thread and by two in turn.
+* devices: the same where the processor is two devices of JAX, and each thread keeps to one.
 * counts: processor seconds a scenario over numbers of scenarios, compile time apart.
 
 Processor seconds are split by thread: compiled loops run on XLA's own threads, so what Python's threads take once all
@@ -49,7 +50,7 @@ class TimedThreads(futures.ThreadPoolExecutor):
 
     def __init__(self, workers: int):
         """`workers`: threads."""
-        super().__init__(workers, thread_name_prefix="tile")
+        super().__init__(workers, thread_name_prefix="tile", initializer=runner.keep_to_devices())
         self.seconds, self._lock = 0.0, threading.Lock()
 
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> futures.Future:
@@ -102,13 +103,15 @@ def _cold(scenarios: int, folder: Path) -> dict[str, Any]:
 
 def _workers(scenarios: int, folder: Path) -> dict[str, Any]:
     study, rounds = study_of(scenarios), []
-    run_once(study, folder / "first", 1)
+    # Every device compiles for itself.
+    run_once(study, folder / "first", jax.local_device_count())
     for index in range(ROUNDS):
         one, two = (run_once(study, folder / f"{index}-{count}", count) for count in (1, 2))
         rounds.append({"ratio": one["wall_s"] / two["wall_s"], "host_share": one["host_s"] / one["cpu_s"],
                        "one": one, "two": two})
     requests = scenarios * 1000
-    return {"scenarios": scenarios, "ratio": statistics.median(r["ratio"] for r in rounds),
+    return {"scenarios": scenarios, "devices": jax.local_device_count(),
+            "ratio": statistics.median(r["ratio"] for r in rounds),
             "host_share": statistics.median(r["host_share"] for r in rounds),
             "requests_per_s": requests / min(r["two"]["wall_s"] for r in rounds), "rounds": rounds}
 
@@ -140,12 +143,15 @@ def _peak_mib() -> float | None:
         return None
 
 
-_CASES = {"cold": _cold, "workers": _workers, "counts": _counts}
+_CASES = {"cold": _cold, "workers": _workers, "devices": _workers, "counts": _counts}
+_FLAGS = {"devices": "--xla_force_host_platform_device_count=2"}
+"""What XLA is told, beside what it is told already."""
 
 
 def _apart(case: str, scenarios: int) -> dict[str, Any]:
     """A case in a process of its own, without compiled programs of earlier ones."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION_CACHE")}
+    env["XLA_FLAGS"] = " ".join(filter(None, (env.get("XLA_FLAGS"), _FLAGS.get(case))))
     done = subprocess.run([sys.executable, "-m", "jaxsim.bench.sweeps", "--case", case, str(scenarios)], env=env,
                           stdout=subprocess.PIPE, text=True, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
@@ -164,7 +170,7 @@ def main(quick: bool = False, progress: Callable[[str], None] = lambda _: None) 
     report: dict[str, Any] = {"machine": {
         "cpu": cpu_name(), "cores": runner.num_workers(), "device": jax.devices()[0].device_kind,
         "jax": jax.__version__, "python": ".".join(map(str, sys.version_info[:3]))}}
-    for name, asked in (("cold", (size,)), ("workers", (size,)), ("counts", counts)):
+    for name, asked in (("cold", (size,)), ("workers", (size,)), ("devices", (size,)), ("counts", counts)):
         report[name] = []
         for count in asked:
             progress(f"{name}: {count:,} scenarios")
@@ -183,6 +189,8 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
             "loop_s": "loop s", "host_share": "host share", "programs": "programs", "peak_mib": "MiB"}),
         "workers": ("Compiled before", {"ratio": "two workers / one", "host_share": "host share",
                                         "requests_per_s": "requests/s"}),
+        "devices": ("Compiled before, two devices", {"ratio": "two devices / one", "host_share": "host share",
+                                                    "requests_per_s": "requests/s"}),
         "counts": ("Milliseconds a scenario, compiled before",
                    {"cpu_ms": "processor", "host_ms": "host", "wall_ms": "wall", "peak_mib": "MiB"})}
     for name, (title, shown) in columns.items():

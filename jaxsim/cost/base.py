@@ -83,6 +83,14 @@ class AbstractIterationCost(eqx.Module):
                longest: Int[Array, ""] | int = 0) -> DecodePace:
         """Pace of decode-only iterations; `context`, `shared`, `longest` as `BatchStats` of the first has them."""
 
+    def stage_seconds(self, stats: BatchStats, num_stages: int) -> Float[Array, " stages+1"]:
+        """How long an iteration holds the engine, which forms one batch at a time, and then every stage of a pipeline.
+
+        Together they are `iteration(stats)`; unless a model knows better, equal parts of it for the stages.
+        """
+        each = self.iteration(stats) / num_stages
+        return jnp.where(jnp.arange(num_stages + 1) == 0, 0.0, each)
+
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """What float32 left of `seconds = iteration(stats)`, where the model is known better than that."""
         return jnp.float32(0)
@@ -96,7 +104,7 @@ class AbstractIterationCost(eqx.Module):
                          ) -> Float[Array, ""]:
         """What ranks that iterate together add to the slowest's seconds, for the tokens of all.
 
-        is_decode: whether none has a prompt chunk; tokens: of all ranks; most: sequences of the fullest.
+        is_decode: whether none has a prompt chunk; tokens: of all ranks; most: of the fullest.
         """
         return jnp.float32(0)
 
@@ -136,6 +144,10 @@ class OneOf(AbstractIterationCost):
     def host_seconds(self, is_decode: Bool[Array, ""], num_sequences: Int[Array, ""]) -> Float[Array, ""]:
         """By the chosen cost."""
         return self._chosen(lambda cost: cost.host_seconds(is_decode, num_sequences))
+
+    def stage_seconds(self, stats: BatchStats, num_stages: int) -> Float[Array, " stages+1"]:
+        """By the chosen cost."""
+        return self._chosen(lambda cost: cost.stage_seconds(stats, num_stages))
 
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """Remainder by the chosen cost."""

@@ -45,6 +45,9 @@ DISTINCT_EXPERTS = (TOPK, EXPECTED, ALL)
 SMALLEST_SKEW = 0.03
 """Below, popularities are taken for equal: a difference of less than a thousandth, which float32 would round off."""
 
+HEAD = ("final_norm", "lm_head", "sampler", "logits_gather")
+"""Names of what only the last pipeline stage does."""
+
 TOGETHER = ("experts", "expert_gather", "expert_scatter", "expert_exchange")
 """Operators of the tokens of all data-parallel ranks."""
 
@@ -132,9 +135,9 @@ def _attention_projections(model: ModelSpec, plan: Plan, fmt: WeightFormat, m) -
 
 def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, skew) -> list[Work]:
     d, calls, a = model.hidden, model.num_moe_layers, fmt.activation_bytes
-    rank = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks)
+    rank, ranks = plan.expert_shape(model), plan.ranks_in_step(model)
     matrices = 3 if model.gated else 2
-    together = m * (plan.data_parallel_size if plan.enable_expert_parallel else 1)
+    together = m * ranks
     distinct = distinct_experts(model, together, mode, skew) / plan.expert_ranks
     pairs = together * model.experts_per_token / plan.expert_ranks
     if plan.expert_ranks > 1:
@@ -152,15 +155,15 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, 
     if model.shared_experts:
         inner = model.shared_experts * model.moe_ffn // plan.tensor_parallel_size
         work += _ffn("shared_expert", calls, m, d, inner, model.gated, fmt.linear_bytes, a)
-    if plan.enable_expert_parallel and plan.data_parallel_size > 1:
+    if ranks > 1:
         if sends_tokens(plan):
             message = m * model.experts_per_token * d * a / plan.tensor_parallel_size
             # Dispatch and combine.
             work.append(Work("expert_exchange", ALL_TO_ALL, 2 * calls, 1, message_bytes=message,
                              ranks=plan.expert_ranks, is_exchange=True))
         else:
-            # vLLM's default backend: every rank gets all tokens, hidden states and router logits, and sums come back.
-            ranks = plan.data_parallel_size
+            # vLLM's default backend, for experts that are cut the only one: every rank gets all tokens, hidden states
+            # and router logits, and sums come back.
             work += [Work("expert_gather", ALL_GATHER, calls, 1, message_bytes=m * ranks * (d + model.experts) * a,
                           ranks=ranks, is_exchange=True),
                      Work("expert_scatter", REDUCE_SCATTER, calls, 1, message_bytes=m * ranks * d * a, ranks=ranks,

@@ -28,7 +28,7 @@ from jaxsim.cost.attention import Tail
 from jaxsim.cost.base import UNBOUNDED, BatchStats, DecodePace
 from jaxsim.cost.gemm import expected_blocks
 from jaxsim.cost.profile import OPERATORS, OperatorTable, Profile, Rate, Resampled, interpolate
-from jaxsim.cost.roofline import Roofline, pad_to_graph
+from jaxsim.cost.roofline import Roofline, captured_tokens, pad_to_graph
 from jaxsim.cost.tabulated import DECODE_DEVICE, SAMPLED, TOKENS, AbstractTables, Together
 from jaxsim.kernels import octaves
 from jaxsim.spec.device import DeviceSpec, load_device
@@ -92,7 +92,7 @@ class Profiled(AbstractTables):
 
     Every table entry is a differentiable leaf; between knots the result is linear in each statistic.
 
-    tail: what unequal contexts add, by the roofline's form and constants. together: as in `TabulatedCost`.
+    tail: what unequal contexts add, by the roofline's form and constants. together, stages: as in `TabulatedCost`.
 
     Known gaps: chunks enter through sums only.
     """
@@ -107,6 +107,7 @@ class Profiled(AbstractTables):
     attention_floor_s: Float[Array, ""]
     tail: Tail | None = None
     together: Together | None = None
+    stages: Float[Array, " stages"] | None = None
 
     def _decode_attention(self, num_decode, context) -> Float[Array, ""]:
         rows, columns = self.decode_attention.shape
@@ -166,7 +167,7 @@ class Profiled(AbstractTables):
         over = (context - low * count).astype(jnp.float32) / count.astype(jnp.float32)
         device = row[DECODE_DEVICE] + start + growth * over + tail_s
         to_edge = jnp.where(index < columns - 2, lax.div((low + width) * count - context, count) + 1, UNBOUNDED)
-        return self.paced(row, device, growth, to_edge)
+        return self.paced(num_sequences, row, device, growth, to_edge)
 
 
 # ---- rooflines of single operators, for what lies outside the tables
@@ -237,7 +238,7 @@ class _Rates(NamedTuple):
         """Tokens of this rank's experts and distinct ones touched, in an iteration of `tokens`."""
         model, plan, fmt = self.base.model, self.base.plan, self.base.weights
         work, matrices = self._work("experts", tokens), 3 if model.gated else 2
-        size = matrices * model.hidden * model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks).moe_ffn
+        size = matrices * model.hidden * plan.expert_shape(model).moe_ffn
         pairs = np.asarray(work.flops, np.float64) / (2.0 * size)
         return pairs / model.experts_per_token, np.asarray(work.weight_bytes, np.float64) / (size * fmt.expert_bytes)
 
@@ -330,6 +331,11 @@ def check_system(profile: Profile, base: Roofline) -> None:
         raise InputError("profile.expert_parallel_size", profile.expert_parallel_size,
                          f"differs from the {plan.expert_ranks} ranks the experts are spread over",
                          "read the expert table for this degree")
+    if {"experts", "experts_touched"} & profile.tables.keys() and plan.expert_ranks < base.num_ranks:
+        raise InputError("engine.data_parallel_size", plan.data_parallel_size,
+                         "cuts each expert over tensor x data ranks, and the profile has them cut over"
+                         f" {profile.tensor_parallel_size}",
+                         "set engine.enable_expert_parallel = true, or use cost.kind = 'roofline'")
     if profile.model:
         try:
             measured = load_model(profile.model)
@@ -418,8 +424,8 @@ class _Builder(NamedTuple):
                     # One table entry is one kernel; an exchange has two, with half of the bytes each.
                     calls = work.calls * work.kernels
                     at = np.asarray(work.message_bytes, np.float64) / work.kernels + 0 * counts
-                elif name == "experts" and self.base.plan.enable_expert_parallel:
-                    at = counts * self.base.plan.data_parallel_size
+                elif name == "experts":
+                    at = counts * self.base.num_ranks
                 total = _add(total, _scaled(self.table(name, at), calls))
                 continue
             total = _add(total, _scaled(part, work.calls))
@@ -432,10 +438,12 @@ class _Builder(NamedTuple):
         part = self.table("experts_touched", *(values for values, _ in grids))
         return Resampled(*(x[grids[0][1].reshape(-1), grids[1][1].reshape(-1)] for x in part))
 
-    def together(self, counts) -> Resampled:
-        """What ranks that iterate together do with the tokens of all, so many on each."""
+    def together(self, counts) -> tuple[Resampled, Resampled]:
+        """What ranks that iterate together do with the tokens of all, so many on each: experts, and the exchange."""
         counts = np.asarray(counts, np.float64)
-        return self.works(self.base.token_works(jnp.asarray(counts, float), together=True), counts)
+        works = self.base.token_works(jnp.asarray(counts, float), together=True)
+        return tuple(self.works([w for w in works if w.is_exchange == is_exchange], counts)
+                     for is_exchange in (False, True))
 
     def tokens(self, counts) -> Resampled:
         """Everything else that depends on the tokens of an iteration, attention excepted."""
@@ -536,7 +544,7 @@ def with_extrapolated(profile: Profile, base: Roofline, max_tokens: int, max_seq
         octaves.knots(MIXED_DECODES, max_sequences), octaves.knots(MIXED_CONTEXT, max_context))
     knots, ranks = octaves.knots(TOKENS, max_tokens), base.num_ranks
     run_at = pad_to_graph(knots) if cuda_graphs else knots
-    joint = (make.together(knots), make.together(padded)) if ranks > 1 else None
+    joint = (_add(*make.together(padded)), *make.together(run_at)) if ranks > 1 else None
     parts = (make.tokens(run_at), make.sampled(octaves.knots(SAMPLED, max_sequences)),
              decode, attention, make.prefill_attention(octaves.knots(CHUNK, max_tokens),
                                                        octaves.knots(KEYS, 2 * max_context)), mixed)
@@ -548,8 +556,8 @@ def with_extrapolated(profile: Profile, base: Roofline, max_tokens: int, max_seq
         places = None if mix is None else np.interp(np.arange(max_tokens + 1), chunks, np.arange(len(chunks)))
         return Profiled(*(None if x is None else jnp.asarray(x, jnp.float32) for x in (
             by_tokens, by_sampled, np.stack([by_count, *lanes], axis=1), decodes, prefills, mix, places,
-            floor)), tail=base.tail if i == 0 else None, together=joint and Together(
-                *(jnp.asarray(part[i], jnp.float32) for part in joint), num_ranks=ranks))
+            floor)), tail=base.tail if i == 0 else None, stages=base.stages, together=joint and Together(
+                *(jnp.asarray(part[i], jnp.float32) for part in joint), captured_tokens(cuda_graphs), ranks))
 
     return tables(0), tables(1)
 

@@ -64,8 +64,9 @@ class OperatorCost(NamedTuple):
 class StepCost(NamedTuple):
     """Where the time of one iteration goes, as plain numbers (for people, not for the loop).
 
-    seconds = serial_s + max(launch_s, device_s); device_s is the sum over operators. `bound` is "host" where
-    the launches take longer than the device, otherwise the resource with most device seconds.
+    seconds = serial_s + max(launch_s, device_s), in a pipeline the maxima of its stages; device_s is the sum over
+    operators. `bound` is "host" where the launches take longer than the device, otherwise the resource with most
+    device seconds.
     """
 
     seconds: float
@@ -104,8 +105,8 @@ class Roofline(eqx.Module):
 
     Known gaps: no overlap of collectives with compute; popularities of experts have one spread for all models, and the
     busiest rank's load is that of uniform routing; sequence lengths enter attention through sums and, with
-    FlashAttention 2, the longest context; with pipeline stages an iteration is the whole way through all stages
-    (latency, not throughput).
+    FlashAttention 2, the longest context. With pipeline stages an iteration is the whole way through all of them;
+    tables say how long each is held.
     """
 
     peak_flops: Float[Array, ""]
@@ -175,7 +176,7 @@ class Roofline(eqx.Module):
     @property
     def num_ranks(self) -> int:
         """Ranks that iterate together, around experts they share."""
-        return self.plan.data_parallel_size if self.plan.enable_expert_parallel else 1
+        return self.plan.ranks_in_step(self.model)
 
     def token_works(self, tokens: Float[Array, " counts"], together: bool | None = None) -> list[Work]:
         """Operators that depend on the tokens of an iteration, with as many tokens on every rank.
@@ -239,9 +240,13 @@ class Roofline(eqx.Module):
         ranks do together not."""
         return self._total(self.token_works(tokens, together=False), tokens) + self.chunk_floor_s
 
-    def together_seconds(self, tokens: Float[Array, " counts"]) -> Float[Array, " counts"]:
-        """Device seconds of what ranks that iterate together do with the tokens of all, so many on each."""
-        return self._total(self.token_works(tokens, together=True), tokens)
+    def together_seconds(self, tokens: Float[Array, " counts"]
+                         ) -> tuple[Float[Array, " counts"], Float[Array, " counts"]]:
+        """Device seconds of what ranks that iterate together do with the tokens of all, so many on each: experts, and
+        the exchange around them."""
+        works = self.token_works(tokens, together=True)
+        experts, exchange = ([w for w in works if w.is_exchange == is_exchange] for is_exchange in (False, True))
+        return self._total(experts, tokens), self._total(exchange, tokens)
 
     def sampled_seconds(self, sampled: Float[Array, " counts"]) -> Float[Array, " counts"]:
         """Device seconds that depend on the sampled sequences: LM head, sampler."""
@@ -274,7 +279,9 @@ class Roofline(eqx.Module):
         if cuda_graphs:
             if cuda_graphs != "decodes":
                 mixed = jnp.minimum(eager, PIECEWISE_LAUNCHES * self.model.layers * self.launch_kernel_s) + 0 * host
-            decode = jnp.where(sequences <= CUDA_GRAPH_SIZES[-1], self.launch_graph_s, mixed)
+            # Every pipeline stage launches a graph of its own.
+            graphs_s = self.plan.pipeline_parallel_size * self.launch_graph_s
+            decode = jnp.where(sequences <= CUDA_GRAPH_SIZES[-1], graphs_s, mixed)
         if async_scheduling:
             return decode + host, mixed + host, self.async_step_s + 0 * host
         return decode, mixed, host
@@ -292,7 +299,6 @@ class Roofline(eqx.Module):
         """
         float_type = self.peak_flops.dtype
         knots = octaves.knots(TOKENS, max_tokens)
-        tokens = jnp.asarray(knots, float_type)
         run_at = jnp.asarray(pad_to_graph(knots) if cuda_graphs else knots, float_type)
         sampled = jnp.asarray(octaves.knots(SAMPLED, max_sequences), float_type)
         counts = np.arange(max_sequences + 1)
@@ -301,7 +307,9 @@ class Roofline(eqx.Module):
         padded = jnp.asarray(padded, float_type)
         decode, together = self.decode_seconds(sequences, padded), None
         if self.num_ranks > 1:
-            together = Together(self.together_seconds(tokens), self.together_seconds(padded), self.num_ranks)
+            experts, exchange = self.together_seconds(run_at)
+            together = Together(sum(self.together_seconds(padded)), experts, exchange, captured_tokens(cuda_graphs),
+                                self.num_ranks)
         launch, mixed_launch, serial = self.host_seconds(sequences, cuda_graphs=cuda_graphs,
                                                          async_scheduling=async_scheduling)
         return TabulatedCost(
@@ -309,7 +317,14 @@ class Roofline(eqx.Module):
             by_sequences=jnp.stack([decode, launch, mixed_launch, serial, self._beside(sequences),
                                     *self.decode_attention(sequences)[1:]], axis=1),
             attention=self.chunk_coefficients(), window=jnp.asarray(self.window_reach, jnp.int32), tail=self.tail,
-            together=together)
+            together=together, stages=self.stages)
+
+    @property
+    def stages(self) -> Float[Array, " stages"] | None:
+        """Share of each pipeline stage in the layers, None with a single one."""
+        if self.plan.pipeline_parallel_size == 1:
+            return None
+        return jnp.asarray(self.plan.stage_layers(self.model.layers), self.peak_flops.dtype) / self.model.layers
 
     @property
     def tail(self) -> Tail | None:
@@ -378,8 +393,15 @@ class Roofline(eqx.Module):
         by_bound: dict[str, float] = {}
         for cost in costs:
             by_bound[cost.bound] = by_bound.get(cost.bound, 0.0) + cost.seconds
+        lanes = max(launch, device)
+        if self.stages is not None:
+            head = sum(c.seconds for c in costs if c.name in operators.HEAD)
+            shares = np.asarray(self.stages, float)
+            on_device = shares * (device - head)
+            on_device[-1] += head
+            lanes = float(np.maximum(shares * launch, on_device).sum())
         return StepCost(
-            seconds=serial + max(launch, device), serial_s=serial, launch_s=launch, device_s=device,
+            seconds=serial + lanes, serial_s=serial, launch_s=launch, device_s=device,
             operators=tuple(sorted(costs, key=lambda c: -c.seconds)), flops=sum(c.flops for c in costs),
             bytes=sum(c.bytes for c in costs),
             bound="host" if launch > device else max(by_bound, key=by_bound.__getitem__))
@@ -438,6 +460,11 @@ def pad_to_graph(counts: Int[np.ndarray, " counts"]) -> Int[np.ndarray, " counts
     index = np.searchsorted(sizes, counts)
     padded = sizes[np.minimum(index, len(sizes) - 1)]
     return np.where((counts > 0) & (index < len(sizes)), padded, counts)
+
+
+def captured_tokens(cuda_graphs: bool | str) -> Int[Array, ""]:
+    """Most tokens of an iteration with prompts whose pieces are captured; 0 where none are."""
+    return jnp.asarray(CUDA_GRAPH_SIZES[-1] if cuda_graphs is True else 0, jnp.int32)
 
 
 HOSTS = {
@@ -511,7 +538,7 @@ def _sections(record: Efficiency, weights: WeightFormat, compute: str, model: Mo
             raise InputError("engine.moe_backend", moe_backend,
                              f"has no constants for experts in {weights.name} on this device", "use 'auto'")
     tuned = record.experts.get(expert + "_tuned")
-    rank = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks)
+    rank = plan.expert_shape(model)
     if tuned and (rank.num_experts, rank.moe_ffn) in tuned.configs:
         expert += "_tuned"
     return name, expert
@@ -552,7 +579,7 @@ def notes(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dtype:
     narrow = {linear: fmt.linear_bytes < 2, expert: bool(model.experts) and fmt.expert_bytes < 2}
     found += [f"{fmt.name} in {compute} was not measured: constants of {section}"
               for section, is_narrow in narrow.items() if is_narrow and not _is_of(section, fmt)]
-    links = [link for link in _links(device, plan) if link.ranks > 1]
+    links = [link for link in _links(model, device, plan) if link.ranks > 1]
     if any(link.kind == "host" for link in links):
         found.append("messages between devices go over PCIe, whose constants are a guess")
     found += [f"{device.name} does not say its links: {text} taken" for text in
@@ -566,9 +593,9 @@ def _is_of(section: str, fmt: WeightFormat) -> bool:
     return name in (fmt.name, fmt.kernel)
 
 
-def _links(device: DeviceSpec, plan: Plan) -> tuple[Link, Link, Link]:
+def _links(model: ModelSpec, device: DeviceSpec, plan: Plan) -> tuple[Link, Link, Link]:
     """Of a device to its group of tensors, of experts, and to the next stage: ranks of one stage lie side by side."""
-    tensors, ranks = plan.tensor_parallel_size, plan.data_parallel_size if plan.enable_expert_parallel else 1
+    tensors, ranks = plan.tensor_parallel_size, plan.ranks_in_step(model)
     group = plan.expert_ranks if operators.sends_tokens(plan) else ranks
     exchange = device.link_among(group, tensors * ranks if ranks > 1 else 1)
     stages = plan.pipeline_parallel_size
@@ -581,9 +608,9 @@ def _over(link: Link, record):
     return {"network": over_network, "host": over_pcie}.get(link.kind, lambda same: same)(record)
 
 
-def _messages(record: Efficiency, device: DeviceSpec, plan: Plan, all_reduce: str) -> dict:
+def _messages(record: Efficiency, model: ModelSpec, device: DeviceSpec, plan: Plan, all_reduce: str) -> dict:
     """Links, and collectives over them: vLLM's own all-reduce where devices read each other, NCCL otherwise."""
-    tensors, experts, stages = _links(device, plan)
+    tensors, experts, stages = _links(model, device, plan)
     can_be_custom = tensors.kind == "direct" and plan.tensor_parallel_size in CUSTOM_RANKS
 
     def nccl(name: str, link: Link) -> Nccl:
@@ -622,7 +649,7 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
                  experts=Experts.of(record.experts[expert]), decode=Decode.of(record.decode),
                  prefill=Prefill.of(record.prefill), latent=Latent.of(record.latent) if model.is_mla else None,
                  elementwise=Elementwise(jnp.asarray(element.floor_s, float), jnp.asarray(element.efficiency, float)),
-                 **_messages(record, device, plan, all_reduce))
+                 **_messages(record, model, device, plan, all_reduce))
     numbers = dict(peak_flops=peak.flops, memory_bytes_per_s=device.memory_bytes_per_s,
                    attention_flops=device.peak("fp32" if fmt.compute == "fp32" else "bf16").flops,
                    **{name: parts.pop(name) for name in LINKS},

@@ -28,31 +28,51 @@ up to 8,192 tokens."""
 class Together(eqx.Module):
     """Seconds of what the ranks of an executor do with the tokens of all: experts, and the exchange around them.
 
-    by_tokens: on the grid `TOKENS`, by tokens a rank, where some have prompt chunks. by_sequences: of decodes only, for
-    every count of the fullest rank, to whose captured graph the others are padded.
+    by_sequences: of decodes only, for every count of the fullest rank, to whose captured graph the others are padded.
+    experts, exchange: where some have prompt chunks, on the grid `TOKENS`, by tokens on every rank.
+    captured: up to so many tokens on the fullest rank pieces are captured, and all are padded to it. Beyond, experts
+    have the tokens there are, and the exchange lasts until the emptiest rank has received those of all others.
+
+    Source: vllm-project/vllm 0.19, `coordinate_batch_across_dp` (vllm/v1/worker/dp_utils.py): ranks are padded to the
+    fullest where all run captured, and one that does not keeps all others from it; `all_gatherv`, `reduce_scatterv`
+    (vllm/distributed/device_communicators/pynccl.py): a broadcast or reduction for each rank, of its own size.
+    Approximated: of more than two ranks those that are not the fullest have as many tokens each, and an all-to-all is
+    bound by what is received too.
     """
 
-    by_tokens: Float[Array, " token_knots"]
     by_sequences: Float[Array, " sequences"]
+    experts: Float[Array, " token_knots"]
+    exchange: Float[Array, " token_knots"]
+    captured: Int[Array, ""]
     num_ranks: int = eqx.field(static=True)
 
     def seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]) -> Float[Array, ""]:
         """Arguments as of `AbstractIterationCost.together_seconds`."""
-        each = (tokens + self.num_ranks - 1) // self.num_ranks
-        return jnp.where(is_decode, self.by_sequences[jnp.minimum(most, self.by_sequences.shape[0] - 1)],
-                         octaves.look_up(TOKENS, self.by_tokens, each))
+        others = self.num_ranks - 1
+        is_padded = most <= self.captured
+        mean = (tokens + others) // self.num_ranks
+        # Even ranks on which each receives as much as the emptiest: (tokens - (tokens - most) / others) / others.
+        even = (tokens * (others - 1) + most + others**2 - 1) // others**2
+        mixed = (octaves.look_up(TOKENS, self.experts, jnp.where(is_padded, most, mean))
+                 + octaves.look_up(TOKENS, self.exchange, jnp.where(is_padded, most, even)))
+        return jnp.where(is_decode, self.by_sequences[jnp.minimum(most, self.by_sequences.shape[0] - 1)], mixed)
 
 
 class AbstractTables(AbstractIterationCost):
     """Tables of one rank, and its two lanes.
 
+    by_sampled: device seconds of the LM head and sampling, on the grid `SAMPLED` of the sampled sequences.
     by_sequences: for every count 0..max, the first columns as above. tail: what unequal contexts add, None where they
     do not. together: of ranks that iterate together; then an iteration is without it, and without the launch lane.
+    stages: share of each pipeline stage in the layers, None with a single one. The last has the LM head as well, and
+    each has both lanes; messages between stages count as if every stage had as many.
     """
 
+    by_sampled: eqx.AbstractVar[Float[Array, " sampled_knots"]]
     by_sequences: eqx.AbstractVar[Float[Array, "sequences columns"]]
     tail: eqx.AbstractVar[Tail | None]
     together: eqx.AbstractVar[Together | None]
+    stages: eqx.AbstractVar[Float[Array, " stages"] | None]
 
     @abc.abstractmethod
     def own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
@@ -73,7 +93,27 @@ class AbstractTables(AbstractIterationCost):
         if self.together is not None:
             return row[SERIAL] + self.own_seconds(stats)
         launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
+        if self.stages is not None:
+            return row[SERIAL] + jnp.sum(self._staged(launch, self.own_seconds(stats), stats.num_sampled))
         return row[SERIAL] + jnp.maximum(launch, self.own_seconds(stats))
+
+    def stage_seconds(self, stats: BatchStats, num_stages: int) -> Float[Array, " stages+1"]:
+        """The serial part holds the engine; each stage takes as long as the slower of its lanes."""
+        row = self.row(stats.num_decode + stats.num_prefill)
+        launch = jnp.where(stats.num_prefill == 0, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
+        staged = self._staged(launch, self.own_seconds(stats), stats.num_sampled)
+        return jnp.concatenate([row[SERIAL][None], staged])
+
+    def _on_stages(self, device_s: Float[Array, ""], num_sampled: Int[Array, ""]) -> Float[Array, " stages"]:
+        """Device seconds of each stage."""
+        head = jnp.minimum(octaves.look_up(SAMPLED, self.by_sampled, num_sampled), device_s)
+        is_last = jnp.arange(self.stages.shape[0]) == self.stages.shape[0] - 1
+        return self.stages * (device_s - head) + jnp.where(is_last, head, 0.0)
+
+    def _staged(self, launch_s: Float[Array, ""], device_s: Float[Array, ""], num_sampled: Int[Array, ""]
+                ) -> Float[Array, " stages"]:
+        """Seconds of each stage."""
+        return jnp.maximum(self.stages * launch_s, self._on_stages(device_s, num_sampled))
 
     def host_seconds(self, is_decode: Bool[Array, ""], num_sequences: Int[Array, ""]) -> Float[Array, ""]:
         """Serial and launches."""
@@ -92,21 +132,27 @@ class AbstractTables(AbstractIterationCost):
         own = self.own_seconds(stats)
         if self.together is None:
             return own
-        tokens = (stats.prefill_tokens + stats.num_decode) * self.together.num_ranks
-        return own + self.together.seconds(stats.num_prefill == 0, tokens, stats.num_decode)
+        tokens = stats.prefill_tokens + stats.num_decode
+        return own + self.together.seconds(stats.num_prefill == 0, tokens * self.together.num_ranks, tokens)
 
-    def paced(self, row: Float[Array, " columns"], device_s: Float[Array, ""], growth_s: Float[Array, ""],
-              to_edge: Float[Array, ""] | Int[Array, ""]) -> DecodePace:
-        """Pace of decodes that take `device_s` and grow by `growth_s`, until the device overtakes the host or they
-        reach an edge."""
+    def paced(self, num_sequences: Int[Array, ""], row: Float[Array, " columns"], device_s: Float[Array, ""],
+              growth_s: Float[Array, ""], to_edge: Float[Array, ""] | Int[Array, ""]) -> DecodePace:
+        """Pace of decodes that take `device_s` and grow by `growth_s`, until the device overtakes the host (in any
+        stage) or they reach an edge."""
         if self.together is not None:
             return DecodePace(row[SERIAL] + device_s, growth_s, jnp.maximum(to_edge.astype(jnp.int32), 1))
-        slack = row[DECODE_LAUNCH] - device_s
+        launch_s = row[DECODE_LAUNCH]
+        if self.stages is not None:
+            launch_s, growth_s = self.stages * launch_s, self.stages * growth_s
+            device_s = self._on_stages(device_s, num_sequences)
+        slack = launch_s - device_s
         is_host_bound = slack > 0
         to_device = jnp.where(is_host_bound & (growth_s > 0), slack / jnp.where(growth_s > 0, growth_s, 1.0), UNBOUNDED)
+        lanes_s, growth_s = jnp.maximum(launch_s, device_s), jnp.where(is_host_bound, 0.0, growth_s)
+        if self.stages is not None:
+            lanes_s, growth_s, to_device = jnp.sum(lanes_s), jnp.sum(growth_s), jnp.min(to_device)
         horizon = jnp.minimum(jnp.minimum(to_device, UNBOUNDED).astype(jnp.int32), to_edge.astype(jnp.int32))
-        return DecodePace(row[SERIAL] + jnp.maximum(row[DECODE_LAUNCH], device_s),
-                          jnp.where(is_host_bound, 0.0, growth_s), jnp.maximum(horizon, 1))
+        return DecodePace(row[SERIAL] + lanes_s, growth_s, jnp.maximum(horizon, 1))
 
 
 class TabulatedCost(AbstractTables):
@@ -114,7 +160,6 @@ class TabulatedCost(AbstractTables):
 
     by_tokens: device seconds of everything that depends only on the tokens of the iteration (projections, FFN,
         MoE, norms, collectives), on the grid `TOKENS`, for iterations that carry a prompt chunk.
-    by_sampled: device seconds of the LM head and sampling, on the grid `SAMPLED` of the sampled sequences.
     by_sequences: for every count of sequences 0..max: device seconds of a decode-only iteration less its
         attention reads (so that captured graphs, padded to their sizes, are exact); host launch seconds of a
         decode-only and of a mixed iteration; host seconds that never overlap the device; and of as many decodes: what
@@ -123,7 +168,8 @@ class TabulatedCost(AbstractTables):
     attention: coefficients of `attention.chunk_seconds`, for all full and all windowed layers.
     window: tokens of a context that windowed layers read, 0 where there are none. Sequences are taken at the batch's
         mean context. tail: what unequal contexts add, in full layers. together: of ranks that iterate together; then
-        an iteration is without it, and `device_seconds` those of ranks that are all alike.
+        an iteration is without it, and `device_seconds` those of ranks that are all alike. by_sampled, stages: as of
+        any tables.
     """
 
     by_tokens: Float[Array, " token_knots"]
@@ -133,6 +179,7 @@ class TabulatedCost(AbstractTables):
     window: Int[Array, ""]
     tail: Tail | None = None
     together: Together | None = None
+    stages: Float[Array, " stages"] | None = None
 
     def _windowed(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> Int[Array, ""]:
         return jnp.minimum(context, num_sequences * self.window)
@@ -179,4 +226,4 @@ class TabulatedCost(AbstractTables):
         growth = count * (row[CONTEXT] + jnp.where(room >= num_sequences, row[WINDOW], 0.0))
         to_window = jnp.where((room > 0) & (row[WINDOW] > 0),
                               room.astype(jnp.float32) / jnp.maximum(count, 1.0), UNBOUNDED)
-        return self.paced(row, device, growth, to_window)
+        return self.paced(num_sequences, row, device, growth, to_window)

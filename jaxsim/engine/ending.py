@@ -7,12 +7,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsim.engine import pipeline
 from jaxsim.engine.common import Group, blocks_for, choose, iterations_to_reach, span
 from jaxsim.engine.events import Event
 from jaxsim.kernels import clock, packed, residues
 from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims
-from jaxsim.state.world import Clocks, Counts, ExecutorTimes
+from jaxsim.state.world import Batch, Clocks, Counts
 
 
 class Retired(NamedTuple):
@@ -38,9 +39,13 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
     decoding = batch.count + batch.joining
     used = rank.used_blocks
     if group.batching.grows:
-        used = used + residues.crossings_between(counts_by_residue, decoding, after_first, batch.extra)
+        used = used + blocks_of_jump(batch, counts_by_residue)
     jump_s = span(own.pace, own.growth_s, batch.extra).hi
     total_s = own.first.hi + jump_s
+    # Batches of a pipeline overlap: time counts once, until the last return.
+    counted, spent_s = times.executor.counted, total_s
+    if dims.num_stages > 1:
+        counted, spent_s = event.now, pipeline.since_counted(event.now, own.start, times.executor)
     mean_s = own.pace.hi + own.growth_s * (0.5 * (batch.extra - 1))
     if group.batching.is_unified:
         gap_s, gap_count = jnp.float32(0), jnp.int32(0)
@@ -70,28 +75,49 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         joining=jnp.int32(0), joining_offsets=jnp.int32(0), joining_first=jnp.int32(0), resuming=jnp.int32(0),
         stalled=jnp.int32(0), stalled_offsets=jnp.int32(0),
         num_chunks=jnp.int32(0), chunk_tokens=jnp.int32(0), chunk_context=jnp.int32(0),
-        is_committed=jnp.int32(1), extra=jnp.int32(0), gap_count=gap_count)
+        is_committed=jnp.int32(1), extra=jnp.int32(0), gap_count=gap_count,
+        taken=None if batch.taken is None else jnp.int32(0))
     settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used))
     integrals = replace(
-        times.rank, running=clock.add(times.rank.running, total_s * rank.running),
-        held=clock.add(times.rank.held, total_s * (0.5 * (rank.used_blocks + used))))
+        times.rank, running=clock.add(times.rank.running, spent_s * rank.running),
+        held=clock.add(times.rank.held, spent_s * (0.5 * (rank.used_blocks + used))))
     if group.batching.reserve == "expected":
         # A rank that only runs along decodes nothing.
         decode_iterations = jnp.where(decoding > 0, batch.extra, 0) if dims.num_ranks > 1 else batch.extra
         faded = integrals.ratio - group.batching.ratio_decay * decode_iterations.astype(jnp.float32)
         integrals = replace(integrals, ratio=jnp.maximum(faded, group.batching.ratio_floor))
-    executor, busy = counts.executor, clock.add(times.executor.busy, total_s)
+    executor, busy = counts.executor, clock.add(times.executor.busy, spent_s)
     num_iterations = executor.num_iterations + 1 + batch.extra
     if dims.num_ranks > 1:
         # An iteration of all ranks counts once.
         is_first = event.rank == 0
         num_iterations = jnp.where(is_first, num_iterations, executor.num_iterations)
         busy = clock.select(is_first, busy, times.executor.busy)
-    settled_times = Clocks(ExecutorTimes(busy), integrals,
+    settled_times = Clocks(replace(times.executor, busy=busy, counted=counted), integrals,
                            replace(own, gap_s=gap_s, chunk_pairs=jnp.float32(0)))
     settled = Counts(replace(executor, num_iterations=num_iterations), settled_rank, settled_batch)
     times = replace(times, batch=own)
     return choose(is_first_look, settled, counts), choose(is_first_look, settled_times, times), samples_s, weights
+
+
+def blocks_of_jump(batch: Batch, counts_by_residue: Int[Array, " block_size"]) -> Int[Array, ""]:
+    """Blocks that the iterations behind the first take, and have not taken yet."""
+    decoding, after_first = batch.count + batch.joining, batch.counter + batch.advance
+    blocks = residues.crossings_between(counts_by_residue, decoding, after_first, batch.extra)
+    if batch.taken is None:
+        return blocks
+    return blocks - residues.crossings_between(counts_by_residue, decoding, after_first, batch.taken)
+
+
+def take_blocks_of_jump(group: Group, condition: Bool[Array, ""], counts: Counts,
+                        counts_by_residue: Int[Array, " block_size"]) -> Counts:
+    """All blocks of a jump now, of which the last iteration is under way, since others are to be admitted beside it."""
+    rank, batch = counts.rank, counts.batch
+    if not group.batching.grows:
+        return counts
+    used = rank.used_blocks + jnp.where(condition, blocks_of_jump(batch, counts_by_residue), 0)
+    rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used))
+    return replace(counts, rank=rank, batch=replace(batch, taken=jnp.where(condition, batch.extra, batch.taken)))
 
 
 def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Array, " slot_width"],
@@ -133,7 +159,7 @@ def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Arr
 def cut_jump(now: Time, counts: Counts, times: Clocks) -> tuple[Counts, Time]:
     """End the jump in flight at the first boundary at or after now.
 
-    Returns the counts and the executor's wake-up time.
+    Returns the counts and when that is, which wakes the executor.
     """
     t = times.batch
     after_first = clock.add(t.start, t.first)

@@ -118,7 +118,7 @@ class Environment:
     will have.
 
     An instance is what a router chooses from: a replica, or each of its data-parallel ranks. Raises `InputError` for
-    whatever is wrong with the scenario, and where its prompts share a prefix cache.
+    whatever is wrong with the scenario, and where its prompts share a prefix cache or it has pipeline stages.
     """
 
     def __init__(self, scenario: Scenario, tick_s: float, routing: AbstractRouting | None = None):
@@ -134,6 +134,9 @@ class Environment:
         if scenario.engine.enable_prefix_caching:
             raise InputError("engine.enable_prefix_caching", True, "is not part of an environment yet",
                              "set it to false")
+        if scenario.engine.pipeline_parallel_size > 1:
+            raise InputError("engine.pipeline_parallel_size", scenario.engine.pipeline_parallel_size,
+                             "is not part of an environment yet", "use 1")
         (lane, *_) = engine.prepare(0, scenario, record_steps=False)
         # For any request that the engine takes, not only those of these seeds.
         cost = jax.device_get(lower.make_cost(scenario, lane.system, lane.dims.num_slots, lane.system.max_model_len))

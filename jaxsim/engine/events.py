@@ -83,6 +83,8 @@ def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]
         # The pass at each boundary behind us has taken its blocks; one at this very instant comes after arrivals.
         passes = jnp.where(after_first < now, jnp.minimum(done + 1, batch.extra), 0)
         is_running = (batch.is_committed == 0) & (batch.extra > 0)
+        if batch.taken is not None:
+            is_running = is_running & (batch.taken == 0)
         blocks = residues.crossings_between(counts_by_residue, batch.count + batch.joining,
                                             batch.counter + batch.advance, passes)
         return jnp.where(is_running, blocks, 0)

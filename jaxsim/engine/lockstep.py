@@ -128,7 +128,7 @@ def together(group: Group, batch: Batch, own: BatchTimes, now: Time) -> tuple[Ba
     has_chunks, no_chunks = jnp.any(batch.num_chunks > 0), jnp.bool_(True)
     cost, most = group.cost, jnp.max(followers)
     first = Time(first.hi + clock.on_grid(cost.together_seconds(
-        ~has_chunks, jnp.sum(decodes + batch.chunk_tokens), jnp.max(decodes))), first.lo)
+        ~has_chunks, jnp.sum(decodes + batch.chunk_tokens), jnp.max(decodes + batch.chunk_tokens))), first.lo)
     for rank in range(num_ranks):
         host_s = cost.host_seconds(batch.num_chunks[rank, 0] == 0, decodes[rank, 0] + batch.num_chunks[rank, 0])
         first = later(first, clock.on_grid(host_s))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from jaxsim.engine import events
+from jaxsim.engine import events, pipeline
 from jaxsim.engine.common import Params
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
@@ -57,6 +57,9 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
     start = times.batch.start
     start = clock.shift(start, jnp.broadcast_to(back, start.hi.shape))
     times = replace(times, batch=replace(times.batch, start=start))
+    if dims.num_stages > 1:
+        end = clock.shift(times.batch.end, jnp.broadcast_to(back, start.hi.shape))
+        times = replace(times, executor=pipeline.shifted(times.executor, back), batch=replace(times.batch, end=end))
     wake = clock.shift(Time(world.wake_hi, world.wake_lo), jnp.broadcast_to(back, world.wake_hi.shape))
     return replace(
         world, counts=w.count_rows(dims).row(replace(counts, batch=batch)), clocks=w.clock_rows(dims).row(times),

@@ -54,7 +54,9 @@ class System:
     @property
     def num_ranks(self) -> int:
         """Ranks that iterate together, exchanging tokens for their experts."""
-        return self.plan.data_parallel_size if self.plan.enable_expert_parallel else 1
+        if self.model is None:
+            return self.plan.data_parallel_size if self.plan.enable_expert_parallel else 1
+        return self.plan.ranks_in_step(self.model)
 
     @property
     def num_independent(self) -> int:
@@ -66,16 +68,13 @@ def resolve_system(scenario: Scenario) -> System:
     """Look everything up, derive the KV pool. Raises `InputError` for whatever does not go together."""
     engine = scenario.engine
     plan = Plan(tensor_parallel_size=engine.tensor_parallel_size, data_parallel_size=engine.data_parallel_size,
+                pipeline_parallel_size=engine.pipeline_parallel_size,
                 enable_expert_parallel=engine.enable_expert_parallel,
                 all_to_all=engine.all2all_backend not in ("allgather_reducescatter", "naive"))
     model = device = None
     if scenario.model is not None:
         model = scenario.model.spec()
         plan = plan.check(model)
-        if model.experts and plan.data_parallel_size > 1 and not plan.enable_expert_parallel:
-            raise InputError("engine.data_parallel_size", plan.data_parallel_size,
-                             f"with the experts of {model.name} cut over all ranks is not there yet",
-                             "set engine.enable_expert_parallel = true, or use cluster.replicas")
     if scenario.device is not None:
         device = scenario.device.spec()
     scheduler = resolve(
@@ -101,9 +100,14 @@ def resolve_system(scenario: Scenario) -> System:
             model, device, plan, dtype=scenario.dtype, kv_dtype=scenario.kv_dtype,
             block_size=scheduler.block_size, gpu_memory_utilization=scheduler.gpu_memory_utilization,
             max_num_batched_tokens=min(scheduler.max_num_batched_tokens, max_model_len),
-            max_num_seqs=scheduler.max_num_seqs, max_model_len=max_model_len, rule=scheduler.kv_rule)
+            max_num_seqs=scheduler.max_batch_seqs, max_model_len=max_model_len, rule=scheduler.kv_rule)
         num_blocks = memory.num_blocks
-    return System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len)
+    system = System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len)
+    if system.num_ranks > 1 and scheduler.num_stages > 1:
+        raise InputError("engine.pipeline_parallel_size", scheduler.num_stages,
+                         "with data-parallel ranks that iterate together is not there yet",
+                         "use 1, or engine.data_parallel_size = 1")
+    return system
 
 
 def make_workload(scenario: Scenario, seed: int) -> Workload:
@@ -224,6 +228,9 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost,
     if s.gathers:
         batching = dataclasses.replace(batching, batch_wait_timeout_iters=integer(s.batch_wait_timeout_iters),
                                        batch_wait_tokens=integer(s.batch_wait_tokens))
+    if s.num_stages > 1:
+        batching = dataclasses.replace(batching, max_batch_seqs=integer(s.max_batch_seqs),
+                                       pass_on_arrival=s.pass_on_arrival)
     w, source = scenario.workload, SortedArrivals()
     if w.kind == "closed-loop":
         source = ClosedLoop(integer(w.concurrency), real((w.think_s or 0.0) + front_end_s(scenario, system)))

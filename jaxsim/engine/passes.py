@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import BatchStats, DecodePace
-from jaxsim.engine import gathering
+from jaxsim.engine import gathering, pipeline
 from jaxsim.engine.common import MAX_SPAN_S, Group, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
 from jaxsim.engine.prefix import Found, Release, admit
@@ -59,9 +59,9 @@ def begin_pass(group: Group, is_passing: Bool[Array, ""], counts: Counts) -> Cou
 
 
 def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array, " block_size"],
-                tail_offset: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Blocks the decodes of this pass take, and blocks that must be free for them (and the forming prompt's
-    next chunk) to go ahead."""
+                tail_offset: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+    """Blocks the decodes of this pass take, blocks that must be free for them to go ahead, and those that the forming
+    prompt's next chunk takes beside them."""
     rank, batch = counts.rank, counts.batch
     crossing = residues.crossing_at(residue_row, batch.counter)
     if group.batching.decode_needs_free_block == "always":
@@ -69,11 +69,12 @@ def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array
         need = jnp.where(batch.count > 0, crossing - tail_crosses + 1, 0)
     else:
         need = crossing
+    grown = jnp.int32(0)
     if group.batching.reserve == "none" and group.batching.chunked_prefill and group.batching.is_unified:
         chunk = jnp.minimum(rank.forming_known - rank.forming_computed, batch.budget)
         grown = blocks_for(rank.forming_computed + chunk, dims) - blocks_for(rank.forming_computed, dims)
-        need = need + jnp.where(rank.forming_slot != dims.null_slot, grown, 0)
-    return crossing, need
+        grown = jnp.where(rank.forming_slot != dims.null_slot, grown, 0)
+    return crossing, need, grown
 
 
 def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, times: Clocks,
@@ -126,6 +127,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
 
     has_budget = (budget > 0) if rules.chunked_prefill else (rest <= budget)
     has_slot = running < rules.max_num_seqs
+    has_room = jnp.bool_(True)
+    if rules.max_batch_seqs is not None:
+        has_room = batch.count + batch.num_chunks < rules.max_batch_seqs
     has_blocks = jnp.bool_(True)
     if rules.kv_accounting:
         has_blocks = rules.num_blocks - used - reserved >= rules.watermark_blocks
@@ -138,10 +142,10 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if rules.admit == "when_empty":
         is_closed = is_closed | ~has(counts, w.WAS_EMPTY)
     is_head_tried = is_open & ~is_forming & (seen > 0) & ~is_closed
-    fits = is_admitted = is_head_tried & has_budget & has_slot & has_blocks
+    fits = is_admitted = is_head_tried & has_budget & has_slot & has_blocks & has_room
     if rules.gathers:
         is_admitted = fits & has(counts, w.RELEASED)
-    is_forming = is_open & is_forming
+    is_forming = is_open & is_forming & has_room
     is_placed = is_admitted | is_forming
     # What keeps the head waiting until a sequence leaves, rather than only for this iteration.
     is_held = ~has_slot | ~has_blocks
@@ -194,6 +198,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     counts = mark(counts, is_placed & (tokens > 0), w.FILLED)
     left = (rank.visible if rules.async_scheduling else rank.waiting) > 0
     can_go_on = is_placed & left & (batch.budget > 0) & (rank.running < rules.max_num_seqs) & ~is_closed
+    if rules.max_batch_seqs is not None:
+        can_go_on = can_go_on & (batch.count + batch.num_chunks < rules.max_batch_seqs)
     if rules.gathers:
         is_counted = fits & ~is_admitted
         counts, are_enough = gathering.settle(group, counts, is_counted, is_admitted, request, rest, reserved)
@@ -233,6 +239,15 @@ def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest:
     return stats, followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1)
 
 
+def last_of_jump(counts: Counts) -> BatchStats:
+    """The last iteration of the jump in flight, at the mean context."""
+    batch = counts.batch
+    decodes = batch.count + batch.joining
+    context = batch.offsets + batch.joining_offsets + decodes * (batch.counter + batch.advance + batch.extra)
+    longest = (context + decodes - 1) // jnp.maximum(decodes, 1)
+    return BatchStats.of(decodes, context, longest_context=longest)
+
+
 def price(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, ""] | None
           ) -> tuple[Float[Array, ""], DecodePace]:
     """Seconds of the iteration that was formed, and the pace of the decode iterations that can follow it."""
@@ -250,11 +265,12 @@ def shared_tokens(dims: Dims, counts: Counts, context: Int[Array, ""]) -> Int[Ar
 
 def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
           residue_row: Int[Array, " block_size"], next_key: Int[Array, ""], is_held: Bool[Array, ""],
-          first_s: Float[Array, ""], pace: DecodePace) -> tuple[Counts, Clocks, Plan]:
+          first_s: Float[Array, ""], pace: DecodePace, is_alone: Bool[Array, ""] | bool = True
+          ) -> tuple[Counts, Clocks, Plan]:
     """Start the iteration that was formed, and the decode iterations that can follow it undisturbed.
 
     next_key: smallest completion key of the batch, the joining sequences included. is_held: the queue's head,
-    if any, can join only after an event. The last two are from `price`.
+    if any, can join only after an event. first_s, pace: from `price`. is_alone: no other batch is in flight.
     """
     rules = group.batching
     rank, batch = counts.rank, counts.batch
@@ -271,7 +287,7 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
         extra = jnp.minimum(extra, residues.times_that_fit(residue_row, followers, after_first, room))
     slowest_s = jnp.maximum(pace.first_s + pace.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / slowest_s, 1e9).astype(jnp.int32))
-    may_follow = (followers > 0) & ((rank.waiting == 0) | is_held) & (batch.stalled == 0)
+    may_follow = (followers > 0) & ((rank.waiting == 0) | is_held) & (batch.stalled == 0) & is_alone
     if rules.has_context_limit:
         room = rules.decode_context_limit - (batch.offsets + batch.joining_offsets + followers * after_first)
         extra = jnp.minimum(extra, jnp.floor(room / jnp.maximum(followers, 1)).astype(jnp.int32))
@@ -283,6 +299,10 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     first = Time(clock.on_grid(first_s), clock.on_grid(
         group.cost.iteration_remainder(stats, first_s) + (first_s - clock.on_grid(first_s))))
     run = Time(pace.first_s, group.cost.decode_remainder(followers, context, pace.first_s))
+    executor = times.executor
+    if dims.num_stages > 1:
+        first, free = pipeline.enter(dims, group, event.now, stats, first_s, executor)
+        executor = replace(executor, free=free)
     first_end = clock.add(event.now, first)
     end = clock.add(first_end, span(run, pace.growth_s, extra))
     if rules.gathers:
@@ -293,7 +313,7 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
         rank = replace(rank, visible=rank.waiting)
     in_flight = replace(times.batch, start=event.now, first=first, pace=run, growth_s=pace.growth_s)
     counts = choose(is_starting, Counts(counts.executor, rank, batch), counts)
-    times = choose(is_starting, replace(times, batch=in_flight), times)
+    times = choose(is_starting, replace(times, executor=executor, batch=in_flight), times)
     return counts, times, Plan(is_starting, first_end, end, stats.num_decode)
 
 
@@ -323,11 +343,11 @@ def preempt(dims: Dims, group: Group, is_any: Bool[Array, ""], counts: Counts,
     rank = replace(
         rank, queue=queue, running=rank.running - one,
         used_blocks=rank.used_blocks - one * (blocks_for(held_tokens, dims) if released is None else 0),
-        forming_slot=jnp.where(is_any & is_forming, null, rank.forming_slot),
-        tail=jnp.where(is_decoding, previous, rank.tail))
+        forming_slot=jnp.where(is_any & is_forming, null, rank.forming_slot))
     if group.batching.async_scheduling:
         rank = replace(rank, visible=rank.visible + one)
-    batch = replace(batch, count=batch.count - gone, offsets=batch.offsets - gone * offset)
+    batch = replace(batch, count=batch.count - gone, offsets=batch.offsets - gone * offset,
+                    tail=jnp.where(is_decoding, previous, batch.tail))
     if group.batching.is_unified:
         batch = replace(batch, budget=batch.budget + gone)
     return Counts(counts.executor, rank, batch), residue_row, emitted, link

@@ -97,7 +97,9 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
 
 def _with_share(scenario: Scenario, lane: Lane, result: LaneResult) -> LaneResult:
     """With the extrapolated share of a profiled cost."""
-    if not isinstance(scenario.cost, ProfiledCost) or result.steps is None or result.lost_steps:
+    # Iterations that overlap do not say which sequences were in them.
+    if (not isinstance(scenario.cost, ProfiledCost) or result.steps is None or result.lost_steps
+            or lane.dims.num_stages > 1):
         return result
     system = lane.system
     both = measured.tables(scenario, system.scheduler, system.model, system.device, system.plan, lane.dims.num_slots,
@@ -202,6 +204,7 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
     step = 1 << max(num_requests.bit_length() - 4, 0)
     return Dims(num_requests=-(-num_requests // step) * step,
                 num_executors=scenario.cluster.replicas * system.num_independent, num_ranks=system.num_ranks,
+                num_stages=system.scheduler.num_stages, num_batches=system.scheduler.num_stages,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
 
 

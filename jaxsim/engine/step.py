@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import ending, events, gathering, lockstep, passes, prefix, tape
+from jaxsim.engine import ending, events, gathering, lockstep, passes, pipeline, prefix, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, Params, choose, has, mark, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
@@ -36,7 +36,8 @@ class Touched(eqx.Module):
     """What one step works on. Phases fill it in from above; each field is written by the phase it stands under."""
 
     # look: the event; whether the next lies too far ahead; the executor's rows, in these one rank and batch, and
-    # where these lie among those of all executors; its block residues; what woke it.
+    # where these lie among those of all executors; its block residues; what woke it; of a
+    # pipeline, what is in flight.
 
     event: Event
     is_frozen: Bool[Array, ""]
@@ -49,6 +50,7 @@ class Touched(eqx.Module):
     residue_row: Int[Array, " block_size"]
     phase: Int[Array, ""]
     wake: Time
+    flying: pipeline.Flights | None
 
     # receive: the source's state; the link of the queue that changes (and may again in `fill`); under a sorted queue
     # the arriving request's place and the first place that waits; what an arrival leaves of the jump of several ranks.
@@ -106,8 +108,9 @@ class Touched(eqx.Module):
     can_go_on: Bool[Array, ""] | None = None
     victim_emitted: Int[Array, ""] | None = None
 
-    # price: nothing can be scheduled and never will; seconds of the iteration and the pace behind it; whether it
+    # price: nothing could be scheduled; and never will; seconds of the iteration and the pace behind it; whether it
     # starts.
+    is_idle: Bool[Array, ""] | None = None
     is_stuck: Bool[Array, ""] | None = None
     price: tuple[Float[Array, ""], DecodePace] | None = None
     is_starting: Bool[Array, ""] | None = None
@@ -174,18 +177,24 @@ def look(context: Context, _) -> Touched:
         turn = w.count_rows(dims).everything(count_row).executor.turn
         event = event._replace(rank=jnp.where(event.is_arrival, event.rank, turn))
         rank = e * dims.num_ranks + event.rank
+    flying = None
+    if dims.num_stages > 1:
+        flying = pipeline.flights(dims, clock_row)
+        turn = w.count_rows(dims).everything(count_row).executor.turn
+        event = event._replace(batch=pipeline.batch_of(event, flying, turn))
     batch = rank if dims.num_batches == 1 else rank * dims.num_batches + event.batch
     return Touched(
         event, is_frozen, rank, batch, count_row, clock_row,
         w.count_rows(dims).one(count_row, event.rank, event.batch),
         w.clock_rows(dims).one(clock_row, event.rank, event.batch),
-        take(world.residues, batch), take(world.phase, e), Time(take(world.wake_hi, e), take(world.wake_lo, e)))
+        take(world.residues, batch), take(world.phase, e), Time(take(world.wake_hi, e), take(world.wake_lo, e)),
+        flying)
 
 
 def receive(context: Context, t: Touched) -> Touched:
     """Enqueue an arrival. If its executor stops before the following one, go on to that stop."""
     params, requests, world = context.params, context.requests, context.world
-    rules, event, counts, wake = context.group.batching, t.event, t.counts, t.wake
+    rules, event, counts, times, wake = context.group.batching, t.event, t.counts, t.times, t.wake
     arriving = event.request
     is_first_in_line = counts.rank.waiting == 0
     queue, link = queues.push_back(counts.rank.queue, arriving, event.is_arrival, context.dims.num_requests)
@@ -206,6 +215,16 @@ def receive(context: Context, t: Touched) -> Touched:
     if rules.admit != "when_empty" or cut_extra is not None:
         cut, cut_end = ending.cut_jump(event.now, counts, t.times)
         counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
+        if t.flying is not None:
+            own, executor = times.batch, times.executor
+            if rules.pass_on_arrival:
+                # What the next batch will find: the stages at work on the last iteration, and its blocks.
+                is_jump = is_cut & (counts.batch.extra > 0) & ~t.flying.without(event.batch)
+                last = passes.last_of_jump(counts)
+                stages = pipeline.stages_of_last(context.dims, context.group, last, cut_end, executor)
+                executor = choose(is_jump, stages, executor)
+                counts = ending.take_blocks_of_jump(context.group, is_jump, counts, t.residue_row)
+            times = replace(times, executor=executor, batch=replace(own, end=clock.select(is_cut, cut_end, own.end)))
         if cut_extra is not None:
             cut_extra = jnp.where(is_cut, cut.batch.extra, cut_extra)
     if rules.async_scheduling:
@@ -215,9 +234,11 @@ def receive(context: Context, t: Touched) -> Touched:
     if (rules.order != "priority" and context.dims.num_ranks == 1
             and not (params.source.answers and context.dims.num_executors > 1)):
         goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S) & events.is_allowed(world, wake)
+        if rules.pass_on_arrival and t.flying is not None:
+            goes_on = goes_on & ~t.flying.free[0]
         event = event._replace(now=clock.select(goes_on, wake, event.now), is_ending=event.is_ending | goes_on)
     source = params.source.delivered(world.source, arriving, event.is_arrival)
-    return replace(t, event=event, counts=counts, wake=wake, source=source, link=link, places=places,
+    return replace(t, event=event, counts=counts, times=times, wake=wake, source=source, link=link, places=places,
                    cut_extra=cut_extra)
 
 
@@ -239,12 +260,12 @@ def retire(context: Context, t: Touched) -> Touched:
     counts, residue_row, retired, has_more, next_key = ending.retire(
         dims, group, event, counts, keys, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row,
         take(world.slot_entries, t.rank)[:, w.STAMP] if group.batching.prefix_caching else None)
-    tail, unlinked, slots = counts.rank.tail, None, None
+    tail, unlinked, slots = counts.batch.tail, None, None
     if group.batching.keeps_running_list:
         tail, *unlinked = queues.unlink(
             tail, retired.slot, take(world.slot_previous, t.rank, retired.slot),
             take(world.slot_next, t.rank, retired.slot), retired.is_any, dims.null_slot)
-        counts = replace(counts, rank=replace(counts.rank, tail=tail))
+        counts = replace(counts, batch=replace(counts.batch, tail=tail))
     if group.batching.scans_slots:
         slots = Slots(keys, take(world.slot_entries, t.rank), retired.slot)
     longest = None
@@ -309,6 +330,9 @@ def open_pass(context: Context, t: Touched) -> Touched:
             counts = mark(counts, walked.is_over, w.FORMED)
         else:
             tail_request, tail_offset = take(world.slot_entries, t.rank, t.tail)[:2]
+            if t.flying is not None:
+                is_away = is_forming & t.flying.is_away(counts.rank.forming_batch, event.batch)
+                is_forming = is_forming & ~is_away
             victim = (jnp.where(is_forming, counts.rank.forming_slot, t.tail),
                       jnp.where(is_forming, counts.rank.forming_request, tail_request), tail_offset)
             if rules.victim == "fewest_outputs":
@@ -316,8 +340,15 @@ def open_pass(context: Context, t: Touched) -> Touched:
                 victim = (slot, *take(world.slot_entries, t.rank, slot)[:2])
             is_preempting = is_passing & was_closed
             if rules.is_unified:
-                crossing, need = passes.decode_need(dims, group, counts, residue_row, tail_offset)
-                is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
+                crossing, need, grown = passes.decode_need(dims, group, counts, residue_row, tail_offset)
+                free = rules.num_blocks - counts.rank.used_blocks
+                is_short = wants_decode & (need + grown > free)
+                if t.flying is not None:
+                    # A prompt in flight can go without its next chunk; then nobody behind it is admitted.
+                    are_short = wants_decode & (need > free)
+                    is_barred = is_away & wants_decode & ~are_short & (is_short | has(counts, w.PREEMPTED))
+                    is_short = jnp.where(is_away, are_short, is_short)
+                    counts = mark(mark(counts, is_barred, w.FORMED), is_barred, w.CLOSED)
                 is_preempting = is_short & may_preempt
                 counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
         is_placing = is_passing & ~is_short
@@ -373,10 +404,13 @@ def fill(context: Context, t: Touched) -> Touched:
         free_slot, t.slots, t.found)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
-    rank = counts.rank
+    rank, tail = counts.rank, counts.batch.tail
     if rules.keeps_running_list:
-        rank = replace(rank, tail=jnp.where(placed.is_completing, placed.slot, rank.tail))
-    batch = replace(counts.batch, log_row=jnp.where(opens_log, world.num_logged, counts.batch.log_row))
+        tail = jnp.where(placed.is_completing, placed.slot, counts.batch.tail)
+    if t.flying is not None:
+        is_forming = (placed.slot != null) & ~placed.is_completing
+        rank = replace(rank, forming_batch=jnp.where(is_forming, t.event.batch, rank.forming_batch))
+    batch = replace(counts.batch, tail=tail, log_row=jnp.where(opens_log, world.num_logged, counts.batch.log_row))
     if rules.grows:
         is_resuming = placed.is_completing & (t.emitted > 0)
         batch = replace(batch, resuming=batch.resuming + is_resuming)
@@ -388,7 +422,7 @@ def fill(context: Context, t: Touched) -> Touched:
     if not rules.is_unified:
         wants_decode = t.is_passing & ~can_go_on & ~has(counts, w.FILLED)
         if rules.grows:
-            crossing, need = passes.decode_need(dims, group, counts, residue_row, victim[2])
+            crossing, need, _ = passes.decode_need(dims, group, counts, residue_row, victim[2])
             is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
             if rules.reserve == "expected":
                 is_short = is_short | (wants_decode & is_retracting(dims, rules, counts))
@@ -429,11 +463,14 @@ def price(context: Context, t: Touched) -> Touched:
     is_idle = is_formed & ~has_batch
     progress = jnp.where(is_idle, 0, counts.rank.progress)
     is_stuck = is_idle & ~has(counts, w.PREEMPTED)
+    if t.flying is not None:
+        is_stuck = is_stuck & ~t.flying.without(t.event.batch)
     counts = replace(counts, rank=replace(counts.rank, progress=progress))
     longest = t.longest
     if longest is not None:
         longest = jnp.maximum(longest, jnp.where(t.placed.is_completing, t.placed.entry[w.OFFSET], longest))
-    return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_stuck=is_stuck,
+    return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_idle=is_idle,
+                   is_stuck=is_stuck,
                    price=passes.price(context.dims, context.group, t.counts, t.times, longest))
 
 
@@ -443,7 +480,8 @@ def launch(context: Context, t: Touched) -> Touched:
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     counts, times, plan = passes.start(
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
-        jnp.minimum(t.next_key, own_key), t.is_held, *t.price)
+        jnp.minimum(t.next_key, own_key), t.is_held, *t.price,
+        is_alone=True if t.flying is None else ~t.flying.without(event.batch))
     if context.dims.num_ranks > 1:
         is_skipped = event.is_passing & ~t.has_work
         counts, times = lockstep.runs_along(context.dims, is_skipped, counts, times)
@@ -459,6 +497,13 @@ def launch(context: Context, t: Touched) -> Touched:
         record = jnp.where(t.is_starting, context.world.num_recorded, counts.batch.record)
         counts = replace(counts, batch=replace(counts.batch, record=record))
     is_waiting_pass = (t.is_passing & ~t.is_starting) | (t.is_due & event.is_tied)
+    if t.flying is not None:
+        following = pipeline.go_on(
+            context.dims, context.group, event, t.flying, counts, times, wake=t.wake, phase=t.phase, end=plan.end,
+            has_more=t.has_more, has_ended=t.has_ended, is_starting=t.is_starting, is_waiting_pass=is_waiting_pass,
+            is_idle=t.is_idle, is_held=t.is_held)
+        return replace(t, counts=following.counts, times=following.times, plan=plan, wake=following.wake,
+                       phase=following.phase)
     is_resting = t.has_ended & ~t.has_work
     wake = clock.select(t.has_more | is_waiting_pass, event.now, t.wake)
     wake = clock.select(t.is_starting, plan.end, wake)

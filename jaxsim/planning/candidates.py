@@ -13,7 +13,6 @@ from jaxsim.spec.plan import Plan, kv_cache_bytes, weight_format
 from jaxsim.spec.presets import Scheduler, load_preset
 from jaxsim.spec.scenario import Scenario
 
-NO_PIPELINES = "pipeline stages are screened and not simulated: the event engine runs one batch at a time"
 NO_CELLS = ("no engine here copies attention over ranks that share a dense FFN: screened and not simulated")
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,14 +60,13 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def why_not_simulated(self) -> str | None:
         """What the event engine lacks for it; None where it runs it."""
-        if self.is_cell_level:
-            return NO_CELLS
-        return NO_PIPELINES if self.plan.pipeline_parallel_size > 1 else None
+        return NO_CELLS if self.is_cell_level else None
 
     def values(self) -> dict[str, Any]:
-        """Fields of a scenario, pipeline stages apart."""
+        """Fields of a scenario."""
         plan = self.plan
         return {"engine.tensor_parallel_size": plan.tensor_parallel_size,
+                "engine.pipeline_parallel_size": plan.pipeline_parallel_size,
                 "engine.data_parallel_size": 1 if self.is_cell_level else plan.data_parallel_size,
                 "engine.enable_expert_parallel": plan.enable_expert_parallel, "cluster.replicas": self.replicas}
 

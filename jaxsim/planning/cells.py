@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsim._core.errors import InputError
-from jaxsim.cost.roofline import Roofline, pad_to_graph, roofline
+from jaxsim.cost.roofline import Roofline, captured_tokens, pad_to_graph, roofline
 from jaxsim.cost.tabulated import DECODE_DEVICE, TOKENS, TabulatedCost, Together
 from jaxsim.engine import lower
 from jaxsim.kernels import octaves
@@ -91,7 +91,8 @@ def cell_tables(group: Roofline, whole: Roofline, max_tokens: int, max_sequences
     tokens, sequences = padded(octaves.knots(TOKENS, max_tokens)), padded(np.arange(max_sequences + 1))
     by_sequences = made.by_sequences.at[:, DECODE_DEVICE].add(-_ffn_seconds(group, sequences))
     groups = whole.plan.tensor_parallel_size // group.plan.tensor_parallel_size
-    together = Together(_shared_seconds(group, whole, tokens), _shared_seconds(group, whole, sequences), groups)
+    together = Together(sum(_shared_seconds(group, whole, sequences)), *_shared_seconds(group, whole, tokens),
+                        captured_tokens(graphs), groups)
     return eqx.tree_at(lambda t: (t.by_tokens, t.by_sequences, t.together), made, (
         made.by_tokens - _ffn_seconds(group, tokens), by_sequences, together), is_leaf=lambda x: x is None)
 
@@ -101,8 +102,9 @@ def _ffn_seconds(cost: Roofline, tokens: Float[Array, " counts"]) -> Float[Array
     return sum(w.calls * cost.call_seconds(w) for w in cost.token_works(tokens) if w.name in FFN) + 0 * tokens
 
 
-def _shared_seconds(group: Roofline, whole: Roofline, tokens: Float[Array, " counts"]) -> Float[Array, " counts"]:
-    """Of the FFN and its exchange, with as many tokens on every group.
+def _shared_seconds(group: Roofline, whole: Roofline, tokens: Float[Array, " counts"]
+                    ) -> tuple[Float[Array, " counts"], Float[Array, " counts"]]:
+    """Of the FFN and of its exchange, with as many tokens on every group.
 
     The sums of a group's own ranks are added by the all-reduce that the group has after an FFN of its own.
     """
@@ -111,4 +113,4 @@ def _shared_seconds(group: Roofline, whole: Roofline, tokens: Float[Array, " cou
     message = total * whole.model.hidden * whole.weights.activation_bytes
     exchange = (whole.all_gather.seconds(groups, message, whole.link_bytes_per_s)
                 + whole.reduce_scatter.seconds(groups, message, whole.link_bytes_per_s))
-    return _ffn_seconds(whole, total) + whole.model.layers * exchange
+    return _ffn_seconds(whole, total), whole.model.layers * exchange

@@ -23,8 +23,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
         description="Enumerate the ways to lay a model out on devices (replicas, tensor, pipeline and data\n"
                     "parallelism, expert parallelism), screen all of them in closed form, simulate the best in one\n"
                     "batch, and print them ranked, with the Pareto front and the `vllm serve` flags of the best.\n"
-                    "Pipeline stages, and APEX's cell-level plans (copies of attention that share one FFN), are\n"
-                    "screened and shown, but not simulated or ranked: no engine is simulated that runs them.",
+                    "APEX's cell-level plans (copies of attention that share one FFN) are screened and shown, but\n"
+                    "not simulated or ranked: no engine runs them.",
         epilog="example: jaxsim plan --model llama-3.1-70b --devices h100:8 --rate 2 --slo ttft:500 tpot:30 \\\n"
                "             --set engine.max_model_len=16384\n"
                "exit status: 0 done, 2 an input that cannot be used, or no plan that can run")

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from jaxsim._core.errors import InputError
-from jaxsim.analytic.lower import executor_of, load_of_scenario, system_of
+from jaxsim.analytic.lower import executor_of, load_of_scenario
 from jaxsim.analytic.steady import FULLEST, Executor, Steady, capacity_rps, steady_states
 from jaxsim.analytic.workload import Load
-from jaxsim.engine.lower import System, make_cost
+from jaxsim.engine.lower import System, make_cost, resolve_system
 from jaxsim.planning.candidates import Candidate, candidates, vllm_line
 from jaxsim.planning.cells import cell_cost, cell_memory
 from jaxsim.spec.device import load_device
@@ -70,7 +70,7 @@ class Plans:
         if row is None or row not in self.scenarios:
             raise InputError("plan", row, "was not simulated", "choose a row with a rank")
         scenario = self.scenarios[row]
-        return vllm_line(scenario, system_of(scenario).scheduler, self.candidates[row])
+        return vllm_line(scenario, resolve_system(scenario).scheduler, self.candidates[row])
 
 
 def search(scenario: Scenario, devices: Sequence[tuple[str, int]], *, attainment: float = 0.9, top: int = 8,
@@ -211,7 +211,7 @@ class _Screen:
         if candidate.is_cell_level:
             system = cell_memory(scenario, plan)
         else:
-            system = system_of(scenario, plan.pipeline_parallel_size)
+            system = resolve_system(scenario)
         longest = system.max_model_len
         batches = max(system.scheduler.max_num_seqs, LARGEST_GRID) + 1
         # Operator by operator: the same small programs for all plans, where tables would be one for each.

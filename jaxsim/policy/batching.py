@@ -35,12 +35,14 @@ class Batching(eqx.Module):
         kv_accounting: blocks are tracked at all.
         prefix_caching: blocks of equal prompt prefixes are shared and kept until they are evicted.
         has_context_limit: decodes beyond `decode_context_limit` tokens of context wait their turn.
+        pass_on_arrival: in a pipeline, a pass as soon as somebody arrives and fewer batches than stages are in flight;
+            otherwise the engine waits for the oldest batch to return, once there is nothing to schedule.
 
     Numbers: max_num_seqs, max_num_batched_tokens, max_model_len, num_blocks, watermark_blocks;
         decode_context_limit (tokens); ratio_start, ratio_floor, ratio_decay, reserve_clip_tokens and
         retract_free_tokens belong to `reserve="expected"`. batch_wait_timeout_iters, batch_wait_tokens: prompts that
         could join running decodes wait for so many iterations, unless together with them they are so many tokens; None
-        where they never wait.
+        where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one.
 
     Source: the schedulers named in docs/schedulers.md.
     """
@@ -71,6 +73,8 @@ class Batching(eqx.Module):
     prefix_caching: bool = eqx.field(static=True, default=False)
     batch_wait_timeout_iters: Int[Array, ""] | None = None
     batch_wait_tokens: Int[Array, ""] | None = None
+    max_batch_seqs: Int[Array, ""] | None = None
+    pass_on_arrival: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),

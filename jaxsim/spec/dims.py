@@ -14,8 +14,9 @@ class Dims:
 
     num_requests: padded requests of a scenario; num_executors: replicas; num_slots: sequences a rank can hold;
     block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records: iterations
-    kept on the tape (0: no tape); num_ranks: of an executor; num_batches: in flight of a rank; num_segments: of shared
-    prompts, 0 without prefix caching; path_width: segments of a prompt; log_size: releases on record, a power of two.
+    kept on the tape (0: no tape); num_ranks: of an executor; num_batches: of a rank; num_stages: of a pipeline, with as
+    many batches in flight; num_segments: of shared prompts, 0 without prefix caching; path_width: segments of a prompt;
+    log_size: releases on record, a power of two.
     """
 
     num_requests: int
@@ -26,6 +27,7 @@ class Dims:
     num_records: int = 0
     num_ranks: int = 1
     num_batches: int = 1
+    num_stages: int = 1
     num_segments: int = 0
     path_width: int = 0
     log_size: int = 0
@@ -35,6 +37,8 @@ class Dims:
             raise ValueError(f"block_size = {self.block_size}: not a power of two; use 1, 8, 16, 32, 64 or 128")
         if not 1 <= self.max_jump < MAX_JUMP:
             raise ValueError(f"max_jump = {self.max_jump}: not in 1 .. {MAX_JUMP - 1}, what the clock counts exactly")
+        if self.num_stages > 1 and (self.num_ranks > 1 or self.num_batches != self.num_stages):
+            raise ValueError(f"num_stages = {self.num_stages}: a pipeline is one rank with as many batches")
 
     @property
     def all_ranks(self) -> int:

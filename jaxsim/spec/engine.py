@@ -37,9 +37,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             mem_fraction_static, TensorRT-LLM's free_gpu_memory_fraction).
         num_gpu_blocks_override: KV blocks, instead of what memory gives.
         tensor_parallel_size: devices that share each layer.
-        pipeline_parallel_size: pipeline stages (only 1 yet).
-        data_parallel_size: ranks with a queue and a KV pool each. With experts (enable_expert_parallel) they iterate
-            together, else each by itself. Requests go to the rank with the least of 4 x waiting + running, unless
+        pipeline_parallel_size: stages that share the layers, each with a batch in flight.
+        data_parallel_size: ranks with a queue and a KV pool each. Around experts they iterate together, those of a
+            dense model each by itself. Requests go to the rank with the least of 4 x waiting + running, unless
             cluster.router says otherwise.
         enable_expert_parallel: whole experts are spread over the devices, instead of a slice of each.
         all2all_backend: how tokens reach experts on other data-parallel ranks: gathered everywhere and summed back
@@ -70,8 +70,6 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         kv_accounting: false where KV memory is no limit at all.
         decode_context_limit: context tokens that one decode iteration may hold.
         schedule_conservativeness: scales the expected-growth reserve (SGLang's flag).
-
-    Known gaps: pipeline parallelism is refused.
     """
 
     preset: Text = "vllm-v1"

@@ -208,11 +208,12 @@ def rank_weight_bytes(model: ModelSpec, plan: Plan | None = None, fmt: WeightFor
     plan, fmt = plan or Plan(), fmt or weight_format("auto", model)
     tp, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
     layers = plan.stage_layers(model.layers)[stage]
-    layer = model.layer_parameters(tp, plan.expert_ranks)
+    layer = model.layer_parameters(tp)
+    experts = model.layer_parameters(tp * plan.data_parallel_size, plan.expert_ranks).experts
     moe = layers * model.num_moe_layers / model.layers
     total = layers * (layer.attention * fmt.linear_bytes + layer.norms * fmt.other_bytes)
     total += (layers - moe) * layer.dense_ffn * fmt.linear_bytes
-    total += moe * (layer.experts * fmt.expert_bytes + layer.shared * fmt.linear_bytes
+    total += moe * (experts * fmt.expert_bytes + layer.shared * fmt.linear_bytes
                     + layer.router * fmt.other_bytes)
     first, last = stage == 0, stage == stages - 1
     head = 0 if model.tie_embeddings and first else model.vocab * model.hidden
@@ -230,15 +231,16 @@ def activation_bytes(model: ModelSpec, plan: Plan, fmt: WeightFormat, space: Wor
     Sampler: sequences x vocabulary x bytes_per_logit, and two hidden states.
     """
     tokens, width = max_num_batched_tokens, fmt.activation_bytes
-    rank = model.rank_shape(plan.tensor_parallel_size, plan.expert_ranks)
     columns = 3 if model.gated else 2
     hidden = tokens * model.hidden * width
-    ffn = tokens * columns * rank.ffn * width if model.num_dense_layers else 0.0
+    dense = model.rank_shape(plan.tensor_parallel_size)
+    ffn = tokens * columns * dense.ffn * width if model.num_dense_layers else 0.0
     experts = 0.0
     if model.experts:
         rows = tokens * model.experts_per_token * plan.data_parallel_size / plan.expert_ranks
         rows = max(rows, tokens) if plan.enable_expert_parallel else rows
-        experts = rows * (max(2 * rank.moe_ffn, model.hidden) + rank.moe_ffn) * width
+        inner = plan.expert_shape(model).moe_ffn
+        experts = rows * (max(2 * inner, model.hidden) + inner) * width
     sampler = 0.0
     if is_last_stage:
         sampler = (min(max_num_seqs, tokens) * model.vocab * space.bytes_per_logit
@@ -309,7 +311,7 @@ def _spend(model: ModelSpec, device: DeviceSpec, plan: Plan, rule: KvRule, fmt: 
     """The budget of the pipeline stage that has the fewest blocks, whether or not anything fits."""
     tp, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
     per_layer = model.layer_kv_bytes_per_token(kv_width, tp) * block_size
-    is_parallel = tp > 1 or (plan.enable_expert_parallel and plan.data_parallel_size > 1)
+    is_parallel = tp > 1 or plan.ranks_in_step(model) > 1
     other = space.other_bytes(is_parallel)
     budgets = []
     for stage, layers in enumerate(plan.stage_layers(model.layers)):

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
-from jaxsim.spec.model import ModelSpec
+from jaxsim.spec.model import ModelSpec, RankShape
 from jaxsim.spec.quantization import (
     EXAMPLES,
     KV_BYTES,
@@ -70,10 +70,10 @@ def kv_cache_bytes(kv_dtype: str, dtype: str = "auto", model: ModelSpec | None =
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Parallel degrees of one serving instance, by vLLM's names.
 
-    With `enable_expert_parallel` whole experts are spread over tensor x data ranks, attention is
-    data-parallel over `data_parallel_size` and a step exchanges tokens among them: `all_to_all` sends each to the
-    ranks of its experts, otherwise all are gathered everywhere and their sums scattered. Without it, data-parallel
-    ranks are independent copies.
+    Data-parallel ranks of a dense model are independent copies. Those of a mixture of experts copy attention and share
+    the experts: with `enable_expert_parallel` whole ones are spread over tensor x data ranks, without it each is cut
+    over them. A step exchanges tokens among them: all are gathered everywhere and their sums scattered, unless
+    `all_to_all` sends each to the ranks of its experts, which have to be whole.
     """
 
     tensor_parallel_size: Degree = 1
@@ -94,8 +94,20 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks over which whole experts are spread; 1 where each expert is cut by tensor parallelism."""
+        """Ranks over which whole experts are spread; 1 where each expert is cut."""
         return self.tensor_parallel_size * self.data_parallel_size if self.enable_expert_parallel else 1
+
+    def ranks_in_step(self, model: ModelSpec) -> int:
+        """Data-parallel ranks that iterate together, around experts that they share; 1 where each is by itself."""
+        return self.data_parallel_size if model.experts else 1
+
+    def expert_shape(self, model: ModelSpec) -> RankShape:
+        """What one rank holds of the experts: a share of whole ones, or a slice of each.
+
+        Source: vLLM, `FusedMoEParallelConfig.make`: both are over tensor x data ranks.
+        """
+        ranks = self.tensor_parallel_size * self.data_parallel_size
+        return model.rank_shape(ranks, self.expert_ranks)
 
     def stage_layers(self, layers: int) -> tuple[int, ...]:
         """Layers of each pipeline stage. A remainder goes to the stages before the last, from the back.
@@ -130,6 +142,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
                              "leave it out")
         if model.experts and not self.enable_expert_parallel:
             divides("tensor_parallel_size", model.moe_ffn, tp, "columns of an expert")
+            if model.moe_ffn % (tp * self.data_parallel_size):
+                raise InputError("engine.data_parallel_size", self.data_parallel_size,
+                                 f"makes {tp * self.data_parallel_size} tensor x data ranks, which do not divide the"
+                                 f" {model.moe_ffn} columns of an expert of {model.name}",
+                                 "use fewer ranks, or set engine.enable_expert_parallel = true")
         if model.experts and ranks > model.experts:
             raise InputError("engine.enable_expert_parallel", True,
                              f"{ranks} ranks cannot share the {model.experts} experts of {model.name}",

@@ -72,6 +72,18 @@ class DeviceNumbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
                 and not any(name in device_name.casefold() for name in self.except_names))
 
 
+class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a scheduler does with pipeline stages, of which each has a batch in flight.
+
+    pass_on_arrival: who arrives is scheduled at once if fewer batches are in flight, instead of when the engine has
+    waited for the oldest. batch_limit: `max_num_seqs` limits all batches together, they have equal shares of it
+    (`share`), or it limits each (`each`).
+    """
+
+    pass_on_arrival: bool
+    batch_limit: Literal["all", "share", "each"]
+
+
 class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Parameters of `reserve = "expected"`: SGLang's ratio of outputs it reserves for, and its retraction."""
 
@@ -106,6 +118,7 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     aliases: tuple[str, ...] = ()
     unconfirmed: tuple[str, ...] = ()
     expected: Expected = Expected()
+    pipeline: Pipeline | None = None
     device_numbers: tuple[DeviceNumbers, ...] = ()
 
 
@@ -114,7 +127,8 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
 
     Tokens are tokens, `watermark` is a share of the blocks. `ratio_decay` is a step of the ratio a decode
     iteration. `max_model_len` is None where neither the user nor the caller knew one. `gathers`: prompts wait for each
-    other, for which TensorRT-LLM needs both numbers.
+    other, for which TensorRT-LLM needs both numbers. num_stages: of a pipeline; `max_num_seqs` is then that of all
+    batches in flight, `max_batch_seqs` that of each.
     """
 
     preset: str
@@ -147,6 +161,9 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     ratio_decay: float
     reserve_clip_tokens: int
     retract_free_tokens: int
+    num_stages: int
+    pass_on_arrival: bool
+    max_batch_seqs: int
 
     @property
     def batch_wait_tokens(self) -> int:
@@ -174,7 +191,7 @@ def _decode(text: str, where: str) -> Preset:
         raise explain(str(error), values, Preset) from None
     kv_rule(preset.kv_rule)
     cells = {"host", "cudagraph_mode", "kv_rule", *Flags.__struct_fields__, *Numbers.__struct_fields__,
-             *Expected.__struct_fields__}
+             *Expected.__struct_fields__, *Pipeline.__struct_fields__}
     for cell in preset.unconfirmed:
         if cell not in cells:
             raise InputError("engine.preset", where, f"unconfirmed names {cell!r}, which is no cell",
@@ -261,6 +278,10 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     wait_iters = pick(engine.batch_wait_timeout_iters, numbers.batch_wait_timeout_iters)
     wait_ratio = pick(engine.batch_wait_max_tokens_ratio, numbers.batch_wait_max_tokens_ratio)
     gathers = wait_iters > 0 and wait_ratio > 0
+    # No engine schedules asynchronously with pipeline stages.
+    stages = engine.pipeline_parallel_size
+    async_scheduling = pick(engine.async_scheduling, flags.async_scheduling and stages == 1)
+    pipeline = _pipeline(preset, stages)
     # Combinations that no engine has, and whose meaning would be a guess.
     for field, value, is_wrong, problem, remedy in (
         ("victim", victim, (victim == "fewest_outputs") != (reserve == "expected"),
@@ -289,6 +310,12 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
          "has no effect without engine.batch_wait_max_tokens_ratio", "set both, or neither"),
         ("batch_wait_max_tokens_ratio", wait_ratio, wait_ratio > 0 and not gathers,
          "has no effect without engine.batch_wait_timeout_iters", "set both, or neither"),
+        ("async_scheduling", async_scheduling, stages > 1 and async_scheduling,
+         f"does not go with pipeline_parallel_size = {stages}, and engines refuse it", "leave it out"),
+        ("pipeline_parallel_size", stages, stages > 1 and (
+            phase_mix != "unified" or order != "fcfs" or admit != "any_time" or gathers or context_limit is not None),
+         "is simulated for prompts beside decodes, first come first served, at any time",
+         f"leave the flags of {preset.name} as they are, or use 1"),
     ):
         if is_wrong:
             raise InputError(f"engine.{field}", value, problem, remedy)
@@ -306,9 +333,12 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
         waiting_blocked_after_preempt=pick(engine.waiting_blocked_after_preempt,
                                            flags.waiting_blocked_after_preempt),
         admit=admit,
-        async_scheduling=pick(engine.async_scheduling, flags.async_scheduling),
+        async_scheduling=async_scheduling,
+        num_stages=stages, pass_on_arrival=pipeline.pass_on_arrival,
+        max_batch_seqs=max(max_num_seqs // stages, 1) if pipeline.batch_limit == "share" else max_num_seqs,
         kv_accounting=kv_accounting, decode_context_limit=context_limit,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs * (stages if pipeline.batch_limit == "each" else 1),
+        max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
         block_size=pick(engine.block_size, numbers.block_size),
         gpu_memory_utilization=pick(engine.gpu_memory_utilization, numbers.gpu_memory_utilization),
         watermark=pick(engine.watermark, numbers.watermark),
@@ -316,6 +346,17 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
         ratio_start=ratio_start, ratio_floor=ratio_floor,
         ratio_decay=(ratio_start - ratio_floor) / expected.ratio_decay_steps,
         reserve_clip_tokens=expected.reserve_clip_tokens, retract_free_tokens=expected.retract_free_tokens)
+
+
+def _pipeline(preset: Preset, stages: int) -> Pipeline:
+    """Of a preset; of none that is read where there are no stages. Raises `InputError` where nobody knows."""
+    if stages == 1:
+        return Pipeline(pass_on_arrival=False, batch_limit="all")
+    if preset.pipeline is None:
+        able = sorted({p.name.partition("@")[0] for p in all_presets() if p.pipeline is not None})
+        raise InputError("engine.pipeline_parallel_size", stages, f"is not simulated for {preset.name}",
+                         f"use 1, or a preset of {', '.join(able)}")
+    return preset.pipeline
 
 
 def _cell(preset: Preset, group: msgspec.Struct, name: str) -> str:
@@ -359,6 +400,9 @@ def markdown() -> str:
     for name in Expected.__struct_fields__:
         cells = (_cell(p, p.expected, name) if p.flags.reserve == "expected" else "-" for p in presets)
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    for name in Pipeline.__struct_fields__:
+        cells = (_cell(p, p.pipeline, name) if p.pipeline else "-" for p in presets)
+        lines.append(f"| `pipeline.{name}` | " + " | ".join(cells) + " |")
     lines += ["", "`scheduling_policy = \"priority\"` sets `order` and, unless it is given, `victim =",
               "\"lowest_priority\"`. `max_num_batched_tokens` counts prompt tokens only where `phase_mix` is",
               "`prefill_first`. Two schedulers compare as schedulers only under one host overhead: set",
@@ -367,7 +411,9 @@ def markdown() -> str:
               "gives the KV blocks ([cost-model.md](cost-model.md), section 5); `gpu_memory_utilization` is the",
               "share it calls by another name: SGLang `mem_fraction_static`, TensorRT-LLM",
               "`free_gpu_memory_fraction`. `cudagraph_mode` (vLLM's name) says which iterations are captured: where",
-              "it is `full_decode_only` the kernels of an iteration with prompts are launched one by one.",
+              "it is `full_decode_only` the kernels of an iteration with prompts are launched one by one. `pipeline`:",
+              "with pipeline stages, whether who arrives is scheduled as soon as fewer batches than stages are in",
+              "flight, and what `max_num_seqs` limits: all batches together, each, or all with equal shares.",
               ""]
     for p in presets:
         also = f" (also `{'`, `'.join(p.aliases)}`)" if p.aliases else ""

@@ -47,9 +47,6 @@ def _shipped_scheduler(engine: EngineConfig) -> Scheduler:
 
 def _check_engine(s: "Scenario") -> None:
     engine = s.engine
-    if engine.pipeline_parallel_size != 1:
-        raise InputError("engine.pipeline_parallel_size", engine.pipeline_parallel_size, "not there yet",
-                         "use 1, and engine.tensor_parallel_size where that is what you need")
     scheduler = _scheduler(engine)
     if engine.enable_prefix_caching and (scheduler.phase_mix != "unified" or scheduler.reserve != "none"
                                          or not scheduler.kv_accounting):

@@ -54,7 +54,8 @@ WHOLE_ROWS = (*OF_EXECUTOR, "residues")
 
 
 class Executor(eqx.Module):
-    """What its ranks share. num_iterations: so far; turn: of several ranks the one that goes on, else None."""
+    """What its ranks share. num_iterations: so far; turn: of several ranks the one that goes on, of a pipeline the
+    batch whose pass is under way, else None."""
 
     num_iterations: Int[Array, "*shape"]
     turn: Int[Array, "*shape"] | None
@@ -75,11 +76,11 @@ class Cache(eqx.Module):
 class Rank(eqx.Module):
     """A waiting queue (linked by request), a KV pool, and who runs.
 
-    progress: of the scheduling pass; `forming_*` is the one partially computed prompt, `tail` the slot admitted last
-    among those past their prompt, `visible` how many waiting requests a pass may see under asynchronous scheduling,
-    `next_stamp` the next place in the order of running sequences; `cache` only with prefix caching. `forming_chunk`
-    and `cursor` belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other,
-    all `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`).
+    progress: of the scheduling pass; `forming_*` is the one partially computed prompt (in a pipeline, `forming_batch`
+    has its last chunk), `visible` how many waiting requests a pass may see under asynchronous scheduling, `next_stamp`
+    the next place in the order of running sequences; `cache` only with prefix caching. `forming_chunk` and `cursor`
+    belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other, all
+    `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`).
     """
 
     queue: Queue
@@ -91,11 +92,11 @@ class Rank(eqx.Module):
     forming_request: Int[Array, "*shape"]
     forming_computed: Int[Array, "*shape"]
     forming_known: Int[Array, "*shape"]
-    tail: Int[Array, "*shape"]
     next_stamp: Int[Array, "*shape"]
     forming_chunk: Int[Array, "*shape"]
     cursor: Int[Array, "*shape"]
     progress: Int[Array, "*shape"]
+    forming_batch: Int[Array, "*shape"] | None
     cache: Cache | None
 
     @property
@@ -106,19 +107,21 @@ class Rank(eqx.Module):
 
 class Batch(eqx.Module):
     """Sequences that decode together, on the lazy token clock: after `counter` iterations a sequence holds
-    `d + counter` tokens, and only `count` and the sum of `d` are kept.
+    `d + counter` tokens, and only `count` and the sum of `d` are kept. `tail`: the slot admitted last among them.
 
     joining*: those whose prompt completes in the iteration being formed or in flight, `resuming` of them after a
     preemption; chunk_*: its prompt chunks; budget: tokens it may still take; stalled*: those that sit it out (their
     offsets were lowered by one in advance, so that the common clock is right for them too). Of the iteration in flight:
     `extra` decode iterations follow the first, which advances the token clock by `advance`; `is_committed` once its end
     was applied; `gap_count` sequences whose next token prompt-only iterations delay; `log_row` where the time of its
-    first tokens goes; `record` its place on the tape, if there is one.
+    first tokens goes; `record` its place on the tape, if there is one; `taken` in a pipeline, how many of the `extra`
+    have taken their blocks, those of all before the jump ends if others may be admitted beside it.
     """
 
     counter: Int[Array, "*shape"]
     count: Int[Array, "*shape"]
     offsets: Int[Array, "*shape"]
+    tail: Int[Array, "*shape"]
     joining: Int[Array, "*shape"]
     joining_offsets: Int[Array, "*shape"]
     joining_first: Int[Array, "*shape"]
@@ -135,6 +138,7 @@ class Batch(eqx.Module):
     gap_count: Int[Array, "*shape"]
     log_row: Int[Array, "*shape"]
     record: Int[Array, "*shape"] | None
+    taken: Int[Array, "*shape"] | None
 
 
 class Counts(eqx.Module):
@@ -147,9 +151,12 @@ class Counts(eqx.Module):
 
 
 class ExecutorTimes(eqx.Module):
-    """busy: seconds with an iteration in flight (two-float)."""
+    """busy: seconds with an iteration in flight (two-float). Of a pipeline: when the engine and each stage become free,
+    and up to when busy time is counted; else None."""
 
     busy: Time
+    free: tuple[Time, ...] | None
+    counted: Time | None
 
 
 class RankTimes(eqx.Module):
@@ -167,7 +174,7 @@ class BatchTimes(eqx.Module):
 
     chunk_pairs: query-key pairs of the prompt chunks (`BatchStats.prefill_pairs`). gap_s: time for which sequences past
     their prompt have waited on prompt-only iterations; resume_s: time since their preemption, summed over resuming
-    sequences.
+    sequences. end: in a pipeline, when the batch returns, `clock.never()` unless it is in flight; else None.
     """
 
     start: Time
@@ -177,6 +184,7 @@ class BatchTimes(eqx.Module):
     chunk_pairs: Float[Array, "*shape"]
     gap_s: Float[Array, "*shape"]
     resume_s: Float[Array, "*shape"]
+    end: Time | None
 
 
 class Clocks(eqx.Module):
@@ -329,17 +337,23 @@ def empty_counts(dims: Dims) -> Counts:
     """An executor, rank and batch with nothing to do."""
     null, zero = jnp.int32(dims.null_slot), jnp.int32(0)
     cache = _zeros(Cache) if dims.num_segments else None
-    rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, tail=null, cache=cache)
-    executor = Executor(zero, zero if dims.num_ranks > 1 else None)
-    return Counts(executor, rank, _zeros(Batch, record=jnp.int32(-1) if dims.num_records else None))
+    is_pipeline = dims.num_stages > 1
+    rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, cache=cache,
+                  forming_batch=zero if is_pipeline else None)
+    executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
+    batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
+                   taken=zero if is_pipeline else None)
+    return Counts(executor, rank, batch)
 
 
-def empty_clocks(ratio_start: Float[Array, ""] | float = 0.0) -> Clocks:
+def empty_clocks(dims: Dims) -> Clocks:
     """The same, before its first iteration."""
     zero = jnp.float32(0)
-    at_zero = Time(zero, zero)
-    return Clocks(ExecutorTimes(at_zero), RankTimes(jnp.asarray(ratio_start, jnp.float32), at_zero, at_zero),
-                  BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero))
+    at_zero, free, counted, end = Time(zero, zero), None, None, None
+    if dims.num_stages > 1:
+        free, counted, end = (at_zero,) * (dims.num_stages + 1), at_zero, clock.never()
+    return Clocks(ExecutorTimes(at_zero, free, counted), RankTimes(zero, at_zero, at_zero),
+                  BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero, end))
 
 
 @functools.cache
@@ -351,7 +365,7 @@ def count_rows(dims: Dims) -> Rows:
 @functools.cache
 def clock_rows(dims: Dims) -> Rows:
     """Layout of `World.clocks`."""
-    return Rows(dims, jax.eval_shape(empty_clocks))
+    return Rows(dims, jax.eval_shape(lambda: empty_clocks(dims)))
 
 
 def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3"] | None = None,
@@ -378,7 +392,7 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         return type(record)(*(jax.tree.map(lambda x, axes=axes: jnp.broadcast_to(x, axes), part)
                               for part, axes in zip(parts, axes, strict=True)))
 
-    times = everywhere(empty_clocks())
+    times = everywhere(empty_clocks(dims))
     ratio = jnp.broadcast_to(jnp.asarray(ratio_start, jnp.float32), (executors,))[:, None]
     times = replace(times, rank=replace(times.rank, ratio=jnp.broadcast_to(ratio, times.rank.ratio.shape)))
     counts, cached = everywhere(empty_counts(dims)), {}

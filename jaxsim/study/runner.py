@@ -225,14 +225,18 @@ def _write_tile(folder: Path, name: str, content: bytes) -> None:
 
 
 def _threads(workers: int | None) -> futures.Executor:
-    """Threads that each keep to one device, all devices in turn."""
+    return futures.ThreadPoolExecutor(workers or num_workers(), "tile", initializer=keep_to_devices())
+
+
+def keep_to_devices() -> Callable[[], None]:
+    """What the threads of a pool do first: each keeps its tiles to one device, all local devices in turn."""
     devices, lock = itertools.cycle(jax.local_devices()), threading.Lock()
 
     def take() -> None:
         with lock:
             _OWN.device = next(devices)
 
-    return futures.ThreadPoolExecutor(workers or num_workers(), thread_name_prefix="tile", initializer=take)
+    return take
 
 
 def num_workers() -> int:

@@ -24,6 +24,8 @@ from jaxsim.engine.lower import make_workload
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study import runner
 
+pytestmark = pytest.mark.unoptimised
+
 BASE = {
     "schema_version": 1, "engine": {"max_num_seqs": 64, "num_gpu_blocks_override": 4096, "max_model_len": 8192},
     "num_seeds": 4, "warmup_s": 20.0,

@@ -248,7 +248,12 @@ def test_no_empty_folder_is_left_behind(tiny, monkeypatch):
 
 
 def command(*arguments, **options) -> subprocess.Popen:
-    """The command as a process of its own, in a session of its own."""
+    """The command as a process of its own, in a session of its own.
+
+    Without the programs kept by others: where one is loaded, XLA may have something to say on standard error.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    options.setdefault("env", kept)
     return subprocess.Popen([sys.executable, "-m", "jaxsim", *arguments], stderr=subprocess.PIPE, text=True,
                             start_new_session=True, **options)
 

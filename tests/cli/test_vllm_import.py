@@ -78,7 +78,7 @@ def test_data_parallel_ranks():
     ("vllm serve m --enable-lora", "--enable-lora = True: changes the timing"),
     ("vllm serve m --cpu-offload-gb 10", "--cpu-offload-gb"),
     ("vllm serve m --quantization bitsandbytes", "--quantization"),
-    ("vllm serve m --pipeline-parallel-size 2", "pipeline_parallel_size.*not there yet"),
+    ("vllm serve m --pipeline-parallel-size 2 --async-scheduling", "async_scheduling.*pipeline_parallel_size = 2"),
     ("vllm serve m --max-num-seq 4", "did you mean 'max-num-seqs'"),
     ("vllm serve m --max-num-seqs", "has no value"),
     ("vllm serve m --max-num-seqs four", "engine.max_num_seqs = 'four'"),

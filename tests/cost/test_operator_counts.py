@@ -154,12 +154,24 @@ def test_tokens_that_are_sent_pass_over_their_own_ranks_rows():
     assert seconds[0] < 0.8 * seconds[1]
 
 
-def test_nothing_is_sent_without_expert_parallelism():
-    """Then data-parallel ranks are copies, and every layer reduces twice."""
+def test_experts_cut_over_data_parallel_ranks():
+    """Without expert parallelism: an eighth of all 8 experts a rank, for the tokens of all, which are gathered whatever
+    the backend; every layer reduces twice among the two tensor-parallel ranks."""
     plan = Plan(tensor_parallel_size=2, data_parallel_size=4, all_to_all=True)
     works = {w.name: w for w in all_work(load_model("mixtral-8x7b"), plan, 32.0)}
-    assert works["all_reduce"].calls == 2 * 32 + 1 and works["experts"].load.row_tokens is None
-    assert not {"expert_exchange", "expert_gather"} & works.keys()
+    experts, slice_size = works["experts"], 3 * 4096 * (14336 // 8)
+    assert float(experts.flops) == 2 * slice_size * (4 * 32 * 2)
+    # 256 pairs touch all 8 of them.
+    assert float(experts.weight_bytes) == pytest.approx(8 * slice_size * 2, rel=1e-6)
+    assert experts.load.row_tokens is None and experts.load.local_experts == 8
+    gather, scatter = works["expert_gather"], works["expert_scatter"]
+    assert gather.ranks == scatter.ranks == 4 and gather.calls == scatter.calls == 32
+    assert float(gather.message_bytes) == 4 * 32 * (4096 + 8) * 2
+    assert float(scatter.message_bytes) == 4 * 32 * 4096 * 2
+    assert works["all_reduce"].calls == 2 * 32 + 1 and "expert_exchange" not in works
+    # Ranks of a dense model have nothing in common.
+    dense = {w.name for w in all_work(load_model("llama-3.1-8b"), plan, 32.0)}
+    assert not {"expert_gather", "expert_scatter"} & dense
 
 
 def test_pipeline_hops():

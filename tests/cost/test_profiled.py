@@ -302,6 +302,24 @@ def test_a_profile_of_something_else_is_refused(base, profile):
         profiled(Profile(dict(profile.tables), "llama-3.1-70b"), base, *SIZES)
 
 
+def test_experts_measured_in_wider_slices_are_refused():
+    """Without expert parallelism, data-parallel ranks cut experts further than tensor-parallel ones."""
+    base = base_of("mixtral-8x7b", plan=Plan(data_parallel_size=2))
+    for name in ("experts", "experts_touched"):
+        with pytest.raises(InputError, match="the profile has them cut over 1"):
+            profiled(profile_of(base_of("mixtral-8x7b"), (name,)), base, *SIZES)
+
+
+@pytest.mark.parametrize("is_expert_parallel", [True, False])
+def test_what_ranks_do_together_is_the_rooflines_without_a_table(is_expert_parallel):
+    """Experts and exchange of ranks that are not alike."""
+    base = base_of("mixtral-8x7b", plan=Plan(data_parallel_size=2, enable_expert_parallel=is_expert_parallel))
+    cost, expected = profiled(profile_of(base, DENSE[:5]), base, *SIZES), base.tabulate(*SIZES[:2])
+    for tokens, most in ((300, 250), (900, 800), (64, 32)):
+        asked = (jnp.bool_(most == 32), jnp.int32(tokens), jnp.int32(most))
+        assert float(cost.together_seconds(*asked)) == pytest.approx(float(expected.together_seconds(*asked)), rel=1e-5)
+
+
 def test_every_operator_has_a_rate():
     """No table can be read that could not be extrapolated."""
     assert {n for n in OPERATORS if n.startswith(("attention_", "latent_"))} >= set(PURE)

@@ -215,6 +215,47 @@ def test_links_are_of_their_group():
     assert float(apart.exchange_bytes_per_s) == pytest.approx(1e11)
 
 
+def test_cut_experts_are_shared_over_the_network_too():
+    """Two nodes without expert parallelism: the exchange is that of data-parallel ranks, wherever experts lie."""
+    cost = roofline(load_model("mixtral-8x7b"), load_device("h100"), Plan(tensor_parallel_size=2, data_parallel_size=8))
+    assert cost.num_ranks == 8 and float(cost.exchange_bytes_per_s) == pytest.approx(50e9)
+    assert float(cost.link_bytes_per_s) == pytest.approx(450e9)
+
+
+@pytest.mark.parametrize("ranks, tokens, most, mean, even", [
+    # One rank has 1,104 of 1,200 tokens: the other receives these. One of four has 1,800 of 2,700, the others 300 each,
+    # and one of those receives 2,400, as each would of four with 800.
+    (2, 1200, 1104, 600, 1104), (4, 2700, 1800, 675, 800), (2, 1024, 512, 512, 512), (4, 3200, 800, 800, 800)])
+@pytest.mark.parametrize("is_expert_parallel", [True, False])
+def test_the_exchange_lasts_until_the_emptiest_rank_has_all(ranks, tokens, most, mean, even, is_expert_parallel):
+    """And experts have the tokens there are, each of them once."""
+    cost = roofline(load_model("qwen3-30b-a3b"), load_device("h100"),
+                    Plan(data_parallel_size=ranks, enable_expert_parallel=is_expert_parallel))
+    together = cost.tabulate(2048, 64).together
+    works = {w.name: w for w in cost.token_works(jnp.asarray([float(mean)]), together=True)}
+    expected = 48 * float(cost.call_seconds(works["experts"])[0])
+    for name, width in (("expert_gather", 2048 + 128), ("expert_scatter", 2048)):
+        kernel = cost.exchange_gather if name == "expert_gather" else cost.reduce_scatter
+        message = jnp.asarray(ranks * even * width * 2.0)
+        expected += 48 * float(kernel.seconds(ranks, message, cost.exchange_bytes_per_s))
+    found = together.seconds(jnp.bool_(False), jnp.int32(tokens), jnp.int32(most))
+    assert float(found) == pytest.approx(expected, rel=2e-3)
+
+
+def test_captured_pieces_pad_all_ranks_to_the_fullest():
+    """Up to the largest graph; ranks are not where only decodes are captured."""
+    cost = roofline(load_model("qwen3-30b-a3b"), load_device("h100"),
+                    Plan(data_parallel_size=2, enable_expert_parallel=True))
+
+    def seconds(tokens, most, graphs=True):
+        return float(cost.tabulate(2048, 64, cuda_graphs=graphs).together.seconds(
+            jnp.bool_(False), jnp.int32(tokens), jnp.int32(most)))
+
+    assert seconds(300, 250) == seconds(500, 250) == pytest.approx(sum(
+        float(part[0]) for part in cost.together_seconds(jnp.asarray([256.0]))), rel=1e-5)
+    assert seconds(300, 250, "decodes") < 0.99 * seconds(300, 250)
+
+
 def test_vllms_all_reduce_wants_peers_that_can_be_read():
     def reduces(device, ranks):
         return isinstance(make("llama-3.1-8b", device, ranks).all_reduce, CustomAllReduce)

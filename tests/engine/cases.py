@@ -185,10 +185,12 @@ def draw_many(seed: int, flags: simulator.Flags, dims: Dims, count: int = LANES)
 def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int = 1_000_000) -> Params:
     """What the engine is told of a case. Leaves are NumPy's: a batch is stacked on the host."""
     i, x, flags = np.int32, np.float32, replace(flags, **case.limits)
-    waits = {}
+    more = {}
     if flags.batch_wait_timeout_iters:
         enough = math.ceil(flags.batch_wait_max_tokens_ratio * flags.max_num_batched_tokens)
-        waits = dict(batch_wait_timeout_iters=i(flags.batch_wait_timeout_iters), batch_wait_tokens=i(enough))
+        more = dict(batch_wait_timeout_iters=i(flags.batch_wait_timeout_iters), batch_wait_tokens=i(enough))
+    if flags.stages > 1:
+        more = dict(max_batch_seqs=i(flags.max_batch_seqs), pass_on_arrival=flags.pass_on_arrival)
     batching = Batching(
         i(flags.max_num_seqs), i(flags.max_num_batched_tokens), i(flags.max_model_len),
         i(flags.num_blocks), i(flags.watermark_blocks), i(flags.decode_context_limit or 0),
@@ -198,7 +200,7 @@ def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int 
         decode_needs_free_block=flags.decode_needs_free_block, victim=flags.victim,
         waiting_blocked_after_preempt=flags.waiting_blocked_after_preempt, order=flags.order,
         admit=flags.admit, async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
-        has_context_limit=flags.decode_context_limit is not None, prefix_caching=flags.prefix_caching, **waits)
+        has_context_limit=flags.decode_context_limit is not None, prefix_caching=flags.prefix_caching, **more)
     chosen = AnyRouter(i(case.router), routing.Score(*map(x, case.score))) if router == "mixed" else ROUTERS[router]()
     return Params((Group(batching, case.cost or fitted(*case.coefficients)),), chosen, i(max_steps))
 
@@ -296,8 +298,9 @@ def score_reference(num_blocks: int, weights: tuple) -> simulator.Router:
 
 
 def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
-              cost: Callable[[simulator.BatchStatsRef], float] | None = None) -> simulator.ReferenceResult:
-    """The reference's answer. Raises ValueError where a request can never be served."""
+              cost: Callable[[simulator.BatchStatsRef], float] | None = None, **options) -> simulator.ReferenceResult:
+    """The reference's answer; more `options` as of `simulator.simulate`. Raises ValueError where a request can never be
+    served."""
     requests = [simulator.Request(i, float(case.arrival_s[i]), int(case.prompt[i]), int(case.output[i]),
                                   int(case.max_tokens[i]), int(case.priority[i]),
                                   tuple(float(u) for u in case.uniforms[i]),
@@ -306,7 +309,8 @@ def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
     if router == "mixed":
         router = MIXED[case.router]
     rule = {"score": score_reference(flags.num_blocks, case.score), "first": lambda *_: 0}.get(router, router)
-    return simulator.simulate(requests, flags, dims.all_ranks, rule, cost or dyadic_cost(case), ranks=dims.num_ranks)
+    return simulator.simulate(requests, flags, dims.all_ranks, rule, cost or dyadic_cost(case), ranks=dims.num_ranks,
+                              **options)
 
 
 def answer(result: simulator.ReferenceResult, num_executors: int, num_blocks: int) -> dict:
@@ -326,6 +330,18 @@ def answer(result: simulator.ReferenceResult, num_executors: int, num_blocks: in
         num_iterations[record.instance] += 1
         peak[record.instance] = max(peak[record.instance], num_blocks - record.free_blocks)
     return columns | dict(stalled_s=stalled, busy_s=busy, num_iterations=num_iterations, peak_blocks=peak)
+
+
+REQUEST_FIELDS = ("instance", "scheduled_s", "first_token_s", "finish_s", "preemptions")
+"""What the reference says about requests."""
+
+
+def compare_requests(ours: dict, theirs: simulator.ReferenceResult, name: str) -> None:
+    """Asserts that a lane ended well, and all its requests as in the reference, bit for bit."""
+    assert ours["fault"] == 0, (name, ours["fault"])
+    for field in REQUEST_FIELDS:
+        want = np.array([getattr(request, field) for request in theirs.requests])
+        np.testing.assert_array_equal(ours[field], want, err_msg=f"{name} {field}")
 
 
 def differences(ours: dict, theirs: dict) -> list[str]:

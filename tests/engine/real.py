@@ -26,10 +26,11 @@ LONGEST = 1024
 ROUTER = "least_outstanding"
 
 
-def tables() -> t.TabulatedCost:
+def tables(stages: int = 1) -> t.TabulatedCost:
     """Cost tables of the system, on the host."""
     scenario = Scenario.from_dict({
         "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+        "engine": {"pipeline_parallel_size": stages},
         "workload": {"kind": "poisson", "rate_rps": 1.0, "input": 512, "output": 128}})
     return jax.device_get(lower.make_cost(scenario, lower.resolve_system(scenario), DIMS.num_slots, LONGEST))
 
@@ -80,6 +81,30 @@ def draw_batch(seed: int, cost: t.TabulatedCost, count: int = LANES,
 
 def exact_cost(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], float]:
     """The same tables read in float64 NumPy: seconds of an iteration, written apart from the engine's."""
+    lanes = exact_lanes(cost)
+
+    def seconds(s: simulator.BatchStatsRef) -> float:
+        serial, launch, device, _ = lanes(s)
+        return float(serial + max(launch, device))
+
+    return seconds
+
+
+def exact_stage_cost(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], list[float]]:
+    """The same for the engine and each stage: the head belongs to the last, the rest goes by layers."""
+    lanes, shares = exact_lanes(cost), cost.stages.astype(np.float64)
+
+    def seconds(s: simulator.BatchStatsRef) -> list[float]:
+        serial, launch, device, head = lanes(s)
+        on_device = [share * (device - head) for share in shares]
+        on_device[-1] += head
+        return [serial, *(max(share * launch, own) for share, own in zip(shares, on_device, strict=True))]
+
+    return seconds
+
+
+def exact_lanes(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], tuple[float, float, float, float]]:
+    """Serial and launch seconds of the host, device seconds, and those of the head among them."""
     by_sequences, attention = cost.by_sequences.astype(np.float64), cost.attention.astype(np.float64)
     by_tokens, by_sampled = cost.by_tokens.astype(np.float64), cost.by_sampled.astype(np.float64)
 
@@ -101,7 +126,7 @@ def exact_cost(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], flo
         added = c[a.ADD_TOKEN] * s.prefill_tokens + c[a.ADD_KEYS] * keys * s.num_prefill
         return np.hypot(np.hypot(work, longest) ** 2, reads ** 2) ** 0.5 + added
 
-    def seconds(s: simulator.BatchStatsRef) -> float:
+    def seconds(s: simulator.BatchStatsRef) -> tuple[float, float, float, float]:
         row = by_sequences[min(s.num_decode + s.num_prefill, len(by_sequences) - 1)]
         own = by_sequences[min(s.num_decode, len(by_sequences) - 1)]
         contexts = [s.decode_context, min(s.decode_context, s.num_decode * window)]
@@ -114,7 +139,8 @@ def exact_cost(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], flo
             launch = row[t.MIXED_LAUNCH]
         else:
             device, launch = own[t.DECODE_DEVICE] + sum(reads), row[t.DECODE_LAUNCH]
-        return float(row[t.SERIAL] + max(launch, device))
+        head = np.interp(s.num_sampled, sampled_knots, by_sampled)
+        return row[t.SERIAL], launch, device, min(head, device)
 
     return seconds
 

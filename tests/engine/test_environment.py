@@ -1,8 +1,6 @@
 """The environment by control ticks: exact whatever the ticks, and actions take effect where they are said to."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -272,16 +270,3 @@ def test_what_does_not_fit_is_refused(steered):
         Environment(scenario(), tick_s=0.0)
     with pytest.raises(InputError, match="enable_prefix_caching"):
         Environment(scenario(enable_prefix_caching=True), tick_s=1.0)
-
-
-def test_the_example_learns():
-    """A smaller version: it runs as it stands, and its trials get better."""
-    path = Path(__file__).parents[2] / "examples" / "learned_router.py"
-    spec = importlib.util.spec_from_file_location("learned_router", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    lines = []
-    shares = example.main(generations=18, num_requests=96, num_ticks=5, train_seeds=16, test_seeds=16, log=lines.append)
-    assert set(shares) == {"learned", "RoundRobin", "LeastOutstanding"} and len(lines) >= 14
-    assert all(0.5 < share <= 1 for share in shares.values())
-    assert shares["learned"] > max(shares["RoundRobin"], shares["LeastOutstanding"])

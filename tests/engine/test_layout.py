@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,8 @@ from jaxsim.policy import routing
 from tests.engine import cases as c
 from tests.reference import simulator
 
-EXECUTORS = 2
+EXECUTORS = 3
+"""As in the programs of the comparison with the reference, so that they are shared."""
 
 
 class FirstRanks(routing.AbstractRouting):
@@ -25,18 +25,11 @@ class FirstRanks(routing.AbstractRouting):
         return 2 * (view.num_routed % EXECUTORS)
 
 
-class OnlyTo(routing.AbstractRouting):
-    """Everything to one executor."""
-
-    executor: int = eqx.field(static=True, default=0)
-
-    def choose(self, view: routing.View):
-        return jnp.int32(self.executor)
-
-
-def run(batch, flags, dims, router, change=lambda params: params):
-    params, requests = c.inputs(batch, flags, dims, "round_robin")
-    world = jax.device_get(loop.run(dims, change(replace(params, routing=router)), requests))
+def run(batch, flags, dims, router: str, change=lambda params: params):
+    """Behind one of the routers of `cases`; unless something is changed, the program of the comparison."""
+    batch = [replace(case, router=c.MIXED.index(router)) for case in batch]
+    params, requests = c.inputs(batch, flags, dims, "mixed")
+    world = jax.device_get(loop.run(dims, change(params), requests))
     return [c.unpack(dims, world, lane, len(case)) for lane, case in enumerate(batch)]
 
 
@@ -45,8 +38,9 @@ def test_ranks_and_batches_that_idle_change_nothing(name):
     """Two ranks of two batches each, of which one runs: as if there were no others."""
     flags, dims = simulator.preset(name), c.dims_of(name, EXECUTORS)
     batch = c.draw_many(3, flags, dims)
-    plain = run(batch, flags, dims, routing.RoundRobin())
-    nested = run(batch, flags, replace(dims, num_ranks=2, num_batches=2), FirstRanks())
+    plain = run(batch, flags, dims, "round_robin")
+    nested = run(batch, flags, replace(dims, num_ranks=2, num_batches=2), "round_robin",
+                 lambda params: replace(params, routing=FirstRanks()))
     for one, other in zip(plain, nested, strict=True):
         # Ranks take turns, in steps of their own.
         assert c.differences(other | {"instance": other["instance"] // 2, "steps": one["steps"]}, one) == []
@@ -54,9 +48,9 @@ def test_ranks_and_batches_that_idle_change_nothing(name):
 
 
 def test_groups_have_their_own_costs_and_numbers():
-    """Two executors of two kinds, one with costs of another form, each as it would do its half alone."""
+    """Executors of two kinds, one with costs of another form, each as it would do its share alone and elsewhere."""
     flags, dims = simulator.preset("vllm-v1"), c.dims_of("vllm-v1", EXECUTORS)
-    batch = c.draw_many(4, flags, dims)
+    batch, kinds = c.draw_many(4, flags, dims), (0, 1, 0)
 
     def other(group: Group) -> Group:
         # More blocks, and a cost that doubles from three sequences on: leaves of other shapes than the plain form's.
@@ -68,25 +62,25 @@ def test_groups_have_their_own_costs_and_numbers():
     def mixed(params):
         (group,) = params.groups
         return replace(params, groups=(group, other(group)),
-                       group_of=jnp.tile(jnp.arange(EXECUTORS, dtype=jnp.int32), (len(batch), 1)))
+                       group_of=jnp.tile(jnp.array(kinds, jnp.int32), (len(batch), 1)))
 
-    both = run(batch, flags, dims, routing.RoundRobin(), mixed)
-    for kind in range(EXECUTORS):
-        mine = [case.kept(np.arange(len(case)) % EXECUTORS == kind) for case in batch]
+    def second(params):
+        return replace(params, groups=(other(params.groups[0]),))
+
+    both = run(batch, flags, dims, "round_robin", mixed)
+    for executor, kind in enumerate(kinds):
+        mine = [case.kept(np.arange(len(case)) % EXECUTORS == executor) for case in batch]
         mine = [case if len(case) else batch[i].kept(np.arange(len(batch[i])) == 0) for i, case in enumerate(mine)]
-
-        def alone(params, kind=kind):
-            return replace(params, groups=(other(params.groups[0]) if kind else params.groups[0],))
-
-        for case, together, single in zip(batch, both, run(mine, flags, dims, OnlyTo(kind), alone), strict=True):
-            is_mine = np.arange(len(case)) % EXECUTORS == kind
+        alone = run(mine, flags, dims, "first", *([second] if kind else []))
+        for case, together, single in zip(batch, both, alone, strict=True):
+            is_mine = np.arange(len(case)) % EXECUTORS == executor
             if not is_mine.any():
                 continue
-            assert np.all(together["instance"][is_mine] == kind)
+            assert np.all(together["instance"][is_mine] == executor)
             for field in ("scheduled_s", "first_token_s", "finish_s", "preemptions"):
                 assert np.array_equal(together[field][is_mine], single[field]), field
             for field in ("busy_s", "num_iterations", "peak_blocks"):
-                assert together[field][kind] == single[field][kind], field
+                assert together[field][executor] == single[field][0], field
 
 
 def test_groups_that_cannot_share_a_program_are_refused():

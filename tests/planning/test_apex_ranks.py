@@ -8,14 +8,17 @@ import pytest
 
 from jaxsim._core.errors import InputError
 from jaxsim.analytic import Executor, Load, steady_state
-from jaxsim.analytic.lower import executor_of, system_of
+from jaxsim.analytic.lower import executor_of
 from jaxsim.cost import apex
 from jaxsim.cost.roofline import roofline
+from jaxsim.engine.lower import resolve_system
 from jaxsim.planning import cells
 from jaxsim.spec.device import load_device
 from jaxsim.spec.model import load_model
 from jaxsim.spec.plan import Plan
 from jaxsim.spec.scenario import Scenario
+
+pytestmark = pytest.mark.unoptimised
 
 BATCHES = 33
 LONGEST = 24272
@@ -38,7 +41,7 @@ def screened():
                        "max_num_seqs": BATCHES - 1, "gpu_memory_utilization": 0.97},
             "cluster": {"replicas": 8 // ranks},
             "workload": {"kind": "poisson", "rate_rps": 1, "input": 8, "output": 8}})
-        system = system_of(scenario)
+        system = resolve_system(scenario)
         with jax.disable_jit():
             executor = executor_of(scenario, system, num_batches=BATCHES)
         for name, load in apex.WORKLOADS.items():

@@ -14,6 +14,8 @@ from jaxsim.planning.command import RANKS
 from jaxsim.planning.search import search
 from jaxsim.spec.scenario import Scenario
 
+pytestmark = pytest.mark.unoptimised
+
 BASE = {
     "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"}, "num_seeds": 2,
     "engine": {"max_num_seqs": 32, "max_model_len": 65536, "max_num_batched_tokens": 2048},
@@ -26,7 +28,7 @@ KINDS = ("v100_pcie_16", "a10", "l4")
 def found():
     """Two small devices of three kinds, on which the model fits in some ways only.
 
-    One device alone cannot hold it, so that all that is simulated is of one program.
+    One device alone cannot hold it.
     """
     patch = pytest.MonkeyPatch()
     patch.setattr(searching, "LARGEST_GRID", 32)
@@ -43,17 +45,17 @@ def test_every_plan_is_in_the_table(found):
     misfit = table[(table["device"] == "v100_pcie_16") & (table["plan"] == "2 x TP1")].iloc[0]
     assert "GiB" in misfit["refused"] and np.isnan(misfit["screened.tpot_ms"]) and pd.isna(misfit["rank"])
     others = table[table["plan"].isin(["TP1 PP2", "attention DP2 FFN TP2"]) & (table["device"] == "a10")]
-    assert others["refused"].str.contains("not simulated").all() and others["screened.tpot_ms"].notna().all()
-    assert others["mean_tpot_ms"].isna().all()
+    assert sorted(others["refused"].str.contains("no engine here|below the 3 best", regex=True)) == [True, True]
+    assert others["screened.tpot_ms"].notna().all() and others["mean_tpot_ms"].isna().all()
 
 
 def test_ranks_and_the_front(found):
     table = found.table
     ranked = table[table["rank"].notna()]
     assert list(ranked["rank"]) == [1, 2, 3] and list(ranked.index) == [0, 1, 2]
-    assert found.best == 0 and set(ranked["plan"]) == {"TP2"}
+    assert found.best == 0 and list(ranked["plan"]) == ["TP2", "TP2", "TP1 PP2"]
     meets = ranked["meets_limits"].astype(bool)
-    assert meets.iloc[0] and not meets.iloc[2] and ranked["device"].iloc[2] == "l4"
+    assert meets.iloc[0] and not meets.iloc[2]
     assert ranked[meets]["mean_e2el_ms"].is_monotonic_increasing
     # Nobody on the front is beaten by another in all three.
     axes = ranked[["mean_ttft_ms", "mean_tpot_ms"]].assign(
@@ -70,7 +72,10 @@ def test_what_was_screened_is_what_was_simulated(found):
     np.testing.assert_allclose(ranked["screened.tpot_ms"], ranked["mean_tpot_ms"], rtol=0.05)
     np.testing.assert_allclose(ranked["screened.ttft_ms"], ranked["mean_ttft_ms"], rtol=0.10)
     assert (ranked["screened.rate_within_limits"] <= ranked["screened.capacity_rps"] * 1.0001).all()
-    assert ranked["screened.rate_within_limits"].iloc[2] == 0
+    # At the rate simulated the third misses a limit; another misses it at any rate.
+    assert 0 < ranked["screened.rate_within_limits"].iloc[2] < 4
+    slow = found.table[(found.table["device"] == "l4") & (found.table["plan"] == "TP2")]
+    assert slow["screened.rate_within_limits"].item() == 0
 
 
 def test_the_line_of_the_best(found):

@@ -4,6 +4,9 @@ Every sequence is an object that holds what it computed, emitted and occupies; a
 of such objects in the order the imitated engine walks them, so preemption is the engine's own sequential loop
 and not a closed form. Nothing here is fast and nothing here is shared with `jaxsim`.
 
+With `Flags.stages` an instance is a pipeline: up to so many batches are in flight, one behind the other through the
+engine and the stages, each of which works on one at a time. A pass sees the sequences that are not in flight.
+
 Order of events at one instant: (time, phase, index), phases: iteration ends by instance, arrivals by request,
 scheduling passes by instance. A pass is atomic; it needs an instance with work and no iteration in flight.
 
@@ -15,7 +18,7 @@ Vidur), and LLMServe/DistServe `simdistserve` (`decode_context_limit`).
 
 Prefix caching (`Flags.prefix_caching`, vLLM V1 only): the pool of an instance is a `PrefixCache`, block by block.
 
-Known gaps: no swapping, no speculation, no pipeline or data parallelism, one chunked prefill at a time; SGLang
+Known gaps: no swapping, no speculation, one chunked prefill at a time; a sequence in flight is never preempted; SGLang
 without its radix tree; with asynchronous scheduling a block gets its key when scheduled all the same.
 """
 
@@ -61,6 +64,9 @@ class Flags:
     - prefix_caching: blocks of a known prefix are not computed again (`PrefixCache`).
     - batch_wait_timeout_iters, batch_wait_max_tokens_ratio: prompts beside decodes are withdrawn for so many
       iterations, unless the batch fills that share of the token budget (TensorRT-LLM).
+    - stages: of a pipeline, as many batches in flight; max_batch_seqs: sequences of one of them; pass_on_arrival: a
+      batch is formed as soon as somebody arrives and there is room for one more in flight, instead of when the
+      engine has waited for the oldest to return (vLLM V1).
     """
 
     phase_mix: str = "unified"
@@ -92,6 +98,9 @@ class Flags:
     prefix_caching: bool = False
     batch_wait_timeout_iters: int = 0
     batch_wait_max_tokens_ratio: float = 0.0
+    stages: int = 1
+    max_batch_seqs: int = UNLIMITED
+    pass_on_arrival: bool = False
 
     def __post_init__(self):
         for name, allowed in (
@@ -131,6 +140,11 @@ class Flags:
             self.phase_mix != "unified" or self.chunked_prefill or self.reserve in CAN_GROW or self.order != "fcfs"
         ):
             raise ValueError("batch waiting needs whole prompts beside decodes, all blocks reserved, fcfs")
+        if self.stages > 1 and (
+            self.phase_mix != "unified" or self.order != "fcfs" or self.admit != "any_time"
+            or self.async_scheduling or self.batch_wait_timeout_iters
+        ):
+            raise ValueError("stages need unified batches, fcfs, admission at any time, no asynchronous scheduling")
 
 
 # What a preset does not name is the default of Flags; sizes are the caller's business, except where an engine
@@ -334,6 +348,7 @@ class Job:
     request: Request
     arrival: float  # ticks, as all times here
     computed: int = 0  # tokens whose KV is held, cached ones included
+    pending: int = 0  # tokens in flight
     emitted: int = 0  # output tokens so far; survives preemption
     blocks: int = 0
     is_prefilled: bool = False  # emitted since it was last admitted: decodes from here on
@@ -352,6 +367,11 @@ class Job:
         return self.request.prompt + self.emitted
 
     @property
+    def scheduled_tokens(self) -> int:
+        """Tokens computed or in flight."""
+        return self.computed + self.pending
+
+    @property
     def tokens_left(self) -> int:
         """Output tokens the engine must expect."""
         return self.request.max_tokens - self.emitted
@@ -364,7 +384,7 @@ class Job:
 
 @dataclass(eq=False)
 class Instance:
-    """One replica: a queue, a running list in admission order, a pool, at most one iteration in flight.
+    """One replica: a queue, a running list in admission order, a pool, batches in flight (oldest first).
 
     With prefix caching the pool is `cache`, and `free_blocks` follows it: blocks nobody holds, cached or not.
     """
@@ -374,7 +394,8 @@ class Instance:
     new_token_ratio: float
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)
-    in_flight: list[tuple[Job, int]] | None = None
+    flights: list[list[tuple[Job, int]]] = field(default_factory=list)
+    stage_free: list[float] = field(default_factory=list)  # when the engine, and each stage, is free
     is_pass_due: bool = False
     # Ids that waited when the iteration that just ended was started; None when idle.
     waiting_at_start: set[int] | None = None
@@ -395,6 +416,7 @@ class Plan:
     entries: list[tuple[Job, int]] = field(default_factory=list)
     preempted: list[Job] = field(default_factory=list)
     budget: int = 0
+    is_short: bool = False  # somebody lacked blocks and nobody could be preempted
 
     def add(self, job: Job, tokens: int) -> None:
         self.entries.append((job, tokens))
@@ -483,7 +505,7 @@ def blocks_to_grow(job: Job, tokens: int, flags: Flags) -> int:
     """Blocks a running job lacks to compute `tokens` more."""
     if not flags.track_blocks:
         return 0
-    lacking = max(0, ceil_div(job.computed + tokens, flags.block_size) - job.blocks)
+    lacking = max(0, ceil_div(job.scheduled_tokens + tokens, flags.block_size) - job.blocks)
     assert lacking == 0 or flags.reserve in CAN_GROW, "a full reservation was too small"
     return lacking
 
@@ -577,11 +599,21 @@ def schedule_running(instance: Instance, plan: Plan, flags: Flags) -> None:
     This is vLLM's loop: the victim may be a job that already got its tokens in this pass (they are refunded),
     and when it is the very job that lacks the block the loop ends and what stands after it gets no tokens.
     With last-admitted victims nothing stands after it.
+
+    Who has nothing to compute until a batch returns is passed over, and so is who finds the batch full. Nobody in
+    flight is a victim; a prompt in flight goes without its next chunk where it lacks blocks or somebody was
+    preempted, and the loop ends.
     """
     position = 0
     while position < len(instance.running):
         job = instance.running[position]
-        tokens = 1 if job.is_prefilled else min(job.known - job.computed, plan.budget)
+        if job.scheduled_tokens == job.known or len(plan.entries) >= flags.max_batch_seqs:
+            position += 1
+            continue
+        if job.pending and plan.preempted:
+            plan.is_short = True
+            return
+        tokens = 1 if job.is_prefilled else min(job.known - job.scheduled_tokens, plan.budget)
         assert tokens >= 1, "a running job found no budget"
         lacking = blocks_to_grow(job, tokens, flags)
         must_be_free = lacking
@@ -591,11 +623,15 @@ def schedule_running(instance: Instance, plan: Plan, flags: Flags) -> None:
             if flags.victim == "lowest_priority":
                 victim = max(instance.running, key=queue_key)
             else:
-                victim = instance.running[-1]
+                victim = next((j for j in reversed(instance.running[position:]) if not j.pending), None)
+            if victim is None:
+                plan.is_short = True
+                return
             if plan.withdraw(victim):
                 position -= 1
             preempt(instance, victim, plan, flags)
             if victim is job:
+                plan.is_short = any(j.pending and j.scheduled_tokens < j.known for j in instance.running)
                 return
         if instance.cache is not None:
             grow_cached(instance, job, tokens)
@@ -647,7 +683,12 @@ def admit(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | None
     """Admits from the front of the queue until one does not fit; only ids in `visible` exist (None: all)."""
     # A prompt that was begun earlier and goes on here counts as admitted here.
     admitted = [job for job, _ in plan.entries if not job.is_prefilled]
-    while len(instance.running) < flags.max_num_seqs and plan.budget > 0:
+    while (
+        len(instance.running) < flags.max_num_seqs
+        and plan.budget > 0
+        and len(plan.entries) < flags.max_batch_seqs
+        and not plan.is_short
+    ):
         heads = (job for job in instance.waiting if visible is None or job.request.id in visible)
         job = next(heads, None)
         if job is None:
@@ -728,7 +769,7 @@ def scheduling_pass(instance: Instance, flags: Flags, visible: set[int] | None) 
 def batch_stats(entries: list[tuple[Job, int]]) -> BatchStatsRef:
     """Statistics of a composed batch, before it runs."""
     decodes = [job for job, _ in entries if job.is_prefilled]
-    chunks = [(job.computed, tokens) for job, tokens in entries if not job.is_prefilled]
+    chunks = [(job.scheduled_tokens, tokens) for job, tokens in entries if not job.is_prefilled]
     return BatchStatsRef(
         num_decode=len(decodes),
         decode_context=sum(job.computed + 1 for job in decodes),
@@ -736,7 +777,7 @@ def batch_stats(entries: list[tuple[Job, int]]) -> BatchStatsRef:
         prefill_tokens=sum(c for _, c in chunks),
         prefill_pairs=sum((h + c) ** 2 - h**2 for h, c in chunks),
         prefill_context=sum(h + c for h, c in chunks),
-        num_sampled=sum(job.computed + tokens == job.known for job, tokens in entries),
+        num_sampled=sum(job.scheduled_tokens + tokens == job.known for job, tokens in entries),
     )
 
 
@@ -799,7 +840,10 @@ def check_instance(instance: Instance, flags: Flags) -> None:
     else:
         assert instance.free_blocks + sum(job.blocks for job in running) == flags.num_blocks
     if flags.track_blocks:
-        assert all(job.blocks * flags.block_size >= job.computed for job in running)
+        assert all(job.blocks * flags.block_size >= job.scheduled_tokens for job in running)
+    flying = [job for flight in instance.flights for job, _ in flight]
+    assert all(any(job is other for other in running) for job in flying)
+    assert len(instance.flights) <= flags.stages
     if flags.order == "priority":
         assert waiting == sorted(waiting, key=queue_key)
 
@@ -807,7 +851,7 @@ def check_instance(instance: Instance, flags: Flags) -> None:
 def check_between_iterations(instance: Instance, flags: Flags) -> None:
     """At most one job is partially prefilled, and it is the last admitted."""
     check_instance(instance, flags)
-    assert all(job.is_prefilled for job in instance.running[:-1])
+    assert all(job.is_prefilled or job.scheduled_tokens == job.known for job in instance.running[:-1])
 
 
 def check_batch(instance: Instance, plan: Plan, flags: Flags) -> None:
@@ -816,8 +860,9 @@ def check_batch(instance: Instance, plan: Plan, flags: Flags) -> None:
     assert len({id(job) for job in jobs}) == len(jobs)
     assert all(any(job is other for other in instance.running) for job in jobs)
     for job, tokens in plan.entries:
-        assert tokens >= 1 and job.computed + tokens <= job.known
-        assert not flags.track_blocks or job.blocks * flags.block_size >= job.computed + tokens
+        assert tokens >= 1 and job.scheduled_tokens + tokens <= job.known
+        assert not flags.track_blocks or job.blocks * flags.block_size >= job.scheduled_tokens + tokens
+    assert len(plan.entries) <= flags.max_batch_seqs
     counted = [n for job, n in plan.entries if flags.phase_mix == "unified" or not job.is_prefilled]
     assert sum(counted) <= flags.max_num_batched_tokens
     if flags.phase_mix == "prefill_first":
@@ -838,6 +883,7 @@ def simulate(
     *,
     round_times: bool = True,
     ranks: int = 1,
+    stage_cost: Callable[[BatchStatsRef], Sequence[float]] | None = None,
 ) -> ReferenceResult:
     """Serves all requests to the end.
 
@@ -847,6 +893,8 @@ def simulate(
     - cost: seconds of one iteration.
     - round_times: False keeps float64 seconds as they come instead of the grids.
     - ranks: so many instances each, one behind the other, iterate together: none starts or ends before the others.
+    - stage_cost: seconds of one iteration in the engine and in each stage of a pipeline; by default nothing in the
+      engine, and `cost` in equal parts.
 
     Raises ValueError for a request that can never be served, AssertionError where a law is broken.
     """
@@ -872,7 +920,13 @@ def simulate(
     for request in requests:
         refuse_impossible(request, flags)
 
+    if stage_cost is None:
+        def stage_cost(stats):
+            return [0.0] + [cost(stats) / flags.stages] * flags.stages
+
     instances = [Instance(i, flags.num_blocks, flags.new_token_ratio_init) for i in range(num_instances)]
+    for instance in instances:
+        instance.stage_free = [0] * (flags.stages + 1)
     if flags.prefix_caching:
         for instance in instances:
             instance.cache = prefix_cache.PrefixCache(flags.num_blocks, flags.block_size)
@@ -888,19 +942,20 @@ def simulate(
         first = instance.index // ranks * ranks
         return instances[first : first + ranks]
 
-    def ask_for_pass(instance: Instance) -> None:
+    def ask_for_pass(instance: Instance, *, is_return: bool = False) -> None:
         leader = together(instance)[0]
-        if leader.is_pass_due or any(i.in_flight is not None for i in together(instance)):
+        room = flags.stages if flags.pass_on_arrival or is_return else 1
+        if leader.is_pass_due or any(len(i.flights) >= room for i in together(instance)):
             return
         if any(i.outstanding for i in together(instance)):
             leader.is_pass_due = True
             heapq.heappush(events, (now, PHASE_PASS, leader.index))
 
     def end_iteration(instance: Instance) -> None:
-        batch, instance.in_flight = instance.in_flight, None
         iteration_ends[instance.index].append(now)
-        for job, tokens in batch:
+        for job, tokens in instance.flights.pop(0):
             job.computed += tokens
+            job.pending -= tokens
             assert job.computed <= job.known
             if job.computed < job.known:
                 continue
@@ -929,12 +984,15 @@ def simulate(
         enqueue(instance, job, flags, at_front=False)
         ask_for_pass(instance)
 
-    def start_iteration(instance: Instance) -> float:
+    def start_iteration(instance: Instance) -> float | None:
+        """Returns its duration, None if nothing can be scheduled until a batch returns."""
         visible = instance.waiting_at_start if flags.async_scheduling else None
         plan = scheduling_pass(instance, flags, visible)
         check_batch(instance, plan, flags)
         check_instance(instance, flags)
         instance.preempted_before += [job.request.id for job in plan.preempted]
+        if not plan.entries and instance.flights:
+            return None
         if not plan.entries:
             # Nothing runs and something waits: the engine's loop comes round at once, seeing everybody.
             assert plan.preempted or visible is not None, "an idle instance with work is stuck"
@@ -944,9 +1002,13 @@ def simulate(
             if job.scheduled is None:
                 job.scheduled = now
         stats = batch_stats(plan.entries)
-        seconds = cost(stats)
-        assert math.isfinite(seconds) and seconds >= 0
-        duration = to_ticks(seconds, 1)
+        seconds = [cost(stats)] if flags.stages == 1 else stage_cost(stats)
+        assert all(math.isfinite(x) and x >= 0 for x in seconds)
+        end = now
+        for stage, part in enumerate(seconds):
+            end = max(end, instance.stage_free[stage]) + to_ticks(part, 1)
+            instance.stage_free[stage] = end
+        duration = end - now
         iterations.append(
             IterationRecord(
                 instance=instance.index,
@@ -960,7 +1022,9 @@ def simulate(
         )
         instance.preempted_before = []
         instance.waiting_at_start = {job.request.id for job in instance.waiting}
-        instance.in_flight = plan.entries
+        instance.flights.append(plan.entries)
+        for job, tokens in plan.entries:
+            job.pending += tokens
         return duration
 
     while events:
@@ -969,18 +1033,25 @@ def simulate(
         now = time
         if phase == PHASE_ITERATION_END:
             for instance in together(instances[index]):
-                if instance.in_flight is not None:
+                if instance.flights:
                     end_iteration(instance)
-            ask_for_pass(instances[index])
+            ask_for_pass(instances[index], is_return=True)
         elif phase == PHASE_ARRIVAL:
             arrive(jobs[index])
         else:
             instances[index].is_pass_due = False
+            if flags.stages > 1:
+                while len(instances[index].flights) < flags.stages and instances[index].outstanding:
+                    duration = start_iteration(instances[index])
+                    if duration is None:
+                        break
+                    heapq.heappush(events, (now + duration, PHASE_ITERATION_END, index))
+                continue
             longest = max(start_iteration(i) for i in together(instances[index]) if i.outstanding)
             heapq.heappush(events, (now + longest, PHASE_ITERATION_END, index))
 
     for instance in instances:
-        assert not instance.waiting and not instance.running and instance.in_flight is None
+        assert not instance.waiting and not instance.running and not instance.flights
         assert instance.free_blocks == flags.num_blocks
     for job in jobs:
         assert job.finish is not None and job.emitted == job.request.output

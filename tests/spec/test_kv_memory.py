@@ -136,6 +136,24 @@ def test_weights_of_all_ranks_hold_every_parameter():
         assert total == pytest.approx(2 * (model.num_parameters + tied), rel=1e-4)
 
 
+def test_weights_of_experts_cut_over_data_parallel_ranks():
+    """Mixtral on 2 x 4 ranks: three quarters of a tensor-parallel rank's experts are elsewhere, nothing of a dense
+    model is. Every rank multiplies the pairs of all, two a token of four ranks, in 14,336 / 8 columns."""
+    plan, model = Plan(tensor_parallel_size=2, data_parallel_size=4), load_model("mixtral-8x7b")
+    alone = rank_weight_bytes(model, Plan(tensor_parallel_size=2))
+    experts = 32 * 8 * 3 * 4096 * (14336 // 2) * 2
+    assert rank_weight_bytes(model, plan) == pytest.approx(alone - 0.75 * experts)
+    dense = load_model("llama-3.1-8b")
+    assert rank_weight_bytes(dense, plan) == rank_weight_bytes(dense, Plan(tensor_parallel_size=2))
+    rule, space = kv_rule("vllm@0.15")
+    # 4,096 columns, as 2 x 1,792 are fewer, and 1,792; then the sampler.
+    assert activation_bytes(model, plan, weight_format("bfloat16"), space, 2048, 128) == (
+        2048 * 2 * 4 * (4096 + 1792) * 2 + 128 * 32000 * 38 + 2 * 2048 * 4096 * 2)
+    # Communicators, though there is one tensor-parallel rank.
+    budget = kv_blocks(model, load_device("h100"), Plan(data_parallel_size=4), dtype="bfloat16")
+    assert budget.other_bytes == space.non_torch_parallel_bytes
+
+
 def test_more_memory_more_blocks():
     base = blocks("llama-3.1-8b", "h100").num_blocks
     assert blocks("llama-3.1-8b", "h100", gpu_memory_utilization=0.95).num_blocks > base

@@ -11,6 +11,13 @@ def test_degrees():
     plan = Plan(tensor_parallel_size=4, pipeline_parallel_size=2, data_parallel_size=2)
     assert plan.num_devices == 16 and plan.expert_ranks == 1
     assert Plan(tensor_parallel_size=4, data_parallel_size=2, enable_expert_parallel=True).expert_ranks == 8
+    # Of 8 experts with 14,336 columns: two whole ones on each of four ranks, or a quarter of all.
+    mixtral = load_model("mixtral-8x7b")
+    for spread, expected in ((True, (2, 14336)), (False, (8, 3584))):
+        plan = Plan(tensor_parallel_size=2, data_parallel_size=2, enable_expert_parallel=spread)
+        shape = plan.expert_shape(mixtral)
+        assert (shape.num_experts, shape.moe_ffn) == expected and plan.ranks_in_step(mixtral) == 2
+    assert Plan(data_parallel_size=2).ranks_in_step(load_model("llama-3.1-8b")) == 1
     with pytest.raises(InputError, match="at least 1"):
         Plan(tensor_parallel_size=0)
 
@@ -25,6 +32,8 @@ def test_stage_layers(stages, expected):
     ("qwen2.5-7b", dict(tensor_parallel_size=7), "KV heads"),
     ("llama-3.1-8b", dict(enable_expert_parallel=True), "has no experts"),
     ("mixtral-8x7b", dict(data_parallel_size=16, enable_expert_parallel=True), "cannot share the 8 experts"),
+    ("mixtral-8x7b", dict(tensor_parallel_size=2, data_parallel_size=3),
+     "6 tensor x data ranks, which do not divide the 14336 columns"),
     ("llama-3.1-8b", dict(pipeline_parallel_size=33), "more than the 32 layers"),
 ])
 def test_impossible_plans(name, plan, message):

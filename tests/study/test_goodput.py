@@ -14,6 +14,8 @@ from jaxsim.study import runner
 from jaxsim.study.goodput import scenario_at, search, search_study
 from jaxsim.study.study import Study
 
+pytestmark = pytest.mark.unoptimised
+
 BASE = {
     "schema_version": 1, "engine": {"max_num_seqs": 8, "num_gpu_blocks_override": 4096, "max_model_len": 4096},
     "num_seeds": 3,
@@ -143,16 +145,18 @@ def test_study_keeps_what_cannot_be_simulated(found):
     """One table of all points: those refused by a check of fields, those that do not fit, and the rest."""
     base = {**BASE, "slo": {"ttft_ms": 150.0, "tpot_ms": 15.0}}
     study = Study.from_dict({"schema_version": 1, "scenario": base, "axes": {
-        "engine.pipeline_parallel_size": [1, 2], "engine.num_gpu_blocks_override": [4096, 20]}})
+        "engine.gpu_memory_utilization": [0.9, 1.5], "engine.num_gpu_blocks_override": [4096, 20],
+        "engine.max_num_seqs": [1, 8, 16]}})
     frame = search_study(study, workers=1)
-    assert frame["engine.num_gpu_blocks_override"].tolist() == [4096, 20, 4096, 20]
-    assert frame["rate_rps"][0] == pytest.approx(found[1]["rate_rps"][1])
-    assert "needs 61 blocks" in frame["refused"][1] and frame["refused"][2:].str.contains("pipeline").all()
-    assert frame["rate_rps"].isna().tolist() == [False, True, True, True]
-    assert frame["rate_rps_per_device"][0] == frame["rate_rps"][0] / frame["num_devices"][0]
+    assert frame["engine.num_gpu_blocks_override"].tolist() == ([4096] * 3 + [20] * 3) * 2
+    assert frame["rate_rps"][:3].to_numpy() == pytest.approx(found[1]["rate_rps"][:3].to_numpy())
+    assert frame["refused"][3:6].str.contains("needs 61 blocks").all()
+    assert frame["refused"][6:].str.contains("gpu_memory_utilization").all()
+    assert frame["rate_rps"].isna().tolist() == [False] * 3 + [True] * 9
+    assert (frame["rate_rps_per_device"][:3] == frame["rate_rps"][:3] / frame["num_devices"][:3]).all()
     kept = search_study(msgspec.structs.replace(study, feasible_only=True), workers=1, rule="both")
-    assert kept["rule"].tolist() == ["joint", "separate"] and kept["refused"].isna().all()
-    nothing = msgspec.structs.replace(study, axes={"engine.pipeline_parallel_size": [2, 4]})
+    assert kept["rule"].tolist() == ["joint", "separate"] * 3 and kept["refused"].isna().all()
+    nothing = msgspec.structs.replace(study, axes={"engine.gpu_memory_utilization": [1.5, 2.0]})
     assert search_study(nothing)["refused"].notna().all()
 
 
