@@ -13,6 +13,7 @@ without them their columns are null and a note says so. Nothing here asserts a t
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import json
 import math
@@ -323,12 +324,16 @@ def checkout(relative: str) -> Path | None:
 
 
 def _load(relative: str):
-    """A module of the repository that is not part of the package."""
-    spec = importlib.util.spec_from_file_location(f"_jaxsim_bench_{Path(relative).stem}", checkout(relative))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    """A module of the repository that is not part of the package; one of a package of its own comes with that."""
+    path = checkout(relative)
+    package = path.with_name("__init__.py")
+    is_part = package.is_file()
+    name = f"_jaxsim_bench_{path.parent.name if is_part else path.stem}"
+    spec = importlib.util.spec_from_file_location(
+        name, package if is_part else path, submodule_search_locations=[str(path.parent)] if is_part else None)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"{name}.{path.stem}") if is_part else module
 
 
 class _Worker:

@@ -97,6 +97,12 @@ def test_workload_is_as_stated():
     np.testing.assert_allclose(more.arrival_s[:, -1] * 8, drawn.arrival_s[:, -1], rtol=1e-4)
 
 
+def test_the_reference_is_found():
+    """The plain-Python simulator is a package of its own, outside of what is installed."""
+    found = bench._time_reference(replace(bench.Case("test"), scenarios=1, requests=20))
+    assert found["requests_per_s_per_core"] > 0
+
+
 def test_report_without_sources(monkeypatch):
     """An installed package has neither the C++ sources nor the reference: null and a note, not an error."""
     monkeypatch.setattr(bench, "checkout", lambda relative: None)

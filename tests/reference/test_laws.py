@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from . import simulator
+from . import memory, passes, simulator
 from .simulator import UNLIMITED, BatchStatsRef, Flags, Request, preset, simulate
 
 PREEMPTING = ("vllm-v1", "vllm-v1-priority", "vllm-v1-async", "vllm-v0", "sarathi", "sglang")
@@ -129,10 +129,10 @@ def schedule_running_closed_form(instance, plan, flags):
         return decoding, forming, chunks, sum(crossings) + lacking
 
     while needs()[-1] > instance.free_blocks:
-        simulator.preempt(instance, instance.running[-1], plan, flags)
+        passes.preempt(instance, instance.running[-1], plan, flags)
     decoding, forming, chunks, _ = needs()
     for job, tokens in [(job, 1) for job in decoding] + list(zip(forming, chunks, strict=True)):
-        simulator.take(instance, job, simulator.blocks_to_grow(job, tokens, flags))
+        memory.take(instance, job, memory.blocks_to_grow(job, tokens, flags))
         plan.add(job, tokens)
 
 
@@ -140,7 +140,7 @@ def schedule_running_closed_form(instance, plan, flags):
 def test_sequential_loop_equals_closed_form(name, monkeypatch):
     scenarios = [random_scenario(name, seed) for seed in range(1000, 1080)]
     sequential = [simulate(*scenario, dyadic_cost) for scenario in scenarios]
-    monkeypatch.setattr(simulator, "schedule_running", schedule_running_closed_form)
+    monkeypatch.setattr(passes, "schedule_running", schedule_running_closed_form)
     closed = [simulate(*scenario, dyadic_cost) for scenario in scenarios]
     assert sequential == closed
     assert any(r.preemptions for result in sequential for r in result.requests)

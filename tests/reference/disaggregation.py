@@ -1,0 +1,168 @@
+"""Prefill and decode on different instances: roles, the hand-over between them, and what happens at a delivery.
+
+A prompt that completes on a prefill instance emits the first token there. If more are to come the request leaves the
+running list at that instant, in running-list order, its blocks stay, and a decode instance is chosen at once, which
+has it as `unaccepted`. That one accepts from the front, until one does not fit, whenever
+
+- somebody joins `unaccepted`, a transfer to it ends, or an iteration of it ends (after who finished has left, before
+  its pass).
+
+Accepting takes ceil(prompt / block_size) blocks there and hands the transfer to the links. `pull`: while fewer blocks
+than a share of the pool are held by requests that are accepted and do not run yet, and enough are free; `push`: when
+enough are free. At the delivery the prefill side gives its blocks back (until then they count against admissions there,
+and a head of queue that waits for them is tried again), and the request is ready: it joins a pass of the decode
+instance as a decode with its context, in the order of deliveries, before the requests that wait (`passes.join_held`).
+
+Source: DistServe (arXiv 2401.09670), LLMServe/DistServe `distserve/decoding_stage_scheduler.py` (pull, its share
+`waiting_block_prop_threshold`). Layer-wise overlap: the transfer of a layer may start when the layer is computed
+(Splitwise, arXiv 2311.18677, section 4.2).
+
+Known gaps: a decode instance has no prefix cache; a transfer moves the whole prompt whatever the decode side knows;
+overlap hides a transfer behind the last iteration of its prompt only, as if the link had been free for it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .clock import Clock
+from .flags import UNLIMITED, Flags
+from .memory import ceil_div, keep_for_transfer, release_source, take
+from .routing import ROUTERS, Router
+from .state import Instance, Job
+from .transfers import FairLinks, FifoLinks, Transfer
+
+ROLES = ("mixed", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Disaggregation:
+    """Who does what, and how KV gets from one to the other.
+
+    - roles: of each instance, `mixed`, `prefill` or `decode`.
+    - decode_router: a name of `ROUTERS` or a function (request, decode instances, handed over so far) -> index.
+    - hand_over: `pull` or `push`; waiting_block_share: of a pool, for `pull`.
+    - bytes_per_token: KV of one token of a prompt; bandwidth in bytes/s and latency_s of a link. Where no bytes or
+      infinite bandwidth leave nothing to wait for, a transfer takes the latency alone and no link.
+    - discipline: `fifo` or `fair` (`transfers`); links: one a `pair` of instances, or `shared`: the way out of each
+      prefill and into each decode instance.
+    - overlap_layers: layers of the model, whose KV is sent as each is computed: what is left of a transfer when its
+      iteration ends is what took longer than the iteration, at least one layer. 0: sent as a whole.
+    """
+
+    roles: Sequence[str]
+    decode_router: str | Router = "least_outstanding"
+    hand_over: str = "pull"
+    waiting_block_share: float = 0.05
+    bytes_per_token: float = 0.0
+    bandwidth: float = math.inf
+    latency_s: float = 0.0
+    discipline: str = "fifo"
+    links: str = "shared"
+    overlap_layers: int = 0
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("hand_over", ("pull", "push")),
+            ("discipline", ("fifo", "fair")),
+            ("links", ("shared", "pair")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: one of {allowed}")
+        if not set(self.roles) <= set(ROLES):
+            raise ValueError(f"roles = {self.roles!r}: of {ROLES}")
+        if ("prefill" in self.roles) != ("decode" in self.roles):
+            raise ValueError("prefill and decode instances need each other")
+        if not self.waiting_block_share > 0:
+            raise ValueError("waiting_block_share must be positive: nothing would be accepted")
+        if not self.bandwidth > 0 or self.bytes_per_token < 0 or self.latency_s < 0:
+            raise ValueError("needs bandwidth > 0, bytes_per_token >= 0, latency_s >= 0")
+
+    def refuse_flags(self, all_flags: Sequence[Flags]) -> None:
+        """Raises ValueError for rules of an engine that have no meaning in their role."""
+        for role, flags in zip(self.roles, all_flags, strict=True):
+            if role == "mixed" or not flags.track_blocks:
+                continue
+            if flags.reserve not in ("none", "prompt"):
+                raise ValueError(f"role {role} needs reserve none or prompt: the other half holds the rest")
+            if role == "decode" and flags.prefix_caching:
+                raise ValueError("a decode instance has no prefix cache")
+        for role, flags in zip(self.roles, all_flags, strict=True):
+            if role == "decode" and flags.decode_context_limit is not None and flags.max_num_seqs < UNLIMITED:
+                raise ValueError("decode_context_limit on a decode instance takes all that come")
+
+
+class HandOver:
+    """Moves requests from prefill to decode instances.
+
+    `expect(transfer)` is called for each transfer whose delivery is due at another time than before.
+    """
+
+    def __init__(self, rules: Disaggregation, instances: Sequence[Instance], clock: Clock,
+                 expect: Callable[[Transfer], None]):
+        self.rules, self.instances, self.clock, self.expect = rules, instances, clock, expect
+        self.route = ROUTERS[rules.decode_router] if isinstance(rules.decode_router, str) else rules.decode_router
+        self.decoding = [instance for instance in instances if instance.role == "decode"]
+        latency, are_shared = clock.ticks(rules.latency_s), rules.links == "shared"
+        self.latency = latency
+        self.links = (FifoLinks(latency, are_shared) if rules.discipline == "fifo"
+                      else FairLinks(latency, are_shared, clock))
+        self.num_handed_over = 0
+        self.transfers: list[Transfer] = []  # in the order accepted
+
+    def leave(self, source: Instance, job: Job, now: float) -> None:
+        """A prompt is complete and more tokens are to come."""
+        keep_for_transfer(source, job)
+        destination = self.decoding[self.route(job.request, self.decoding, self.num_handed_over)]
+        self.num_handed_over += 1
+        job.decode_instance = destination.index
+        destination.unaccepted.append(job)
+        self.accept(destination, now)
+
+    def accept(self, instance: Instance, now: float) -> None:
+        """From the front of `unaccepted`, until one does not fit."""
+        while instance.unaccepted:
+            job = instance.unaccepted[0]
+            blocks = self._blocks(job, instance.flags)
+            not_running = sum(other.blocks for other in instance.in_transfer + instance.ready)
+            is_over = not_running >= self.rules.waiting_block_share * instance.flags.num_blocks
+            if (self.rules.hand_over == "pull" and is_over) or blocks > instance.free_blocks:
+                return
+            del instance.unaccepted[0]
+            take(instance, job, blocks)
+            instance.in_transfer.append(job)
+            job.accepted = now
+            self._send(job, now)
+
+    def deliver(self, transfer: Transfer, now: float) -> None:
+        """The decode side has the KV."""
+        job = transfer.job
+        source, destination = self.instances[transfer.source], self.instances[transfer.destination]
+        destination.in_transfer.remove(job)
+        release_source(source, job)
+        job.delivered = now
+        if destination.flags.decode_context_limit is None:
+            destination.ready.append(job)
+        else:
+            destination.running.append(job)  # its only queue
+        self.accept(destination, now)
+
+    @staticmethod
+    def _blocks(job: Job, flags: Flags) -> int:
+        return ceil_div(job.request.prompt, flags.block_size) if flags.track_blocks else 0
+
+    def _send(self, job: Job, now: float) -> None:
+        num_bytes = job.request.prompt * self.rules.bytes_per_token
+        seconds = num_bytes / self.rules.bandwidth
+        work = self.clock.ticks(seconds)
+        if self.rules.overlap_layers:
+            work = max(work - job.iteration, self.clock.ticks(seconds / self.rules.overlap_layers))
+        transfer = Transfer(job, job.instance, job.decode_instance, num_bytes, work, now)
+        self.transfers.append(transfer)
+        if work > 0:
+            changed = self.links.start(transfer, now)
+        else:
+            transfer.start, transfer.due = now, now + self.latency
+            changed = [transfer]
+        for other in changed:
+            self.expect(other)

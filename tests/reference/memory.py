@@ -1,0 +1,108 @@
+"""Blocks of KV cache: how many somebody takes, who holds them, whether they are expected to suffice."""
+
+from .flags import CAN_GROW, Flags
+from .state import Instance, Job
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def blocks_at_admission(job: Job, chunk: int, flags: Flags) -> int:
+    """Blocks an admitted job takes at once."""
+    if not flags.track_blocks:
+        return 0
+    tokens = {
+        "none": chunk,
+        "prompt": job.known,
+        "expected": job.known,
+        "max_tokens": job.request.prompt + job.request.max_tokens,
+        "max_model_len": flags.max_model_len,
+    }[flags.reserve]
+    return ceil_div(tokens, flags.block_size)
+
+
+def blocks_to_grow(job: Job, tokens: int, flags: Flags) -> int:
+    """Blocks a running job lacks to compute `tokens` more."""
+    if not flags.track_blocks:
+        return 0
+    lacking = max(0, ceil_div(job.scheduled_tokens + tokens, flags.block_size) - job.blocks)
+    assert lacking == 0 or flags.reserve in CAN_GROW, "a full reservation was too small"
+    return lacking
+
+
+def blocks_for(job: Job, tokens: int, flags: Flags) -> tuple[int, int]:
+    """Blocks a running job takes to compute `tokens` more, and how many must be free for it to go on."""
+    lacking = blocks_to_grow(job, tokens, flags)
+    if job.is_prefilled and flags.track_blocks and flags.decode_needs_free_block == "always":
+        return lacking, max(1, lacking)
+    return lacking, lacking
+
+
+def take(instance: Instance, job: Job, blocks: int) -> None:
+    assert 0 <= blocks <= instance.free_blocks, "more blocks taken than were free"
+    instance.free_blocks -= blocks
+    job.blocks += blocks
+
+
+def release(instance: Instance, job: Job) -> None:
+    if instance.cache is not None:
+        instance.cache.free(job.for_cache)
+        instance.free_blocks = instance.cache.num_free
+    else:
+        instance.free_blocks += job.blocks
+    job.blocks = 0
+
+
+def keep_for_transfer(instance: Instance, job: Job) -> None:
+    """A job stops running here; its blocks stay until they are copied."""
+    instance.running.remove(job)
+    instance.leaving.append(job)
+    job.source_blocks, job.blocks = job.blocks, 0
+
+
+def release_source(instance: Instance, job: Job) -> None:
+    """The copy is over: the blocks that were kept for it go."""
+    instance.leaving.remove(job)
+    if instance.cache is not None:
+        instance.cache.free(job.for_cache)
+        instance.free_blocks = instance.cache.num_free
+    else:
+        instance.free_blocks += job.source_blocks
+    job.source_blocks = 0
+
+
+def hold_cached(instance: Instance, job: Job, chunk: int) -> None:
+    """Admission with a prefix cache: the job holds what is cached of it, and room for its first chunk behind."""
+    cached = instance.cache.lookup(job.for_cache)
+    assert instance.cache.allocate(job.for_cache, chunk), "admitted without room"
+    job.computed = cached
+    job.hit_tokens += cached
+    if job.cached_tokens is None:
+        job.cached_tokens = cached
+    follow_cache(instance, job)
+
+
+def grow_cached(instance: Instance, job: Job, tokens: int) -> None:
+    """Room in the prefix cache for the next tokens of a running job."""
+    assert instance.cache.grow(job.for_cache, tokens), "scheduled without room"
+    follow_cache(instance, job)
+
+
+def follow_cache(instance: Instance, job: Job) -> None:
+    job.blocks = len(instance.cache.held[job.request.id])
+    instance.free_blocks = instance.cache.num_free
+
+
+def is_expected_to_fit(instance: Instance, job: Job, admitted_now: list[Job], flags: Flags) -> bool:
+    """SGLang's admission test: prompt and all its output against free tokens less what the running expect."""
+    free_tokens = instance.free_blocks * flags.block_size
+    wanted = ceil_div(job.known, flags.block_size) * flags.block_size
+    wanted += min(job.tokens_left, flags.expected_clip)
+    expected = 0.0
+    for other in instance.running:
+        is_full = flags.expected_new_admissions == "full" and other in admitted_now
+        ratio = 1.0 if is_full else instance.new_token_ratio
+        expected += min(other.tokens_left, flags.expected_clip) * ratio
+    left = free_tokens - expected
+    return wanted < left or (wanted == left and not flags.is_expected_strict)
