@@ -24,6 +24,9 @@ from jaxsim.workload.workload import Workload
 RECORDS_A_REQUEST = 8
 """Rows of the tape a request and rank, on top of a thousand and of one for each chunk of a prompt."""
 
+MOST_BATCH_RECORDS = 1 << 21
+"""Rows of the tape for the batches of a pipeline: some 100 MB."""
+
 SMALLEST_SLOTS = 8
 
 REQUEST_BYTES = 60
@@ -171,7 +174,11 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     dims = dims_of(scenario, system, most)
     if record_steps:
         chunks = max(int((w.input_tokens // system.scheduler.max_num_batched_tokens).sum()) for w in workloads)
-        dims = dataclasses.replace(dims, num_records=dims.num_ranks * (RECORDS_A_REQUEST * most + 1000 + chunks))
+        rows = RECORDS_A_REQUEST * most
+        if dims.num_stages > 1:
+            # Batches that overlap are recorded one by one, and there are at most as many as tokens.
+            rows = max(rows, min(max(int(w.output_tokens.sum()) for w in workloads), MOST_BATCH_RECORDS))
+        dims = dataclasses.replace(dims, num_records=dims.num_ranks * (rows + 1000 + chunks))
     prefixes = [None] * len(workloads)
     if scenario.engine.enable_prefix_caching:
         prefixes = [lower.shared_prefixes(workload, system.scheduler.block_size) for workload in workloads]

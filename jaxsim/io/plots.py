@@ -174,13 +174,16 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
     path, lane = Path(path), result.lanes[index][0]
     curves = _curves(lane)
     num_instances = len(lane.busy_s)
+    # A tape that was too short ends before the run.
+    last, end = float(lane.arrival_s[-1]), float(curves[0][1][0][-1])
     with drawn(path, figsize=(11, 5.4)) as figure:
         axes = np.atleast_1d(figure.subplots(len(curves), 1, sharex=True))
         for axis, (title, series, colour, is_share) in zip(axes, curves, strict=True):
             times, total, low, high = series
             axis.fill_between(times, 0, total, step="post", color=colour, alpha=0.18, linewidth=0)
             axis.step(times, total, where="post", color=colour, linewidth=1.3)
-            axis.axvline(lane.arrival_s[-1], color=FAINT, linestyle=(0, (1, 2)), linewidth=1.2)
+            if last <= end:
+                axis.axvline(last, color=FAINT, linestyle=(0, (1, 2)), linewidth=1.2)
             axis.set_title(title)
             if is_share:
                 peak = float(np.max(total if high is None else high))
@@ -201,13 +204,14 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
         heading(figure, _first_seed(result, index))
         axes[-1].xaxis.set_major_formatter(FuncFormatter(_thousands))
         axes[-1].set_xlabel("seconds" + (f", {num_instances} instances" if num_instances > 1 else ""))
-        axes[-1].set_xlim(0, float(curves[0][1][0][-1]))
-        # Above the frame, where no curve runs, and clear of the title.
-        place = _place(axes[0], float(lane.arrival_s[-1]))
-        axes[0].annotate("last arrival", (lane.arrival_s[-1], 1), xycoords=("data", "axes fraction"),
-                         xytext=(3 if place > 0.9 else -3 if place < 0.1 else 0, 3), textcoords="offset points",
-                         ha="right" if place > 0.9 else "left" if place < 0.1 else "center", va="bottom",
-                         fontsize=9, color=FAINT)
+        axes[-1].set_xlim(0, end)
+        if last <= end:
+            # Above the frame, where no curve runs, and clear of the title.
+            place = _place(axes[0], last)
+            axes[0].annotate("last arrival", (last, 1), xycoords=("data", "axes fraction"),
+                             xytext=(3 if place > 0.9 else -3 if place < 0.1 else 0, 3), textcoords="offset points",
+                             ha="right" if place > 0.9 else "left" if place < 0.1 else "center", va="bottom",
+                             fontsize=9, color=FAINT)
     return path
 
 

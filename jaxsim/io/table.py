@@ -68,6 +68,8 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     model = (scenario.model.name or scenario.model.config) if scenario.model else "model of the fitted cost"
     device = f" on {scenario.device.name}" if scenario.device else ""
     degree = f" x {engine.tensor_parallel_size}" if engine.tensor_parallel_size > 1 else ""
+    if engine.pipeline_parallel_size > 1:
+        degree += f" x PP {engine.pipeline_parallel_size}"
     if engine.data_parallel_size > 1:
         degree += f" x DP {engine.data_parallel_size}" + (" EP" if engine.enable_expert_parallel else "")
     usual = "least_loaded rank" if engine.data_parallel_size > 1 else "round_robin"

@@ -106,6 +106,8 @@ def devices(text: str) -> tuple[str, int]:
 def chosen(options: argparse.Namespace, values: dict[str, Any], kinds: list[tuple[str, int]]) -> Any:
     """The scenario that all plans start from. Raises `InputError`."""
     from jaxsim._core.errors import InputError
+    from jaxsim.planning.candidates import Candidate
+    from jaxsim.spec.plan import Plan
     from jaxsim.spec.scenario import Scenario, read_tree
     from jaxsim.study.goodput_command import limits
 
@@ -127,6 +129,9 @@ def chosen(options: argparse.Namespace, values: dict[str, Any], kinds: list[tupl
         tree["workload"] = {"kind": "trace", "trace": options.trace, **kept}
         tree["num_seeds"] = 1
     scenario = Scenario.from_dict(tree)
+    for field in set(values) & {*Candidate(device="", plan=Plan()).values(), "device.name"}:
+        raise InputError(f"--set {field}", values[field], "is what the search varies",
+                         "leave it out, and read the row of --out that has it")
     values = dict(values)
     if options.rate is not None:
         values["workload.rate_rps"] = options.rate

@@ -189,6 +189,14 @@ def test_refused(engine, field, remedy):
     assert error.value.field == field and remedy in str(error.value)
 
 
+def test_the_tape_keeps_every_batch():
+    """Of few requests that run for long, in two batches that overlap all the time."""
+    workload = {"kind": "batch", "num_requests": 4, "input": 2000, "output": 1500}
+    run = Scenario.from_dict(scenario(2, max_num_batched_tokens=2048).to_dict() | {"workload": workload})
+    lane = simulate(run, record_steps=True).lanes[0][0]
+    assert lane.lost_steps == 0 and len(lane.steps["iterations"]) > 2000
+
+
 def test_tapes_and_environments_are_refused():
     with pytest.raises(InputError, match="not part of an environment"):
         Environment(scenario(2), 1.0)

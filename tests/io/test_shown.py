@@ -85,6 +85,13 @@ def test_prices_that_differ_are_named(values, line):
     assert lines[2:] == ([line] if line else [])
 
 
+def test_the_layout_is_named():
+    """All degrees that share a replica."""
+    layout = {"engine__pipeline_parallel_size": 4, "engine__tensor_parallel_size": 2}
+    line = table.describe(scenario(num_seeds=1, **layout), blank_lane([0.0], [1.0]))[0]
+    assert " x 2 x PP 4" in line
+
+
 def test_faults_are_named():
     lane = blank_lane([0.0, 1.0], [1.0, np.nan], fault="step limit of 10")
     assert "stopped by" in printed(Result([scenario(num_seeds=1)], [[lane]]))
@@ -188,6 +195,18 @@ def test_plots_do_without_tape_limits_and_memory(tmp_path):
     result = Result([scenario(num_seeds=1, slo__ttft_ms=None, slo__tpot_ms=None)], [[bare]])
     for path in plots.plot_all(result, tmp_path):
         assert ink(path) > 0.01
+
+
+def test_curves_that_end_before_the_last_arrival_keep_their_place(tmp_path):
+    """A tape that was too short ends before the run, and the plot with it."""
+    lane, _ = simulated(0, num_requests=30, num_instances=1)
+    steps = {name: values[:5] for name, values in lane.steps.items()}
+    assert steps["time_s"][-1] < lane.arrival_s[-1] / 2
+    short = Result([scenario(num_seeds=1)], [[dataclasses.replace(lane, steps=steps, lost_steps=99)]])
+    whole = Result([scenario(num_seeds=1)], [[lane]])
+    shapes = [imread(plots.plot_load(result, tmp_path / "load.png")).shape for result in (whole, short)]
+    assert shapes[0] == shapes[1]
+    assert "end early: 99 iterations" in " ".join(table.describe(short.scenarios[0], short.lanes[0][0]))
 
 
 def test_plots_survive_a_run_that_was_stopped(tmp_path):

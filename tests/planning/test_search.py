@@ -140,6 +140,7 @@ def refused(capsys, *arguments) -> str:
     (["--model", "llama-3.1-8b", "--devices", "h100:2", "--devices", "H100:2"], "is given twice"),
     (["--model", "llama-3.1-8b", "--devices", "h100:1", "--trace", "nowhere.csv"], "nowhere.csv"),
     (["fitted-latency", "--devices", "h100:1"], "does not know how plans differ"),
+    (["--model", "llama-3.1-8b", "--devices", "h100:4", "--set", "engine.tensor_parallel_size=2"], "the search varies"),
 ])
 def test_mistakes(capsys, arguments, says):
     assert re.search(says, refused(capsys, *arguments))
