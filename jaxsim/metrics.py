@@ -69,6 +69,8 @@ class LaneResult:
         KV blocks in use times seconds, running sequences times seconds. kv_peak_blocks: the most in use.
     num_blocks: KV blocks of one instance (0 where memory is no limit). num_iterations: of all instances.
     front_end_s: that every request spends outside the engine, in its latencies.
+    device_busy_s: seconds that an instance's devices are at work on an iteration: those of `busy_s`, or with pipeline
+        stages the mean over these, of which each has its turn; None stands for `busy_s`.
     fault: the bound that stopped the simulation, empty if none did.
     num_prefix_blocks: ids of shared prefix blocks that the workload carries. cached_tokens: of each prompt, those found
         in the prefix cache when it was first admitted; None without one.
@@ -97,6 +99,7 @@ class LaneResult:
     running_s: Float[np.ndarray, " instances"]
     num_blocks: int
     num_iterations: int
+    device_busy_s: Float[np.ndarray, " instances"] | None = None
     fault: str = ""
     steps: Mapping[str, np.ndarray] | None = None
     prefill_stall_s: Float[np.ndarray, " requests"] | None = None
@@ -302,7 +305,8 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "request_goodput": per_second((met_by_all["all"] & is_good).sum()) if met else None,
         "output_throughput": per_second(outputs),
         "total_token_throughput": per_second(inputs + outputs),
-        **_energy_of(power, num_devices, utilisation["busy_share"], window_s, per_second(outputs)),
+        **_energy_of(power, num_devices, utilisation["device_busy_share"], window_s,
+                     per_second(outputs)),
     }
     for name, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("itl", None), ("e2el", "e2e_s")):
         summary = _gaps(lane, done) if column is None else _distribution(done[column].to_numpy())
@@ -403,7 +407,9 @@ def _kv_group(lane: LaneResult) -> dict[str, Any]:
 def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
     duration_s = lane.duration_s
     busy = np.asarray(lane.busy_s) / duration_s if duration_s else None
+    at_work = lane.busy_s if lane.device_busy_s is None else lane.device_busy_s
     return {"busy_share": float(busy.mean()) if duration_s else None,
+            "device_busy_share": float(np.mean(at_work)) / duration_s if duration_s else None,
             "least_busy_share": float(busy.min()) if duration_s else None,
             "most_busy_share": float(busy.max()) if duration_s else None,
             "mean_running": float(np.mean(lane.running_s)) / duration_s if duration_s else None,
@@ -414,7 +420,7 @@ def energy(idle_w: Any, busy_w: Any, num_devices: Any, busy_share: Any, window_s
            ) -> dict[str, Any]:
     """Energy of runs, numbers or arrays with an entry a run; NaN where the power of the device is not known.
 
-    idle_w, busy_w: of a device, watts. busy_share: of the time with an iteration in flight, mean over instances.
+    idle_w, busy_w: of a device, watts. busy_share: of the time that devices work on an iteration, mean over them.
     window_s: seconds that the energy is of. mean_power_w = devices x (idle + (busy - idle) x busy_share), energy =
     mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps: power does not follow
     the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in it.

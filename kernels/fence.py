@@ -8,6 +8,8 @@ gives to small loops, is compiled as a single function. On other backends the co
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +45,26 @@ def kernel(function: Callable, name: str = "kernel"):
     If it has operations other than `POSSIBLE` (a sort, a scatter), it runs as it would without this. Everything it
     reads has to be read by a stage: XLA aborts on a kernel with an argument that its simplifications have left
     without a reader, but never takes one from a call. Nor can XLA partition a kernel: where there are several devices
-    it is one only under `shard_map`.
+    it is one only under `shard_map`, or `unpartitioned`.
     """
-    if jax.default_backend() != "cpu" or (jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes):
+    may_be_partitioned = jax.device_count() > 1 and not (
+        _UNPARTITIONED.get() or jax.sharding.get_abstract_mesh().manual_axes)
+    if jax.default_backend() != "cpu" or may_be_partitioned:
         return function()
     return _call(function, name, xla_cpu_small_call="true")
+
+
+_UNPARTITIONED = ContextVar("unpartitioned", default=False)
+
+
+@contextmanager
+def unpartitioned():
+    """What is traced inside runs on one device, of however many: none of its arguments is spread over several."""
+    token = _UNPARTITIONED.set(True)
+    try:
+        yield
+    finally:
+        _UNPARTITIONED.reset(token)
 
 
 POSSIBLE = frozenset("""

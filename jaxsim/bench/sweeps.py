@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ _MARK = "jaxsim-bench:"
 class TimedThreads(futures.ThreadPoolExecutor):
     """Threads that add up the processor seconds of what they are given."""
 
-    def __init__(self, workers: int):
-        """`workers`: threads."""
-        super().__init__(workers, thread_name_prefix="tile", initializer=runner.keep_to_devices())
+    def __init__(self, workers: int, devices: Sequence[jax.Device] = ()):
+        """workers: threads; devices: that they keep to, in turn, all unless given."""
+        super().__init__(workers, thread_name_prefix="tile", initializer=runner.keep_to_devices(devices))
         self.seconds, self._lock = 0.0, threading.Lock()
 
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> futures.Future:
@@ -76,9 +76,9 @@ def study_of(num_scenarios: int) -> Study:
     return Study.from_dict(tree)
 
 
-def run_once(study: Study, folder: Path, workers: int) -> dict[str, float]:
+def run_once(study: Study, folder: Path, workers: int, devices: Sequence[jax.Device] = ()) -> dict[str, float]:
     """One sweep into a new folder: wall, processor and host seconds."""
-    pool = TimedThreads(workers)
+    pool = TimedThreads(workers, devices)
     wall, cpu, mine = time.perf_counter(), time.process_time(), time.thread_time()
     with pool:
         runner.sweep(study, folder, executor=pool, workers=workers)
@@ -103,8 +103,9 @@ def _cold(scenarios: int, folder: Path) -> dict[str, Any]:
 
 def _workers(scenarios: int, folder: Path) -> dict[str, Any]:
     study, rounds = study_of(scenarios), []
-    # Every device compiles for itself.
-    run_once(study, folder / "first", jax.local_device_count())
+    # Every device compiles for itself, and which of two takes a tile is chance.
+    for device in jax.local_devices():
+        run_once(study, folder / f"first-{device.id}", 1, [device])
     for index in range(ROUNDS):
         one, two = (run_once(study, folder / f"{index}-{count}", count) for count in (1, 2))
         rounds.append({"ratio": one["wall_s"] / two["wall_s"], "host_share": one["host_s"] / one["cpu_s"],

@@ -93,7 +93,10 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         is_first = event.rank == 0
         num_iterations = jnp.where(is_first, num_iterations, executor.num_iterations)
         busy = clock.select(is_first, busy, times.executor.busy)
-    settled_times = Clocks(replace(times.executor, busy=busy, counted=counted), integrals,
+    alone = times.executor.alone
+    if dims.num_stages > 1:
+        alone = clock.add(alone, jump_s)
+    settled_times = Clocks(replace(times.executor, busy=busy, counted=counted, alone=alone), integrals,
                            replace(own, gap_s=gap_s, chunk_pairs=jnp.float32(0)))
     settled = Counts(replace(executor, num_iterations=num_iterations), settled_rank, settled_batch)
     times = replace(times, batch=own)

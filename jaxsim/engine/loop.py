@@ -15,6 +15,7 @@ from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
 from jaxsim.kernels import bitmap, clock, packed
 from jaxsim.kernels.clock import Time
+from jaxsim.kernels.fence import unpartitioned
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import Requests
@@ -143,6 +144,17 @@ def run(dims: Dims, params: Params, requests: Requests) -> World:
     """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
     requests = prepared(params, requests)
     return advance(dims, params, requests, jax.vmap(partial(start, dims))(params, requests))
+
+
+def run_on_one_device(dims: Dims, params: Params, requests: Requests) -> World:
+    """The same of host arrays: on the default device, as one kernel a step also where there are other devices."""
+    return run(dims, params, requests) if jax.device_count() == 1 else _run_unpartitioned(dims, params, requests)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_unpartitioned(dims: Dims, params: Params, requests: Requests) -> World:
+    with unpartitioned():
+        return run.__wrapped__(dims, params, requests)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -302,7 +302,7 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     executor = times.executor
     if dims.num_stages > 1:
         first, free = pipeline.enter(dims, group, event.now, stats, first_s, executor)
-        executor = replace(executor, free=free)
+        executor = replace(executor, free=free, alone=clock.add(executor.alone, first_s))
     first_end = clock.add(event.now, first)
     end = clock.add(first_end, span(run, pace.growth_s, extra))
     if rules.gathers:

@@ -30,7 +30,7 @@ from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
-from jaxsim.state.world import Clocks, Counts, ExecutorTimes
+from jaxsim.state.world import Clocks, Counts, ExecutorTimes, Rank
 
 
 class Flights(NamedTuple):
@@ -109,6 +109,16 @@ def stages_of_last(dims: Dims, group: Group, last: BatchStats, end: Time, times:
 def since_counted(now: Time, start: Time, times: ExecutorTimes) -> Float[Array, ""]:
     """Seconds with anything in flight that the return of a batch, on its way since `start`, adds to those counted."""
     return clock.elapsed(clock.select(times.counted < start, start, times.counted), now)
+
+
+def count(now: Time, times: Clocks, before: Rank, after: Rank) -> Clocks:
+    """The integrals over time, with something in flight, up to now; blocks have grown from `before` to `after`."""
+    spent_s = since_counted(now, times.batch.start, times.executor)
+    held = 0.5 * (before.used_blocks + after.used_blocks)
+    return replace(
+        times, executor=replace(times.executor, busy=clock.add(times.executor.busy, spent_s), counted=now),
+        rank=replace(times.rank, running=clock.add(times.rank.running, spent_s * before.running),
+                     held=clock.add(times.rank.held, spent_s * held)))
 
 
 class NextPass(NamedTuple):

@@ -91,7 +91,7 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     for (dims, *_), group in groups.items():
         params = _stack([lane.params for lane in group])
         requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes) for lane in group])
-        world = jax.device_get(loop.run(dims, params, requests))
+        world = jax.device_get(loop.run_on_one_device(dims, params, requests))
         done |= {id(lane): _unpack(dims, world, index, lane) for index, lane in enumerate(group)}
     for lane in lanes:
         results[lane.scenario].append(_with_share(scenarios[lane.scenario], lane, done[id(lane)]))
@@ -245,6 +245,8 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         instance=np.maximum(instance, 0), priority=workload.priority, tenant=workload.tenant,
         tenant_names=workload.tenant_names, status=np.where(is_finished, 0, 1).astype(np.int8),
         itl_counts=world.itl[lane], busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks),
+        device_busy_s=np.repeat(joined(times.executor.alone) / dims.num_stages if dims.num_stages > 1
+                                else joined(times.executor.busy), dims.num_ranks),
         kv_block_s=joined(times.rank.held).ravel(),
         running_s=joined(times.rank.running).ravel(), kv_peak_blocks=counts.rank.peak_blocks.ravel(),
         num_blocks=made.system.num_blocks if made.system.scheduler.kv_accounting else 0,

@@ -225,6 +225,9 @@ def receive(context: Context, t: Touched) -> Touched:
                 executor = choose(is_jump, stages, executor)
                 counts = ending.take_blocks_of_jump(context.group, is_jump, counts, t.residue_row)
             times = replace(times, executor=executor, batch=replace(own, end=clock.select(is_cut, cut_end, own.end)))
+            if rules.pass_on_arrival:
+                # Who comes now was not there before: time is counted up to here first.
+                times = choose(is_running, pipeline.count(event.now, times, t.counts.rank, counts.rank), times)
         if cut_extra is not None:
             cut_extra = jnp.where(is_cut, cut.batch.extra, cut_extra)
     if rules.async_scheduling:

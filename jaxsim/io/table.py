@@ -88,7 +88,8 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     if lane.front_end_s:
         lines.append(f"{lane.front_end_s * 1e3:g} ms of TTFT and E2E are outside the engine (cost.front_end_s)")
     if scenario.model and scenario.device and isinstance(scenario.cost, RooflineCost):
-        plan = Plan(tensor_parallel_size=engine.tensor_parallel_size, data_parallel_size=engine.data_parallel_size,
+        plan = Plan(tensor_parallel_size=engine.tensor_parallel_size,
+                    pipeline_parallel_size=engine.pipeline_parallel_size, data_parallel_size=engine.data_parallel_size,
                     enable_expert_parallel=engine.enable_expert_parallel)
         lines += notes(scenario.model.spec(), scenario.device.spec(), plan, scenario.dtype,
                        moe_backend=engine.moe_backend, kv_dtype=scenario.kv_dtype)

@@ -278,7 +278,7 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     wait_iters = pick(engine.batch_wait_timeout_iters, numbers.batch_wait_timeout_iters)
     wait_ratio = pick(engine.batch_wait_max_tokens_ratio, numbers.batch_wait_max_tokens_ratio)
     gathers = wait_iters > 0 and wait_ratio > 0
-    # No engine schedules asynchronously with pipeline stages.
+    # With pipeline stages it is not simulated, and older engines refuse it.
     stages = engine.pipeline_parallel_size
     async_scheduling = pick(engine.async_scheduling, flags.async_scheduling and stages == 1)
     pipeline = _pipeline(preset, stages)
@@ -311,11 +311,15 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
         ("batch_wait_max_tokens_ratio", wait_ratio, wait_ratio > 0 and not gathers,
          "has no effect without engine.batch_wait_timeout_iters", "set both, or neither"),
         ("async_scheduling", async_scheduling, stages > 1 and async_scheduling,
-         f"does not go with pipeline_parallel_size = {stages}, and engines refuse it", "leave it out"),
-        ("pipeline_parallel_size", stages, stages > 1 and (
-            phase_mix != "unified" or order != "fcfs" or admit != "any_time" or gathers or context_limit is not None),
-         "is simulated for prompts beside decodes, first come first served, at any time",
-         f"leave the flags of {preset.name} as they are, or use 1"),
+         f"is not simulated with pipeline_parallel_size = {stages}",
+         "leave it out: stages are simulated with synchronous scheduling"),
+        *((name, value, stages > 1 and is_other, f"is not simulated with pipeline_parallel_size = {stages}", remedy)
+          for name, value, is_other, remedy in (
+              ("phase_mix", phase_mix, phase_mix != "unified", "use a preset with 'unified', or one stage"),
+              ("scheduling_policy", order, order != "fcfs", "use 'fcfs', or one stage"),
+              ("admit", admit, admit != "any_time", "use 'any_time', or one stage"),
+              ("batch_wait_timeout_iters", wait_iters, gathers, "leave it out, or use one stage"),
+              ("decode_context_limit", context_limit, context_limit is not None, "leave it out, or use one stage"))),
     ):
         if is_wrong:
             raise InputError(f"engine.{field}", value, problem, remedy)

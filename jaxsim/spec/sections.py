@@ -337,6 +337,8 @@ class ProfiledCost(_Section, frozen=True, tag_field="kind", tag="profiled"):
 class FittedCost(_Section, frozen=True, tag_field="kind", tag="fitted"):
     """Coefficients from the user, by composition of the iteration, piecewise in its number of sequences.
 
+    With pipeline stages they are of the whole way through: every stage has an equal part.
+
         prefill: iterations of prompt chunks only.
         decode: iterations of decodes only.
         mixed: iterations of both; made from the other two if left out.

@@ -152,11 +152,12 @@ class Counts(eqx.Module):
 
 class ExecutorTimes(eqx.Module):
     """busy: seconds with an iteration in flight (two-float). Of a pipeline: when the engine and each stage become free,
-    and up to when busy time is counted; else None."""
+    up to when busy time is counted, and the seconds of all iterations, each as long as it takes alone; else None."""
 
     busy: Time
     free: tuple[Time, ...] | None
     counted: Time | None
+    alone: Time | None
 
 
 class RankTimes(eqx.Module):
@@ -349,10 +350,10 @@ def empty_counts(dims: Dims) -> Counts:
 def empty_clocks(dims: Dims) -> Clocks:
     """The same, before its first iteration."""
     zero = jnp.float32(0)
-    at_zero, free, counted, end = Time(zero, zero), None, None, None
+    at_zero, free, counted, alone, end = Time(zero, zero), None, None, None, None
     if dims.num_stages > 1:
-        free, counted, end = (at_zero,) * (dims.num_stages + 1), at_zero, clock.never()
-    return Clocks(ExecutorTimes(at_zero, free, counted), RankTimes(zero, at_zero, at_zero),
+        free, counted, alone, end = (at_zero,) * (dims.num_stages + 1), at_zero, at_zero, clock.never()
+    return Clocks(ExecutorTimes(at_zero, free, counted, alone), RankTimes(zero, at_zero, at_zero),
                   BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero, end))
 
 

@@ -30,7 +30,7 @@ DESCRIPTIONS = {
     "duration": "first measured arrival to last measured answer, the drain included",
     "window_s": "what rates are over: the duration, or with a cool-down the time between warm-up and cool-down",
     "usd_per_million_output_tokens": "list prices of the device catalogue",
-    "mean_power_w": "approximate: each device at its idle power, or with an iteration in flight at the power of"
+    "mean_power_w": "approximate: each device at its idle power, or at work on an iteration at the power of"
                     " generating tokens; hosts and cooling are not in it",
     "energy_j": "approximate: mean_power_w x window_s", "energy_wh": "approximate: energy_j / 3600",
     "energy_j_per_output_token": "approximate: mean_power_w / output_throughput"}

@@ -93,7 +93,8 @@ def _per_device(runs: Sequence[Run], found: Mapping[str, np.ndarray]) -> dict[st
     return {"num_devices": devices, "output_throughput_per_device": output_throughput / devices,
             "usd_per_million_output_tokens": 1e6 * usd_per_s * devices / np.where(output_throughput > 0,
                                                                                   output_throughput, np.nan),
-            **energy(idle_w, busy_w, devices, found["utilisation.busy_share"], found["window_s"], output_throughput)}
+            **energy(idle_w, busy_w, devices, found["utilisation.device_busy_share"], found["window_s"],
+                     output_throughput)}
 
 
 def table(scenarios: Sequence[Scenario], workers: int | None = None) -> tuple[pd.DataFrame, dict[int, str]]:
@@ -228,9 +229,10 @@ def _threads(workers: int | None) -> futures.Executor:
     return futures.ThreadPoolExecutor(workers or num_workers(), "tile", initializer=keep_to_devices())
 
 
-def keep_to_devices() -> Callable[[], None]:
-    """What the threads of a pool do first: each keeps its tiles to one device, all local devices in turn."""
-    devices, lock = itertools.cycle(jax.local_devices()), threading.Lock()
+def keep_to_devices(devices: Sequence[jax.Device] = ()) -> Callable[[], None]:
+    """What the threads of a pool do first: each keeps its tiles to one device, in turn, of all local ones unless given.
+    """
+    devices, lock = itertools.cycle(devices or jax.local_devices()), threading.Lock()
 
     def take() -> None:
         with lock:

@@ -39,6 +39,7 @@ class Runs:
     preemptions: Int[np.ndarray, "runs requests"]
     itl_counts: Int[np.ndarray, "runs bins"]
     busy_s: Float[np.ndarray, "runs instances"]
+    device_busy_s: Float[np.ndarray, "runs instances"]
     kv_block_s: Float[np.ndarray, "runs instances"]
     kv_peak_blocks: Int[np.ndarray, "runs instances"]
     running_s: Float[np.ndarray, "runs instances"]
@@ -56,7 +57,7 @@ def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> 
     # Copies of the first are as good as nothing, and as long as it.
     padded = [*runs, *[runs[0]] * (width - count)]
     params, requests = together(dims, padded)
-    world = jax.device_get(loop.run(dims, params, requests))
+    world = jax.device_get(loop.run_on_one_device(dims, params, requests))
     return unpack(dims, jax.tree.map(lambda leaf: leaf[:count], world), runs)
 
 
@@ -142,6 +143,8 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         first_token_s=np.where(is_real & (log_row >= 0), first_s, nan), finish_s=np.where(is_finished, finish_s, nan),
         stall_s=clock.from_integers_reference(world.stalled[:, rows]), preemptions=world.progress[:, rows, 1],
         itl_counts=world.itl, busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks, axis=1),
+        device_busy_s=np.repeat(joined(times.executor.alone) / dims.num_stages if dims.num_stages > 1
+                                else joined(times.executor.busy), dims.num_ranks, axis=1),
         kv_block_s=joined(times.rank.held), kv_peak_blocks=counts.rank.peak_blocks.reshape(len(runs), -1),
         running_s=joined(times.rank.running),
         cached_tokens=None if world.cached is None else world.cached[:, rows],

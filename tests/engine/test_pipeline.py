@@ -16,6 +16,7 @@ from jaxsim.spec.device import load_device
 from jaxsim.spec.model import load_model
 from jaxsim.spec.plan import Plan
 from jaxsim.spec.scenario import Scenario
+from jaxsim.state import world as w
 from jaxsim.workload.workload import Workload
 from tests.engine import cases as c
 from tests.engine import real, test_prefix
@@ -48,9 +49,10 @@ def draw(seed: int, flags: simulator.Flags, dims) -> list[c.Case]:
 
 def compare(batch, flags, dims, router: str) -> dict[str, int]:
     """Bit for bit; returns what the cases had in them."""
-    seen = dict(cases=0, preemptions=0, overlapping=0, jumps=0)
+    seen = dict(cases=0, preemptions=0, overlapping=0, jumps=0, undisturbed=0)
     padded = batch + batch[:1] * (c.LANES - len(batch))
     world = jax.device_get(loop.run(dims, *c.inputs(padded, flags, dims, router)))
+    alone = w.clock_rows(dims).everything(world.clocks).executor.alone
     for lane, case in enumerate(batch):
         try:
             result = c.reference(case, flags, dims, router)
@@ -58,6 +60,7 @@ def compare(batch, flags, dims, router: str) -> dict[str, int]:
             continue
         got = c.unpack(dims, world, lane, len(case))
         c.compare_requests(got, result, f"lane {lane}")
+        price = c.dyadic_cost(case)
         for instance in range(dims.num_executors):
             mine = [r for r in result.iterations if r.instance == instance]
             assert got["num_iterations"][instance] == len(mine)
@@ -67,6 +70,12 @@ def compare(batch, flags, dims, router: str) -> dict[str, int]:
                 busy += max(record.end_s - max(record.start_s, until), 0.0)
                 until = max(until, record.end_s)
             assert got["busy_s"][instance] == busy
+            assert alone.hi[lane, instance] + float(alone.lo[lane, instance]) == sum(price(r.stats) for r in mine)
+        if not got["preemptions"].any():
+            # Who runs does so from the pass that schedules it to its last token.
+            running = np.bincount(got["instance"], got["finish_s"] - got["scheduled_s"], dims.num_executors)
+            assert np.allclose(got["running_s"], running, rtol=1e-6)
+            seen["undisturbed"] += 1
         seen["cases"] += 1
         seen["preemptions"] += int(got["preemptions"].sum())
         seen["jumps"] += len(result.iterations) - got["steps"]
@@ -81,6 +90,7 @@ def test_engine_equals_reference(name, executors, changes, preemptions):
     flags, dims = pipeline(name, **changes), dims_of(name, executors)
     seen = compare(draw(5, flags, dims), flags, dims, "round_robin")
     assert seen["cases"] > 40 and seen["preemptions"] > preemptions and seen["overlapping"] > 500, seen
+    assert seen["undisturbed"] > 3, seen
 
 
 def test_with_prefix_caching():
@@ -181,7 +191,7 @@ def test_prompts_fill_the_stages():
 @pytest.mark.parametrize("engine, field, remedy", [
     ({"preset": "sglang"}, "engine.pipeline_parallel_size", "vllm-v1"),
     ({"async_scheduling": True}, "engine.async_scheduling", "leave it out"),
-    ({"scheduling_policy": "priority", "preset": "vllm-v1@0.9"}, "engine.pipeline_parallel_size", "or use 1"),
+    ({"scheduling_policy": "priority", "preset": "vllm-v1@0.9"}, "engine.scheduling_policy", "or one stage"),
     ({"pipeline_parallel_size": 64}, "engine.pipeline_parallel_size", "fewer stages")])
 def test_refused(engine, field, remedy):
     with pytest.raises(InputError) as error:
