@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,22 +28,25 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def optimisation(request):
-    """Programs as users get them, but in files marked `unoptimised`.
+    """Programs as users get them, but in files marked `unoptimised`, there also in the processes that a test starts.
 
-    That is for what is about neither bits nor compiled programs, and compiles longer than it runs: searches, closed
-    forms and gradients within a tolerance. Laws, comparisons with the reference and whatever is said to be equal bit
-    for bit are not marked.
+    That is for what no rounding decides and compiles longer than it runs: searches, closed forms and gradients within a
+    tolerance, dyadic numbers, runs of one program against each other. Not marked are the comparison of every preset
+    with the reference, its laws and the text of its programs, what sums of real costs must not depend on, and queues.
     """
-    if request.node.get_closest_marker("unoptimised") is None:
-        yield
+    is_quick = request.node.get_closest_marker("unoptimised") is not None
+    if is_quick:
+        import jax
+    jax = sys.modules.get("jax")
+    if jax is None or jax.config.values["jax_disable_most_optimizations"] == is_quick:
         return
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    # No other file is to meet these programs.
-    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", is_quick)
+    if is_quick:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    else:
+        del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+        # No other file is to meet these programs.
+        jax.clear_caches()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,6 +12,7 @@ Reduction of a batch: n decodes at their mean context; all chunks as one of thei
 `prefill_pairs / prefill_tokens` keys a token (for one chunk exact, for several the pairs are kept).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -190,15 +191,14 @@ class _Rates(NamedTuple):
 
     def of(self, name: str) -> Rate:
         """The rate of a table by its name."""
-        rate = jax.jit(self._of(name))
-
         def in_blocks(*axes):
             # Ragged tables ask for many sizes: few of them are compiled.
             axes = np.broadcast_arrays(*(np.asarray(axis, np.float64) for axis in axes))
             size = axes[0].size
             flat = [np.pad(axis.reshape(-1), (0, max(1 << max(size - 1, 0).bit_length(), 64) - size), mode="edge")
                     for axis in axes]
-            return np.broadcast_to(np.asarray(rate(*flat), np.float64), flat[0].shape)[:size].reshape(axes[0].shape)
+            return np.broadcast_to(np.asarray(_price(name, self.base, *flat), np.float64),
+                                   flat[0].shape)[:size].reshape(axes[0].shape)
 
         return in_blocks
 
@@ -222,7 +222,7 @@ class _Rates(NamedTuple):
     def _experts(self) -> Rate:
         """An expert block of `tokens` tokens on this rank's experts, `experts` of them touched."""
         model, template = self.base.model, self._work("experts", 1.0)
-        weights = float(template.weight_bytes) / float(self.expert_load(1.0)[1])
+        weights = self._expert_size() * self.base.weights.expert_bytes
 
         def seconds(tokens, experts):
             pairs = tokens * model.experts_per_token
@@ -236,11 +236,15 @@ class _Rates(NamedTuple):
 
     def expert_load(self, tokens) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of this rank's experts and distinct ones touched, in an iteration of `tokens`."""
-        model, plan, fmt = self.base.model, self.base.plan, self.base.weights
-        work, matrices = self._work("experts", tokens), 3 if model.gated else 2
-        size = matrices * model.hidden * plan.expert_shape(model).moe_ffn
+        model, work, size = self.base.model, self._work("experts", tokens), self._expert_size()
         pairs = np.asarray(work.flops, np.float64) / (2.0 * size)
-        return pairs / model.experts_per_token, np.asarray(work.weight_bytes, np.float64) / (size * fmt.expert_bytes)
+        return (pairs / model.experts_per_token,
+                np.asarray(work.weight_bytes, np.float64) / (size * self.base.weights.expert_bytes))
+
+    def _expert_size(self) -> int:
+        """Weights of this rank's part of an expert."""
+        model = self.base.model
+        return (3 if model.gated else 2) * model.hidden * self.base.plan.expert_shape(model).moe_ffn
 
     def decode(self, sequences, context) -> jax.Array:
         """Decode attention of one layer."""
@@ -278,6 +282,12 @@ class _Rates(NamedTuple):
     def latent_prefill(self, tokens, keys) -> jax.Array:
         """Prefill attention with its projections."""
         return self.prefill(tokens, keys) + self._projections(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _price(name: str, base: Roofline, *axes: Float[Array, " block"]) -> Float[Array, "*block"]:
+    """The rate of a table at a block of points: one program for all rooflines of a structure."""
+    return _Rates(base)._of(name)(*axes)
 
 
 _ATTENTION = {"attention_decode": "decode", "attention_decode_windowed": "decode",

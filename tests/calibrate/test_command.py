@@ -13,6 +13,8 @@ from jaxsim.calibrate import command
 from jaxsim.spec.efficiency import Efficiency
 from tests.calibrate.synthetic import gemm_table
 
+pytestmark = pytest.mark.unoptimised
+
 
 def run(*arguments) -> int:
     parser = argparse.ArgumentParser()

@@ -15,6 +15,8 @@ from jaxsim.spec.device import load_device
 from jaxsim.spec.efficiency import Efficiency
 from tests.calibrate.synthetic import DEVICE, changed, observations, products
 
+pytestmark = pytest.mark.unoptimised
+
 TRUTH = {"floor_s": 4e-6, "efficiency": 0.7, "read_efficiency": 0.7, "prologue": 200.0}
 
 

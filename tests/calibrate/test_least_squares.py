@@ -9,6 +9,8 @@ import pytest
 from jaxsim._core.errors import InputError
 from jaxsim.calibrate.least_squares import Parameter, Problem
 
+pytestmark = pytest.mark.unoptimised
+
 X = np.geomspace(1e-3, 1e3, 300)
 TRUTH = {"floor": 2.0, "slope": 0.5}
 

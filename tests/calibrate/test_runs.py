@@ -15,6 +15,8 @@ from jaxsim.metrics import request_frame
 from jaxsim.spec.scenario import Scenario
 from jaxsim.workload import Workload
 
+pytestmark = pytest.mark.unoptimised
+
 TRUE = {"cost.front_end_s": 0.011, "cost.overrides.host_step_s": 2.5e-3}
 NUM = 200
 

@@ -12,6 +12,8 @@ from jaxsim.spec.model import load_model
 from tests.calibrate.synthetic import DEVICE, gemm_table
 from tests.profiles.synthetic import profile_of
 
+pytestmark = pytest.mark.unoptimised
+
 
 def read(path, **changes):
     gemm_table(path, **changes)

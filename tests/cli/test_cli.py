@@ -18,6 +18,8 @@ from jaxsim.metrics import Result
 from jaxsim.spec.scenario import RooflineCost, Scenario, json_schema, shipped_scenarios
 from tests.metrics.lanes import blank_lane, simulated
 
+pytestmark = pytest.mark.unoptimised
+
 TINY = {
     "schema_version": 1, "name": "tiny", "num_seeds": 2,
     "engine": {"num_gpu_blocks_override": 400, "max_model_len": 2048, "max_num_seqs": 8},
@@ -402,7 +404,9 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, simulations, capsys)
         if words[0] == "goodput":
             words += ["--set", "num_seeds=1", "--set", "workload.num_requests=20"]
         if words[0] == "plan":
-            words += ["--seeds", "1", "--set", "workload.num_requests=20", "--top", "1"]
+            # On a quarter of the devices, where 8-bit weights fit, there are fewer ways to compile the closed form of.
+            words = [word.replace(":8", ":2") for word in words]
+            words += ["--seeds", "1", "--set", "workload.num_requests=20", "--set", "model.dtype=fp8", "--top", "1"]
         assert cli.main(words) == 0, line
     from jaxsim.engine.lower import resolve_system
 

@@ -12,6 +12,8 @@ from jaxsim.spec.device import load_device
 from jaxsim.spec.model import load_model
 from tests.profiles.synthetic import COUNTS, layer_files, profile_of
 
+pytestmark = pytest.mark.unoptimised
+
 SYSTEM = ("--model", "llama-3.1-8b", "--device", "h100")
 
 

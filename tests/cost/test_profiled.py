@@ -18,6 +18,8 @@ from jaxsim.spec.model import load_model
 from jaxsim.spec.plan import Plan
 from tests.profiles.synthetic import profile_of, wobble
 
+pytestmark = pytest.mark.unoptimised
+
 DENSE = ("embedding", "qkv", "attention_output", "rotary_and_cache_write", "norms", "ffn_up", "ffn_down",
          "ffn_activation", "final_norm", "lm_head", "sampler")
 PURE = ("attention_decode", "attention_prefill")
@@ -102,10 +104,14 @@ def test_reads_a_table_and_not_the_roofline(base, cost):
 # Paces
 
 
+@pytest.fixture(scope="module", params=["none", "vllm-v1"])
+def hosted(request, profile):
+    return profiled(profile, base_of(host=request.param), *SIZES)
+
+
 @pytest.mark.parametrize("num, context", [(1, 17), (3, 500), (16, 16_000), (100, 90_000), (256, 256 * 4_000)])
-@pytest.mark.parametrize("host", ["none", "vllm-v1"])
-def test_pace_is_the_iterations(profile, num, context, host):
-    cost = profiled(profile, base_of(host=host), *SIZES)
+def test_pace_is_the_iterations(hosted, num, context):
+    cost = hosted
     pace = cost.decode(jnp.int32(num), jnp.int32(context))
     horizon = int(pace.horizon)
     assert horizon >= 1

@@ -22,6 +22,8 @@ from tests.metrics import lanes
 from tests.profiles.synthetic import profile_of
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 DENSE = ("embedding", "qkv", "attention_output", "rotary_and_cache_write", "norms", "ffn_up", "ffn_down",
          "ffn_activation", "final_norm", "lm_head", "sampler")
 ATTENTION = ("attention_decode", "attention_prefill", "attention_mixed")

@@ -16,6 +16,8 @@ from jaxsim.kernels.clock import Time
 from jaxsim.policy import routing
 from jaxsim.state import world as w
 
+pytestmark = pytest.mark.unoptimised
+
 DYADIC = {"a": 2.0**-6, "b": 2.0**-16, "c": 2.0**-22, "d": 2.0**-12}
 """Exact in float32: a jump takes what its iterations take one by one."""
 

@@ -14,6 +14,8 @@ from jaxsim.policy import routing
 from tests.engine import cases as c
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 EXECUTORS = 3
 """As in the programs of the comparison with the reference, so that they are shared."""
 

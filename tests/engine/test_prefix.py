@@ -19,6 +19,8 @@ from tests.engine import cases as c
 from tests.reference import prefix_cache, simulator
 from tests.reference.prefix_scenarios import random_prefixes, random_prompts
 
+pytestmark = pytest.mark.unoptimised
+
 SIZES = dict(block_size=4, num_segments=256, path_width=24, log_size=4096)
 """Room for the segments of every case."""
 

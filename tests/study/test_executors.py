@@ -16,6 +16,8 @@ from jaxsim._core.errors import InputError
 from jaxsim.study import command, results, runner
 from jaxsim.study.study import Study
 
+pytestmark = pytest.mark.unoptimised
+
 STUDY = {
     "schema_version": 1, "num_seeds": 2,
     "scenario": {

@@ -21,6 +21,8 @@ from jaxsim.study.lanes import Lanes, ladder
 from jaxsim.study.plan import plan
 from jaxsim.study.study import Study
 
+pytestmark = pytest.mark.unoptimised
+
 BASE = {
     "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
     "engine": {"max_model_len": 65536}, "slo": {"ttft_ms": 100.0, "tpot_ms": 20.0}, "num_seeds": 2,

@@ -18,6 +18,8 @@ from jaxsim.validate.command import read_system
 from jaxsim.validate.measured import read_run
 from jaxsim.validate.replay import compare, replay, utilisation
 
+pytestmark = pytest.mark.unoptimised
+
 SYSTEM = {"schema_version": 1, "name": "one", "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
           "engine": {"max_num_seqs": 64, "enable_prefix_caching": True, "max_model_len": 4096}}
 NUM = 260
