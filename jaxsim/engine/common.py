@@ -14,6 +14,7 @@ from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.arrivals import AbstractSource, SortedArrivals
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
 from jaxsim.state.requests import Requests
@@ -37,7 +38,7 @@ class Params(eqx.Module):
 
     groups: kinds of executors. Their batching has the same flags, their costs may be of different classes;
     group_of: index of each executor's, None if there is one group. source: how requests arrive. is_active: which
-    instances get any, at least one; None if all do.
+    instances get any, at least one; None if all do. hand_over: with roles, who computes prompts and who outputs.
     """
 
     groups: tuple[Group, ...]
@@ -46,6 +47,7 @@ class Params(eqx.Module):
     source: AbstractSource = SortedArrivals()
     group_of: Int[Array, " executors"] | None = None
     is_active: Bool[Array, " ranks"] | None = None
+    hand_over: HandOver | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

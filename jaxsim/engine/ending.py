@@ -50,7 +50,10 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
     if group.batching.is_unified:
         gap_s, gap_count = jnp.float32(0), jnp.int32(0)
         samples_s = jnp.stack([own.first.hi, mean_s])
-        weights = jnp.stack([batch.count - batch.stalled, decoding * batch.extra])
+        known = batch.count - batch.stalled
+        if dims.has_roles:
+            known = known - batch.entering
+        weights = jnp.stack([known, decoding * batch.extra])
     else:
         # Sequences kept waiting by prompt-only iterations see the whole gap as one time between tokens, at the
         # next decode iteration: this one, or the first of the jump behind a prompt-only one.
@@ -76,7 +79,8 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         stalled=jnp.int32(0), stalled_offsets=jnp.int32(0),
         num_chunks=jnp.int32(0), chunk_tokens=jnp.int32(0), chunk_context=jnp.int32(0),
         is_committed=jnp.int32(1), extra=jnp.int32(0), gap_count=gap_count,
-        taken=None if batch.taken is None else jnp.int32(0))
+        taken=None if batch.taken is None else jnp.int32(0),
+        entering=None if batch.entering is None else jnp.int32(0))
     settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used))
     integrals = replace(
         times.rank, running=clock.add(times.rank.running, spent_s * rank.running),
@@ -125,11 +129,13 @@ def take_blocks_of_jump(group: Group, condition: Bool[Array, ""], counts: Counts
 
 def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Array, " slot_width"],
            entry_of: Callable[[Int[Array, ""]], Int[Array, " entry_fields"]], residue_row: Int[Array, " block_size"],
-           stamps: Int[Array, " slot_width"] | None = None
+           stamps: Int[Array, " slot_width"] | None = None,
+           is_kept: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None
            ) -> tuple[Counts, Int[Array, " block_size"], Retired, Bool[Array, ""], Int[Array, ""]]:
     """Retire the lowest slot among those whose last token this iteration produced; by `stamps` the first to run.
 
-    keys: the batch's completion keys; entry_of: gives the entry of a slot. Returns the new counts and residues, who
+    keys: the batch's completion keys; entry_of: gives the entry of a slot; is_kept: whether blocks of a request stay.
+    Returns the new counts and residues, who
     retired, whether more do at this instant, and the smallest key among those that stay.
     """
     rank, batch = counts.rank, counts.batch
@@ -150,6 +156,9 @@ def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Arr
     used = rank.used_blocks
     if group.batching.kv_accounting and not group.batching.prefix_caching:
         held = blocks_for(offset + batch.counter, dims) if group.batching.grows else reserved
+        if is_kept is not None:
+            kept = one * is_kept(request) * held
+            used, rank = used + kept, replace(rank, kept_blocks=rank.kept_blocks + kept)
         used = used - one * held
     if group.batching.grows:
         residue_row = residue_row - one * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))

@@ -10,7 +10,7 @@ from jaxsim.engine.common import Context, Params, iterations_to_reach, span, tak
 from jaxsim.kernels import clock, packed, residues
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.arrivals import relative_to
-from jaxsim.policy.routing import View
+from jaxsim.policy.routing import AbstractRouting, View
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import PROMPT, Requests
@@ -25,6 +25,8 @@ class Event(NamedTuple):
 
     `request` is the one that arrives, `following` the time of the arrival after it.
 
+    With roles: `is_door`, a door opens; `is_met`, a door opens or an iteration ends elsewhere at this instant.
+
     An arrival may bring the end of an iteration along: where the executor it meets stops before the following
     arrival, both are one step, and `now` is the time of the later one.
     """
@@ -38,11 +40,13 @@ class Event(NamedTuple):
     is_arrival: Bool[Array, ""]
     is_ending: Bool[Array, ""]
     is_passing: Bool[Array, ""]
+    is_door: Bool[Array, ""] | None = None
+    is_met: Bool[Array, ""] | bool = False
 
     @property
     def is_tied(self) -> Bool[Array, ""]:
-        """An arrival at this very instant comes before any pass."""
-        return self.following.equals(self.now)
+        """An arrival at this very instant comes before any pass, and with roles whatever else happens elsewhere."""
+        return self.following.equals(self.now) | self.is_met
 
 
 def is_allowed(world: World, time: Time) -> Bool[Array, ""] | bool:
@@ -64,11 +68,29 @@ def earliest_wake(world: World) -> tuple[Time, Int[Array, ""], Int[Array, ""]]:
     return Time(hi, jnp.where(jnp.isinf(hi), 0.0, lo)), phase, executor
 
 
+def earliest_door(world: World) -> tuple[Time, Int[Array, ""]]:
+    """When a door opens next, and whose: at one instant those that open at once, then in the order of acceptance."""
+    hi, lo, turn = world.door_hi[:-1], world.door_lo[:-1], world.door_turn[:-1]
+    first_hi = jnp.min(hi)
+    first_lo = jnp.min(jnp.where(hi == first_hi, lo, jnp.inf))
+    is_first = (hi == first_hi) & (lo == first_lo)
+    executor = jnp.argmin(jnp.where(is_first, turn, jnp.iinfo(jnp.int32).max)).astype(jnp.int32)
+    return Time(first_hi, jnp.where(jnp.isinf(first_hi), 0.0, first_lo)), executor
+
+
+AT_ONCE = -1
+"""In `World.door_turn`, instead of the number of a transfer: the door opens to see what is there."""
+
+
 def next_time(params: Params, requests: Requests, world: World) -> Time:
     """When the next event is, an arrival or a wake-up; `clock.never()` if there is none."""
     arrival = params.source.coming(requests, world.source, world.due, world.epoch).time
     wake, _, _ = earliest_wake(world)
-    return clock.select(arrival <= wake, arrival, wake)
+    first = clock.select(arrival <= wake, arrival, wake)
+    if world.door_hi is not None:
+        door, _ = earliest_door(world)
+        first = clock.select(door <= first, door, first)
+    return first
 
 
 def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]:
@@ -97,23 +119,34 @@ def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]
 
 def route(context: Context, request: Int[Array, ""], now: Time) -> Int[Array, ""]:
     """The rank, among those of all executors, for the request that arrives now."""
-    dims, params, requests, world, _ = context
+    dims, params, _, world, _ = context
     if dims.all_ranks == 1:
         return jnp.int32(0)
+    is_active = params.is_active
+    if dims.has_roles:
+        takes_prompts = ~params.hand_over.decodes
+        is_active = takes_prompts if is_active is None else takes_prompts & is_active
+    return chosen_by(context, request, now, params.routing, world.num_routed, is_active)
+
+
+def chosen_by(context: Context, request: Int[Array, ""], now: Time, routing: AbstractRouting,
+              num_routed: Int[Array, ""], is_active: Bool[Array, " ranks"] | None) -> Int[Array, ""]:
+    """The rank that a router chooses for a request, among the active ones."""
+    dims, params, requests, world, _ = context
     ranks = w.count_rows(dims).everything(world.counts).rank
     used = num_blocks = None
-    if params.routing.reads_kv:
+    if routing.reads_kv:
         used = used_blocks_now(dims, world, now) if params.flags.grows else ranks.used_blocks.ravel()
         num_blocks = params.of_executors(lambda batching: batching.num_blocks)
         num_blocks = jnp.repeat(jnp.broadcast_to(num_blocks, dims.num_executors), dims.num_ranks)
-    waiting = ranks.waiting.ravel() if params.routing.reads_waiting else None
-    prompt_tokens = take(requests.table, request)[PROMPT] if params.routing.reads_prompt else None
-    view = View(world.outstanding, waiting, used, num_blocks, world.num_routed, take(requests.uniforms, request),
-                prompt_tokens, params.is_active)
-    chosen = params.routing.choose(view)
-    if params.is_active is not None:
+    waiting = ranks.waiting.ravel() if routing.reads_waiting else None
+    prompt_tokens = take(requests.table, request)[PROMPT] if routing.reads_prompt else None
+    view = View(world.outstanding, waiting, used, num_blocks, num_routed, take(requests.uniforms, request),
+                prompt_tokens, is_active)
+    chosen = routing.choose(view)
+    if is_active is not None:
         behind = (jnp.arange(dims.all_ranks) - chosen) % dims.all_ranks
-        chosen = jnp.argmin(jnp.where(params.is_active, behind, dims.all_ranks)).astype(jnp.int32)
+        chosen = jnp.argmin(jnp.where(is_active, behind, dims.all_ranks)).astype(jnp.int32)
     return chosen
 
 
@@ -124,10 +157,18 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     wake, phase, executor = earliest_wake(world)
     is_arrival = (arrival < wake) | (arrival.equals(wake) & (phase == w.PASSING))
     now = clock.select(is_arrival, arrival, wake)
+    is_door = None
+    if dims.has_roles:
+        door, its_executor = earliest_door(world)
+        is_door = door <= now
+        is_arrival, now = is_arrival & ~is_door, clock.select(is_door, door, now)
     is_frozen = (now.hi >= FREEZE_S) | ~jnp.asarray(is_allowed(world, now))
     is_live = (world.num_finished < requests.count) & (world.fault == 0) & ~is_frozen
     is_arrival = is_arrival & is_live
     is_wake = ~is_arrival & is_live
+    if dims.has_roles:
+        is_door, is_wake = is_door & is_live, is_wake & ~is_door
+        executor = jnp.where(is_door, its_executor, executor)
     target, rank = route(context, request, now), jnp.int32(0)
     if dims.num_ranks > 1:
         rank = jnp.where(is_arrival, target % dims.num_ranks, rank)
@@ -135,5 +176,14 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     executor = jnp.where(is_arrival, target, executor)
     following = clock.select(is_arrival, after_it, arrival)
     event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
-                  is_wake & (phase == w.PASSING))
+                  is_wake & (phase == w.PASSING), is_door)
+    if dims.has_roles:
+        event = event._replace(is_met=_is_met(world, now, executor))
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)
+
+
+def _is_met(world: World, now: Time, executor: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether a door opens, or an iteration of another executor ends, at this very instant."""
+    door, _ = earliest_door(world)
+    ends = (world.phase == w.ENDING) & (world.wake_hi == now.hi) & (world.wake_lo == now.lo)
+    return door.equals(now) | jnp.any(ends & (jnp.arange(ends.shape[0]) != executor))

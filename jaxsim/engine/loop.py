@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from jaxsim.engine import events, pipeline
+from jaxsim.engine import events, hand_over, pipeline
 from jaxsim.engine.common import Params
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
@@ -52,6 +52,8 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
     # Clocks: so that the earliest wake-up or arrival lies in the first epoch.
     coming = params.source.coming(requests, world.source, world.due, world.epoch)
     ahead = jnp.minimum(coming.time.hi, jnp.min(world.wake_hi))
+    if dims.has_roles:
+        ahead = jnp.minimum(ahead, jnp.min(world.door_hi[:-1]))
     is_starved = jnp.isinf(ahead) & (world.num_finished < requests.count)
     epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
     back = -epochs * clock.EPOCH_S
@@ -62,6 +64,8 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
         end = clock.shift(times.batch.end, jnp.broadcast_to(back, start.hi.shape))
         times = replace(times, executor=pipeline.shifted(times.executor, back), batch=replace(times.batch, end=end))
     wake = clock.shift(Time(world.wake_hi, world.wake_lo), jnp.broadcast_to(back, world.wake_hi.shape))
+    if dims.has_roles:
+        world = hand_over.shifted(world, back)
     return replace(
         world, counts=w.count_rows(dims).row(replace(counts, batch=batch)), clocks=w.clock_rows(dims).row(times),
         slot_keys=keys, slot_entries=entries,
@@ -85,7 +89,7 @@ def start(dims: Dims, params: Params, requests: Requests, is_stepped: bool = Fal
     is_stepped: with `until`, at time zero, and `routed`.
     """
     rules = params.flags
-    fields = 5 if rules.stamps_slots else 3
+    fields = 5 if rules.stamps_slots or dims.has_roles else 3
     words = bitmap.num_words(dims.num_requests) if rules.order == "priority" else 1
     ratio = params.of_executors(lambda batching: batching.ratio_start)
     num_blocks = params.of_executors(lambda batching: batching.num_blocks)

@@ -80,13 +80,14 @@ def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array
 def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, times: Clocks,
           residue_row: Int[Array, " block_size"], lengths: Int[Array, " 4"], emitted: Int[Array, ""],
           request: Int[Array, ""], following: Int[Array, ""], free_slot: Int[Array, ""], slots: Slots | None,
-          found: Found | None
+          found: Found | None, is_ready: Bool[Array, ""] | None
           ) -> tuple[Counts, Clocks, Int[Array, " block_size"], Placed, Bool[Array, ""], Bool[Array, ""]]:
     """Give the forming prompt its chunk, or admit the head of the queue if it fits.
 
     is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens, place);
     emitted: its output tokens so far; following: the request behind it in the queue; found: what it has in the prefix
-    cache, if there is one. Returns counts, times,
+    cache, if there is one; is_ready: with roles, whether the candidate is the first of those whose KV is here. Returns
+    counts, times,
     residues, what was placed, whether the queue's head is blocked by something that only an event can lift, and
     whether more may be placed at this instant. Where prompts wait for each other, the candidate may only be counted.
     """
@@ -106,6 +107,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         is_forming = (rank.forming_slot != null) & ~has(counts, w.FORMED)
     cached = 0 if found is None else found.blocks << dims.block_bits
     computed = jnp.where(is_forming, rank.forming_computed, cached)
+    if is_ready is not None:
+        # It joins as a decode: of its tokens only the last is to be computed.
+        computed, seen = jnp.where(is_ready, known - 1, computed), jnp.where(is_ready, rank.ready.length, seen)
     rest = known - computed
     chunk = jnp.minimum(rest, batch.budget) if rules.chunked_prefill else rest
     if rules.order == "priority":
@@ -118,12 +122,19 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         reserved = jnp.int32(0)
     if found is not None:
         reserved = reserved + found.revived
+    watermark = rules.watermark_blocks
+    if is_ready is not None:
+        lacking = blocks_for(known, dims) - blocks_for(computed, dims)
+        must = jnp.maximum(lacking, 1) if rules.decode_needs_free_block == "always" else lacking
+        reserved, watermark = jnp.where(is_ready, must, reserved), jnp.where(is_ready, 0, watermark)
     grown = reserved
+    if is_ready is not None:
+        grown = jnp.where(is_ready, lacking, grown)
     if rules.chunked_prefill:
         more = 0
         if rules.reserve == "none" and rules.kv_accounting:
             more = blocks_for(computed + chunk, dims) - blocks_for(computed, dims)
-        grown = jnp.where(is_forming, more, reserved)
+        grown = jnp.where(is_forming, more, grown)
 
     has_budget = (budget > 0) if rules.chunked_prefill else (rest <= budget)
     has_slot = running < rules.max_num_seqs
@@ -132,13 +143,15 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         has_room = batch.count + batch.num_chunks < rules.max_batch_seqs
     has_blocks = jnp.bool_(True)
     if rules.kv_accounting:
-        has_blocks = rules.num_blocks - used - reserved >= rules.watermark_blocks
+        has_blocks = rules.num_blocks - used - reserved >= watermark
     if rules.reserve == "expected":
         own = (reserved << dims.block_bits) + jnp.minimum(max_tokens - emitted, rules.reserve_clip_tokens)
         free_tokens = ((rules.num_blocks - rank.used_blocks) << dims.block_bits).astype(jnp.float32)
         others = slots.expected_tokens(dims, rules, counts, times.rank.ratio)
         has_blocks = has_blocks & (own.astype(jnp.float32) < free_tokens - others)
     is_closed = has(counts, w.CLOSED)
+    if is_ready is not None and rules.waiting_blocked_after_preempt:
+        is_closed = is_closed | (has(counts, w.PREEMPTED) & ~is_ready)
     if rules.admit == "when_empty":
         is_closed = is_closed | ~has(counts, w.WAS_EMPTY)
     is_head_tried = is_open & ~is_forming & (seen > 0) & ~is_closed
@@ -166,20 +179,33 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     is_first_token = is_completing & (emitted == 0)
     one = is_completing.astype(jnp.int32)
     tokens = jnp.where(is_placed, chunk, 0)
+    budget_taken, all_in = tokens, one
+    if is_ready is not None:
+        # Who comes with its KV decodes in this very iteration.
+        entering = (is_admitted & is_ready).astype(jnp.int32)
+        tokens, one = jnp.where(entering, 0, tokens), one - entering
     start, end = computed.astype(jnp.float32), (computed + tokens).astype(jnp.float32)
     batch = replace(
-        batch, budget=batch.budget - tokens, joining=batch.joining + one,
+        batch, budget=batch.budget - budget_taken, joining=batch.joining + one,
         joining_offsets=batch.joining_offsets + one * offset,
         joining_first=batch.joining_first + is_first_token,
         num_chunks=batch.num_chunks + (tokens > 0),
         chunk_tokens=batch.chunk_tokens + tokens,
         chunk_context=batch.chunk_context + jnp.where(tokens > 0, computed + tokens, 0))
+    if is_ready is not None:
+        batch = replace(batch, count=batch.count + entering, offsets=batch.offsets + entering * offset,
+                        entering=batch.entering + entering)
     pairs = times.batch.chunk_pairs + jnp.where(tokens > 0, (end - start) * (end + start), 0.0)
     times = replace(times, batch=replace(times.batch, chunk_pairs=pairs))
     is_in = is_admitted.astype(jnp.int32)
     used = rank.used_blocks + jnp.where(is_placed, grown, 0)
+    is_from_queue = is_admitted
+    if is_ready is not None:
+        is_from_queue = is_admitted & ~is_ready
+        rank = replace(rank, ready=queues.pop_front(rank.ready, following, is_admitted & is_ready),
+                       held_blocks=rank.held_blocks - entering * blocks_for(prompt, dims))
     rank = replace(
-        rank, queue=queues.pop_front(rank.queue, following, is_admitted), running=rank.running + is_in,
+        rank, queue=queues.pop_front(rank.queue, following, is_from_queue), running=rank.running + is_in,
         used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
     if found is not None:
         rank = admit(rank, found, is_admitted)
@@ -192,11 +218,13 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
             forming_computed=jnp.where(is_partial, computed + tokens, rank.forming_computed),
             forming_known=jnp.where(is_partial, known, rank.forming_known))
     if rules.grows:
-        residue_row = residue_row + one * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
+        residue_row = residue_row + all_in * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
     counts = Counts(counts.executor, rank, batch)
     counts = mark(counts, is_forming, w.FORMED)
     counts = mark(counts, is_placed & (tokens > 0), w.FILLED)
     left = (rank.visible if rules.async_scheduling else rank.waiting) > 0
+    if is_ready is not None:
+        left = left | (rank.ready.length > 0)
     can_go_on = is_placed & left & (batch.budget > 0) & (rank.running < rules.max_num_seqs) & ~is_closed
     if rules.max_batch_seqs is not None:
         can_go_on = can_go_on & (batch.count + batch.num_chunks < rules.max_batch_seqs)
@@ -207,7 +235,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         can_go_on = can_go_on | are_enough | (is_counted & more_fit)
     key = packed.pack_key(after_first + (output - emitted - 1), slot, dims.slot_bits)
     entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
-    if rules.stamps_slots:
+    if rules.stamps_slots or dims.has_roles:
         stamp = counts.executor.num_iterations if rules.reserve == "expected" else rank.next_stamp
         entry += [lengths[PLACE] if rules.order == "priority" else prompt, stamp]
     placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
@@ -287,7 +315,10 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
         extra = jnp.minimum(extra, residues.times_that_fit(residue_row, followers, after_first, room))
     slowest_s = jnp.maximum(pace.first_s + pace.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / slowest_s, 1e9).astype(jnp.int32))
-    may_follow = (followers > 0) & ((rank.waiting == 0) | is_held) & (batch.stalled == 0) & is_alone
+    has_others = rank.waiting > 0
+    if dims.has_roles:
+        has_others = has_others | (rank.ready.length > 0)
+    may_follow = (followers > 0) & (~has_others | is_held) & (batch.stalled == 0) & is_alone
     if rules.has_context_limit:
         room = rules.decode_context_limit - (batch.offsets + batch.joining_offsets + followers * after_first)
         extra = jnp.minimum(extra, jnp.floor(room / jnp.maximum(followers, 1)).astype(jnp.int32))
@@ -320,12 +351,13 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
 def preempt(dims: Dims, group: Group, is_any: Bool[Array, ""], counts: Counts,
             residue_row: Int[Array, " block_size"], slot: Int[Array, ""], request: Int[Array, ""],
             offset: Int[Array, ""], previous: Int[Array, ""], known_prompt: Int[Array, ""],
-            released: Release | None) -> tuple[Counts, Int[Array, " block_size"], Int[Array, ""], queues.Link]:
+            released: Release | None, is_ready: Bool[Array, ""] | None = None
+            ) -> tuple[Counts, Int[Array, " block_size"], Int[Array, ""], queues.Link]:
     """Take a sequence off the batch: all its blocks, back to the front of the queue (SGLang: to its end).
 
-    slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens;
-    with prefix caching its blocks are `released` already. Returns counts, residues, the
-    tokens it has emitted and the link of the queue that changes.
+    slot, request, offset, previous: of the victim; `known_prompt` its prompt tokens; with prefix caching its blocks are
+    `released` already; is_ready: it has its KV here and does not run. Returns counts, residues, the tokens it has
+    emitted and the link of the queue that changes.
     """
     rank, batch = counts.rank, counts.batch
     null = jnp.int32(dims.null_slot)
@@ -336,13 +368,15 @@ def preempt(dims: Dims, group: Group, is_any: Bool[Array, ""], counts: Counts,
     emitted = jnp.where(is_forming, rank.forming_known, offset + batch.counter + 1) - known_prompt
     one = is_any.astype(jnp.int32)
     is_decoding = is_any & ~is_forming
+    if is_ready is not None:
+        is_decoding, one = is_decoding & ~is_ready, one * ~is_ready
     gone = is_decoding.astype(jnp.int32)
     residue_row = residue_row - gone * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
     push = queues.push_back if group.batching.reserve == "expected" else queues.push_front
     queue, link = push(rank.queue, request, is_any, dims.num_requests)
     rank = replace(
         rank, queue=queue, running=rank.running - one,
-        used_blocks=rank.used_blocks - one * (blocks_for(held_tokens, dims) if released is None else 0),
+        used_blocks=rank.used_blocks - is_any * (blocks_for(held_tokens, dims) if released is None else 0),
         forming_slot=jnp.where(is_any & is_forming, null, rank.forming_slot))
     if group.batching.async_scheduling:
         rank = replace(rank, visible=rank.visible + one)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import ending, events, gathering, lockstep, passes, pipeline, prefix, tape
+from jaxsim.engine import ending, events, gathering, hand_over, lockstep, passes, pipeline, prefix, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, Params, choose, has, mark, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
@@ -59,6 +59,9 @@ class Touched(eqx.Module):
     link: queues.Link | None = None
     places: tuple[Int[Array, ""], Int[Array, ""]] | None = None
 
+    # open_door: with roles, what it did.
+    opened: hand_over.Opened | None = None
+
     # settle: samples of the time between tokens, and how many tokens each stands for; what the tape is told.
     itl_s: Float[Array, " samples"] | None = None
     itl_weights: Int[Array, " samples"] | None = None
@@ -66,7 +69,10 @@ class Touched(eqx.Module):
 
     # retire: who left; whether more leave at this instant; the smallest completion key that stays; the last of the
     # running list and the links that change in it; the entry of `World.due` that changes; all slots, if the pass scans
-    # them; the largest offset of those that stay, if the cost reads it.
+    # them; the largest offset of those that stay, if the cost reads it; with roles who left for another executor, and
+    # whether this one is to see who fits.
+    left: hand_over.Left | None = None
+    is_looking: Bool[Array, ""] | None = None
     due: tuple[Int[Array, ""], Float[Array, " 3"]] | None = None
     released: prefix.Release | None = None
     slots: Slots | None = None
@@ -79,7 +85,8 @@ class Touched(eqx.Module):
 
     # open_pass: whether a pass is due, under way, free to place a prompt, short of blocks, closed before this step,
     # about to preempt, without anybody who goes ahead; the victim (slot, request, offset); the candidate: its lengths,
-    # tokens emitted, preemptions, seconds since the last of these, and who waits behind it.
+    # tokens emitted, preemptions, seconds since the last of these, and who waits behind it; whether it has its KV here.
+    is_ready: Bool[Array, ""] | None = None
     is_due: Bool[Array, ""] | None = None
     has_ended: Bool[Array, ""] | None = None
     has_work: Bool[Array, ""] | None = None
@@ -108,9 +115,10 @@ class Touched(eqx.Module):
     can_go_on: Bool[Array, ""] | None = None
     victim_emitted: Int[Array, ""] | None = None
 
-    # price: nothing could be scheduled; and never will; seconds of the iteration and the pace behind it; whether it
-    # starts.
+    # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
+    # behind it; whether it starts.
     is_idle: Bool[Array, ""] | None = None
+    is_resting: Bool[Array, ""] | None = None
     is_stuck: Bool[Array, ""] | None = None
     price: tuple[Float[Array, ""], DecodePace] | None = None
     is_starting: Bool[Array, ""] | None = None
@@ -234,7 +242,7 @@ def receive(context: Context, t: Touched) -> Touched:
         is_seen = event.is_arrival & ending.is_before_last(event, counts, t.times)
         counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
     # A sorted queue changes once a step, and the pass may change it too. An earlier end elsewhere may bring an arrival.
-    if (rules.order != "priority" and context.dims.num_ranks == 1
+    if (rules.order != "priority" and context.dims.num_ranks == 1 and not context.dims.has_roles
             and not (params.source.answers and context.dims.num_executors > 1)):
         goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S) & events.is_allowed(world, wake)
         if rules.pass_on_arrival and t.flying is not None:
@@ -243,6 +251,15 @@ def receive(context: Context, t: Touched) -> Touched:
     source = params.source.delivered(world.source, arriving, event.is_arrival)
     return replace(t, event=event, counts=counts, times=times, wake=wake, source=source, link=link, places=places,
                    cut_extra=cut_extra)
+
+
+def open_door(context: Context, t: Touched) -> Touched:
+    """With roles: deliver a request, accept one, or take blocks back."""
+    if not context.dims.has_roles:
+        return t
+    counts, wake, phase, opened = hand_over.open_door(
+        context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row)
+    return replace(t, counts=counts, wake=wake, phase=phase, opened=opened)
 
 
 def settle(context: Context, t: Touched) -> Touched:
@@ -262,7 +279,8 @@ def retire(context: Context, t: Touched) -> Touched:
     event, counts, keys = t.event, t.counts, take(world.slot_keys, t.batch)
     counts, residue_row, retired, has_more, next_key = ending.retire(
         dims, group, event, counts, keys, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row,
-        take(world.slot_entries, t.rank)[:, w.STAMP] if group.batching.prefix_caching else None)
+        take(world.slot_entries, t.rank)[:, w.STAMP] if group.batching.prefix_caching or dims.has_roles else None,
+        partial(hand_over.is_leaving, context, event) if dims.has_roles else None)
     tail, unlinked, slots = counts.batch.tail, None, None
     if group.batching.keeps_running_list:
         tail, *unlinked = queues.unlink(
@@ -282,14 +300,22 @@ def retire(context: Context, t: Touched) -> Touched:
                                         preemptions)
         rank = replace(rank, used_blocks=rank.used_blocks - released.freed)
         counts = replace(counts, rank=rank)
+    left = is_looking = None
+    if dims.has_roles:
+        left = hand_over.leave(context, event, retired, t.times)
+        queue = hand_over.unaccepted_of(world, event.executor)
+        is_looking = event.is_ending & ~has_more & hand_over.fits(context, event, counts, queue)
+        # What that leads to comes before the pass.
+        event = event._replace(is_met=event.is_met | left.is_any | is_looking)
     source, due = t.source, None
     if params.source.answers:
-        source, *entry = params.source.ended(source, world.epoch, event.now, retired.is_any, dims.num_requests)
+        is_over = retired.is_any if left is None else retired.is_any & ~left.is_any
+        source, *entry = params.source.ended(source, world.epoch, event.now, is_over, dims.num_requests)
         due = tuple(entry)
         event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
     return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, released=released,
-                   retired=retired, has_more=has_more, next_key=next_key, tail=tail, longest=longest,
-                   unlinked=unlinked and tuple(unlinked), slots=slots)
+                   left=left, is_looking=is_looking, retired=retired, has_more=has_more, next_key=next_key, tail=tail,
+                   longest=longest, unlinked=unlinked and tuple(unlinked), slots=slots)
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
@@ -301,6 +327,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
     # A scheduling pass, unless something at this instant comes before it.
     has_ended = event.is_ending & ~t.has_more
     has_work = (counts.rank.running > 0) | (counts.rank.waiting > 0)
+    if dims.has_roles:
+        has_work = has_work | (counts.rank.ready.length > 0)
     is_due = (has_ended & has_work) | (event.is_arrival & (t.phase == w.IDLE))
     is_passing = event.is_passing | (is_due & ~event.is_tied)
     if dims.num_ranks > 1:
@@ -314,6 +342,10 @@ def open_pass(context: Context, t: Touched) -> Touched:
     if rules.gathers:
         candidate = gathering.candidate(counts, world.next_waiting, t.link)
     is_forming = counts.rank.forming_slot != null
+    is_ready = None
+    if dims.has_roles:
+        is_ready = (counts.rank.ready.length > 0) & ~(is_forming & ~has(counts, w.FORMED))
+        candidate = jnp.where(is_ready, counts.rank.ready.front, candidate)
     if rules.chunked_prefill:
         candidate = jnp.where(is_forming & ~has(counts, w.FORMED), counts.rank.forming_request, candidate)
 
@@ -354,21 +386,29 @@ def open_pass(context: Context, t: Touched) -> Touched:
                     counts = mark(mark(counts, is_barred, w.FORMED), is_barred, w.CLOSED)
                 is_preempting = is_short & may_preempt
                 counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
+            if is_ready is not None:
+                gives_way, victim = hand_over.who_gives_way(
+                    context, is_passing & ~is_short & is_ready, counts, candidate, victim)
+                is_short = is_short | gives_way
+                is_preempting = is_preempting | (gives_way & may_preempt)
         is_placing = is_passing & ~is_short
         if not rules.is_unified:
             is_placing = is_placing & ~was_closed
         candidate = jnp.where(is_preempting, victim[1], candidate)
     candidate = jnp.where(is_passing, candidate, scratch)
+    lengths = take(requests.table, candidate)
+    if dims.has_roles:
+        lengths = hand_over.lengths_here(context, event, lengths)
     emitted, preemptions, preempted_s = jnp.int32(0), jnp.int32(0), None
     if rules.grows:
         emitted, preemptions = take(world.progress, candidate)
         epoch, hi, lo = take(world.preempted, candidate)
         preempted_s = clock.elapsed(Time(hi, lo), event.now) + (world.epoch - epoch) * clock.EPOCH_S
     return replace(
-        t, counts=counts, residue_row=residue_row, slots=slots, is_due=is_due,
+        t, counts=counts, residue_row=residue_row, slots=slots, is_due=is_due, is_ready=is_ready,
         has_ended=has_ended, has_work=has_work, is_passing=is_passing, is_placing=is_placing, is_short=is_short,
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
-        candidate=candidate, lengths=take(requests.table, candidate), emitted=emitted, preemptions=preemptions,
+        candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
         preempted_s=preempted_s,
         # The link behind the candidate may be the one the arrival has just made.
         next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
@@ -404,7 +444,7 @@ def fill(context: Context, t: Touched) -> Touched:
     free_slot = jnp.where(t.retired.is_any, t.retired.slot, free_slot)
     counts, times, residue_row, placed, is_held, can_go_on = passes.place(
         dims, group, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
-        free_slot, t.slots, t.found)
+        free_slot, t.slots, t.found, t.is_ready)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     rank, tail = counts.rank, counts.batch.tail
@@ -442,12 +482,19 @@ def fill(context: Context, t: Touched) -> Touched:
     if rules.grows:
         victim = (jnp.where(is_preempting, victim[0], null), *victim[1:])
         counts = mark(counts, is_preempting, w.PREEMPTED)
+        gives_way = None if t.is_ready is None else is_preempting & (victim[0] == null)
         if rules.waiting_blocked_after_preempt:
-            counts = mark(counts, is_preempting, w.CLOSED)
+            is_closing = is_preempting
+            if gives_way is not None:
+                # Who is ready goes on while the last of them make room.
+                is_closing = is_closing & (~gives_way | (counts.rank.ready.length == 1))
+            counts = mark(counts, is_closing, w.CLOSED)
         before_tail = take(world.slot_previous, t.rank, t.tail) if rules.keeps_running_list else null
         counts, residue_row, victim_emitted, own_link = passes.preempt(
             dims, group, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT],
-            t.released)
+            t.released, gives_way)
+        if gives_way is not None:
+            counts = hand_over.without_last_ready(context, gives_way, counts, t.lengths[PROMPT])
         link = choose(is_preempting, own_link, link)
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
@@ -466,6 +513,10 @@ def price(context: Context, t: Touched) -> Touched:
     is_idle = is_formed & ~has_batch
     progress = jnp.where(is_idle, 0, counts.rank.progress)
     is_stuck = is_idle & ~has(counts, w.PREEMPTED)
+    is_resting = None
+    if context.dims.has_roles:
+        is_resting = is_stuck & hand_over.is_waiting_for_blocks(counts)
+        is_stuck = is_stuck & ~is_resting
     if t.flying is not None:
         is_stuck = is_stuck & ~t.flying.without(t.event.batch)
     counts = replace(counts, rank=replace(counts.rank, progress=progress))
@@ -473,18 +524,22 @@ def price(context: Context, t: Touched) -> Touched:
     if longest is not None:
         longest = jnp.maximum(longest, jnp.where(t.placed.is_completing, t.placed.entry[w.OFFSET], longest))
     return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_idle=is_idle,
-                   is_stuck=is_stuck,
+                   is_stuck=is_stuck, is_resting=is_resting,
                    price=passes.price(context.dims, context.group, t.counts, t.times, longest))
 
 
 def launch(context: Context, t: Touched) -> Touched:
     """Start it, and say what wakes this executor next."""
     event, placed = t.event, t.placed
+    if context.dims.has_roles:
+        # At its end somebody may be accepted.
+        queue = hand_over.unaccepted_of(context.world, event.executor)
+        fits = hand_over.fits(context, event, t.counts, queue)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     counts, times, plan = passes.start(
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
         jnp.minimum(t.next_key, own_key), t.is_held, *t.price,
-        is_alone=True if t.flying is None else ~t.flying.without(event.batch))
+        is_alone=~t.flying.without(event.batch) if t.flying is not None else ~fits if context.dims.has_roles else True)
     if context.dims.num_ranks > 1:
         is_skipped = event.is_passing & ~t.has_work
         counts, times = lockstep.runs_along(context.dims, is_skipped, counts, times)
@@ -500,6 +555,8 @@ def launch(context: Context, t: Touched) -> Touched:
         record = jnp.where(t.is_starting, context.world.num_recorded, counts.batch.record)
         counts = replace(counts, batch=replace(counts.batch, record=record))
     is_waiting_pass = (t.is_passing & ~t.is_starting) | (t.is_due & event.is_tied)
+    if t.is_resting is not None:
+        is_waiting_pass = is_waiting_pass & ~t.is_resting
     if t.flying is not None:
         following = pipeline.go_on(
             context.dims, context.group, event, t.flying, counts, times, wake=t.wake, phase=t.phase, end=plan.end,
@@ -508,6 +565,8 @@ def launch(context: Context, t: Touched) -> Touched:
         return replace(t, counts=following.counts, times=following.times, plan=plan, wake=following.wake,
                        phase=following.phase)
     is_resting = t.has_ended & ~t.has_work
+    if t.is_resting is not None:
+        is_resting = is_resting | t.is_resting
     wake = clock.select(t.has_more | is_waiting_pass, event.now, t.wake)
     wake = clock.select(t.is_starting, plan.end, wake)
     wake = clock.select(is_resting, clock.never(), wake)
@@ -529,11 +588,16 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     epoch = world.epoch.astype(jnp.float32)
     stamp = jnp.stack([epoch, now.hi, now.lo])
     is_active = event.is_arrival | event.is_ending | event.is_passing
+    is_finished = retired.is_any
+    if t.left is not None:
+        is_active, is_finished = is_active | event.is_door, is_finished & ~t.left.is_any
     logs = t.is_starting & (counts.batch.joining_first > 0)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     leaving = jnp.where(retired.is_any & (retired.slot != placed.slot), retired.slot, null)
     entering = placed.slot
     is_new = placed.is_admitted & (t.preemptions == 0)
+    if t.is_ready is not None:
+        is_new = is_new & ~t.is_ready
     is_unplaced = (placed.is_admitted | placed.is_completing) & (t.emitted == 0)
     is_returned = retired.is_any & ~placed.is_admitted
     returned = retired.slot
@@ -558,9 +622,11 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
 
     if rules.grows:
         entering = jnp.where(t.is_preempting, t.victim[0], entering)
-        is_returned = is_returned | t.is_preempting
+        is_returned = is_returned | (t.is_preempting & (t.victim[0] != null))
         returned = jnp.where(t.is_preempting, t.victim[0], returned)
         is_returning = placed.is_admitted & (t.preemptions > 0)
+        if t.is_ready is not None:
+            is_returning = is_returning & ~t.is_ready
         parts = clock.to_integers(world.epoch, now)
         writes["progress"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),),
                                  jnp.stack([t.victim_emitted, t.preemptions + 1]))
@@ -568,6 +634,15 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
                                 jnp.where(is_returning, parts, jnp.where(t.is_preempting, -parts, 0)))
         writes["preempted"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),), stamp)
         writes["residues"] = Put(own("residues"), t.residue_row)
+    link = t.link
+    if t.left is not None:
+        # A request that leaves has its first token, and waits for the next from now on.
+        leaving_now, before = t.left.is_any, take(world.progress, retired.request)[1]
+        index = jnp.where(leaving_now, t.left.request, writes["progress"].index[0])
+        writes["progress"] = Put((index,), jnp.where(leaving_now, jnp.stack([1, before]), writes["progress"].value))
+        writes["preempted"] = Put((index,), stamp)
+        writes |= hand_over.writes(context, event, t.opened, t.left, t.is_looking, stamp)
+        link = choose(event.is_door, t.opened.link, choose(leaving_now, t.left.link, link))
     if rules.keeps_running_list:
         _, *appended = queues.append(t.tail, placed.slot, placed.is_completing, dims.null_slot)
         for name, *links in zip(("slot_previous", "slot_next"), t.unlinked, appended, strict=True):
@@ -599,16 +674,21 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         "slot_keys": Put(own("slot_keys", (leaving, entering)), (jnp.int32(packed.EMPTY), own_key)),
         "slot_entries": Put(own("slot_entries", placed.slot), placed.entry),
         "free_slots": Put(own("free_slots", stack_top), returned),
-        "next_waiting": Put(t.link[:1], t.link[1]),
+        "next_waiting": Put(link[:1], link[1]),
         "placed": Put((jnp.where(is_unplaced, t.candidate, scratch),),
                       jnp.stack([jnp.where(placed.is_first_token, counts.batch.log_row, -1), t.rank])),
         "scheduled": Put((jnp.where(is_new, t.candidate, scratch),), stamp),
-        "finished": Put((jnp.where(retired.is_any, retired.request, scratch),), stamp),
+        "finished": Put((jnp.where(is_finished, retired.request, scratch),), stamp),
         "first_tokens": Put((logged,), first_ends),
         "itl": Add((histogram.bin_of(t.itl_s),), t.itl_weights),
     }
     if dims.all_ranks > 1:
-        writes["outstanding"] = Add((t.rank,), event.is_arrival.astype(jnp.int32) - retired.is_any)
+        change = event.is_arrival.astype(jnp.int32) - retired.is_any
+        writes["outstanding"] = Add((t.rank,), change)
+        if t.left is not None:
+            target = jnp.where(t.left.is_any, t.left.target, t.rank)
+            both = jnp.stack([change, t.left.is_any.astype(jnp.int32)])
+            writes["outstanding"] = Add((jnp.stack([t.rank, target]),), both)
     if rules.order == "priority":
         is_entering = t.is_preempting | (event.is_arrival & ~placed.is_admitted)
         is_leaving = placed.is_admitted & ~event.is_arrival
@@ -629,18 +709,21 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     progress = dict(
         steps=world.steps + is_active,
         num_routed=world.num_routed + event.is_arrival, source=t.source,
-        num_finished=world.num_finished + retired.is_any,
+        num_finished=world.num_finished + is_finished,
         num_logged=world.num_logged + t.opens_log,
         fault=world.fault | jnp.where(t.is_stuck, w.STUCK, 0) | jnp.where(is_launching & ~is_possible, w.TOO_SLOW, 0)
         | (0 if t.found is None else jnp.where(counts.rank.cache.end - counts.rank.cache.head > dims.log_size,
                                                w.LOG_FULL, 0))
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=t.is_frozen.astype(jnp.int32))
+    if t.left is not None:
+        progress |= dict(num_handed_over=world.num_handed_over + t.left.is_any,
+                         num_accepted=world.num_accepted + (t.opened.accepted != scratch))
     if dims.num_records:
         progress["num_recorded"] = world.num_recorded + (
             t.plan.is_any if t.turn is None else dims.num_ranks * t.turn.is_launching)
     return progress, writes
 
 
-PHASES = (receive, settle, retire, open_pass, look_up, fill, price, launch)
+PHASES = (receive, open_door, settle, retire, open_pass, look_up, fill, price, launch)
 """In this order between `look` and `note`."""

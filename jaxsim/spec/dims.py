@@ -16,7 +16,7 @@ class Dims:
     block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records: iterations
     kept on the tape (0: no tape); num_ranks: of an executor; num_batches: of a rank; num_stages: of a pipeline, with as
     many batches in flight; num_segments: of shared prompts, 0 without prefix caching; path_width: segments of a prompt;
-    log_size: releases on record, a power of two.
+    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors.
     """
 
     num_requests: int
@@ -31,6 +31,7 @@ class Dims:
     num_segments: int = 0
     path_width: int = 0
     log_size: int = 0
+    has_roles: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -39,6 +40,8 @@ class Dims:
             raise ValueError(f"max_jump = {self.max_jump}: not in 1 .. {MAX_JUMP - 1}, what the clock counts exactly")
         if self.num_stages > 1 and (self.num_ranks > 1 or self.num_batches != self.num_stages):
             raise ValueError(f"num_stages = {self.num_stages}: a pipeline is one rank with as many batches")
+        if self.has_roles and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments):
+            raise ValueError("has_roles: executors of one rank and one stage, without prefix caching")
 
     @property
     def all_ranks(self) -> int:

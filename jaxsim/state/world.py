@@ -80,7 +80,9 @@ class Rank(eqx.Module):
     has its last chunk), `visible` how many waiting requests a pass may see under asynchronous scheduling, `next_stamp`
     the next place in the order of running sequences; `cache` only with prefix caching. `forming_chunk` and `cursor`
     belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other, all
-    `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`).
+    `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`). With roles: whose KV is on
+    the way here and who has it here and does not run, the blocks that both hold, and those kept for who has left and is
+    not delivered yet.
     """
 
     queue: Queue
@@ -98,6 +100,10 @@ class Rank(eqx.Module):
     progress: Int[Array, "*shape"]
     forming_batch: Int[Array, "*shape"] | None
     cache: Cache | None
+    in_transfer: Queue | None
+    ready: Queue | None
+    held_blocks: Int[Array, "*shape"] | None
+    kept_blocks: Int[Array, "*shape"] | None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -115,7 +121,8 @@ class Batch(eqx.Module):
     `extra` decode iterations follow the first, which advances the token clock by `advance`; `is_committed` once its end
     was applied; `gap_count` sequences whose next token prompt-only iterations delay; `log_row` where the time of its
     first tokens goes; `record` its place on the tape, if there is one; `taken` in a pipeline, how many of the `extra`
-    have taken their blocks, those of all before the jump ends if others may be admitted beside it.
+    have taken their blocks, those of all before the jump ends if others may be admitted beside it; with roles that too,
+    and `entering`, how many of `count` came with their KV.
     """
 
     counter: Int[Array, "*shape"]
@@ -139,6 +146,7 @@ class Batch(eqx.Module):
     log_row: Int[Array, "*shape"]
     record: Int[Array, "*shape"] | None
     taken: Int[Array, "*shape"] | None
+    entering: Int[Array, "*shape"] | None
 
 
 class Counts(eqx.Module):
@@ -327,6 +335,25 @@ class World(eqx.Module):
     # every request was routed to. Else None.
     until: Float[Array, " 3"] | None = None
     routed: Int[Array, " rows"] | None = None
+    # Roles (`jaxsim.engine.hand_over`), else None. Of executors, and of none: when its door opens next and for which
+    # transfer (-1: to see to what is there), who it has not accepted (front, back, length), until when the links out of
+    # it and into it are busy, blocks that come back to it. Of requests: the one ready before it, seconds of its
+    # transfer, its place among the transfers, where it decodes, when it was accepted and is delivered (epoch, hi, lo).
+    door_hi: Float[Array, " doors"] | None = None
+    door_lo: Float[Array, " doors"] | None = None
+    door_turn: Int[Array, " doors"] | None = None
+    unaccepted: Int[Array, "doors 3"] | None = None
+    egress: Float[Array, "doors 2"] | None = None
+    ingress: Float[Array, "doors 2"] | None = None
+    returned: Int[Array, " doors"] | None = None
+    ready_before: Int[Array, " rows"] | None = None
+    transfer_s: Float[Array, " rows"] | None = None
+    transfer_turn: Int[Array, " rows"] | None = None
+    decoded_on: Int[Array, " rows"] | None = None
+    accepted: Float[Array, "rows 3"] | None = None
+    delivered: Float[Array, "rows 3"] | None = None
+    num_handed_over: Int[Array, ""] | None = None
+    num_accepted: Int[Array, ""] | None = None
 
 
 def _zeros(cls, **fields):
@@ -340,10 +367,12 @@ def empty_counts(dims: Dims) -> Counts:
     cache = _zeros(Cache) if dims.num_segments else None
     is_pipeline = dims.num_stages > 1
     rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, cache=cache,
-                  forming_batch=zero if is_pipeline else None)
+                  forming_batch=zero if is_pipeline else None,
+                  **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_roles else None),
+                  **dict.fromkeys(("held_blocks", "kept_blocks"), zero if dims.has_roles else None))
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
-                   taken=zero if is_pipeline else None)
+                   taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None)
     return Counts(executor, rank, batch)
 
 
@@ -410,6 +439,14 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         tape = dict(tape_times=floats(records, 7), tape_counts=ints(records, 7), tape_stats=ints(records, 10),
                     tape_ends=floats(records, 4), num_recorded=ints())
         tape |= {name: ints(rows, value=-1) for name in ("tape_met", "tape_joined", "tape_last", "tape_first")}
+    roles, doors = {}, executors + 1
+    if dims.has_roles:
+        roles = dict(
+            door_hi=clock.never((doors,)).hi, door_lo=floats(doors), door_turn=ints(doors, value=-1),
+            unaccepted=ints(doors, 3), egress=floats(doors, 2), ingress=floats(doors, 2), returned=ints(doors),
+            ready_before=ints(rows), transfer_s=floats(rows), transfer_turn=ints(rows),
+            decoded_on=ints(rows, value=-1), accepted=floats(rows, 3), delivered=floats(rows, 3),
+            num_handed_over=ints(), num_accepted=ints())
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
@@ -424,4 +461,4 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(histogram.NUM_BINS),
-        **tape, **cached)
+        **tape, **cached, **roles)

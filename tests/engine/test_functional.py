@@ -266,7 +266,7 @@ import json, re
 import jax, jax.numpy as jnp, numpy as np
 flags = dict(jax.config.values)
 from jax.sharding import NamedSharding, PartitionSpec as P
-from jaxsim.engine import functional
+from jaxsim.engine import functional, loop
 from jaxsim.engine.environment import Action, Environment
 from tests.engine.test_functional import scenario, slower
 
@@ -296,6 +296,9 @@ sharded = jax.device_put(factors, NamedSharding(mesh, P("devices")))
 whole = jax.jit(jax.vmap(end_s))(factors)
 split = jax.jit(jax.vmap(end_s))(sharded)
 said = dict(split=bool(np.array_equal(split, whole)), is_finite=bool(np.isfinite(whole).all()))
+batch = jax.tree.map(lambda x: jnp.stack([x, x]), (params, requests))
+said["are_kernels"] = ["xla_cpu_small_call" in jax.jit(run, static_argnums=0).lower(dims, *batch).as_text()
+                       for run in (loop.run, loop.run_on_one_device)]
 for function in (end_s, recorded, in_ticks):
     over = jax.shard_map(jax.vmap(function), mesh=mesh, in_specs=P("devices"), out_specs=P("devices"))
     compiled = jax.jit(over).lower(sharded).compile()
@@ -321,4 +324,6 @@ def test_shards_run_their_own_loops_quietly():
     assert line.startswith("REPORT") and done.stderr == ""
     said = json.loads(line.removeprefix("REPORT"))
     alone = {"same": True, "collectives": []}
+    # A kernel cannot be partitioned: only what stays on one device is one.
+    assert said.pop("are_kernels") == [False, True]
     assert said == {"split": True, "is_finite": True, "end_s": alone, "recorded": alone, "in_ticks": alone}

@@ -157,7 +157,7 @@ class HandOver:
         work = self.clock.ticks(seconds)
         if self.rules.overlap_layers:
             work = max(work - job.iteration, self.clock.ticks(seconds / self.rules.overlap_layers))
-        transfer = Transfer(job, job.instance, job.decode_instance, num_bytes, work, now)
+        transfer = Transfer(job, job.instance, job.decode_instance, num_bytes, work, now, len(self.transfers))
         self.transfers.append(transfer)
         if work > 0:
             changed = self.links.start(transfer, now)

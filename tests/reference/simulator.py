@@ -9,7 +9,7 @@ engine and the stages, each of which works on one at a time. A pass sees the seq
 
 With `Disaggregation` prompts are computed on some instances and outputs on others.
 
-Order of events at one instant: (time, phase, index), phases: deliveries of KV by time of acceptance and request,
+Order of events at one instant: (time, phase, index), phases: deliveries of KV in the order of acceptance,
 iteration ends by instance, arrivals by request, scheduling passes by instance. What an event causes at the same instant
 has its place in this order among what is left. A pass is atomic; it needs an instance with work and no iteration in
 flight.

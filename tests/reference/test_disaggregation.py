@@ -75,9 +75,8 @@ def test_laws_on_random_clusters():
             joined = [transfers[i] for i in first_decodes(result, instance)]
             for one, other in zip(joined, joined[1:], strict=False):
                 # What takes no time is delivered as it is accepted.
-                by = (lambda t: t.delivered_s) if one.accepted_s == one.delivered_s else (
-                    lambda t: (t.delivered_s, t.accepted_s, t.request))
-                assert by(one) <= by(other), "overtaken among the ready"
+                place = result.transfers.index  # in the order accepted
+                assert (one.delivered_s, place(one)) < (other.delivered_s, place(other)), "overtaken among the ready"
             first = {}
             for record in records:
                 for i in record.batch:
@@ -158,7 +157,7 @@ def test_sharing_follows_virtual_time():
         for number in range(rng.randint(1, 8)):
             now += rng.choice([0, 1, rng.randint(0, 40)])
             job = SimpleNamespace(request=SimpleNamespace(id=number))
-            transfers.append(Transfer(job, 0, 1, 0.0, rng.randint(1, 30), now))
+            transfers.append(Transfer(job, 0, 1, 0.0, rng.randint(1, 30), now, number))
             links.start(transfers[-1], now)
         real, virtual, ends, coming = Fraction(0), Fraction(0), {}, list(transfers)
         on_the_way: dict[int, Fraction] = {}

@@ -19,13 +19,14 @@ class Transfer:
     num_bytes: float
     work: float
     accepted: float
+    number: int  # in the order accepted
     start: float | None = None
     due: float | None = None  # when it will be delivered, as far as is known
 
     @property
-    def key(self) -> tuple[float, int]:
+    def key(self) -> int:
         """Order of deliveries at one instant."""
-        return self.accepted, self.job.request.id
+        return self.number
 
 
 class FifoLinks:
@@ -73,7 +74,7 @@ class FairLinks:
         transfer.start = now
         work = Fraction(transfer.work) if self.clock.round_times else transfer.work
         on_the_way.append((transfer, work))
-        on_the_way.sort(key=lambda entry: (entry[1], *entry[0].key))
+        on_the_way.sort(key=lambda entry: (entry[1], entry[0].key))
         self.left[link], self.seen_at[link] = on_the_way, now
         changed = []
         end, served = now, 0
