@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "unoptimised: programs of this file are compiled quickly, to slower code")
     # Tracing and the reference simulator make many small objects, none of them in cycles worth looking for so often.
     gc.set_threshold(200_000, 20, 100)
+    # What is started in the background may be told to ignore Ctrl-C, and then so are the commands that tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = tempfile.mkdtemp(prefix="jaxsim-programs-")

@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -44,6 +44,7 @@ from jaxsim.engine.common import Group, Params
 from jaxsim.kernels import clock
 from jaxsim.policy import routing
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.hand_over import HandOver
 from jaxsim.spec.dims import Dims
 from jaxsim.state.requests import pack_requests
 
@@ -62,6 +63,9 @@ decode-only and mixed iterations, as (a, b, c, d, e). a: 16 GB of weights at 80 
 16 GFLOP a token at 65 % of 989 TFLOP/s; c: 131,072 bytes of KV a token (8 heads of 128, 32 layers, bf16) at
 80 %; d: host and sampling time a sequence; e: 2.6e5 FLOP a unit of attention pairs at 40 %. Round figures,
 not a calibration."""
+
+KV_BYTES_PER_TOKEN, LINK_BYTES_PER_S = 131_072, 50e9
+"""Of the same model, and a link of 400 Gbit/s, between engines of different roles."""
 
 COST_NOTE = "fitted, about Llama-3-8B in bf16 on one H100 SXM"
 RATES_RPS = (4.0, 12.0)
@@ -88,10 +92,14 @@ _MARK = "jaxsim-bench:"
 
 @dataclass(frozen=True)
 class Case:
-    """One workload: `scenarios` of `requests` each on `replicas`, least outstanding first, as `vllm-v1`."""
+    """One workload: `scenarios` of `requests` each on `replicas`, least outstanding first, as `vllm-v1`.
+
+    prefill: how many of the replicas compute prompts only, the others then decode only.
+    """
 
     name: str
     replicas: int = 1
+    prefill: int = 0
     scenarios: int = 256
     requests: int = 1000
     slots: int = 128
@@ -111,12 +119,13 @@ class Case:
     @property
     def dims(self) -> Dims:
         """Static sizes; cases of equal sizes share a program."""
-        return Dims(self.requests, self.replicas, self.slots)
+        return Dims(self.requests, self.replicas, self.slots, has_roles=self.prefill > 0)
 
 
 MAIN_CASES = (
     Case("replicas_1"), Case("preempting", num_blocks=500), Case("replicas_8", replicas=8),
-    Case("replicas_32", replicas=32), Case("single_100k", scenarios=1, requests=100_000),
+    Case("replicas_32", replicas=32), Case("prefill_4_decode_4", replicas=8, prefill=4),
+    Case("single_100k", scenarios=1, requests=100_000),
 )
 REQUEST_CASES = tuple(Case(f"requests_{label}", scenarios=1, requests=count) for label, count in
                       (("1k", 1000), ("10k", 10_000), ("100k", 100_000), ("1M", 1_000_000)))
@@ -155,6 +164,12 @@ def engine_inputs(case: Case, drawn: Drawn, coefficients=COEFFICIENTS):
         num_blocks=i(case.num_blocks), watermark_blocks=i(0), decode_context_limit=i(0), ratio_start=x(0.7),
         ratio_floor=x(0.098), ratio_decay=x(0.001), reserve_clip_tokens=i(4096), retract_free_tokens=i(20))
     one = Params((Group(batching, fitted(*coefficients)),), routing.LeastOutstanding(), i(2**31 - 1))
+    if case.prefill:
+        is_prefill = jnp.arange(case.replicas) < case.prefill
+        most_held = jnp.full(case.replicas, math.ceil(0.05 * case.num_blocks), jnp.int32)
+        one = replace(one, hand_over=HandOver(
+            is_prefill, ~is_prefill, routing.LeastOutstanding(), most_held, x(KV_BYTES_PER_TOKEN / LINK_BYTES_PER_S),
+            x(0), i(0)))
     params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (case.scenarios, *leaf.shape)), one)
     packed = [pack_requests(drawn.arrival_s[b], drawn.prompt[b], drawn.output[b], uniforms=drawn.uniforms[b])
               for b in range(case.scenarios)]
