@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxsim.calibrate.command import add_parser as add_calibrate
 from jaxsim.planning.command import add_parser as add_plan
+from jaxsim.reproduce.command import add_parser as add_reproduce
 from jaxsim.study.command import add_parser as add_sweep
 from jaxsim.study.goodput_command import add_parser as add_goodput
 from jaxsim.study.plot_command import add_parser as add_plot
@@ -240,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plot(commands)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
+    add_reproduce(commands).set_defaults(command=_reproduce)
 
     bench = commands.add_parser("bench", help="measure how fast the simulator is",
                                 description="Measure how fast the simulator is on this machine.")
@@ -604,6 +606,18 @@ def _calibrate(options: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"{error.filename or options.output}: cannot be written ({error.strerror or error}); make room, or"
                      " give another folder with --output")
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from jaxsim.reproduce.command import chosen, files, run
+
+    names = chosen(options)
+    folder = _folder("results/reproduce" if options.out is None else options.out,
+                     [file for name in names for file in files(name)])
+    _keep_programs()
+    _find_devices()
+    run(options, names, folder)
+    return 0
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ LEVELS = {
     "jaxsim.engine": 5,
     "jaxsim.io": 6, "jaxsim.analytic": 6,
     "jaxsim.validate": 7, "jaxsim.study": 7,
-    "jaxsim.calibrate": 8, "jaxsim.planning": 8,
+    "jaxsim.calibrate": 8, "jaxsim.planning": 8, "jaxsim.reproduce": 8,
     "jaxsim.cli": 9, "jaxsim.bench": 9, "jaxsim.__main__": 9, "jaxsim": 9,
     "jaxsim.scenarios": 0,
 }
@@ -32,6 +32,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.calibrate.command": "*",
     "jaxsim.validate.command": "*",
     "jaxsim.planning.command": "*",
+    "jaxsim.reproduce.command": "*",
     "jaxsim.study.command": "*",
     "jaxsim.study.goodput_command": "*",
     "jaxsim.study.plot_command": "*",

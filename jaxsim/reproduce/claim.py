@@ -1,0 +1,133 @@
+"""A claim: what was published, what the simulator says, and the verdict that follows from the two."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPRODUCED, NOT_REPRODUCED, NO_GATE = "reproduced", "not reproduced", "no gate"
+
+RISES, FALLS = "rises", "falls"
+"""Claims about an order: `paper` is one of these, `ours` the values in that order."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One published claim.
+
+        system: whose.
+        claim: what is claimed, with its unit.
+        source: where it was published.
+        paper: a number, several, or an order (`RISES`, `FALLS`); None where nothing usable was published.
+        ours: the number, or numbers, that the simulator gives; None where it cannot say.
+        tolerance: of numbers, the largest relative distance; of an order, what every step must exceed, in units of
+            `ours`, one number or one a step; None where nothing usable as a gate was published.
+        reason: why there is no gate or no number of ours; otherwise a remark.
+    """
+
+    system: str
+    claim: str
+    source: str
+    paper: float | tuple[float, ...] | str | None
+    ours: float | tuple[float, ...] | None
+    tolerance: float | tuple[float, ...] | None
+    reason: str = ""
+
+    def __post_init__(self):
+        if isinstance(self.paper, str) and self.paper not in (RISES, FALLS):
+            raise ValueError(f"{self.claim}: paper = {self.paper!r} is neither a number nor an order")
+        if (self.ours is None or not self.is_gate) and not self.reason:
+            raise ValueError(f"{self.claim}: a claim without a gate, or without a number of ours, says why")
+        if self.ours is not None and self.is_gate:
+            self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        ours, margins = np.size(self.ours), np.shape(self.tolerance)
+        if np.any(np.asarray(self.tolerance) < 0):
+            raise ValueError(f"{self.claim}: tolerance = {self.tolerance} is negative")
+        if self.is_order:
+            if ours < 2 or margins not in ((), (ours - 1,)):
+                raise ValueError(f"{self.claim}: {ours} values and a tolerance of shape {margins} are no order")
+        elif np.shape(self.paper) != np.shape(self.ours) or margins != ():
+            raise ValueError(f"{self.claim}: paper, ours and one tolerance do not belong together")
+
+    @property
+    def is_order(self) -> bool:
+        """Whether it is about an order of several values."""
+        return isinstance(self.paper, str)
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether what was published can be missed."""
+        return self.paper is not None and self.tolerance is not None
+
+    @property
+    def verdict(self) -> str:
+        """`reproduced`, `not reproduced` or `no gate`, from `paper`, `ours` and `tolerance`."""
+        if not self.is_gate:
+            return NO_GATE
+        if self.ours is None:
+            return NOT_REPRODUCED
+        return REPRODUCED if np.all(self._is_met()) else NOT_REPRODUCED
+
+    def _steps(self) -> np.ndarray:
+        """Of an order, how far each value is on the right side of the one before."""
+        return np.diff(np.asarray(self.ours, float)) * (1 if self.paper == RISES else -1)
+
+    def _is_met(self) -> np.ndarray:
+        """Whether each number, or each step of an order, is within its tolerance; no number is never."""
+        if self.is_order:
+            return self._steps() > self.tolerance
+        paper = np.atleast_1d(np.asarray(self.paper, float))
+        # Inclusive, whatever way the difference of two decimal fractions is rounded.
+        return np.abs(np.asarray(self.ours, float) - paper) <= (self.tolerance + 1e-12) * np.abs(paper)
+
+    @property
+    def why(self) -> str:
+        """The reason, and where numbers decide against the claim what they miss it by."""
+        parts = [self.reason] if self.reason else []
+        if self.ours is not None and self.verdict == NOT_REPRODUCED:
+            parts.append(self._missed_by())
+        return "; ".join(parts)
+
+    def _missed_by(self) -> str:
+        ours = np.atleast_1d(np.asarray(self.ours, float))
+        if not np.all(np.isfinite(ours)):
+            return "no number came out"
+        if self.is_order:
+            is_met, margins = self._is_met(), np.broadcast_to(self.tolerance, len(ours) - 1)
+            worst = int(np.argmax(np.where(is_met, -np.inf, margins - self._steps())))
+            noise = f", where {margins[worst]:.2g} can be noise" if margins[worst] else ""
+            return (f"{int((~is_met).sum())} of {len(is_met)} steps are not there: from {ours[worst]:.4g} to"
+                    f" {ours[worst + 1]:.4g}{noise}")
+        paper = np.atleast_1d(np.asarray(self.paper, float))
+        worst = int(np.argmax(np.abs(ours - paper) / np.maximum(np.abs(paper), np.finfo(float).tiny)))
+        if paper[worst] == 0:
+            return f"{ours[worst]:.3g} instead of 0"
+        return f"off by {100 * (ours[worst] / paper[worst] - 1):+.3g} %"
+
+    def record(self) -> dict[str, Any]:
+        """As `jaxsim reproduce --json` prints it; `reason` only where there is one."""
+        found = {name: _plain(getattr(self, name))
+                 for name in ("system", "claim", "source", "paper", "ours", "tolerance", "verdict")}
+        return found | ({"reason": self.why} if self.why else {})
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: no tuples, no NaN."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduction:
+    """What a system's module gives: its claims, and how to draw what they are made of into a PNG file."""
+
+    claims: tuple[Claim, ...]
+    draw: Callable[[Path], None]

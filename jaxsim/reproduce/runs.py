@@ -1,0 +1,54 @@
+"""The studies behind claims: a row a run, and how sure an order over seeds is."""
+
+from collections.abc import Sequence
+from importlib import resources
+
+import msgspec
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from jaxsim._core.errors import InputError
+from jaxsim.study import runner
+from jaxsim.study.study import Study
+
+
+def study(name: str, num_seeds: int | None = None) -> Study:
+    """A study of `scenarios/reproduce` by name, with another number of seeds if given."""
+    with resources.as_file(resources.files("jaxsim.scenarios").joinpath("reproduce", f"{name}.toml")) as path:
+        found = Study.from_toml(path)
+    return found if num_seeds is None else msgspec.structs.replace(found, num_seeds=num_seeds)
+
+
+def simulated(made: Study) -> pd.DataFrame:
+    """All runs of a study: a row a run, its axes beside the metrics of `summary.json`, by point and seed.
+
+    Raises `InputError` for a point that cannot be simulated, or that a bound stopped: a claim stands on all of its
+    study.
+    """
+    base, points = made.base_tree(), list(made.points())
+    rows, refused = runner.table([made.scenario_at(point, base) for point in points])
+    stopped = {} if refused else rows.set_index("point")["fault"].dropna()
+    for point, reason in (*refused.items(), *stopped.items()):
+        raise InputError(f"study {made.name}", f"point {point}", f"has no result ({reason})", "change the study")
+    axes = pd.DataFrame(points).assign(point=np.arange(len(points)))
+    rows = rows.drop(columns=[name for name in axes if name in rows and name != "point"])
+    return axes.merge(rows, on="point").sort_values(["point", "seed"], ignore_index=True)
+
+
+def means_in_order(rows: pd.DataFrame, by: str, values: Sequence[float], metric: str) -> tuple[tuple, tuple]:
+    """Means of a metric over seeds at these values of an axis, and the margin of every step between them.
+
+    All points have the same seeds, so a step is a mean of paired differences; its margin is half of that mean's 95 %
+    Student-t interval. A step that exceeds it is not of the draws.
+    """
+    # A row a seed, a column a value.
+    table = rows.pivot(index="seed", columns=by, values=metric)[list(values)].to_numpy(float)
+    steps = np.diff(table, axis=1)
+    return tuple(map(float, table.mean(axis=0))), tuple(map(float, half_width(steps)))
+
+
+def half_width(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % Student-t interval of means over the first axis."""
+    count = len(values)
+    return stdtrit(count - 1, 0.975) * values.std(axis=0, ddof=1) / np.sqrt(count)
