@@ -56,7 +56,8 @@ FEWEST_FOR_TREND = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LaneResult:
-    """One scenario, one seed, on the host. Requests are in order of arrival; a time that never came is NaN.
+    """One scenario, one seed, on the host. Requests are in order of arrival, turns of sessions in that of the earliest
+    times they could come; a time that never came is NaN.
 
     arrival_s, scheduled_s, first_token_s, finish_s: arrival, start of the first iteration that computes
         part of the prompt, end of the one that completes it, end of the last.
@@ -67,16 +68,21 @@ class LaneResult:
         what lies beyond.
     busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
         KV blocks in use times seconds, running sequences times seconds. kv_peak_blocks: the most in use.
-    num_blocks: KV blocks of one instance (0 where memory is no limit). num_iterations: of all instances.
+    num_blocks: KV blocks of an instance, of each where they differ (0 where memory is no limit). num_iterations: of all
+        instances.
     front_end_s: that every request spends outside the engine, in its latencies.
     device_busy_s: seconds that an instance's devices are at work on an iteration: those of `busy_s`, or with pipeline
         stages the mean over these, of which each has its turn; None stands for `busy_s`.
     fault: the bound that stopped the simulation, empty if none did.
     num_prefix_blocks: ids of shared prefix blocks that the workload carries. cached_tokens: of each prompt, those found
         in the prefix cache when it was first admitted; None without one.
+    decode_instance, accepted_s, delivered_s: of requests that another instance decodes than computed the prompt: which,
+        when it took the request, when it had its KV; -1 and NaN for others, None without roles.
     extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs. lost_steps: rows that it had no room for.
+    session, turn: whose turn a request is, and which; None without sessions. num_context_limited: sessions that ended
+        at a context limit.
     """
 
     arrival_s: Float[np.ndarray, " requests"]
@@ -97,7 +103,7 @@ class LaneResult:
     kv_block_s: Float[np.ndarray, " instances"]
     kv_peak_blocks: Int[np.ndarray, " instances"]
     running_s: Float[np.ndarray, " instances"]
-    num_blocks: int
+    num_blocks: int | Int[np.ndarray, " instances"]
     num_iterations: int
     device_busy_s: Float[np.ndarray, " instances"] | None = None
     fault: str = ""
@@ -106,9 +112,15 @@ class LaneResult:
     tenant_names: tuple[str, ...] = ("default",)
     num_prefix_blocks: int = 0
     cached_tokens: Int[np.ndarray, " requests"] | None = None
+    decode_instance: Int[np.ndarray, " requests"] | None = None
+    accepted_s: Float[np.ndarray, " requests"] | None = None
+    delivered_s: Float[np.ndarray, " requests"] | None = None
     extrapolated_share: float | None = None
     front_end_s: float = 0.0
     lost_steps: int = 0
+    session: Int[np.ndarray, " requests"] | None = None
+    turn: Int[np.ndarray, " requests"] | None = None
+    num_context_limited: int = 0
 
     @property
     def num_requests(self) -> int:
@@ -132,8 +144,9 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
     """One row a request, in the published columns of `requests.parquet`; a value that does not exist is
     missing.
 
-    front_end_s + queue_s + prefill_s + decode_s + stall_s = e2e_s. Where the engine does not say which stalls came
-    before the first token, stalls are taken out of the decode phase first.
+    front_end_s + queue_s + prefill_s + transfer_s + decode_s + stall_s = e2e_s; `transfer_s` is from the first token to
+    where the KV is with the instance that decodes, its wait to be taken included. Where the engine does not say which
+    stalls came before the first token, stalls are taken out of the decode phase first.
     """
     ttft = lane.first_token_s - lane.arrival_s + lane.front_end_s
     after_first = lane.finish_s - lane.first_token_s
@@ -142,9 +155,14 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         early = np.maximum(lane.stall_s - np.nan_to_num(after_first, nan=0.0), 0.0)
     else:
         early = lane.prefill_stall_s
+    transfer = np.zeros(lane.num_requests)
+    if lane.delivered_s is not None:
+        transfer = np.nan_to_num(lane.delivered_s - lane.first_token_s, nan=0.0)
     gaps = np.asarray(lane.output_tokens) - 1
     tpot = np.full(lane.num_requests, np.nan)
     np.divide(after_first, gaps, out=tpot, where=gaps > 0)
+    sessions = {} if lane.session is None else {
+        "session": np.asarray(lane.session, np.int64), "turn": np.asarray(lane.turn, np.int64)}
     return pd.DataFrame({
         "request_id": np.arange(lane.num_requests, dtype=np.int64),
         "arrival_s": lane.arrival_s,
@@ -155,17 +173,19 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "e2e_s": lane.finish_s - lane.arrival_s + lane.front_end_s,
         "queue_s": lane.scheduled_s - lane.arrival_s,
         "prefill_s": lane.first_token_s - lane.scheduled_s - early,
-        "decode_s": after_first - (lane.stall_s - early),
+        "decode_s": after_first - (lane.stall_s - early) - transfer,
         "stall_s": np.asarray(lane.stall_s, np.float64),
-        "transfer_s": np.zeros(lane.num_requests),
+        "transfer_s": transfer,
         "front_end_s": np.full(lane.num_requests, lane.front_end_s),
         "cached_tokens": np.zeros(lane.num_requests, np.int64) if lane.cached_tokens is None else
         np.asarray(lane.cached_tokens, np.int64),
         "preemptions": np.asarray(lane.preemptions, np.int64),
         "instance": np.asarray(lane.instance, np.int64),
+        **({} if lane.decode_instance is None else {"decode_instance": np.asarray(lane.decode_instance, np.int64)}),
         "tenant": np.asarray(lane.tenant_names, object)[np.asarray(lane.tenant)],
         "priority": np.asarray(lane.priority, np.int64),
         "status": np.asarray(STATUS_NAMES, object)[np.asarray(lane.status)],
+        **sessions,
     })
 
 
@@ -215,6 +235,8 @@ def unstable_rows(arrival_s: Float[np.ndarray, "runs requests"], scheduled_s: Fl
     rows, count = arrival_s.shape
     if count < FEWEST_FOR_TREND:
         return np.full(rows, np.nan)
+    # Turns of sessions need not be in order of arrival.
+    arrival_s = np.sort(arrival_s, axis=1)
     waiting = np.arange(1, count + 1) - _so_far(arrival_s, scheduled_s)
     running = np.arange(1, count + 1) - waiting - _so_far(arrival_s, finish_s)
     filling = np.where(_keeps_growing(running), np.nan, 0.0)
@@ -278,7 +300,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
     met = {name: mask[is_mine] for name, mask in met_by_all.items()}
     duration_s = None
     if is_done.any():
-        duration_s = float(lane.finish_s[is_done].max() - lane.arrival_s[is_mine][0]) + lane.front_end_s
+        duration_s = float(lane.finish_s[is_done].max() - lane.arrival_s[is_mine].min()) + lane.front_end_s
     start_s, end_s = measured_span_s(lane.arrival_s, warmup_s, cooldown_s)
     window_s, is_counted, is_good = duration_s, is_done, is_mine
     inputs, outputs = done["input_tokens"].sum(), done["output_tokens"].sum()
@@ -324,7 +346,8 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "num_cooldown_requests": num_cooldown,
         "unstable": is_unstable(lane),
         "fault": lane.fault or None,
-    }
+    } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(measured)}) | (
+        {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)})
 
 
 def _distribution(seconds: Float[np.ndarray, " values"]) -> dict[str, float | None]:
@@ -372,6 +395,13 @@ def _slo_group(frame: pd.DataFrame, slo: SloSection, met: Mapping[str, np.ndarra
     return group
 
 
+def _transfer_group(measured: pd.DataFrame) -> dict[str, Any]:
+    """Of requests that another instance decodes than computed the prompt."""
+    seconds = measured.loc[measured["decode_instance"] >= 0, "transfer_s"].to_numpy()
+    summary = _milliseconds(seconds)
+    return {"requests": len(seconds), "mean_ms": summary["mean_ms"], "p99_ms": summary["p99_ms"]}
+
+
 def _preemption_group(frame: pd.DataFrame) -> dict[str, Any]:
     hit = frame[frame["preemptions"] > 0]
     return {"total": int(frame["preemptions"].sum()),
@@ -395,13 +425,31 @@ def _tenants_group(lane: LaneResult, frame: pd.DataFrame, met: Mapping[str, np.n
     return group
 
 
+def _sessions_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) -> dict[str, Any]:
+    """Of sessions whose first turn is measured: from its arrival to the last answer."""
+    turns = pd.DataFrame({"session": lane.session, "arrival_s": lane.arrival_s, "is_mine": is_mine,
+                          "finish_s": lane.finish_s, "is_finished": lane.is_finished})
+    each = turns.groupby("session").agg(
+        turns=("session", "size"), arrival_s=("arrival_s", "first"), is_mine=("is_mine", "first"),
+        finish_s=("finish_s", "max"), is_finished=("is_finished", "all"))
+    each = each[each["is_mine"]]
+    done = each[each["is_finished"]]
+    duration_s = (done["finish_s"] - done["arrival_s"]).to_numpy() + lane.front_end_s
+    group = {"completed": len(done), "failed": len(each) - len(done), "context_limited": lane.num_context_limited,
+             "mean_turns": float(each["turns"].mean()) if len(each) else None,
+             "mean_duration_s": float(duration_s.mean()) if len(done) else None}
+    return group | {f"p{p}_duration_s": float(np.percentile(duration_s, p)) if len(done) else None
+                    for p in PERCENTILES}
+
+
 def _kv_group(lane: LaneResult) -> dict[str, Any]:
-    capacity, duration_s = lane.num_blocks, lane.duration_s
-    if not capacity:
+    capacity, duration_s = np.asarray(lane.num_blocks), lane.duration_s
+    if not capacity.any():
         return {"num_blocks": None, "mean_share": None, "peak_share": None}
-    mean = float(np.mean(lane.kv_block_s)) / (duration_s * capacity) if duration_s else None
-    return {"num_blocks": int(capacity), "mean_share": mean,
-            "peak_share": float(np.max(lane.kv_peak_blocks)) / capacity}
+    mean = float(np.mean(lane.kv_block_s / capacity)) / duration_s if duration_s else None
+    return {"num_blocks": int(capacity.min()), "mean_share": mean,
+            "peak_share": float(np.max(lane.kv_peak_blocks / capacity))}
+
 
 
 def _utilisation_group(lane: LaneResult) -> dict[str, Any]:

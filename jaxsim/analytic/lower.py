@@ -31,6 +31,9 @@ def load_of_scenario(scenario: Scenario) -> Load:
     kind = scenario.workload.kind
     if kind in ("closed-loop", "batch"):
         raise InputError("workload.kind", kind, "has no rate of arrivals", "use an open arrival process, or a trace")
+    if scenario.workload.has_sessions:
+        raise InputError("workload.sessions", kind, "arrive as answers come out, which only a simulation tells",
+                         "use single requests, or simulate")
     workload = lower.make_workload(scenario, scenario.seeds[0])
     return load_of(workload, scenario.workload.rate_rps)
 
@@ -42,6 +45,9 @@ def executor_of(scenario: Scenario, system: lower.System, cost: AbstractIteratio
     cost: instead of the scenario's own; num_ranks: data-parallel ranks that iterate together, instead of those that
     share experts.
     """
+    if system.pools:
+        raise InputError("cluster.pools", [pool.role for pool in system.pools], "have no closed form",
+                         "simulate them, or use cluster.replicas")
     num_ranks = num_ranks or system.num_ranks
     s = system.scheduler
     batches = num_batches or s.max_num_seqs + 1

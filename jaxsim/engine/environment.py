@@ -137,6 +137,9 @@ class Environment:
         if scenario.engine.pipeline_parallel_size > 1:
             raise InputError("engine.pipeline_parallel_size", scenario.engine.pipeline_parallel_size,
                              "is not part of an environment yet", "use 1")
+        if scenario.cluster.pools:
+            raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools],
+                             "are not part of an environment yet", "use cluster.replicas")
         (lane, *_) = engine.prepare(0, scenario, record_steps=False)
         # For any request that the engine takes, not only those of these seeds.
         cost = jax.device_get(lower.make_cost(scenario, lane.system, lane.dims.num_slots, lane.system.max_model_len))

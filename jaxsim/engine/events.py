@@ -25,7 +25,8 @@ class Event(NamedTuple):
 
     `request` is the one that arrives, `following` the time of the arrival after it.
 
-    With roles: `is_door`, a door opens; `is_met`, a door opens or an iteration ends elsewhere at this instant.
+    With roles: `is_door`, a door opens. With roles, or where ends bring arrivals about: `is_met`, a door opens or an
+    iteration ends elsewhere at this instant.
 
     An arrival may bring the end of an iteration along: where the executor it meets stops before the following
     arrival, both are one step, and `now` is the time of the later one.
@@ -45,7 +46,7 @@ class Event(NamedTuple):
 
     @property
     def is_tied(self) -> Bool[Array, ""]:
-        """An arrival at this very instant comes before any pass, and with roles whatever else happens elsewhere."""
+        """An arrival at this very instant comes before any pass, and what happens elsewhere where that matters."""
         return self.following.equals(self.now) | self.is_met
 
 
@@ -70,16 +71,16 @@ def earliest_wake(world: World) -> tuple[Time, Int[Array, ""], Int[Array, ""]]:
 
 def earliest_door(world: World) -> tuple[Time, Int[Array, ""]]:
     """When a door opens next, and whose: at one instant those that open at once, then in the order of acceptance."""
-    hi, lo, turn = world.door_hi[:-1], world.door_lo[:-1], world.door_turn[:-1]
+    hi, lo, turn = world.doors[:-1].T
     first_hi = jnp.min(hi)
     first_lo = jnp.min(jnp.where(hi == first_hi, lo, jnp.inf))
     is_first = (hi == first_hi) & (lo == first_lo)
-    executor = jnp.argmin(jnp.where(is_first, turn, jnp.iinfo(jnp.int32).max)).astype(jnp.int32)
+    executor = jnp.argmin(jnp.where(is_first, turn, jnp.inf)).astype(jnp.int32)
     return Time(first_hi, jnp.where(jnp.isinf(first_hi), 0.0, first_lo)), executor
 
 
 AT_ONCE = -1
-"""In `World.door_turn`, instead of the number of a transfer: the door opens to see what is there."""
+"""In `World.doors`, instead of the number of a transfer: the door opens to see what is there."""
 
 
 def next_time(params: Params, requests: Requests, world: World) -> Time:
@@ -87,7 +88,7 @@ def next_time(params: Params, requests: Requests, world: World) -> Time:
     arrival = params.source.coming(requests, world.source, world.due, world.epoch).time
     wake, _, _ = earliest_wake(world)
     first = clock.select(arrival <= wake, arrival, wake)
-    if world.door_hi is not None:
+    if world.doors is not None:
         door, _ = earliest_door(world)
         first = clock.select(door <= first, door, first)
     return first
@@ -137,6 +138,9 @@ def chosen_by(context: Context, request: Int[Array, ""], now: Time, routing: Abs
     used = num_blocks = None
     if routing.reads_kv:
         used = used_blocks_now(dims, world, now) if params.flags.grows else ranks.used_blocks.ravel()
+        if dims.has_roles:
+            # Blocks that came back are taken at the next step there.
+            used = used - world.returned[:-1]
         num_blocks = params.of_executors(lambda batching: batching.num_blocks)
         num_blocks = jnp.repeat(jnp.broadcast_to(num_blocks, dims.num_executors), dims.num_ranks)
     waiting = ranks.waiting.ravel() if routing.reads_waiting else None
@@ -177,13 +181,13 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     following = clock.select(is_arrival, after_it, arrival)
     event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
                   is_wake & (phase == w.PASSING), is_door)
-    if dims.has_roles:
-        event = event._replace(is_met=_is_met(world, now, executor))
+    if dims.has_roles or (params.source.answers and dims.num_executors > 1):
+        event = event._replace(is_met=_is_met(dims, world, now, executor))
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)
 
 
-def _is_met(world: World, now: Time, executor: Int[Array, ""]) -> Bool[Array, ""]:
+def _is_met(dims: Dims, world: World, now: Time, executor: Int[Array, ""]) -> Bool[Array, ""]:
     """Whether a door opens, or an iteration of another executor ends, at this very instant."""
-    door, _ = earliest_door(world)
     ends = (world.phase == w.ENDING) & (world.wake_hi == now.hi) & (world.wake_lo == now.lo)
-    return door.equals(now) | jnp.any(ends & (jnp.arange(ends.shape[0]) != executor))
+    is_met = jnp.any(ends & (jnp.arange(ends.shape[0]) != executor))
+    return is_met | earliest_door(world)[0].equals(now) if dims.has_roles else is_met

@@ -85,11 +85,14 @@ def simulate_recorded(dims: Dims, params: Params, requests: Requests, num_record
 
     num_records: rows of the tape (static), enough for eight a request and a thousand unless given; a run with more
     says so in `tape.is_full`. Raises `ValueError` with pipeline stages, where iterations overlap and no record goes on
-    from the one before it. To derivatives the schedule is a constant: what is to be differentiated, forward or
-    reverse, is what a function like `record_seconds` makes of it and of the costs.
+    from the one before it, and with roles, where a request goes on elsewhere. To derivatives the schedule is a
+    constant: what is to be differentiated, forward or reverse, is what a function like `record_seconds` makes of it and
+    of the costs.
     """
     if dims.num_stages > 1:
         raise ValueError(f"num_stages = {dims.num_stages}: iterations overlap, and a tape is of one after the other")
+    if dims.has_roles:
+        raise ValueError("has_roles: a tape does not follow a request from one executor to another")
     size = num_records or dims.num_records
     dims = replace(dims, num_records=size or dims.num_ranks * (RECORDS_A_REQUEST * dims.num_requests + 1000))
     params, requests = jax.lax.stop_gradient((params, requests))

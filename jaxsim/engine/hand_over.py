@@ -9,7 +9,8 @@ the request is ready: it joins a pass as a decode with its context, before reque
 
 A step works on one executor. What one does to another goes through the other's door, which has a time to open as an
 executor has a time to wake, and opens before iterations end at that instant: for the transfer that is through by then,
-or at once, to take blocks back or see who fits. What an iteration in a jump has taken by now is settled first.
+or at once, to see who fits. What an iteration in a jump has taken by now is settled first. Blocks that come back are
+taken at the next step of the source, for which its door opens if it rests for want of them.
 
 Approximated: an unaccepted request is not moved to another executor; a transfer is of the whole prompt; with `layers`
 it is shorter by the last iteration of its prompt, as if the link had been free for it.
@@ -34,20 +35,31 @@ from jaxsim.state import world as w
 from jaxsim.state.requests import OUTPUT, PROMPT
 from jaxsim.state.world import Clocks, Counts, World
 
+SECONDS, NUMBER, TARGET, ACCEPTED, DUE = 0, 1, 2, 3, 6
+"""Columns of `World.transfers`: how long it takes, its place among those accepted, where it goes, and when (epoch, hi,
+lo) it was accepted and is through."""
+
+
+class Front(NamedTuple):
+    """Who an executor has not accepted, and the blocks that the first of them needs."""
+
+    queue: Queue
+    blocks: Int[Array, ""]
+
 
 class Opened(NamedTuple):
     """What opening a door did.
 
-    next_time, next_turn: when this one opens again, and for whom; queue: who is not accepted then; link: the one that
-    changes. accepted, due: the request, and when its transfer ends; links: whose link out and whose in are busy until
-    then. delivered: the request; ready_before: who was ready last before it; owed: whose door opens for the blocks, and
-    how many; returned: those taken back here. What there is none of is the scratch row.
+    next_time, next_turn: when this one opens again, and for whom; front: who is not accepted then; link: the one that
+    changes. accepted, due: the request, and when its transfer ends; links: the two that are busy until then. delivered:
+    the request; ready_before: who was ready last before it; owed: to whom its blocks come back, and how many; woken:
+    the same, if it rests for want of them. returned: those taken back here. What there is none of is the scratch row.
     """
 
     is_any: Bool[Array, ""]
     next_time: Time
     next_turn: Int[Array, ""]
-    queue: Queue
+    front: Front
     link: Link
     accepted: Int[Array, ""]
     due: Time
@@ -55,6 +67,7 @@ class Opened(NamedTuple):
     delivered: Int[Array, ""]
     ready_before: Int[Array, ""]
     owed: tuple[Int[Array, ""], Int[Array, ""]]
+    woken: Int[Array, ""]
     returned: Int[Array, ""]
 
 
@@ -67,7 +80,7 @@ class Left(NamedTuple):
     target: Int[Array, ""]
     queue: Queue
     link: Link
-    transfer_s: Float[Array, ""]
+    seconds: Float[Array, ""]
 
 
 def unaccepted_of(world: World, executor: Int[Array, ""]) -> Queue:
@@ -76,12 +89,12 @@ def unaccepted_of(world: World, executor: Int[Array, ""]) -> Queue:
     return Queue(row[0], row[1], row[2])
 
 
-def fits(context: Context, event: Event, counts: Counts, queue: Queue) -> Bool[Array, ""]:
-    """Whether the front of `queue` is there and would be accepted."""
+def fits(context: Context, event: Event, counts: Counts, front: Front) -> Bool[Array, ""]:
+    """Whether there is a first one who would be accepted."""
     rules, rank = context.group.batching, counts.rank
     most = take(context.params.hand_over.most_held, event.executor)
-    need = _blocks(context, queue.front)
-    return (queue.length > 0) & (rank.held_blocks < most) & (need <= rules.num_blocks - rank.used_blocks)
+    return ((front.queue.length > 0) & (rank.held_blocks < most)
+            & (front.blocks <= rules.num_blocks - rank.used_blocks))
 
 
 def _blocks(context: Context, request: Int[Array, ""]) -> Int[Array, ""]:
@@ -93,7 +106,7 @@ def _blocks(context: Context, request: Int[Array, ""]) -> Int[Array, ""]:
 def lengths_here(context: Context, event: Event, lengths: Int[Array, " 4"]) -> Int[Array, " 4"]:
     """What a request comes to on this executor: one token where only prompts are computed."""
     computes_prompts = take(context.params.hand_over.computes_prompts, event.executor)
-    return lengths.at[OUTPUT].set(jnp.where(computes_prompts, 1, lengths[OUTPUT]))
+    return jnp.where(computes_prompts & (jnp.arange(lengths.shape[0]) == OUTPUT), 1, lengths)
 
 
 def is_leaving(context: Context, event: Event, request: Int[Array, ""]) -> Bool[Array, ""]:
@@ -139,18 +152,18 @@ def is_waiting_for_blocks(counts: Counts) -> Bool[Array, ""]:
 
 def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wake: Time, phase: Int[Array, ""],
               residue_row: Int[Array, " block_size"]) -> tuple[Counts, Time, Int[Array, ""], Opened]:
-    """Deliver one request, accept one, or take blocks back. Returns what this changes, and what wakes the executor."""
+    """Deliver one request or accept one, if a door opens; take back blocks. Returns what this changes, and what wakes
+    the executor."""
     dims, params, requests, world, group = context
-    e, now, nowhere = event.executor, event.now, dims.num_requests
-    turn, returned = take(world.door_turn, e), take(world.returned, e)
-    queue = unaccepted_of(world, e)
-    is_at_once = event.is_door & (turn == AT_ONCE)
-    is_returning = is_at_once & (returned > 0)
-    is_trying = is_at_once & ~is_returning & (queue.length > 0)
+    e, now, nowhere, nobody = event.executor, event.now, dims.num_requests, dims.num_executors
+    turn, returned, queue = take(world.doors, e)[2], take(world.returned, e), unaccepted_of(world, e)
+    is_trying = event.is_door & (turn == AT_ONCE) & (queue.length > 0)
     is_delivering = event.is_door & (turn != AT_ONCE)
+    rank = counts.rank
+    counts = replace(counts, rank=replace(rank, used_blocks=rank.used_blocks - returned,
+                                          kept_blocks=rank.kept_blocks - returned))
 
     # The iterations of a jump that has begun have taken their blocks; it ends where somebody may join.
-    rank = counts.rank
     may_join = (rank.ready.length == 0) & (rank.running < group.batching.max_num_seqs)
     is_running = (phase == w.ENDING) & (counts.batch.is_committed == 0) & (counts.batch.extra > 0)
     is_cut = is_running & (is_trying | (is_delivering & may_join))
@@ -158,55 +171,53 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
     counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
     counts = ending.take_blocks_of_jump(group, is_cut, counts, residue_row)
 
-    rank = counts.rank
-    accepted = queue.front
-    is_accepting = is_trying & fits(context, event, counts, queue)
-    accepted = jnp.where(is_accepting, accepted, nowhere)
+    rank, front = counts.rank, Front(queue, _blocks(context, queue.front))
+    is_accepting = is_trying & fits(context, event, counts, front)
+    accepted = jnp.where(is_accepting, queue.front, nowhere)
     delivered = jnp.where(is_delivering, rank.in_transfer.front, nowhere)
     # One of the two leaves a queue and joins another.
     moving = jnp.where(is_delivering, delivered, accepted)
-    following = take(world.next_waiting, moving)
-    source = take(world.placed, moving)[1]
+    following, source = take(world.next_waiting, moving), jnp.maximum(take(world.placed, moving)[1], 0)
     in_transfer = queues.pop_front(rank.in_transfer, following, is_delivering)
     queue = queues.pop_front(queue, following, is_accepting)
     in_transfer, joined = queues.push_back(in_transfer, accepted, is_accepting, nowhere)
     last_ready = rank.ready.back
     ready, became = queues.push_back(rank.ready, delivered, is_delivering, nowhere)
     link = jnp.where(is_delivering, became[0], joined[0]), moving
-    blocks = _blocks(context, moving)
-    one = is_accepting.astype(jnp.int32)
-    used = rank.used_blocks + one * blocks - jnp.where(is_returning, returned, 0)
-    rank = replace(
+    taken = jnp.where(is_accepting, front.blocks, 0)
+    used = rank.used_blocks + taken
+    counts = replace(counts, rank=replace(
         rank, in_transfer=in_transfer, ready=ready, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used),
-        held_blocks=rank.held_blocks + one * blocks,
-        kept_blocks=rank.kept_blocks - jnp.where(is_returning, returned, 0))
-    counts = replace(counts, rank=rank)
+        held_blocks=rank.held_blocks + taken))
 
-    hand_over = params.hand_over
-    work = take(world.transfer_s, accepted)
+    work = take(world.transfers, accepted)[SECONDS]
+    ends = source, nobody + 1 + e
     begin = now
-    for links, which in ((world.egress, source), (world.ingress, e)):
-        busy = Time(*take(links, which))
+    for end in ends:
+        busy = Time(*take(world.links, end))
         begin = clock.select((begin < busy) & (work > 0), busy, begin)
-    due = clock.add(clock.add(begin, hand_over.latency_s), work)
+    due = clock.add(clock.add(begin, params.hand_over.latency_s), work)
     # When the next transfer is through: the one accepted now if it is the only one.
     first = in_transfer.front
-    is_only = is_accepting & (first == accepted)
-    first_due = clock.select(is_only, due, relative_to(world.epoch, tuple(take(world.delivered, first))))
-    first_turn = jnp.where(is_only, world.num_accepted, take(world.transfer_turn, first))
+    is_only, known = is_accepting & (first == accepted), take(world.transfers, first)
+    first_due = clock.select(is_only, due, relative_to(world.epoch, tuple(known[DUE:DUE + 3])))
+    first_turn = jnp.where(is_only, world.num_accepted.astype(jnp.float32), known[NUMBER])
     opens_again = (is_accepting | is_delivering) & (queue.length > 0)
     next_time = clock.select(in_transfer.length > 0, first_due, clock.never())
     next_time = clock.select(opens_again, now, next_time)
 
-    is_asked = (is_delivering | is_returning) & (phase == w.IDLE) & (
-        (rank.running > 0) | (rank.waiting > 0) | (rank.ready.length > 0))
+    has_work = (rank.running > 0) | (rank.waiting > 0) | (ready.length > 0)
+    is_asked = event.is_door & ((is_delivering & (phase == w.IDLE)) | (phase == w.RESTING)) & has_work
     wake, phase = clock.select(is_asked, now, wake), jnp.where(is_asked, w.PASSING, phase)
-    is_linked, nobody = is_accepting & (work > 0), dims.num_executors
+    is_linked, prompt_blocks = is_accepting & (work > 0), _blocks(context, moving)
+    is_woken = is_delivering & (take(world.phase, source) == w.RESTING)
+    # Of whoever is first now.
+    front = Front(queue, jnp.where(is_accepting, _blocks(context, queue.front), front.blocks))
     opened = Opened(
-        event.is_door, next_time, jnp.where(opens_again, AT_ONCE, first_turn), queue, link, accepted, due,
-        (jnp.where(is_linked, source, nobody), jnp.where(is_linked, e, nobody)), delivered, last_ready,
-        (jnp.where(is_delivering, source, nobody), jnp.where(is_delivering, blocks, 0)),
-        jnp.where(is_returning, returned, 0))
+        event.is_door, next_time, jnp.where(opens_again, AT_ONCE, first_turn), front, link, accepted, due,
+        tuple(jnp.where(is_linked, end, nobody) for end in ends), delivered, last_ready,
+        (jnp.where(is_delivering, source, nobody), jnp.where(is_delivering, prompt_blocks, 0)),
+        jnp.where(is_woken, source, nobody), returned)
     return counts, wake, phase, opened
 
 
@@ -232,35 +243,35 @@ def writes(context: Context, event: Event, opened: Opened, left: Left, is_lookin
     dims, _, _, world, _ = context
     nobody, e, now = dims.num_executors, event.executor, event.now
     # A door that opens for somebody else's sake does so now.
-    other = jnp.where(left.is_any, left.target, opened.owed[0])
+    other = jnp.where(left.is_any, left.target, opened.woken)
     own = jnp.where(opened.is_any | is_looking, e, nobody)
-    mine = clock.select(opened.is_any, opened.next_time, now)
-    turn = jnp.where(opened.is_any, opened.next_turn, AT_ONCE)
-    queue = choose(opened.is_any, opened.queue, left.queue)
-    due = jnp.stack([stamp[0], opened.due.hi, opened.due.lo])
-    out_of, into = opened.links
-    leaving = jnp.where(left.is_any, left.request, dims.num_requests)
+    at_once = jnp.stack([now.hi, now.lo, jnp.float32(AT_ONCE)])
+    mine = jnp.stack([opened.next_time.hi, opened.next_time.lo, opened.next_turn])
+    queue = choose(opened.is_any, opened.front.queue, left.queue)
+    due = jnp.stack([opened.due.hi, opened.due.lo])
+    nothing = -jnp.ones(3, jnp.float32)
+    is_accepting = opened.accepted != dims.num_requests
+    target = jnp.where(is_accepting, e, left.target).astype(jnp.float32)
+    transfer = jnp.where(
+        is_accepting,
+        jnp.concatenate([jnp.stack([jnp.float32(0), world.num_accepted.astype(jnp.float32), target]), stamp, stamp[:1],
+                         due]),
+        jnp.concatenate([jnp.stack([left.seconds, jnp.float32(-1), target]), nothing, nothing]))
     return {
-        "door_hi": Put(((own, other),), (mine.hi, now.hi)), "door_lo": Put(((own, other),), (mine.lo, now.lo)),
-        "door_turn": Put(((own, other),), (turn, jnp.int32(AT_ONCE))),
+        "doors": Put((jnp.stack([own, other]),), jnp.stack([jnp.where(opened.is_any, mine, at_once), at_once])),
         "unaccepted": Put((jnp.where(opened.is_any, e, left.target),), jnp.stack(queue)),
-        "egress": Put((out_of,), due[1:]), "ingress": Put((into,), due[1:]),
-        "returned": Add((jnp.stack([opened.owed[0], jnp.where(opened.returned > 0, e, nobody)]),),
-                        jnp.stack([opened.owed[1], -opened.returned])),
+        "links": Put((jnp.stack(opened.links),), jnp.stack([due, due])),
+        "returned": Add((jnp.stack([opened.owed[0], e]),), jnp.stack([opened.owed[1], -opened.returned])),
         "ready_before": Put((opened.delivered,), opened.ready_before),
-        "transfer_s": Put((leaving,), left.transfer_s), "decoded_on": Put((leaving,), left.target),
-        "transfer_turn": Put((opened.accepted,), world.num_accepted),
-        "accepted": Put((opened.accepted,), stamp), "delivered": Put((opened.accepted,), due),
+        "transfers": Put((jnp.where(left.is_any, left.request, opened.accepted),), transfer),
     }
 
 
 def shifted(world: World, back_s: Float[Array, ""]) -> World:
     """In an epoch that begins later; what lies before it is over, whenever it was."""
-    door = clock.shift(Time(world.door_hi, world.door_lo), jnp.broadcast_to(back_s, world.door_hi.shape))
+    def moved(times):
+        return clock.shift(Time(times[:, 0], times[:, 1]), jnp.broadcast_to(back_s, times.shape[:1]))
 
-    def moved(links):
-        until = clock.shift(Time(links[:, 0], links[:, 1]), jnp.broadcast_to(back_s, links.shape[:1]))
-        is_over = until.hi < 0
-        return jnp.where(is_over[:, None], 0.0, jnp.stack(until, axis=-1))
-
-    return replace(world, door_hi=door.hi, door_lo=door.lo, egress=moved(world.egress), ingress=moved(world.ingress))
+    doors, links = moved(world.doors), moved(world.links)
+    links = clock.select(links.hi < 0, Time(jnp.zeros_like(links.hi), jnp.zeros_like(links.lo)), links)
+    return replace(world, doors=jnp.stack([*doors, world.doors[:, 2]], axis=-1), links=jnp.stack(links, axis=-1))

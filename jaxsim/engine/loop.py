@@ -53,7 +53,7 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
     coming = params.source.coming(requests, world.source, world.due, world.epoch)
     ahead = jnp.minimum(coming.time.hi, jnp.min(world.wake_hi))
     if dims.has_roles:
-        ahead = jnp.minimum(ahead, jnp.min(world.door_hi[:-1]))
+        ahead = jnp.minimum(ahead, jnp.min(world.doors[:-1, 0]))
     is_starved = jnp.isinf(ahead) & (world.num_finished < requests.count)
     epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
     back = -epochs * clock.EPOCH_S

@@ -1,9 +1,11 @@
 """From what a user describes to what the loop runs: scenario -> sizes, policies, cost tables, requests."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from jaxtyping import Int
 
@@ -14,16 +16,18 @@ from jaxsim.cost.roofline import CUDA_GRAPHS, FRONT_ENDS, roofline
 from jaxsim.engine import measured
 from jaxsim.engine.common import Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
-from jaxsim.policy.arrivals import ClosedLoop, SortedArrivals
+from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, Sessions, SortedArrivals
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.routing import DataParallel, router
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
 from jaxsim.spec.model import ModelSpec
-from jaxsim.spec.plan import Plan
+from jaxsim.spec.plan import Plan, kv_cache_bytes
 from jaxsim.spec.presets import Scheduler, resolve
-from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario
+from jaxsim.spec.scenario import ClusterSection, FittedCost, ProfiledCost, Scenario
+from jaxsim.spec.sections import TransferSection
 from jaxsim.state.requests import Requests, pack_requests
 from jaxsim.traces import read_lengths, read_trace
 from jaxsim.workload.generator import Tenant
@@ -40,7 +44,8 @@ MAX_STEPS_A_TOKEN = 4
 class System:
     """A scenario resolved, except for its workload.
 
-    num_blocks: KV blocks of an instance; `memory` their arithmetic where they were derived.
+    num_blocks: KV blocks of an instance; `memory` their arithmetic where they were derived. pools: where a cluster has
+    any, all of them; the rest is then the first's.
     """
 
     scheduler: Scheduler
@@ -50,6 +55,24 @@ class System:
     memory: MemoryBudget | None
     num_blocks: int
     max_model_len: int
+    pools: tuple["Pool", ...] = ()
+
+    @property
+    def num_executors(self) -> int:
+        """Of all pools; one for each replica's ranks that iterate by themselves, where there are none."""
+        return sum(pool.replicas for pool in self.pools)
+
+    @property
+    def has_roles(self) -> bool:
+        """Prompts and outputs are computed by different instances."""
+        return any(pool.role != "mixed" for pool in self.pools)
+
+    @property
+    def blocks_of_executors(self) -> Int[np.ndarray, " executors"] | None:
+        """KV blocks of each, of pools that may differ."""
+        if not self.pools:
+            return None
+        return np.repeat([p.system.num_blocks for p in self.pools], [p.replicas for p in self.pools])
 
     @property
     def num_ranks(self) -> int:
@@ -64,8 +87,59 @@ class System:
         return self.plan.data_parallel_size // self.num_ranks
 
 
+class Pool(NamedTuple):
+    """Instances that are alike, as a scenario of them alone."""
+
+    role: str
+    replicas: int
+    scenario: Scenario
+    system: System
+
+
 def resolve_system(scenario: Scenario) -> System:
-    """Look everything up, derive the KV pool. Raises `InputError` for whatever does not go together."""
+    """Look everything up, derive the KV pools. Raises `InputError` for whatever does not go together."""
+    if not scenario.cluster.pools:
+        return _resolve_alone(scenario)
+    pools = []
+    for index, section in enumerate(scenario.cluster.pools):
+        one = scenario.of_pool(index)
+        try:
+            pools.append(Pool(section.role, section.replicas, one, _resolve_alone(one)))
+        except InputError as error:
+            field = f"cluster.pools[{index}]: {error.field}"
+            raise InputError(field, error.value, error.problem, error.remedy) from None
+    system = dataclasses.replace(pools[0].system, pools=tuple(pools))
+    _check_pools(system, scenario)
+    return system
+
+
+def _check_pools(system: System, scenario: Scenario) -> None:
+    """Refuse pools that are not simulated side by side. Raises `InputError`."""
+    first = system.scheduler
+    for index, pool in enumerate(system.pools):
+        s, where = pool.system.scheduler, f"cluster.pools[{index}].engine."
+        for name in ("preset", "block_size", "phase_mix", "chunked_prefill", "reserve", "order", "admit", "victim",
+                     "async_scheduling", "kv_accounting", "decode_needs_free_block", "waiting_blocked_after_preempt",
+                     "num_stages", "gathers"):
+            if getattr(s, name) != getattr(first, name):
+                raise InputError(where + name, getattr(s, name),
+                                 f"differs from the first pool's, {getattr(first, name)!r}",
+                                 "pools differ in limits, devices and parallel degrees; give all the same rules")
+        if pool.system.plan.data_parallel_size > 1:
+            raise InputError(where + "data_parallel_size", pool.system.plan.data_parallel_size,
+                             "is not simulated in pools", "use 1, and more replicas for a dense model")
+        for name, value, is_wrong, remedy in (
+                ("pipeline_parallel_size", s.num_stages, s.num_stages > 1, "use 1"),
+                ("async_scheduling", True, s.async_scheduling, "set engine.async_scheduling = false"),
+                ("scheduling_policy", s.order, s.order != "fcfs", "use 'fcfs'"),
+                ("enable_prefix_caching", True, pool.scenario.engine.enable_prefix_caching, "leave it out"),
+                ("preset", s.preset, s.phase_mix != "unified" or s.reserve not in ("none", "prompt")
+                 or not s.kv_accounting or s.gathers or s.admit != "any_time", "use 'vllm-v1@0.9' or 'sarathi'")):
+            if is_wrong and system.has_roles:
+                raise InputError(where + name, value, "is not simulated with prefill and decode engines", remedy)
+
+
+def _resolve_alone(scenario: Scenario) -> System:
     engine = scenario.engine
     plan = Plan(tensor_parallel_size=engine.tensor_parallel_size, data_parallel_size=engine.data_parallel_size,
                 pipeline_parallel_size=engine.pipeline_parallel_size,
@@ -126,6 +200,13 @@ def make_workload(scenario: Scenario, seed: int) -> Workload:
 
 def check_requests(system: System, workload: Workload) -> None:
     """Refuse requests that no schedule can serve. Raises `InputError` for the first."""
+    for pool in system.pools:
+        # A prompt is all that a prefill engine holds of a request.
+        one = np.ones_like(workload.output_tokens)
+        prompts = dataclasses.replace(workload, output_tokens=one, max_tokens=one)
+        check_requests(pool.system, prompts if pool.role == "prefill" else workload)
+    if system.pools:
+        return
     s = system.scheduler
     if not workload.arrival_s[-1] <= MAX_ARRIVAL_S:
         raise InputError("workload", f"last arrival at {workload.arrival_s[-1]:.3g} s",
@@ -181,12 +262,28 @@ def check_counters(dims: Dims, workloads: list[Workload]) -> None:
                          " sequences at once leave room for", "shorten outputs, or lower engine.max_num_seqs")
 
 
+def kinds_of_pools(system: System) -> list[Pool]:
+    """The pools whose engines are alike in nothing but their role, each once."""
+    kinds: list[Pool] = []
+    for pool in system.pools:
+        if all(_of_one(pool) != _of_one(other) for other in kinds):
+            kinds.append(pool)
+    return kinds
+
+
+def _of_one(pool: Pool) -> Scenario:
+    return msgspec.structs.replace(pool.scenario, cluster=ClusterSection())
+
+
 def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, max_tokens: int | None = None
-              ) -> AbstractIterationCost:
-    """The cost tables, for up to `num_slots` sequences of up to `longest` tokens.
+              ) -> AbstractIterationCost | tuple[AbstractIterationCost, ...]:
+    """The cost tables, for up to `num_slots` sequences of up to `longest` tokens; with pools of every kind of them.
 
     max_tokens: of an iteration, where others that share the program need more than this scenario.
     """
+    if system.pools:
+        return tuple(make_cost(pool.scenario, pool.system, num_slots, longest, max_tokens)
+                     for pool in kinds_of_pools(system))
     s = system.scheduler
     most = max(s.most_tokens(num_slots, longest), max_tokens or 0)
     if isinstance(scenario.cost, FittedCost):
@@ -208,8 +305,18 @@ def front_end_s(scenario: Scenario, system: System) -> float:
     return 0.0 if isinstance(scenario.cost, FittedCost) else FRONT_ENDS[scenario.cost.host or system.scheduler.host]
 
 
-def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost, max_steps: int) -> Params:
-    """Policies and numbers as the loop takes them."""
+def make_source(scenario: Scenario, system: System, workload: Workload | None = None) -> AbstractSource:
+    """How requests arrive; workload: instead of the one that the scenario describes."""
+    w, outside_s = scenario.workload, front_end_s(scenario, system)
+    if w.has_sessions if workload is None else workload.think_s is not None:
+        return Sessions(np.float32(outside_s))
+    if w.kind == "closed-loop":
+        return ClosedLoop(np.int32(w.concurrency), np.float32((w.think_s or 0.0) + outside_s))
+    return SortedArrivals()
+
+
+def make_batching(scenario: Scenario, system: System) -> Batching:
+    """Flags and numbers of the scheduler of an instance."""
     s = system.scheduler
     integer, real = np.int32, np.float32
     batching = Batching(
@@ -231,15 +338,72 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost,
     if s.num_stages > 1:
         batching = dataclasses.replace(batching, max_batch_seqs=integer(s.max_batch_seqs),
                                        pass_on_arrival=s.pass_on_arrival)
-    w, source = scenario.workload, SortedArrivals()
-    if w.kind == "closed-loop":
-        source = ClosedLoop(integer(w.concurrency), real((w.think_s or 0.0) + front_end_s(scenario, system)))
+    return batching
+
+
+def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost | tuple[AbstractIterationCost, ...],
+                max_steps: int, workload: Workload | None = None) -> Params:
+    """Policies and numbers as the loop takes them; cost: of `make_cost`; workload: instead of the one that the scenario
+    describes."""
+    groups, group_of = (Group(make_batching(scenario, system), cost),), None
+    if system.pools:
+        kinds = kinds_of_pools(system)
+        groups = tuple(Group(make_batching(pool.scenario, pool.system), one)
+                       for pool, one in zip(kinds, cost, strict=True))
+        if len(kinds) > 1:
+            of_pool = [next(k for k, kind in enumerate(kinds) if _of_one(kind) == _of_one(pool))
+                       for pool in system.pools]
+            group_of = np.repeat(np.array(of_pool, np.int32), [pool.replicas for pool in system.pools])
     name, weights = scenario.cluster.router, scenario.cluster.router_weights
     if name is None and system.plan.data_parallel_size > 1 and not weights:
         routing = DataParallel()
     else:
         routing = router(name or "round_robin", weights)
-    return Params((Group(batching, cost),), routing, integer(max_steps), source)
+    return Params(groups, routing, np.int32(max_steps), make_source(scenario, system, workload), group_of,
+                  hand_over=make_hand_over(scenario, system) if system.has_roles else None)
+
+
+def make_hand_over(scenario: Scenario, system: System) -> HandOver:
+    """Who computes prompts and who outputs, and the links between them."""
+    given = scenario.cluster.transfer or TransferSection()
+    replicas = [pool.replicas for pool in system.pools]
+    roles = np.repeat([pool.role for pool in system.pools], replicas)
+    # More blocks than there are bound nothing.
+    share = given.waiting_block_share if given.hand_over == "pull" else 2.0
+    most = [max(math.ceil(share * pool.system.num_blocks), 1) for pool in system.pools]
+    bytes_per_token, bytes_per_s = transfer_rates(scenario, system)
+    try:
+        routing = router(given.router, given.router_weights)
+    except InputError as error:
+        field = error.field.replace("cluster.", "cluster.transfer.")
+        raise InputError(field, error.value, error.problem, error.remedy) from None
+    return HandOver(
+        computes_prompts=roles == "prefill", decodes=roles == "decode", routing=routing,
+        most_held=np.repeat(np.array(most, np.int32), replicas),
+        seconds_per_token=np.float32(bytes_per_token / bytes_per_s), latency_s=np.float32(1e-6 * given.latency_us),
+        layers=np.int32(system.model.layers if given.by_layer else 0))
+
+
+def transfer_rates(scenario: Scenario, system: System) -> tuple[float, float]:
+    """Bytes of KV a token, and bytes a second of a link between engines. Raises `InputError` where they are not known.
+
+    Every rank of the narrower engine sends or takes its part over its own link; what joins devices of different pools
+    is the link of a node as far as all pools lie in one (`DeviceSpec.link_among`).
+    """
+    given = scenario.cluster.transfer or TransferSection()
+    if system.model is None:
+        raise InputError("model", None, "missing, and the KV cache of a token cannot be known without it",
+                         "name a model, also beside a fitted cost")
+    width = kv_cache_bytes(scenario.kv_dtype, scenario.dtype, system.model)
+    bytes_per_token = system.model.kv_bytes_per_token(width)
+    if given.gb_per_s is not None:
+        return bytes_per_token, 1e9 * given.gb_per_s
+    devices = [pool.system.device for pool in system.pools if pool.role != "mixed"]
+    if None in devices:
+        raise InputError("cluster.transfer.gb_per_s", None, "missing, and without [device] it cannot be derived",
+                         "give the bandwidth of a link between engines")
+    ranks = min(pool.system.plan.num_devices for pool in system.pools if pool.role != "mixed")
+    return bytes_per_token, ranks * min(d.link_among(2, scenario.num_devices).bytes_per_s for d in devices)
 
 
 class Prefixes(NamedTuple):
@@ -267,6 +431,8 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
         shared = dict(paths=np.pad(prefixes.paths, ((0, 0), (0, more)), constant_values=-1),
                       bounds=np.pad(prefixes.bounds, ((0, 0), (0, more)), mode="edge"),
                       num_segments=dims.num_segments)
+    if workload.think_s is not None:
+        shared |= dict(successor=workload.successors(), think_s=workload.think_s)
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,
                          workload.uniforms, dims.num_requests, workload.priority, **shared)
 
@@ -275,8 +441,11 @@ def shared_prefixes(workload: Workload, block_size: int) -> Prefixes:
     """The segments that prompts share, for blocks of `block_size` tokens.
 
     A prompt of whole blocks only may find all but its last block, so there a segment ends too. Raises `InputError`
-    where the workload's ids stand for tokens that are not whole blocks.
+    where the workload's ids stand for tokens that are not whole blocks. Without ids, turns of sessions share what they
+    have in common (`session_prefixes`).
     """
+    if workload.prefix_hashes is None and workload.think_s is not None:
+        return session_prefixes(workload, block_size)
     if workload.prefix_hashes is None:
         return Prefixes(np.full((len(workload), 1), -1), np.zeros((len(workload), 2), np.int64))
     offsets, per = workload.prefix_offsets.astype(np.int64), workload.prefix_block_size
@@ -296,6 +465,39 @@ def shared_prefixes(workload: Workload, block_size: int) -> Prefixes:
     paths[is_in] = flat[:starts[count]]
     bounds[:, 1:][is_in] = segments.end_blocks[paths[is_in]]
     return Prefixes(paths, np.maximum.accumulate(bounds, axis=1))
+
+
+def session_prefixes(workload: Workload, block_size: int) -> Prefixes:
+    """Segments of growing contexts: what all sessions begin with, then what each turn of a session adds.
+
+    A turn's path goes on through the whole blocks of its answer, of which the last token is never computed; the next
+    turn finds them. Where a prompt is shorter than the context before it, the session's context begins anew.
+    """
+    prompt, session = workload.input_tokens.astype(np.int64), workload.session
+    context = prompt + workload.output_tokens
+    ends = np.maximum((context - 1) // block_size, 0)
+    shared = workload.shared_tokens // block_size
+    paths: list[list[int]] = [[] for _ in prompt]
+    bounds: list[list[int]] = [[] for _ in prompt]
+    num_segments = int(shared > 0)
+    # In the order of turns; a path is that of the turn before it, and more.
+    before = np.full(len(prompt), -1)
+    successors = workload.successors()
+    before[successors[successors >= 0]] = np.flatnonzero(successors >= 0)
+    for i in np.lexsort((workload.turn, session)).tolist():
+        last = before[i]
+        if last >= 0 and prompt[i] >= context[last]:
+            paths[i], bounds[i] = paths[last].copy(), bounds[last].copy()
+        elif shared and prompt[i] > workload.shared_tokens:
+            paths[i], bounds[i] = [0], [shared]
+        if ends[i] > (bounds[i][-1] if bounds[i] else 0):
+            paths[i].append(num_segments)
+            bounds[i].append(int(ends[i]))
+            num_segments += 1
+    width = max(map(len, paths), default=0) or 1
+    return Prefixes(
+        np.array([path + [-1] * (width - len(path)) for path in paths]),
+        np.array([[0, *at, *[at[-1] if at else 0] * (width - len(at))] for at in bounds], np.int64))
 
 
 def step_limit(workload: Workload, num_ranks: int = 1) -> int:

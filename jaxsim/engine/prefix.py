@@ -7,10 +7,11 @@ computed behind its path (its *tail*: partial blocks, output) before these. That
 tails; an entry counts if it is the item's newest and nobody holds the item, so that a hit needs no search. Evictions
 are settled before a look-up: as many blocks as were taken from the free ones since, from the head of the log on.
 
-A tail can be hit again by its own request, after a preemption. Source: vllm-project/vllm, `vllm/v1/core` (`BlockPool`,
-`KVCacheManager.get_computed_blocks`, `get_num_blocks_to_allocate`). Approximated: a second copy of a block, which only
-a wholly cached prompt of whole blocks makes, is hit by nobody; blocks that a request leaves behind where it is
-preempted for the third time go to the front of that order.
+A tail can be hit again by its own request, after a preemption. Paths of sessions go on through the answers: of those
+blocks a release notes what has been computed, and the next turn finds it. Source: vllm-project/vllm, `vllm/v1/core`
+(`BlockPool`, `KVCacheManager.get_computed_blocks`, `get_num_blocks_to_allocate`). Approximated: a second copy of a
+block, which only a wholly cached prompt of whole blocks makes, is hit by nobody; blocks that a request leaves behind
+where it is preempted for the third time go to the front of that order.
 """
 
 from dataclasses import replace
@@ -39,7 +40,11 @@ class Path(NamedTuple):
 
 
 class Release(eqx.Module):
-    """What a request gives back: blocks that nobody holds any more, and the entries of the log they become."""
+    """What a request gives back: blocks that nobody holds any more, and the entries of the log they become.
+
+    resident, has_grown: of sessions, what of the path is in memory, and which segments have more of it than when the
+    prompt was placed: those of the answer.
+    """
 
     path: Path
     is_owned: Bool[Array, " path"]
@@ -50,6 +55,8 @@ class Release(eqx.Module):
     first: Int[Array, ""]
     tail: Int[Array, ""]
     num_keyed: Int[Array, ""]
+    resident: Int[Array, " path"] | None = None
+    has_grown: Bool[Array, " path"] | None = None
 
     @property
     def num_entries(self) -> Int[Array, ""]:
@@ -121,6 +128,12 @@ def release(context: Context, which: Int[Array, ""], rank: Rank, request: Int[Ar
     is_owned = is_any & (path.begins < owned) & (path.lengths > 0)
     is_freed = is_owned & (take(world.references, which, path.items) == 1)
     keyed = tokens >> dims.block_bits
+    grown = {}
+    if context.requests.successor is not None:
+        # The path goes on through the answer, whose blocks the next turn may find.
+        filled = jnp.where(is_owned, jnp.clip(keyed - path.begins, 0, path.lengths), 0)
+        grown = dict(resident=jnp.maximum(resident, filled), has_grown=filled > resident)
+        resident = grown["resident"]
     tail = jnp.where(is_any, blocks_for(tokens, dims) - jnp.minimum(keyed, owned), 0)
     freed = jnp.sum(jnp.where(is_freed, resident, 0)) + tail
     item = tail_of(dims, request, preemptions)
@@ -129,7 +142,7 @@ def release(context: Context, which: Int[Array, ""], rank: Rank, request: Int[Ar
     is_entry = jnp.concatenate([(tail > 0)[None], (is_freed & (resident > 0))[::-1]])
     cache = rank.cache
     made = Release(path, is_owned, freed, jnp.where(is_any, request, dims.num_requests), items, is_entry, cache.end,
-                   tail, jnp.maximum(keyed - path.end, 0))
+                   tail, jnp.maximum(keyed - path.end, 0), **grown)
     cache = replace(
         cache, never_used=cache.never_used + forgotten, released=cache.released + freed - forgotten,
         end=cache.end + made.num_entries,
@@ -224,10 +237,13 @@ def writes(context: Context, which: Int[Array, ""], found: Found, released: Rele
     def own(name, index):
         return at(dims, name, which, index)
 
+    items = [own_items, evicted, tail_item[None], left[None]]
+    resident = [jnp.maximum(found.resident, filled), found.evicted_left, found.tail_left[None], released.tail[None]]
+    if released.has_grown is not None:
+        items.append(jnp.where(released.has_grown, released.path.items, null))
+        resident.append(released.resident)
     return {
-        "resident": Put(own("resident", jnp.concatenate([own_items, evicted, tail_item[None], left[None]])),
-                        jnp.concatenate([jnp.maximum(found.resident, filled), found.evicted_left,
-                                         found.tail_left[None], released.tail[None]])),
+        "resident": Put(own("resident", jnp.concatenate(items)), jnp.concatenate(resident)),
         "references": Add(own("references", jnp.concatenate([jnp.where(is_admitted, own_items, null),
                                                              jnp.where(released.is_owned, released.path.items, null)])),
                           jnp.concatenate([(is_own & is_admitted).astype(jnp.int32),

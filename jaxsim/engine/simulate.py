@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.engine import loop, lower, measured, tape
+from jaxsim.engine import hand_over, loop, lower, measured, tape
 from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock
 from jaxsim.metrics import LaneResult, Result
@@ -186,7 +186,8 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [Lane(index, system, workload, dims,
-                  lower.make_params(scenario, system, cost, lower.step_limit(workload, dims.num_ranks)), longest,
+                  lower.make_params(scenario, system, cost, lower.step_limit(workload, dims.num_ranks), workload),
+                  longest,
                   prefix, lower.front_end_s(scenario, system))
             for workload, prefix in zip(workloads, prefixes, strict=True)]
 
@@ -206,11 +207,13 @@ def with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
 def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims:
     """Sizes of the arrays of a scenario with so many requests."""
     # Never more slots than could be filled; powers of two, so that scenarios share programs.
-    slots = max(min(system.scheduler.max_num_seqs, num_requests), SMALLEST_SLOTS)
+    most = max(one.scheduler.max_num_seqs for one in (system, *(pool.system for pool in system.pools)))
+    slots = max(min(most, num_requests), SMALLEST_SLOTS)
     # Padded by up to an eighth, for the same reason.
     step = 1 << max(num_requests.bit_length() - 4, 0)
     return Dims(num_requests=-(-num_requests // step) * step,
-                num_executors=scenario.cluster.replicas * system.num_independent, num_ranks=system.num_ranks,
+                num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
+                num_ranks=system.num_ranks, has_roles=system.has_roles,
                 num_stages=system.scheduler.num_stages, num_batches=system.scheduler.num_stages,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
 
@@ -249,12 +252,37 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
                                 else joined(times.executor.busy), dims.num_ranks),
         kv_block_s=joined(times.rank.held).ravel(),
         running_s=joined(times.rank.running).ravel(), kv_peak_blocks=counts.rank.peak_blocks.ravel(),
-        num_blocks=made.system.num_blocks if made.system.scheduler.kv_accounting else 0,
+        num_blocks=blocks_of(made.system),
         num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
+        **handed_over(world, np.s_[lane, :count]),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
-        lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0)
+        lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
+        session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)
+
+
+def handed_over(world: World, rows: tuple) -> dict[str, np.ndarray]:
+    """With roles: `decode_instance`, `accepted_s` and `delivered_s` of these requests."""
+    if world.transfers is None:
+        return {}
+    transfers = world.transfers[rows]
+    target, is_through = transfers[..., hand_over.TARGET].astype(np.int64), transfers[..., hand_over.NUMBER] >= 0
+
+    def seconds(column):
+        stamps = np.moveaxis(transfers[..., column:column + 3], -1, 0)
+        return np.where(is_through, clock.join_reference(*stamps), np.nan)
+
+    return {"decode_instance": target, "accepted_s": seconds(hand_over.ACCEPTED),
+            "delivered_s": seconds(hand_over.DUE)}
+
+
+def blocks_of(system: lower.System) -> int | np.ndarray:
+    """KV blocks of an instance, of each where there are pools; 0 where memory is no limit."""
+    if not system.scheduler.kv_accounting:
+        return 0
+    blocks = system.blocks_of_executors
+    return system.num_blocks if blocks is None else blocks
 
 
 def _arrivals(world: World, lane: int, made: Lane) -> np.ndarray:

@@ -303,14 +303,15 @@ def retire(context: Context, t: Touched) -> Touched:
     left = is_looking = None
     if dims.has_roles:
         left = hand_over.leave(context, event, retired, t.times)
-        queue = hand_over.unaccepted_of(world, event.executor)
-        is_looking = event.is_ending & ~has_more & hand_over.fits(context, event, counts, queue)
-        # What that leads to comes before the pass.
-        event = event._replace(is_met=event.is_met | left.is_any | is_looking)
+        is_looking = event.is_ending & ~has_more & hand_over.fits(context, event, counts, t.opened.front)
+        # What that leads to at this instant comes before the pass; blocks of a transfer that takes time come later.
+        is_instant = left.is_any & (left.seconds <= 0) & (params.hand_over.latency_s <= 0)
+        event = event._replace(is_met=event.is_met | is_instant | is_looking)
     source, due = t.source, None
     if params.source.answers:
         is_over = retired.is_any if left is None else retired.is_any & ~left.is_any
-        source, *entry = params.source.ended(source, world.epoch, event.now, is_over, dims.num_requests)
+        source, *entry = params.source.ended(requests, source, world.due, world.epoch, event.now, retired.request,
+                                             is_over, dims.num_requests)
         due = tuple(entry)
         event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
     return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, released=released,
@@ -329,7 +330,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
     has_work = (counts.rank.running > 0) | (counts.rank.waiting > 0)
     if dims.has_roles:
         has_work = has_work | (counts.rank.ready.length > 0)
-    is_due = (has_ended & has_work) | (event.is_arrival & (t.phase == w.IDLE))
+    is_due = (has_ended & has_work) | (event.is_arrival & (t.phase >= w.IDLE))
     is_passing = event.is_passing | (is_due & ~event.is_tied)
     if dims.num_ranks > 1:
         # Only when all ranks have settled.
@@ -533,8 +534,7 @@ def launch(context: Context, t: Touched) -> Touched:
     event, placed = t.event, t.placed
     if context.dims.has_roles:
         # At its end somebody may be accepted.
-        queue = hand_over.unaccepted_of(context.world, event.executor)
-        fits = hand_over.fits(context, event, t.counts, queue)
+        fits = hand_over.fits(context, event, t.counts, t.opened.front)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     counts, times, plan = passes.start(
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
@@ -576,6 +576,8 @@ def launch(context: Context, t: Touched) -> Touched:
     phase = jnp.where(is_waiting_pass, w.PASSING, t.phase)
     phase = jnp.where(t.is_starting, w.ENDING, phase)
     phase = jnp.where(is_resting, w.IDLE, phase)
+    if t.is_resting is not None:
+        phase = jnp.where(t.is_resting, w.RESTING, phase)
     return replace(t, counts=counts, times=times, plan=plan, wake=wake, phase=phase)
 
 

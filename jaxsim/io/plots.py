@@ -223,11 +223,12 @@ def _curves(lane: LaneResult) -> list[tuple[str, tuple, str, bool]]:
                 ("Waiting", _count(lane.arrival_s, lane.scheduled_s), PHASES["queue"], False)]
     curves = [("Running", _over_time(lane, lane.steps["running"]), PHASES["prefill"], False),
               ("Waiting", _waiting(lane), PHASES["queue"], False)]
-    if lane.num_blocks:
-        times, total, low, high = _over_time(lane, lane.steps["used_blocks"])
-        bands = (None, None) if low is None else (low / lane.num_blocks, high / lane.num_blocks)
-        shares = total / (lane.num_blocks * len(lane.busy_s))
-        curves.append(("KV memory in use", (times, shares, *bands), "#009E73", True))
+    num_instances = len(lane.busy_s)
+    capacity = np.broadcast_to(lane.num_blocks, (num_instances,))
+    if capacity.any():
+        used = np.asarray(lane.steps["used_blocks"]) / capacity[np.asarray(lane.steps["instance"])]
+        times, total, low, high = _over_time(lane, used)
+        curves.append(("KV memory in use", (times, total / num_instances, low, high), "#009E73", True))
     return curves
 
 

@@ -15,6 +15,7 @@ from jaxsim.metrics import FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, 
 from jaxsim.spec.plan import Plan
 from jaxsim.spec.presets import load_preset
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, RooflineCost, Scenario
+from jaxsim.spec.sections import PoolSection
 
 WIDTH = 100
 
@@ -74,9 +75,12 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
         degree += f" x DP {engine.data_parallel_size}" + (" EP" if engine.enable_expert_parallel else "")
     usual = "least_loaded rank" if engine.data_parallel_size > 1 else "round_robin"
     many = f", {cluster.replicas} replicas ({cluster.router or usual})" if cluster.replicas > 1 else ""
+    if cluster.pools:
+        many = f", {' + '.join(map(_pool, cluster.pools))} ({cluster.router or usual})"
     kind = f"{workload.kind} {Path(workload.trace).name}" if workload.trace else workload.kind
     lengths = f" with lengths from {Path(workload.lengths_from).name}" if workload.lengths_from else ""
-    rate = f" at {workload.rate_rps:g} requests/s" if workload.rate_rps else ""
+    what = "sessions" if workload.has_sessions else "requests"
+    rate = f" at {workload.rate_rps:g} {what}/s" if workload.rate_rps else ""
     seeds = f" x {scenario.num_seeds} seeds" if scenario.num_seeds > 1 else ""
     lines = [f"{model}{device}{degree}{many}, {preset.name}",
              f"{kind}{lengths}{rate}, {lane.num_requests:,} requests{seeds}"]
@@ -96,7 +100,16 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     if lane.num_prefix_blocks and lane.cached_tokens is None:
         lines.append("the trace names shared prefixes, but engine.enable_prefix_caching is off: every prompt is"
                      " computed in full")
+    if lane.session is not None and workload.has_sessions and lane.cached_tokens is None:
+        lines.append("turns bring their whole context along, but engine.enable_prefix_caching is off: it is computed in"
+                     " full every time")
     return lines
+
+
+def _pool(pool: PoolSection) -> str:
+    what = [f"{pool.replicas} {pool.role}", f"on {pool.device}" if pool.device else "",
+            f"x {pool.engine['tensor_parallel_size']}" if "tensor_parallel_size" in pool.engine else ""]
+    return " ".join(filter(None, what))
 
 
 def _unusual_cost(scenario: Scenario, preset_host: str) -> str:
@@ -177,6 +190,16 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
     stall = f", {number(hit['mean_stall_ms'])} ms stalled each" if hit["mean_stall_ms"] is not None else ""
     of = f" ({share(hit['requests_share'])} of requests{stall})" if hit["total"] else ""
     facts.append(("preemptions", f"{number(hit['total'])}{of}"))
+    moved = m.get("transfers")
+    if moved is not None:
+        facts.append(("handed over", f"{number(moved['requests'])} requests, from first token to KV at the other engine"
+                                     f" {number(moved['mean_ms'])} ms on average, p99 {number(moved['p99_ms'])}"))
+    sessions = m.get("sessions")
+    if sessions:
+        facts.append(("sessions", f"{number(sessions['completed'])} completed, {number(sessions['mean_turns'])} turns"
+                                  f" on average, {number(sessions['context_limited'])} ended at the context limit"))
+        facts.append(("session duration", f"median {number(sessions['p50_duration_s'])} s, p99"
+                                          f" {number(sessions['p99_duration_s'])} s"))
     kv = m["kv"]
     if kv["num_blocks"]:
         facts.append(("KV memory", f"mean {share(kv['mean_share'])}, peak {share(kv['peak_share'])} of"

@@ -127,9 +127,15 @@ def _check(scenario: Scenario, devices, attainment, top, rank_by) -> None:
         raise InputError("--top", top, "leaves nothing to simulate", "give at least 1")
     if rank_by not in COLUMNS:
         raise InputError("--rank-by", rank_by, "is no order", "choose from " + ", ".join(COLUMNS))
+    if scenario.cluster.pools:
+        raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools], "are not searched",
+                         "leave them out, or compare them in a study")
     if scenario.workload.kind in ("closed-loop", "batch"):
         raise InputError("workload.kind", scenario.workload.kind, "has no rate of arrivals",
                          "use an open arrival process, or a trace")
+    if scenario.workload.has_sessions:
+        raise InputError("workload.sessions", scenario.workload.kind, "arrive as answers come out, and plans are"
+                         " screened at a rate of arrivals", "use single requests")
 
 
 def _scenario(base: Scenario, candidate: Candidate) -> Scenario:

@@ -12,13 +12,17 @@ from jaxsim.spec.presets import Scheduler, resolve
 from jaxsim.spec.sections import (
     FIELDS_OF_KIND,
     MAX_ITERATION_S,
+    SESSION_KINDS,
     WITHOUT_RATE,
+    ContinuingTurns,
     FittedCost,
     FixedLength,
     LogNormalLength,
     ProfiledCost,
     QuantilesLength,
+    QuantilesTime,
     RooflineCost,
+    SessionsSection,
     WorkloadSection,
     plain,
 )
@@ -31,6 +35,7 @@ def check(s: "Scenario") -> None:
     """Raises `InputError` for the first rule that a scenario breaks."""
     _check_engine(s)
     _check_system(s)
+    _check_pools(s)
     _check_workload(s)
     _check_sizes(s)
 
@@ -95,6 +100,33 @@ def _check_system(s: "Scenario") -> None:
                                  "sort them by min_sequences, the first without it")
 
 
+def _check_pools(s: "Scenario") -> None:
+    cluster = s.cluster
+    if not cluster.pools:
+        if cluster.transfer is not None:
+            raise InputError("cluster.transfer", plain(cluster.transfer), "has no effect without [[cluster.pools]]",
+                             "add pools of role 'prefill' and 'decode', or leave it out")
+        return
+    if cluster.replicas != 1:
+        raise InputError("cluster.replicas", cluster.replicas, "given beside [[cluster.pools]]",
+                         "give cluster.pools[k].replicas")
+    roles = {pool.role for pool in cluster.pools}
+    for index, pool in enumerate(cluster.pools):
+        lacking = {"prefill": "decode", "decode": "prefill"}.get(pool.role)
+        if lacking is not None and lacking not in roles:
+            cannot = "nobody would compute its prompts" if lacking == "prefill" else "nobody would go on after them"
+            raise InputError(f"cluster.pools[{index}].role", pool.role, f"without a pool of role {lacking!r} {cannot}",
+                             f"add one of role {lacking!r}, or use 'mixed'")
+        try:
+            s.of_pool(index)
+        except InputError as error:
+            section = "device" if error.field.startswith("device") else error.field
+            raise InputError(f"cluster.pools[{index}].{section}", error.value, error.problem, error.remedy) from None
+    if cluster.transfer is not None and not cluster.has_roles:
+        raise InputError("cluster.transfer", plain(cluster.transfer), "has no effect where all pools are mixed",
+                         "leave it out, or use roles 'prefill' and 'decode'")
+
+
 def _check_workload(s: "Scenario") -> None:
     w = s.workload
     for field, kinds in FIELDS_OF_KIND.items():
@@ -124,6 +156,8 @@ def _check_workload(s: "Scenario") -> None:
         raise InputError("workload.spearman", w.spearman, "has no effect with kind = 'trace'", "leave it out")
     for field in ("input", "output"):
         _check_length(f"workload.{field}", getattr(w, field))
+    if w.has_sessions:
+        _check_sessions(s)
     names = [t.name for t in w.tenants]
     if len(set(names)) < len(names):
         raise InputError("workload.tenants", names, "two have the same name", "give each its own")
@@ -139,9 +173,52 @@ def _check_workload(s: "Scenario") -> None:
                          "lower it, or raise workload.num_requests")
 
 
+def _check_sessions(s: "Scenario") -> None:
+    w, given, field = s.workload, s.workload.sessions or SessionsSection(), "workload.sessions"
+    if _scheduler(s.engine).order == "priority":
+        raise InputError("engine.scheduling_policy", "priority",
+                         "ranks requests by when they arrive, which is not known of sessions before the run",
+                         "use 'fcfs', or single requests")
+    if w.kind == "trace":
+        if w.rate_rps is not None:
+            raise InputError("workload.rate_rps", w.rate_rps,
+                             "cannot be had with replay = 'sessions': later turns come when answers are out",
+                             "leave it out, or use replay = 'open'")
+        return
+    for name in () if w.kind in SESSION_KINDS else ("turns", "think_s", "context_limit"):
+        if getattr(given, name) is None:
+            raise InputError(f"{field}.{name}", None, f"missing, and sessions with kind = {w.kind!r} need it",
+                             f"give {describe(hints(SessionsSection)[name])}, or use kind = "
+                             + " or ".join(map(repr, SESSION_KINDS)))
+    _check_length(f"{field}.new_tokens", given.new_tokens)
+    if given.new_tokens is not None and w.lengths_from is not None:
+        raise InputError(f"{field}.new_tokens", plain(given.new_tokens), "given together with workload.lengths_from",
+                         "leave one of them out")
+    turns, think = given.turns, given.think_s
+    if isinstance(turns, ContinuingTurns) and turns.shares[-1] == 1 and turns.max_turns is None:
+        raise InputError(f"{field}.turns.shares", turns.shares, "never end",
+                         "give a last share below 1, or max_turns")
+    if isinstance(think, QuantilesTime):
+        _check_quantiles(f"{field}.think_s", think.levels, "seconds", think.seconds)
+    limit, first = given.context_limit, _shortest(w.input)
+    if limit is None:
+        return
+    shared, known = given.shared_tokens or 0, "" if first is None else f" and input of at least {first}"
+    if shared + (first or 1) + 1 > limit:
+        raise InputError(f"{field}.context_limit", limit,
+                         f"is below the first prompt and its answer: shared_tokens = {shared}{known}",
+                         f"raise it to {shared + (first or 1) + 1} or more")
+    longest = s.engine.max_model_len
+    if longest is not None and limit > longest:
+        raise InputError(f"{field}.context_limit", limit, f"is beyond engine.max_model_len = {longest}",
+                         f"lower it to {longest}, or raise engine.max_model_len")
+
+
 def _arrival_span_s(s: "Scenario") -> float | None:
     """Seconds over which requests arrive, on average; None where only the trace or the generator knows."""
     w = s.workload
+    if w.has_sessions:
+        return None
     if w.kind == "batch":
         return 0.0
     if w.rate_rps is not None:
@@ -157,13 +234,17 @@ def _check_length(field: str, law: Any) -> None:
         raise InputError(f"{field}.mean_tokens", law.mean_tokens, f"comes with mu = {law.mu}",
                          "give exactly one of mean_tokens and mu")
     if isinstance(law, QuantilesLength):
-        levels, tokens = law.levels, law.tokens
-        if levels[0] != 0 or levels[-1] != 1 or not _is_rising(levels):
-            raise InputError(f"{field}.levels", levels, "do not rise from 0 to 1",
-                             "sort them, 0 and 1 included")
-        if len(tokens) != len(levels) or list(tokens) != sorted(tokens):
-            raise InputError(f"{field}.tokens", tokens, f"are not {len(levels)} rising lengths",
-                             "give one quantile a level")
+        _check_quantiles(field, law.levels, "tokens", law.tokens)
+
+
+def _check_quantiles(field: str, levels: Any, name: str, values: Any) -> None:
+    if levels[0] != 0 or levels[-1] != 1 or not _is_rising(levels):
+        raise InputError(f"{field}.levels", levels, "do not rise from 0 to 1",
+                         "sort them, 0 and 1 included")
+    if len(values) != len(levels) or list(values) != sorted(values):
+        what = "lengths" if name == "tokens" else "times"
+        raise InputError(f"{field}.{name}", values, f"are not {len(levels)} rising {what}",
+                         "give one quantile a level")
 
 
 def _is_rising(numbers: Any) -> bool:
@@ -179,6 +260,15 @@ def _longest(law: Any) -> int | None:
     return law.tokens if isinstance(law, FixedLength) else getattr(law, "max_tokens", None)
 
 
+def _shortest(law: Any) -> int | None:
+    """The smallest length a law can give; None where it is not known here."""
+    if law is None or isinstance(law, int):
+        return law
+    if isinstance(law, QuantilesLength):
+        return law.tokens[0]
+    return law.tokens if isinstance(law, FixedLength) else law.min_tokens
+
+
 def _check_sizes(s: "Scenario") -> None:
     """What can already be said about the longest request; the engine checks the lengths actually drawn."""
     w, engine = s.workload, s.engine
@@ -187,7 +277,10 @@ def _check_sizes(s: "Scenario") -> None:
     prompt, output = _longest(w.input), _longest(w.output)
     if isinstance(s.cost, FittedCost):
         limit = engine.max_model_len or (model.max_position if model else None)
-        longest = min((n for n in (limit, prompt and prompt + (output or limit or 0)) if n), default=None)
+        most = prompt and prompt + (output or limit or 0)
+        if w.has_sessions:
+            most = w.sessions and w.sessions.context_limit
+        longest = min((n for n in (limit, most) if n), default=None)
         if longest is not None:
             _check_coefficients(s, scheduler, longest)
     if prompt is None:

@@ -25,6 +25,7 @@ from jaxsim.spec.sections import (
     FittedCost,
     ModelSection,
     NotNegative,
+    PoolSection,
     ProfiledCost,
     RooflineCost,
     SloSection,
@@ -134,12 +135,22 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             return _DEFAULT_REQUESTS
         return self.workload.num_requests
 
+    def of_pool(self, index: int) -> "Scenario":
+        """The scenario of one of its pools alone, without the others. Raises `InputError`."""
+        pool = self.cluster.pools[index]
+        tree = self.to_dict()
+        tree["cluster"] = {"replicas": pool.replicas}
+        tree["engine"] = tree.get("engine", {}) | pool.engine
+        if pool.device is not None:
+            tree["device"] = {"name": pool.device}
+        return type(self).from_dict(tree)
+
     @property
     def num_devices(self) -> int:
         """Devices of all replicas."""
-        engine = self.engine
-        return (engine.tensor_parallel_size * engine.pipeline_parallel_size * engine.data_parallel_size
-                * self.cluster.replicas)
+        degrees = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        return sum(pool.replicas * math.prod(pool.engine.get(name, getattr(self.engine, name)) for name in degrees)
+                   for pool in self.cluster.pools or (PoolSection(replicas=self.cluster.replicas),))
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -17,11 +17,15 @@ Tokens = Annotated[int, Meta(ge=1, le=1 << 27)]
 Level = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
+Turns = Annotated[int, Meta(ge=1, le=1 << 16)]
+Wait = Annotated[float, Meta(ge=0, le=1e9)]
 Coefficient = Annotated[float, Meta(ge=0, le=MAX_ITERATION_S)]
 
 ArrivalKind = Literal["poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "closed-loop",
-                      "azure-conv-2023", "trace"]
-_GENERATED = ("poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "closed-loop", "azure-conv-2023")
+                      "azure-conv-2023", "conversation", "agent", "trace"]
+SESSION_KINDS = ("conversation", "agent")
+_OPEN = ("poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "azure-conv-2023", *SESSION_KINDS)
+_GENERATED = (*_OPEN, "closed-loop")
 WITHOUT_RATE = ("batch", "closed-loop")
 FIELDS_OF_KIND = {
     "concurrency": ("closed-loop",),
@@ -31,6 +35,7 @@ FIELDS_OF_KIND = {
     "high_dwell_s": ("mmpp",),
     "low_dwell_s": ("mmpp",),
     "trace": ("trace",),
+    "replay": ("trace",),
     "format": ("trace",),
     "slice": ("trace",),
     "sort": ("trace",),
@@ -38,6 +43,7 @@ FIELDS_OF_KIND = {
     "input": _GENERATED,
     "output": _GENERATED,
     "lengths_from": _GENERATED,
+    "sessions": _OPEN,
 }
 
 
@@ -87,6 +93,45 @@ class DeviceSection(_Section, frozen=True):
         return load_device(self.name)
 
 
+class PoolSection(_Section, frozen=True):
+    """Some of the engines of a cluster, all alike.
+
+        role: mixed, prefill (prompts, up to the first token) or decode (all tokens after it).
+        replicas: how many.
+        device: a name of `jaxsim list devices`, if they run on another than [device].
+        engine: fields of [engine] that are other here.
+    """
+
+    role: Literal["mixed", "prefill", "decode"] = "mixed"
+    replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
+    device: Text | None = None
+    engine: dict[str, Any] = {}
+
+
+class TransferSection(_Section, frozen=True):
+    """How the KV cache of a prompt gets from a prefill to a decode engine.
+
+        hand_over: pull (a decode engine takes no more while what it has taken and does not run yet holds
+            waiting_block_share of its blocks) or push (as soon as its free blocks suffice).
+        waiting_block_share: for pull.
+        gb_per_s: of a link, out of a prefill and into a decode engine, each of which carries one transfer after the
+            other; that of the devices between them if left out, times the ranks of the narrower engine.
+        latency_us: of a transfer; none if left out.
+        by_layer: layers are sent as they are computed, so that what is left when the prompt is done is what took longer
+            than its last iteration, at least one layer; else all of it then.
+        router: of decode engines, as cluster.router; least_outstanding if left out.
+        router_weights: numbers of that router, where it has any.
+    """
+
+    hand_over: Literal["pull", "push"] = "pull"
+    waiting_block_share: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    gb_per_s: Positive | None = None
+    latency_us: NotNegative = 0.0
+    by_layer: bool = False
+    router: Text = "least_outstanding"
+    router_weights: dict[str, float] = {}
+
+
 class ClusterSection(_Section, frozen=True):
     """How many engines, and who chooses among them.
 
@@ -94,11 +139,20 @@ class ClusterSection(_Section, frozen=True):
         router: a name of `jaxsim list policies`, or the dotted path of a router class; round_robin if left out, or with
             data-parallel ranks vLLM's own balancer among all of them.
         router_weights: numbers of the router, where it has any.
+        pools: engines that differ, in role, device or settings, instead of replicas.
+        transfer: of KV between pools, with prefill and decode engines.
     """
 
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
     router: Text | None = None
     router_weights: dict[str, float] = {}
+    pools: tuple[PoolSection, ...] = ()
+    transfer: TransferSection | None = None
+
+    @property
+    def has_roles(self) -> bool:
+        """Prompts and outputs are computed by different engines."""
+        return any(pool.role != "mixed" for pool in self.pools)
 
 
 class FixedLength(_Section, frozen=True, tag_field="kind", tag="fixed"):
@@ -152,6 +206,83 @@ class QuantilesLength(_Section, frozen=True, tag_field="kind", tag="quantiles"):
 Length = Tokens | FixedLength | UniformLength | LogNormalLength | QuantilesLength
 
 
+class GeometricTurns(_Section, frozen=True, tag_field="kind", tag="geometric"):
+    """At least one turn, and after each another one with the same probability.
+
+        mean_turns: mean number, before max_turns.
+        max_turns: what lies beyond piles up there.
+    """
+
+    mean_turns: Annotated[float, Meta(ge=1, le=1 << 16)]
+    max_turns: Turns | None = None
+
+
+class ContinuingTurns(_Section, frozen=True, tag_field="kind", tag="continuing"):
+    """Any distribution, by the share of sessions that go on after each turn.
+
+        shares: after the first turn, the second and so on; the last holds from there on.
+        max_turns: what lies beyond piles up there.
+    """
+
+    shares: Annotated[tuple[Level, ...], Meta(min_length=1)]
+    max_turns: Turns | None = None
+
+
+class ExponentialTime(_Section, frozen=True, tag_field="kind", tag="exponential"):
+    """Exponential.
+
+        mean_s: mean.
+    """
+
+    mean_s: Wait
+
+
+class LogNormalTime(_Section, frozen=True, tag_field="kind", tag="log-normal"):
+    """Log-normal; what lies beyond the limit piles up there.
+
+        median_s: median.
+        sigma: standard deviation of the logarithm.
+        max_s: the longest.
+    """
+
+    median_s: Wait
+    sigma: NotNegative
+    max_s: Wait | None = None
+
+
+class QuantilesTime(_Section, frozen=True, tag_field="kind", tag="quantiles"):
+    """Any measured distribution as a table of its quantiles, linear in between.
+
+        levels: rising from 0 to 1.
+        seconds: the quantiles at those levels.
+    """
+
+    levels: Annotated[tuple[Level, ...], Meta(min_length=2)]
+    seconds: Annotated[tuple[Wait, ...], Meta(min_length=2)]
+
+
+class SessionsSection(_Section, frozen=True):
+    """Conversations and agentic loops: what arrives are sessions, whose later turns come when answers are out.
+
+    A later prompt is the prompt before it, the answer to it, and new tokens. Whatever `conversation` or `agent` says
+    can be left out there; elsewhere turns, think_s and context_limit are needed.
+
+        turns: requests of a session, a number or a law.
+        think_s: from the last token of an answer to the next turn, seconds or a law: how long a user thinks, or a tool
+            takes.
+        new_tokens: what a later turn adds to the context, of the user or a tool's output, tokens or a law; as
+            workload.input if left out.
+        shared_tokens: of every prompt, the first that all sessions have in common, before those of workload.input.
+        context_limit: a session ends before a turn whose prompt and output together would be longer.
+    """
+
+    turns: Turns | GeometricTurns | ContinuingTurns | None = None
+    think_s: Wait | ExponentialTime | LogNormalTime | QuantilesTime | None = None
+    new_tokens: Length | None = None
+    shared_tokens: Annotated[int, Meta(ge=0, le=1 << 24)] | None = None
+    context_limit: Tokens | None = None
+
+
 class TenantSection(_Section, frozen=True):
     """A class of requests.
 
@@ -187,8 +318,9 @@ class WorkloadSection(_Section, frozen=True):
     """What arrives.
 
         kind: the arrival process, a fitted generator by name, or the replay of a trace.
-        rate_rps: mean arrivals a second over the whole cluster. A trace without it keeps its own times.
-        num_requests: requests simulated; 1000, or the whole trace, if left out.
+        rate_rps: mean arrivals a second over the whole cluster, of sessions where these arrive. A trace without it
+            keeps its own times.
+        num_requests: requests simulated; 1000, or the whole trace, if left out. Of sessions, all turns together.
         seed: of all random draws; run k of `num_seeds` uses seed + k.
         cv: coefficient of variation of the gaps (gamma, weibull); 1 is as bursty as Poisson.
         concurrency: clients that each have one request at a time (closed-loop).
@@ -197,6 +329,8 @@ class WorkloadSection(_Section, frozen=True):
         high_dwell_s: mean time at the high rate (mmpp).
         low_dwell_s: mean time at the low rate (mmpp).
         trace: the file replayed.
+        replay: "open" keeps all its times; with "sessions" only the first turn of each session does, and every later
+            one comes its recorded think time after the answer before it.
         format: its format; found from the file if left out.
         slice: part of the trace.
         sort: sort the trace by arrival, instead of refusing rows out of order.
@@ -208,7 +342,8 @@ class WorkloadSection(_Section, frozen=True):
         lengths_from: a trace whose pairs of lengths are drawn with replacement, instead of laws.
         output_limit: the max_tokens clients send: outputs are cut there, and the engine knows it. If left out
             it is told the exact output length, as in benchmarks that ignore the end-of-sequence token.
-        tenants: classes of requests.
+        tenants: classes of requests, or of sessions.
+        sessions: turns of conversations or agentic loops, instead of single requests.
     """
 
     kind: ArrivalKind
@@ -222,6 +357,7 @@ class WorkloadSection(_Section, frozen=True):
     high_dwell_s: Positive | None = None
     low_dwell_s: Positive | None = None
     trace: Text | None = None
+    replay: Literal["open", "sessions"] | None = None
     format: Text | None = None
     slice: TraceSlice | None = None
     sort: bool | None = None
@@ -232,6 +368,12 @@ class WorkloadSection(_Section, frozen=True):
     lengths_from: Text | None = None
     output_limit: Tokens | None = None
     tenants: tuple[TenantSection, ...] = ()
+    sessions: SessionsSection | None = None
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether later turns come when answers are out."""
+        return self.sessions is not None or self.kind in SESSION_KINDS or self.replay == "sessions"
 
     def generator_arguments(self) -> dict[str, Any]:
         """Arguments of `jaxsim.workload.named.generator`, tenants apart; not for a trace."""
@@ -244,12 +386,14 @@ class WorkloadSection(_Section, frozen=True):
             **dict.fromkeys(WITHOUT_RATE, ("deterministic", math.inf)), "mmpp": ("mmpp2", self.rate_rps)}.get(
             self.kind, (self.kind, self.rate_rps))
         given = {**numbers, **laws, "output_limit": self.output_limit, "rate_rps": rate_rps}
+        if self.sessions is not None:
+            given["sessions"] = plain(self.sessions)
         return {"kind": kind, "spearman": self.spearman, **{k: v for k, v in given.items() if v is not None}}
-
 
     def trace_options(self) -> dict[str, Any]:
         """Options of `jaxsim.traces.read_trace`, the seed apart; only for a trace."""
         own = {name: getattr(self, name) for name in ("rate_rps", "num_requests", "sort", "drop_failed")}
+        own["sessions"] = self.replay == "sessions" or None
         part = {} if self.slice is None else {n: getattr(self.slice, n) for n in TraceSlice.__struct_fields__}
         return {name: value for name, value in (own | part).items() if value is not None}
 

@@ -21,6 +21,9 @@ class Requests(eqx.Module):
     order; arrival: epoch, hi and lo of this request's arrival, then of the next one's; uniforms: the routers'
     random numbers; count: requests that are real. paths, bounds: of each prompt, the segments it shares with others
     from its start on (then the null segment), and in blocks where they begin and the last one ends.
+    successor, think: of sessions, the turn that follows each answer (-1: none), and the time from the answer before it
+    to each turn, in whole seconds (-1 for a first turn, which has its own arrival) and ticks of the clock's grid;
+    `paths` then go on through the answers.
     """
 
     table: Int[Array, "rows 4"]
@@ -30,6 +33,8 @@ class Requests(eqx.Module):
     count: Int[Array, ""]
     paths: Int[Array, "rows path"] | None = None
     bounds: Int[Array, "rows path+1"] | None = None
+    successor: Int[Array, " rows"] | None = None
+    think: Int[Array, "rows 2"] | None = None
 
     def stretched(self, factor: Float[Array, ""]) -> "Requests":
         """With every arrival time multiplied by a factor, and rounded to the arrival grid."""
@@ -53,12 +58,15 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
                   uniforms: Float[np.ndarray, "requests 2"] | None = None, num_requests: int | None = None,
                   priority: Int[np.ndarray, " requests"] | None = None,
                   paths: Int[np.ndarray, "requests path"] | None = None,
-                  bounds: Int[np.ndarray, "requests path+1"] | None = None, num_segments: int = 0) -> Requests:
+                  bounds: Int[np.ndarray, "requests path+1"] | None = None, num_segments: int = 0,
+                  successor: Int[np.ndarray, " requests"] | None = None,
+                  think_s: Float[np.ndarray, " requests"] | None = None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.
     priority: smaller is more urgent. paths, bounds: of prompts through shared segments (-1: none), of which there is
-    room for `num_segments`.
+    room for `num_segments`. successor, think_s: of sessions, the turn behind each (-1: none), and the time between the
+    answer before it and each, on the arrival grid.
     """
     count = len(arrival_s)
     rows = (num_requests or count) + 1
@@ -82,5 +90,12 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
         paths = np.pad(np.where(paths < 0, num_segments, paths), ((0, behind), (0, 0)), constant_values=num_segments)
         bounds = np.pad(bounds, ((0, behind), (0, 0)))
         paths, bounds = paths.astype(np.int32), bounds.astype(np.int32)
-    return Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds)
+    think = None
+    if successor is not None:
+        think = np.zeros((rows, 2), np.int32)
+        ticks = np.rint(clock.round_arrivals_reference(think_s) / clock.GRID_S).astype(np.int64)
+        think[:count] = np.stack(np.divmod(ticks, round(1 / clock.GRID_S)), axis=1)
+        think[:count][~np.isin(np.arange(count), successor)] = -1, 0
+        successor = np.pad(successor, (0, rows - count), constant_values=-1).astype(np.int32)
+    return Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think)
 

@@ -22,9 +22,9 @@ from jaxsim.kernels.clock import Time
 from jaxsim.kernels.queues import Queue
 from jaxsim.spec.dims import Dims
 
-ENDING, PASSING, IDLE = 0, 2, 3
-"""What an executor's wake-up is: an iteration's end, a scheduling pass, or nothing. Arrivals rank between the
-first two at one instant."""
+ENDING, PASSING, IDLE, RESTING = 0, 2, 3, 4
+"""What an executor's wake-up is: an iteration's end, a scheduling pass, nothing, or nothing although somebody waits,
+for blocks that others will give back. Arrivals rank between the first two at one instant."""
 
 DECODED, FORMED, FILLED, PREEMPTED, CLOSED, WAS_EMPTY, PASS, CHUNKED, ENDED, RELEASED = (1 << i for i in range(10))
 """Progress of a scheduling pass: decodes have their blocks; the forming prompt has its chunk; a prompt is
@@ -336,22 +336,15 @@ class World(eqx.Module):
     until: Float[Array, " 3"] | None = None
     routed: Int[Array, " rows"] | None = None
     # Roles (`jaxsim.engine.hand_over`), else None. Of executors, and of none: when its door opens next and for which
-    # transfer (-1: to see to what is there), who it has not accepted (front, back, length), until when the links out of
-    # it and into it are busy, blocks that come back to it. Of requests: the one ready before it, seconds of its
-    # transfer, its place among the transfers, where it decodes, when it was accepted and is delivered (epoch, hi, lo).
-    door_hi: Float[Array, " doors"] | None = None
-    door_lo: Float[Array, " doors"] | None = None
-    door_turn: Int[Array, " doors"] | None = None
+    # transfer (hi, lo, number; -1: to see who fits), who it has not accepted (front, back, length), blocks that came
+    # back to it and are not taken yet; until when (hi, lo) the links are busy, out of all executors, then into them. Of
+    # requests: the one ready before it, and its transfer (columns as in `hand_over`).
+    doors: Float[Array, "doors 3"] | None = None
     unaccepted: Int[Array, "doors 3"] | None = None
-    egress: Float[Array, "doors 2"] | None = None
-    ingress: Float[Array, "doors 2"] | None = None
     returned: Int[Array, " doors"] | None = None
+    links: Float[Array, "ends 2"] | None = None
     ready_before: Int[Array, " rows"] | None = None
-    transfer_s: Float[Array, " rows"] | None = None
-    transfer_turn: Int[Array, " rows"] | None = None
-    decoded_on: Int[Array, " rows"] | None = None
-    accepted: Float[Array, "rows 3"] | None = None
-    delivered: Float[Array, "rows 3"] | None = None
+    transfers: Float[Array, "rows 9"] | None = None
     num_handed_over: Int[Array, ""] | None = None
     num_accepted: Int[Array, ""] | None = None
 
@@ -442,11 +435,10 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
     roles, doors = {}, executors + 1
     if dims.has_roles:
         roles = dict(
-            door_hi=clock.never((doors,)).hi, door_lo=floats(doors), door_turn=ints(doors, value=-1),
-            unaccepted=ints(doors, 3), egress=floats(doors, 2), ingress=floats(doors, 2), returned=ints(doors),
-            ready_before=ints(rows), transfer_s=floats(rows), transfer_turn=ints(rows),
-            decoded_on=ints(rows, value=-1), accepted=floats(rows, 3), delivered=floats(rows, 3),
-            num_handed_over=ints(), num_accepted=ints())
+            doors=jnp.broadcast_to(jnp.array([jnp.inf, 0.0, -1.0], jnp.float32), (doors, 3)),
+            unaccepted=ints(doors, 3), returned=ints(doors), links=floats(2 * doors, 2), ready_before=ints(rows),
+            transfers=jnp.broadcast_to(-jnp.ones(9, jnp.float32), (rows, 9)), num_handed_over=ints(),
+            num_accepted=ints())
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),

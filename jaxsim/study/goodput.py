@@ -136,6 +136,10 @@ def _check(scenarios, attainment, rates, tolerance) -> None:
         if scenario.workload.kind in ("closed-loop", "batch"):
             raise InputError("workload.kind", scenario.workload.kind, "has no rate to search over",
                              "use an open arrival process, or a trace")
+        if scenario.workload.has_sessions:
+            raise InputError("workload.sessions", scenario.workload.kind,
+                             "begin at a rate, but their requests come as answers come out",
+                             "sweep workload.rate_rps with `jaxsim sweep`, or use single requests")
         for field in ("warmup_s", "cooldown_s"):
             if getattr(scenario, field) and scenario.workload.rate_rps is None:
                 raise InputError(field, getattr(scenario, field),
@@ -337,7 +341,7 @@ class _Batches:
         """The smallest tile with room for such a scenario."""
         fits = [tile for tile in self._tiles.get((shape.key, shape.num_requests), ())
                 if shape.slots <= tile.slots and shape.longest <= tile.longest and num_seeds <= tile.width
-                and shape.scheduler.most_tokens(tile.slots, tile.longest) <= tile.tokens]
+                and max(s.most_tokens(tile.slots, tile.longest) for s in shape.schedulers) <= tile.tokens]
         return min(fits, key=lambda tile: tile.slots, default=None)
 
 

@@ -24,6 +24,7 @@ from jaxsim.engine.common import Params
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.presets import Scheduler
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario, with_paths
+from jaxsim.spec.sections import TransferSection
 from jaxsim.workload.arrivals import round_to_grid
 from jaxsim.workload.workload import Workload
 
@@ -46,15 +47,15 @@ _STRETCHED = ("poisson", "gamma", "weibull", "deterministic", "azure-conv-2023",
 class Shape:
     """What decides the compiled program of a scenario, and how much room it takes in it.
 
-    key: static choices. slots; longest: tokens of a request; longest_output: of an answer. work: in requests, or
-    about so. requests: of all seeds. dims: sizes of a run's arrays.
+    key: static choices. schedulers: of all pools. slots; longest: tokens of a request; longest_output: of an answer.
+    work: in requests, or about so. requests: of all seeds. dims: sizes of a run's arrays.
     last_s: the last arrival at one request a second, where another rate only stretches.
     """
 
     key: Hashable
     num_requests: int
     slots: int
-    scheduler: Scheduler
+    schedulers: tuple[Scheduler, ...]
     longest: int
     longest_output: int
     work: float
@@ -107,7 +108,8 @@ class Store:
 
 
 def _is_stretched(scenario: Scenario) -> bool:
-    return scenario.workload.kind in _STRETCHED and scenario.workload.rate_rps is not None
+    w = scenario.workload
+    return w.kind in _STRETCHED and w.rate_rps is not None and not w.has_sessions
 
 
 def stamps(scenario: Scenario) -> list[str]:
@@ -227,9 +229,11 @@ class Lanes:
                         if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS)
         key = (statics, s.decode_context_limit is not None, scenario.cluster.router,
                tuple(sorted(scenario.cluster.router_weights)), scenario.workload.kind == "closed-loop",
-               self._cost_kind(scenario, system), scenario.engine.enable_prefix_caching,
+               scenario.workload.has_sessions, _of_roles(scenario, system), self._cost_kind(scenario, system),
+               scenario.engine.enable_prefix_caching,
                dataclasses.replace(dims, num_slots=0))
-        return Shape(key, dims.num_requests, dims.num_slots, s, longest, output, work, requests, dims, last_s)
+        schedulers = tuple(pool.system.scheduler for pool in system.pools) or (s,)
+        return Shape(key, dims.num_requests, dims.num_slots, schedulers, longest, output, work, requests, dims, last_s)
 
     def _cost_kind(self, scenario: Scenario, system: lower.System) -> Hashable:
         """The structure of the cost tables, apart from their sizes."""
@@ -240,6 +244,9 @@ class Lanes:
             leaves, tree = jax.tree.flatten(tables)
             return tree, tuple(leaf.shape for leaf in leaves) if isinstance(cost, FittedCost) else ()
 
+        if system.pools:
+            key = _bytes("pools", self._system_key(scenario), cost)
+            return self._kinds.get(key, structure)
         if isinstance(cost, ProfiledCost):
             # Read and fitted to the model here, so that what is wrong with it is known before anything runs.
             key = _bytes("profiled", self._system_key(scenario), cost)
@@ -274,17 +281,26 @@ class Lanes:
                         for seed, w in zip(scenario.seeds, workloads, strict=True)]
             dims = simulate.with_prefixes(dims, prefixes)
         lower.check_counters(dims, workloads)
-        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cost, stamps(scenario)), (
+        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cluster.pools, scenario.cost,
+                     stamps(scenario)), (
             slots, tokens, longest)
         cost = self._costs.get(key, lambda: jax.device_get(
             lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
-        closed = (scenario.workload.concurrency, scenario.workload.think_s)
-        key = *key, _bytes(scenario.cluster, closed if scenario.workload.kind == "closed-loop" else None)
+        w = scenario.workload
+        closed = (w.concurrency, w.think_s) if w.kind == "closed-loop" else None
+        key = *key, _bytes(scenario.cluster, closed, w.has_sessions)
         params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
         front_end_s = lower.front_end_s(scenario, system)
         return dims, [Run(scenario, system, params, workload, prefix, workload.arrival_s,
                           lower.step_limit(workload, dims.num_ranks), front_end_s)
                       for workload, prefix in zip(workloads, prefixes, strict=True)]
+
+
+def _of_roles(scenario: Scenario, system: lower.System) -> Hashable:
+    """What pools choose of the program: how many kinds there are, and the router of the decode engines."""
+    transfer = scenario.cluster.transfer or TransferSection()
+    return (len(lower.kinds_of_pools(system)), system.has_roles, transfer.router,
+            tuple(sorted(transfer.router_weights))) if system.pools else None
 
 
 def ladder(slots: list[int]) -> list[int]:

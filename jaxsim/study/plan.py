@@ -124,7 +124,7 @@ def plan_of(made: Iterable[Callable[[], Scenario]], lanes: Lanes, runs_a_tile: i
 
 def _cut(members: Sequence[tuple[int, Scenario, Shape]], slots: int, runs_a_tile: int, program: int) -> list[Tile]:
     longest = max(shape.longest for *_, shape in members)
-    tokens = max(shape.scheduler.most_tokens(slots, longest) for *_, shape in members)
+    tokens = max(s.most_tokens(slots, longest) for *_, shape in members for s in shape.schedulers)
     # A batch lasts as long as its longest scenario, so alike go together.
     ordered = sorted(members, key=lambda m: (-m[2].work, m[0]))
     most_seeds = max(scenario.num_seeds for _, scenario, _ in ordered)

@@ -31,7 +31,7 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     gaps = runs.output_tokens - 1
     tpot = np.where(gaps > 0, (runs.finish_s - runs.first_token_s) / np.maximum(gaps, 1), np.nan)
     completed, measured = is_done.sum(axis=1), is_measured.sum(axis=1)
-    first = np.take_along_axis(arrival_s, is_measured.argmax(axis=1)[:, None], axis=1)[:, 0]
+    first = np.where(is_measured, arrival_s, np.inf).min(axis=1)
     last = np.where(is_done, runs.finish_s, -np.inf).max(axis=1)
     duration = np.where(completed > 0, last - first + runs.front_end_s, np.nan)
     duration = np.where(completed > 0, duration, np.nan)
@@ -79,8 +79,8 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     whole = _or_nan(whole, runs.is_finished.any(axis=1))
     capacity = np.where(runs.num_blocks > 0, runs.num_blocks, np.nan)
     found |= {
-        "kv.num_blocks": capacity, "kv.mean_share": runs.kv_block_s.mean(axis=1) / (whole * capacity),
-        "kv.peak_share": runs.kv_peak_blocks.max(axis=1) / capacity,
+        "kv.num_blocks": capacity.min(axis=1), "kv.mean_share": (runs.kv_block_s / capacity).mean(axis=1) / whole,
+        "kv.peak_share": (runs.kv_peak_blocks / capacity).max(axis=1),
         "utilisation.busy_share": (runs.busy_s / whole[:, None]).mean(axis=1),
         "utilisation.device_busy_share": (runs.device_busy_s / whole[:, None]).mean(axis=1),
         "utilisation.least_busy_share": (runs.busy_s / whole[:, None]).min(axis=1),
@@ -91,6 +91,12 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         "num_cooldown_requests": (real & (arrival_s > end_s[:, None])).sum(axis=1),
         "unstable": _unstable(runs),
         "fault": np.array([text or None for text in runs.fault], object)}
+    if runs.delivered_s is not None:
+        waits = np.where(is_measured & (runs.decode_instance >= 0), runs.delivered_s - runs.first_token_s, np.nan)
+        found["transfers.requests"] = (~np.isnan(waits)).sum(axis=1)
+        found["transfers.mean_ms"] = _ratio(np.nansum(waits, axis=1), found["transfers.requests"]) * 1e3
+        found["transfers.p99_ms"] = np.array([np.nan if np.isnan(w).all() else 1e3 * np.nanpercentile(w, 99)
+                                              for w in waits])
     if runs.cached_tokens is not None:
         found["cached_share"] = _ratio(np.where(is_measured, runs.cached_tokens, 0).sum(axis=1),
                                        np.where(is_measured, runs.input_tokens, 0).sum(axis=1))
@@ -108,8 +114,16 @@ def requests(runs: Runs) -> Columns:
     cached = np.zeros(runs.is_real.shape, np.int64) if runs.cached_tokens is None else runs.cached_tokens
     whole = {"arrival_s": runs.arrival_s, "input_tokens": runs.input_tokens, "output_tokens": runs.output_tokens,
              "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": runs.scheduled_s - runs.arrival_s,
-             "stall_s": runs.stall_s, "cached_tokens": cached, "preemptions": runs.preemptions, "status": status}
+             "stall_s": runs.stall_s, **_moves(runs), "cached_tokens": cached, "preemptions": runs.preemptions,
+             "status": status}
     return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
+
+
+def _moves(runs: Runs) -> Columns:
+    if runs.delivered_s is None:
+        return {}
+    return {"transfer_s": np.nan_to_num(runs.delivered_s - runs.first_token_s, nan=0.0),
+            "decode_instance": runs.decode_instance}
 
 
 def _unstable(runs: Runs) -> Float[np.ndarray, " runs"]:

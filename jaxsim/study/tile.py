@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS
+from jaxsim.engine.simulate import FAULTS, blocks_of, handed_over
 from jaxsim.kernels import clock
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
@@ -44,7 +44,9 @@ class Runs:
     kv_peak_blocks: Int[np.ndarray, "runs instances"]
     running_s: Float[np.ndarray, "runs instances"]
     cached_tokens: Int[np.ndarray, "runs requests"] | None
-    num_blocks: Int[np.ndarray, " runs"]
+    delivered_s: Float[np.ndarray, "runs requests"] | None
+    decode_instance: Int[np.ndarray, "runs requests"] | None
+    num_blocks: Int[np.ndarray, "runs instances"]
     num_iterations: Int[np.ndarray, " runs"]
     front_end_s: Float[np.ndarray, " runs"]
     fault: tuple[str, ...]
@@ -136,6 +138,7 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         for row, run in zip(arrival_s, runs, strict=True):
             row[:len(run.arrival_s)] = run.arrival_s
     nan = np.float64(np.nan)
+    moved = handed_over(world, np.s_[:, rows])
     return Runs(
         is_real=is_real, is_finished=is_finished, arrival_s=arrival_s, input_tokens=column("input_tokens"),
         output_tokens=column("output_tokens"),
@@ -148,7 +151,8 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         kv_block_s=joined(times.rank.held), kv_peak_blocks=counts.rank.peak_blocks.reshape(len(runs), -1),
         running_s=joined(times.rank.running),
         cached_tokens=None if world.cached is None else world.cached[:, rows],
-        num_blocks=np.array([run.system.num_blocks if run.system.scheduler.kv_accounting else 0 for run in runs]),
+        delivered_s=moved.get("delivered_s"), decode_instance=moved.get("decode_instance"),
+        num_blocks=np.stack([np.broadcast_to(blocks_of(run.system), dims.all_ranks) for run in runs]),
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
         fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault))

@@ -83,6 +83,7 @@ def read_trace(path: str | Path, format: str | None = None, **options: Any) -> W
     * rate_scale: speed arrivals up by this factor; or rate_rps: to this mean rate.
     * dither_s: add a uniform draw of up to this many seconds to each arrival (for coarse stamps), then sort.
     * seed: of dithering, routing draws and drawn arrivals.
+    * sessions: replay them in a closed loop: a turn comes its recorded think time after the answer before it.
     * for traces without times: rate_rps (required) and arrivals, a process (default Poisson).
     * the reader's own, such as tokenizer (sharegpt), model and log_type (burstgpt), run (vllm-bench and plain),
       scenario (plain), block_size.

@@ -356,7 +356,9 @@ class Table:
     arrival_s is None for traces of lengths without times. num_failed: requests the reader itself left out
     because the file marks them as failed. drop_failed: whether requests without input or output tokens are
     left out by default (formats that log failures that way). may_be_unsorted: formats whose order of rows
-    carries no meaning are sorted without asking. is_partial: rows were left unread (max_rows).
+    carries no meaning are sorted without asking. is_partial: rows were left unread (max_rows). session: labels of
+    the session each request belongs to, missing for one by itself; think_s: between the answer before it and each
+    request; answer_s: from each arrival to the end of its answer, where the think times have to be told from that.
     """
 
     input_tokens: np.ndarray
@@ -368,6 +370,9 @@ class Table:
     prefix_offsets: np.ndarray | None = None
     prefix_hashes: np.ndarray | None = None
     prefix_block_size: int | None = None
+    session: np.ndarray | None = None
+    think_s: np.ndarray | None = None
+    answer_s: np.ndarray | None = None
     place: Callable[[int], str] = row_place
     num_failed: int = 0
     drop_failed: bool = False
@@ -380,7 +385,8 @@ class Table:
     def take(self, index: np.ndarray) -> "Table":
         """Some rows, in the given order."""
         changes: dict[str, Any] = {"place": lambda i, index=index: self.place(int(index[i]))}
-        for name in ("input_tokens", "output_tokens", "arrival_s", "max_tokens", "priority", "tenant"):
+        for name in ("input_tokens", "output_tokens", "arrival_s", "max_tokens", "priority", "tenant", "session",
+                     "think_s", "answer_s"):
             column = getattr(self, name)
             if column is not None:
                 changes[name] = np.asarray(column)[index]
@@ -444,6 +450,7 @@ def to_workload(
     dither_s: float = 0.0,
     seed: int = 0,
     arrivals: AbstractArrivals | None = None,
+    sessions: bool = False,
 ) -> Workload:
     """Check, sort, cut and scale a table; `jaxsim.traces.read_trace` documents the options."""
     num_rows = len(table) + table.num_failed
@@ -481,6 +488,7 @@ def to_workload(
             "num_dropped": num_dropped,
             "is_partial": table.is_partial,
         },
+        **_sessions(table, path, sessions),
     )
     if table.arrival_s is None:
         return _timed(workload, path, seed, rate_scale, rate_rps, arrivals)
@@ -609,7 +617,41 @@ def _ordered(table: Table, sort: bool | None, dither_s: float, seed: int) -> Tab
     return table.take(order)
 
 
-def _assemble(table: Table, seed: int, provenance: dict[str, Any]) -> Workload:
+def _sessions(table: Table, path: Path, is_closed: bool) -> dict[str, np.ndarray]:
+    """Session and turn of each request, and where later turns shall wait for answers, their think times."""
+    if table.session is None:
+        if is_closed:
+            raise InputError(
+                "workload.replay", "sessions", f"needs sessions, of which {path.name} says nothing", "use 'open'"
+            )
+        return {}
+    codes, values = pd.factorize(pd.Series(table.session))
+    alone = codes < 0
+    codes[alone] = len(values) + np.arange(alone.sum())
+    found = {"session": codes, "turn": pd.Series(codes).groupby(codes).cumcount().to_numpy()}
+    if not is_closed:
+        return found
+    if table.arrival_s is None or (table.think_s is None and table.answer_s is None):
+        raise InputError(
+            "workload.replay",
+            "sessions",
+            f"needs think times: {path.name} has neither these, nor arrivals and the time to each answer",
+            "use 'open', or add a column think_s or e2e_s",
+        )
+    is_later = found["turn"] > 0
+    think_s = table.think_s
+    if think_s is None:
+        answered_s = pd.Series(np.asarray(table.arrival_s + table.answer_s, np.float64))
+        before = answered_s.groupby(codes).shift(1).to_numpy()
+        # One that came before the answer was out cannot have waited for it.
+        think_s = np.maximum(table.arrival_s - before, 0.0)
+    name = "answer_s" if table.think_s is None else "think_s"
+    table.refuse(name, is_later & ~np.isfinite(think_s), "is missing where a turn follows", "leave the session out")
+    found["think_s"] = np.where(is_later, think_s, 0.0)
+    return found
+
+
+def _assemble(table: Table, seed: int, provenance: dict[str, Any], **more: np.ndarray) -> Workload:
     count = len(table)
     tenant, names = np.zeros(count, np.int32), ("default",)
     if table.tenant is not None:
@@ -630,4 +672,5 @@ def _assemble(table: Table, seed: int, provenance: dict[str, Any]) -> Workload:
         prefix_block_size=table.prefix_block_size,
         uniforms=routing_uniforms(seed, count),
         provenance=provenance,
+        **more,
     )

@@ -1,6 +1,7 @@
 """BurstGPT: Timestamp (s), Model, Request tokens, Response tokens, Total tokens, Log Type.
 
-Newer files add Session ID and Elapsed time, which are not needed. A request with 0 response tokens failed: it
+Newer files add Session ID (of conversations) and Elapsed time (to the full answer, s), which say what to replay in a
+closed loop; they are not needed. A request with 0 response tokens failed: it
 is left out by default and counted in the provenance. The model is the tenant. Stamps of the first release are
 whole seconds (`dither_s=1` spreads them).
 
@@ -10,6 +11,7 @@ Source: HPMLL/BurstGPT.
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.traces._table import CSV, Probe, Table, empty, numbers, read_csv
@@ -29,7 +31,8 @@ def read(
     """Read the trace; `model` ("ChatGPT") and `log_type` ("API log") keep only those rows."""
     filters = {"Model": model, "Log Type": log_type}
     required = [*REQUIRED, *(name for name, value in filters.items() if value is not None)]
-    frame, is_partial = read_csv(path, required, ("Model", "Log Type"), max_rows=max_rows)
+    optional = ("Model", "Log Type", "Session ID", "Elapsed time")
+    frame, is_partial = read_csv(path, required, optional, max_rows=max_rows)
     if len(frame) == 0:
         raise empty(path)
     table = Table(
@@ -37,6 +40,9 @@ def read(
         input_tokens=numbers(frame["Request tokens"], "Request tokens"),
         output_tokens=numbers(frame["Response tokens"], "Response tokens"),
         tenant=frame["Model"].to_numpy() if "Model" in frame else None,
+        session=frame["Session ID"].to_numpy() if "Session ID" in frame else None,
+        answer_s=pd.to_numeric(frame["Elapsed time"], errors="coerce").to_numpy(np.float64)
+        if "Elapsed time" in frame else None,
         drop_failed=True,
         is_partial=is_partial,
     )

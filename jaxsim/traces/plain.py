@@ -2,7 +2,8 @@
 
 Arrivals are in one of arrival_s, arrival_ms, arrival_us, arrival_ns; without any, the trace holds lengths
 only. Optional: max_tokens, priority, tenant, prefix_block_ids (chained ids of the prompt's blocks, separated
-by spaces in a CSV, a list elsewhere) with prefix_block_size (one number for the file; default 16).
+by spaces in a CSV, a list elsewhere) with prefix_block_size (one number for the file; default 16); session (any
+label), with think_s (from the answer before to this turn) or e2e_s (to the end of the answer) to replay it closed.
 `block16_ids` and the like name ids and size at once. `requests.parquet` of a finished run is such a table; where
 its columns `seed` or `scenario` hold several runs, one of them has to be chosen.
 """
@@ -40,7 +41,7 @@ NAME = "plain"
 REQUIRED = ("input_tokens", "output_tokens")
 
 _UNITS = {"arrival_s": 1, "arrival_ms": 10**3, "arrival_us": 10**6, "arrival_ns": 10**9}
-_OPTIONAL = ("max_tokens", "priority", "tenant", "prefix_block_ids", "prefix_block_size")
+_OPTIONAL = ("max_tokens", "priority", "tenant", "prefix_block_ids", "prefix_block_size", "session", "think_s", "e2e_s")
 _BLOCK_IDS = re.compile(r"block(\d+)_ids")
 DEFAULT_BLOCK_SIZE = 16
 
@@ -105,6 +106,11 @@ def read(
             setattr(table, name, numbers(frame[name], name, place))
     if "tenant" in frame:
         table.tenant = frame["tenant"].astype(object).where(frame["tenant"].notna(), "default").to_numpy()
+    if "session" in frame:
+        table.session = frame["session"].to_numpy()
+        for name, attribute in (("think_s", "think_s"), ("e2e_s", "answer_s")):
+            if name in frame:
+                setattr(table, attribute, _times(frame[name], name, place))
     if ids_column is not None:
         rows = [_ids(value, place(i)) for i, value in enumerate(frame[ids_column])]
         table.prefix_offsets, table.prefix_hashes = ragged(rows, ids_column, place)
@@ -151,6 +157,16 @@ def _read_parquet(
     if max_rows is None or len(frame) < max_rows:
         return frame, False
     return frame.iloc[:max_rows], True
+
+
+def _times(column: pd.Series, name: str, place: Any) -> np.ndarray:
+    """Seconds, NaN where there are none."""
+    times = np.full(len(column), np.nan)
+    is_given = column.notna().to_numpy()
+    if is_given.any():
+        of = np.flatnonzero(is_given)
+        times[is_given] = numbers(column[is_given], name, lambda i: place(int(of[i])))
+    return times
 
 
 def _arrivals(frame: pd.DataFrame, place: Any) -> np.ndarray | None:

@@ -13,6 +13,13 @@ from jaxsim.workload.arrivals import (
     round_to_grid,
 )
 from jaxsim.workload.azure2023 import azure_conv_2023
+from jaxsim.workload.durations import (
+    AbstractDuration,
+    ExponentialTime,
+    FixedTime,
+    LogNormalTime,
+    QuantilesTime,
+)
 from jaxsim.workload.generator import Generator, Tenant
 from jaxsim.workload.lengths import (
     AbstractLength,
@@ -27,29 +34,53 @@ from jaxsim.workload.lengths import (
     Samples,
     Uniform,
 )
-from jaxsim.workload.named import arrival_process, fixed_lengths, generator, length_law
+from jaxsim.workload.named import (
+    arrival_process,
+    duration_law,
+    fixed_lengths,
+    generator,
+    length_law,
+    turns_law,
+)
+from jaxsim.workload.sessions import (
+    AbstractTurns,
+    ContinuingTurns,
+    FixedTurns,
+    GeometricTurns,
+    SessionGenerator,
+)
 from jaxsim.workload.streams import Stream, routing_uniforms, stream_key
 from jaxsim.workload.workload import Workload
 
 __all__ = [
     "MMPP2",
     "AbstractArrivals",
+    "AbstractDuration",
     "AbstractLength",
     "AbstractLengths",
+    "AbstractTurns",
+    "ContinuingTurns",
     "Deterministic",
+    "ExponentialTime",
     "Fixed",
+    "FixedTime",
+    "FixedTurns",
     "Gamma",
     "GaussianCopula",
     "Generator",
+    "GeometricTurns",
     "Independent",
     "LogNormal",
     "LogNormalMixture",
+    "LogNormalTime",
     "Modulated",
     "Paired",
     "Poisson",
     "Quantiles",
+    "QuantilesTime",
     "Replay",
     "Samples",
+    "SessionGenerator",
     "Stream",
     "Tenant",
     "Uniform",
@@ -58,10 +89,12 @@ __all__ = [
     "arrival_process",
     "arrival_times",
     "azure_conv_2023",
+    "duration_law",
     "fixed_lengths",
     "generator",
     "length_law",
     "round_to_grid",
     "routing_uniforms",
     "stream_key",
+    "turns_law",
 ]

@@ -5,7 +5,7 @@ import math
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Int, PRNGKeyArray
 
 from jaxsim._core.errors import InputError
 from jaxsim.workload.arrivals import AbstractArrivals, check_rate
@@ -64,7 +64,7 @@ class Generator(eqx.Module):
         self, seed: int | PRNGKeyArray, num_requests: int, *, rate_rps: float | None = None
     ) -> Workload:
         """`num_requests` requests. At another `rate_rps` the same seed gives the same requests, stretched."""
-        count = _check_count(num_requests)
+        count = check_count(num_requests)
         rate_rps = check_rate(self.rate_rps if rate_rps is None else rate_rps)
         unit_times = self.arrivals.unit_times(seed, count)
         input_tokens, output_tokens = self.lengths.pairs(uniforms(stream_key(seed, Stream.LENGTHS), count, 2))
@@ -72,7 +72,7 @@ class Generator(eqx.Module):
         if self.output_limit is not None:
             output_tokens = np.minimum(output_tokens, self.output_limit)
             max_tokens = np.full(count, self.output_limit)
-        tenant = self._tenants(seed, count)
+        tenant = self.tenants_of(seed, count)
         return Workload(
             arrival_s=unit_times / rate_rps,
             input_tokens=input_tokens,
@@ -87,7 +87,8 @@ class Generator(eqx.Module):
             provenance={"generator": self.name},
         )
 
-    def _tenants(self, seed: int | PRNGKeyArray, count: int) -> np.ndarray:
+    def tenants_of(self, seed: int | PRNGKeyArray, count: int) -> Int[np.ndarray, " requests"]:
+        """Index of each request's tenant, or of each session's."""
         if len(self.tenants) == 1:
             return np.zeros(count, np.int64)
         edges = np.cumsum([t.share for t in self.tenants])
@@ -95,7 +96,8 @@ class Generator(eqx.Module):
         return np.searchsorted(edges[:-1] / edges[-1], draws, side="right")
 
 
-def _check_count(num_requests: int) -> int:
+def check_count(num_requests: int) -> int:
+    """The number, if so many requests can be drawn."""
     is_whole = isinstance(num_requests, (int, np.integer)) and not isinstance(num_requests, bool)
     if not is_whole or not 1 <= num_requests <= MAX_REQUESTS:
         raise InputError(

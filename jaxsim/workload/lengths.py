@@ -4,7 +4,7 @@ A marginal law is its quantile function, so that common random numbers, copulas 
 work the same way: a request keeps its uniforms whatever the law. A joint law turns two uniforms per request
 into a pair. Everything is drawn on the host in float64 and rounded to whole tokens, at least 1.
 
-Known gaps: lengths of different requests are independent (no sessions, no drift of the mix over time).
+Known gaps: lengths of different requests are independent (but for contexts of sessions; no drift of the mix over time).
 """
 
 import abc

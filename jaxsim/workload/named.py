@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.workload.arrivals import MMPP2, AbstractArrivals
 from jaxsim.workload.azure2023 import azure_conv_2023
+from jaxsim.workload.durations import AbstractDuration
 from jaxsim.workload.generator import Generator, Tenant
 from jaxsim.workload.lengths import AbstractLength, AbstractLengths, Fixed, GaussianCopula, Independent
+from jaxsim.workload.sessions import PRESETS, AbstractTurns, SessionGenerator, later_lengths
 
 T = TypeVar("T")
 
@@ -29,30 +31,33 @@ def class_name(cls: type) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
 
 
-def classes(base: type[T]) -> dict[str, type[T]]:
-    """The final classes below an abstract one, by name."""
+def classes(base: type[T], suffix: str = "") -> dict[str, type[T]]:
+    """The final classes below an abstract one, by name, without a suffix that all of them have."""
     found: dict[str, type[T]] = {}
     pending = list(base.__subclasses__())
     while pending:
         cls = pending.pop()
         pending.extend(cls.__subclasses__())
         if not inspect.isabstract(cls):
-            found[class_name(cls)] = cls
+            found[class_name(cls).removesuffix(suffix)] = cls
     return dict(sorted(found.items()))
 
 
-def build(base: type[T], given: Mapping[str, Any] | str | T, field: str) -> T:
-    """An object of a final class of `base` from {"kind": name, ...numbers}, a bare name, or itself."""
+def build(base: type[T], given: Mapping[str, Any] | str | T, field: str, suffix: str = "") -> T:
+    """An object of a final class of `base` from {"kind": name, ...numbers}, a bare name, or itself.
+
+    suffix: of the names of its classes, that is left out.
+    """
     if isinstance(given, base):
         return given
     numbers = {"kind": given} if isinstance(given, str) else given
     if not isinstance(numbers, Mapping) or "kind" not in numbers:
         raise InputError(
-            field, given, "does not say its kind", f"give kind = one of {', '.join(classes(base))}"
+            field, given, "does not say its kind", f"give kind = one of {', '.join(classes(base, suffix))}"
         )
     numbers = dict(numbers)
     kind = str(numbers.pop("kind"))
-    known = classes(base)
+    known = classes(base, suffix)
     if kind not in known:
         raise InputError(f"{field}.kind", kind, "is unknown", suggest(kind, known))
     cls = known[kind]
@@ -80,6 +85,22 @@ def length_law(
     if isinstance(given, int) and not isinstance(given, bool):
         given = {"kind": "fixed", "tokens": given}
     return build(AbstractLength, given, field)
+
+
+def duration_law(
+    given: Mapping[str, Any] | float | AbstractDuration, field: str = "think_s"
+) -> AbstractDuration:
+    """A law of durations: a number of seconds is `FixedTime`."""
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        given = {"kind": "fixed", "seconds": given}
+    return build(AbstractDuration, given, field, "-time")
+
+
+def turns_law(given: Mapping[str, Any] | int | AbstractTurns, field: str = "turns") -> AbstractTurns:
+    """A law of the number of turns: a whole number is `FixedTurns`."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = {"kind": "fixed", "turns": given}
+    return build(AbstractTurns, given, field, "-turns")
 
 
 def arrival_process(
@@ -113,16 +134,36 @@ def generator(
     lengths: AbstractLengths | None = None,
     output_limit: int | None = None,
     tenants: tuple[Tenant, ...] = (Tenant(),),
+    sessions: Mapping[str, Any] | None = None,
     **numbers: Any,
-) -> Generator:
+) -> Generator | SessionGenerator:
     """A generator by name: a fitted one (`azure-conv-2023`), or an arrival process with the given numbers.
 
     With a fitted one, `input` and `output` replace its length laws. With a process, lengths left out are
     those of the default generator. `rate_rps` is required for a process.
+
+    sessions: what comes are sessions of turns (`jaxsim.workload.sessions`): `turns`, `think_s`, `context_limit`, and if
+    wanted `new_tokens` (of later turns; else as of first ones) and `shared_tokens`. `conversation` and `agent` are a
+    Poisson process of such sessions with laws of their own, each of which may be replaced.
     """
+    if kind in PRESETS:
+        own = dict(PRESETS[kind])
+        first = {name: own.pop(name) for name in ("input", "output")}
+        if lengths is None:
+            input = first["input"] if input is None else input
+            output = first["output"] if output is None else output
+        else:
+            own.pop("new_tokens")
+        given = {name: value for name, value in (sessions or {}).items() if value is not None}
+        return generator("poisson", rate_rps=rate_rps, input=input, output=output, spearman=spearman, lengths=lengths,
+                         output_limit=output_limit, tenants=tenants, sessions={**own, **given}, **numbers)
+    if sessions is not None:
+        base = generator(kind, rate_rps=rate_rps, input=input, output=output, spearman=spearman, lengths=lengths,
+                         output_limit=output_limit, tenants=tenants, **numbers)
+        return _of_sessions(base, sessions)
     if kind not in FITTED and kind not in classes(AbstractArrivals):
         raise InputError(
-            "workload.kind", kind, "is unknown", suggest(kind, [*FITTED, *classes(AbstractArrivals)])
+            "workload.kind", kind, "is unknown", suggest(kind, [*FITTED, *PRESETS, *classes(AbstractArrivals)])
         )
     fitted = FITTED.get(kind, FITTED[DEFAULT])
     if kind in FITTED and numbers:
@@ -156,6 +197,29 @@ def generator(
     else:
         lengths = base.lengths
     return Generator(arrivals, lengths, base.rate_rps, output_limit, tuple(tenants), kind)
+
+
+def _of_sessions(base: Generator, given: Mapping[str, Any]) -> SessionGenerator:
+    field = "workload.sessions"
+    parameters = ("turns", "think_s", "new_tokens", "shared_tokens", "context_limit")
+    for name in given:
+        if name not in parameters:
+            raise InputError(f"{field}.{name}", given[name], "is no number of sessions", suggest(name, parameters))
+    for name in ("turns", "think_s", "context_limit"):
+        if given.get(name) is None:
+            raise InputError(f"{field}.{name}", None, "is missing", f"sessions take {', '.join(parameters)}")
+    new = given.get("new_tokens")
+    try:
+        return SessionGenerator(
+            base,
+            turns_law(given["turns"], "turns"),
+            duration_law(given["think_s"], "think_s"),
+            later_lengths(base.lengths, None if new is None else length_law(new, "new_tokens")),
+            given["context_limit"],
+            given.get("shared_tokens") or 0,
+        )
+    except InputError as error:
+        raise InputError(f"{field}.{error.field}", error.value, error.problem, error.remedy) from error
 
 
 def fixed_lengths(input_tokens: int, output_tokens: int) -> Independent:

@@ -29,6 +29,8 @@ class Stream(enum.IntEnum):
     TENANTS = 5
     THINNING = 6
     DITHER = 7
+    TURNS = 8
+    THINKING = 9
 
 
 def as_key(seed: int | PRNGKeyArray) -> PRNGKeyArray:

@@ -15,6 +15,9 @@ from jaxsim.workload.streams import Stream, routing_uniforms, stream_key, unifor
 
 _INT32_MAX = 2**31 - 1
 
+MAX_THINK_S = 1e9
+"""Thirty years: as far as arrivals are simulated."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
@@ -27,6 +30,12 @@ class Workload:
     prefix_hashes: chained ids of each prompt's blocks of prefix_block_size tokens, flat; those of request i
     are prefix_hashes[prefix_offsets[i]:prefix_offsets[i + 1]]. Two prompts share a prefix as long as their
     ids agree.
+    session, turn: whose turn a request is, and its number; a session's turns stand in order. think_s: with them, a
+    closed loop within each session: its first request comes at its arrival_s, every other one think_s after the
+    answer to the one before, whatever its arrival_s (generated: the earliest that it could come; of a trace: when
+    it came).
+    shared_tokens: prompt tokens that all sessions begin with. num_context_limited: sessions that ended at a context
+    limit.
     uniforms: two random numbers per request for routers (default: those of seed 0).
     unit_times: unrounded positions at unit mean rate and rate_rps their scale, when the workload was
     generated, so that `with_rate` does not accumulate rounding. provenance: where it came from, for reports.
@@ -42,6 +51,11 @@ class Workload:
     prefix_offsets: Int[np.ndarray, " requests+1"] | None = None
     prefix_hashes: Int[np.ndarray, " blocks"] | None = None
     prefix_block_size: int | None = None
+    session: Int[np.ndarray, " requests"] | None = None
+    turn: Int[np.ndarray, " requests"] | None = None
+    think_s: Float[np.ndarray, " requests"] | None = None
+    shared_tokens: int = 0
+    num_context_limited: int = 0
     uniforms: Float[np.ndarray, "requests 2"] | None = None
     unit_times: Float[np.ndarray, " requests"] | None = None
     rate_rps: float | None = None
@@ -123,6 +137,7 @@ class Workload:
             provenance=dict(self.provenance),
         )
         fields.update(self._checked_prefixes(count, tokens["input_tokens"]))
+        fields.update(self._checked_sessions(count))
         for name, value in fields.items():
             if isinstance(value, np.ndarray):
                 value = np.array(value)
@@ -182,8 +197,40 @@ class Workload:
             "prefix_block_size": int(size),
         }
 
+    def _checked_sessions(self, count: int) -> dict[str, Any]:
+        if (self.session is None) != (self.turn is None) or self.session is None and self.think_s is not None:
+            raise InputError("session", None, "session, turn and think_s go together", "give session and turn")
+        if self.session is None:
+            return {}
+        session, turn = (_integers(name, getattr(self, name), count, low=0) for name in ("session", "turn"))
+        order = np.argsort(session, kind="stable")
+        is_wrong = (np.diff(session[order]) == 0) & (np.diff(turn[order]) <= 0)
+        _refuse(
+            "turn",
+            turn,
+            np.isin(np.arange(count), order[1:][is_wrong]),
+            "is not behind the turn of its session before it",
+            "number turns in their order",
+        )
+        found = {"session": session, "turn": turn}
+        if self.think_s is not None:
+            think_s = _numbers("think_s", self.think_s, count)
+            _refuse("think_s", think_s, think_s < 0, "is negative", "give 0 for a turn at once")
+            _refuse("think_s", think_s, think_s > MAX_THINK_S, f"is above {MAX_THINK_S:g} s", "lower it")
+            found["think_s"] = round_to_grid(think_s)
+        return found
+
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    def successors(self) -> Int[np.ndarray, " requests"]:
+        """The next turn of each request's session, -1 behind the last one and without sessions."""
+        found = np.full(len(self), -1)
+        if self.session is not None:
+            order = np.argsort(self.session, kind="stable")
+            is_next = np.diff(self.session[order]) == 0
+            found[order[:-1][is_next]] = order[1:][is_next]
+        return found
 
     @property
     def num_requests(self) -> int:
@@ -230,8 +277,9 @@ class Workload:
                 "uniforms",
             )
         }
-        if self.unit_times is not None:
-            changes["unit_times"] = self.unit_times[index]
+        for name in ("unit_times", "session", "turn", "think_s"):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name)[index]
         if self.prefix_hashes is not None:
             changes["prefix_offsets"], changes["prefix_hashes"] = take_ragged(
                 self.prefix_offsets, self.prefix_hashes, index
@@ -250,6 +298,7 @@ class Workload:
         first arrival, so that (n - 1) / span is `rate_rps`.
         """
         rate_rps = check_rate(rate_rps)
+        self._refuse_sessions("rate_rps", rate_rps)
         if self.unit_times is not None:
             return dataclasses.replace(self, arrival_s=self.unit_times / rate_rps, rate_rps=rate_rps)
         if math.isinf(self.mean_rate_rps):
@@ -267,10 +316,20 @@ class Workload:
             raise InputError(
                 "rate_scale", rate_scale, "is not positive and finite", "1 keeps the rate, 2 doubles it"
             )
+        self._refuse_sessions("rate_scale", rate_scale)
         if self.unit_times is not None and self.rate_rps is not None:
             return self.with_rate(self.rate_rps * rate_scale)
         rate = None if self.rate_rps is None else self.rate_rps * rate_scale
         return dataclasses.replace(self, arrival_s=self.arrival_s / rate_scale, rate_rps=rate)
+
+    def _refuse_sessions(self, field: str, value: float) -> None:
+        if self.think_s is not None:
+            raise InputError(
+                field,
+                value,
+                "cannot stretch sessions: their later turns come when answers are out",
+                "draw them at that rate, or leave think_s out",
+            )
 
     def thinned(self, keep: float, seed: int | PRNGKeyArray = 0) -> "Workload":
         """A random share of the requests, at their times: one instance's part of a service's trace.
@@ -282,6 +341,10 @@ class Workload:
                 "keep", keep, "is not above 0 and at most 1", "give the share of requests to keep"
             )
         kept = uniforms(stream_key(seed, Stream.THINNING), len(self))[:, 0] < keep
+        if self.think_s is not None:
+            # Whole sessions, each by the draw of its first turn.
+            _, first, of = np.unique(self.session, return_index=True, return_inverse=True)
+            kept = kept[first][of]
         if not kept.any():
             raise InputError("keep", keep, f"keeps none of the {len(self)} requests", "give a larger share")
         # Unit positions of the survivors no longer have unit rate.
@@ -300,6 +363,9 @@ class Workload:
                 "tenant": np.asarray(self.tenant_names, dtype=object)[self.tenant],
             }
         )
+        for name in ("session", "turn", "think_s"):
+            if getattr(self, name) is not None:
+                frame[name] = getattr(self, name)
         if self.prefix_hashes is not None:
             frame["prefix_block_ids"] = [" ".join(map(str, self.prefix_of(i))) for i in range(len(self))]
             frame["prefix_block_size"] = self.prefix_block_size

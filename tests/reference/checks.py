@@ -43,8 +43,8 @@ def refuse_impossible(request: Request, flags: Flags) -> None:
             fits = fits and all(is_expected_to_fit(empty, job, [], flags) for job in comebacks)
         if not fits:
             problem = "its blocks exceed the pool"
-    if flags.prefix_caching and len(request.prefix_hashes) > request.prompt // flags.block_size:
-        raise ValueError(f"request {request.id} has more prefix hashes than full blocks in its prompt")
+    if flags.prefix_caching and len(request.prefix_hashes) > last_context // flags.block_size:
+        raise ValueError(f"request {request.id} has more prefix hashes than full blocks")
     if problem is not None:
         raise ValueError(f"request {request.id} can never be served: {problem}")
 

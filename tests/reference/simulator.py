@@ -7,6 +7,8 @@ and not a closed form. Nothing here is fast and nothing here is shared with `jax
 With `Flags.stages` an instance is a pipeline: up to so many batches are in flight, one behind the other through the
 engine and the stages, each of which works on one at a time. A pass sees the sequences that are not in flight.
 
+With `Request.after` a request waits for the answer to another: a turn of a session.
+
 With `Disaggregation` prompts are computed on some instances and outputs on others.
 
 Order of events at one instant: (time, phase, index), phases: deliveries of KV in the order of acceptance,
@@ -70,7 +72,7 @@ def simulate(
     """Serves all requests to the end.
 
     Arguments:
-    - requests: in order of (arrival, id), ids distinct.
+    - requests: in order of (arrival, id), ids distinct; those that come after others anywhere among them.
     - flags, cost, stage_cost: of all instances, or of each.
     - router: a name of `ROUTERS` or a function (request, instances that prefill, requests routed so far) -> index.
     - cost: seconds of one iteration.
@@ -122,8 +124,12 @@ class Simulation:
             for given, cost, instance in zip(stage_costs, costs, instances, strict=True)
         ]
         self.jobs = [Job(request, clock.ticks(request.arrival_s, ARRIVAL_GRID_TICKS)) for request in requests]
-        order = [(job.arrival, job.request.id) for job in self.jobs]
+        order = [(job.arrival, job.request.id) for job in self.jobs if job.request.after is None]
         assert order == sorted(order) and len({i for _, i in order}) == len(order), "requests out of order"
+        self.followers: dict[int, list[int]] = {}  # by request: who comes when its answer is out
+        for number, request in enumerate(requests):
+            if request.after is not None:
+                self.followers.setdefault(request.after, []).append(number)
         self.rules = rules
         self.hand_over = None if rules is None else HandOver(rules, instances, clock, self.expect_delivery)
         self.transfers: dict[tuple, Transfer] = {}  # on the way
@@ -131,7 +137,8 @@ class Simulation:
         self.iteration_ends: list[list[float]] = [[] for _ in instances]
         self.num_routed = self.num_finished = 0
         self.now = 0
-        self.events: list[tuple] = [(job.arrival, PHASE_ARRIVAL, number) for number, job in enumerate(self.jobs)]
+        self.events: list[tuple] = [(job.arrival, PHASE_ARRIVAL, number) for number, job in enumerate(self.jobs)
+                                    if job.request.after is None]
         heapq.heapify(self.events)
 
     @staticmethod
@@ -175,6 +182,11 @@ class Simulation:
             leader.is_pass_due = True
             heapq.heappush(self.events, (self.now, PHASE_PASS, leader.index))
 
+    def expect_follower(self, number: int) -> None:
+        follower = self.jobs[number]
+        follower.arrival = self.now + self.clock.ticks(follower.request.think_s, ARRIVAL_GRID_TICKS)
+        heapq.heappush(self.events, (follower.arrival, PHASE_ARRIVAL, number))
+
     def expect_delivery(self, transfer: Transfer) -> None:
         self.transfers[transfer.key] = transfer
         heapq.heappush(self.events, (transfer.due, PHASE_DELIVERY, transfer.key))
@@ -210,6 +222,8 @@ class Simulation:
             if job.emitted == job.request.output:
                 job.finish = self.now
                 self.num_finished += 1
+                for number in self.followers.get(job.request.id, ()):
+                    self.expect_follower(number)
                 release(instance, job)
                 instance.running.remove(job)
             elif instance.role == "prefill":

@@ -12,7 +12,10 @@ class Request:
     """One request. `max_tokens` is the output limit the engine knows (default: the true output length).
 
     prefix_hashes: what distinguishes the tokens of each leading full block of the prompt (blocks of the engine);
-    blocks behind the last hash are nobody else's.
+    blocks behind the last hash are nobody else's. They may go on through the output, which the next turn of a session
+    finds.
+
+    after: id of the request whose answer brings this one about, `think_s` after its last token, whatever `arrival_s`.
     """
 
     id: int
@@ -23,6 +26,8 @@ class Request:
     priority: int = 0
     uniforms: tuple[float, float] = (0.0, 0.0)
     prefix_hashes: tuple[Hashable, ...] = ()
+    after: int | None = None
+    think_s: float = 0.0
 
     def __post_init__(self):
         if self.max_tokens is None:
