@@ -17,6 +17,7 @@ def pytest_configure(config):
 
     What is kept is the machine code that compiling it again would give.
     """
+    config.addinivalue_line("markers", "slow: other sizes of what the rest has shown, in programs of their own")
     config.addinivalue_line("markers", "unoptimised: programs of this file are compiled quickly, to slower code")
     # Tracing and the reference simulator make many small objects, none of them in cycles worth looking for so often.
     gc.set_threshold(200_000, 20, 100)

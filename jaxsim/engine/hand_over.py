@@ -142,7 +142,8 @@ def without_last_ready(context: Context, is_gone: Bool[Array, ""], counts: Count
     before = take(context.world.ready_before, rank.ready.back)
     ready = Queue(rank.ready.front, jnp.where(is_gone, before, rank.ready.back), rank.ready.length - is_gone)
     held = rank.held_blocks - jnp.where(is_gone, blocks_for(prompt, context.dims), 0)
-    return replace(counts, rank=replace(rank, ready=ready, held_blocks=held))
+    visible = jnp.minimum(rank.visible_ready, ready.length)
+    return replace(counts, rank=replace(rank, ready=ready, held_blocks=held, visible_ready=visible))
 
 
 def is_waiting_for_blocks(counts: Counts) -> Bool[Array, ""]:
@@ -181,6 +182,9 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
     in_transfer = queues.pop_front(rank.in_transfer, following, is_delivering)
     queue = queues.pop_front(queue, following, is_accepting)
     in_transfer, joined = queues.push_back(in_transfer, accepted, is_accepting, nowhere)
+    if group.batching.async_scheduling:
+        is_seen = is_delivering & (phase == w.ENDING) & ending.is_before_last(event, counts, times)
+        rank = replace(rank, visible_ready=rank.visible_ready + is_seen)
     last_ready = rank.ready.back
     ready, became = queues.push_back(rank.ready, delivered, is_delivering, nowhere)
     link = jnp.where(is_delivering, became[0], joined[0]), moving

@@ -130,11 +130,10 @@ def _check_pools(system: System, scenario: Scenario) -> None:
                              "is not simulated in pools", "use 1, and more replicas for a dense model")
         for name, value, is_wrong, remedy in (
                 ("pipeline_parallel_size", s.num_stages, s.num_stages > 1, "use 1"),
-                ("async_scheduling", True, s.async_scheduling, "set engine.async_scheduling = false"),
                 ("scheduling_policy", s.order, s.order != "fcfs", "use 'fcfs'"),
                 ("enable_prefix_caching", True, pool.scenario.engine.enable_prefix_caching, "leave it out"),
                 ("preset", s.preset, s.phase_mix != "unified" or s.reserve not in ("none", "prompt")
-                 or not s.kv_accounting or s.gathers or s.admit != "any_time", "use 'vllm-v1@0.9' or 'sarathi'")):
+                 or not s.kv_accounting or s.gathers or s.admit != "any_time", "use a preset 'vllm-v1', or 'sarathi'")):
             if is_wrong and system.has_roles:
                 raise InputError(where + name, value, "is not simulated with prefill and decode engines", remedy)
 

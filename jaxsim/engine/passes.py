@@ -14,10 +14,11 @@ from jaxsim.engine.prefix import Found, Release, admit
 from jaxsim.engine.slots import Slots
 from jaxsim.kernels import clock, packed, queues, residues
 from jaxsim.kernels.clock import Time
+from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PLACE, PROMPT
-from jaxsim.state.world import Clocks, Counts
+from jaxsim.state.world import Clocks, Counts, Rank
 
 
 class Placed(NamedTuple):
@@ -49,6 +50,9 @@ def begin_pass(group: Group, is_passing: Bool[Array, ""], counts: Counts) -> Cou
     was_empty = jnp.where(rank.running == 0, w.WAS_EMPTY, 0)
     if group.batching.async_scheduling:
         is_blind = is_fresh & (rank.running == 0) & (rank.visible == 0)
+        if rank.ready is not None:
+            is_blind = is_blind & (rank.visible_ready == 0)
+            rank = replace(rank, visible_ready=jnp.where(is_blind, rank.ready.length, rank.visible_ready))
         rank = replace(rank, visible=jnp.where(is_blind, rank.waiting, rank.visible))
     if group.batching.order == "priority":
         rank = replace(rank, cursor=jnp.where(is_fresh, -1, rank.cursor))
@@ -56,6 +60,29 @@ def begin_pass(group: Group, is_passing: Bool[Array, ""], counts: Counts) -> Cou
         counts.executor, replace(rank, progress=jnp.where(is_fresh, w.PASS | was_empty, rank.progress)),
         replace(batch, budget=jnp.where(is_fresh, group.batching.max_num_batched_tokens - decodes, batch.budget)))
     return gathering.begin(group, is_fresh, counts) if group.batching.gathers else counts
+
+
+def ready_seen(rules: Batching, rank: Rank) -> Int[Array, ""]:
+    """How many of those whose KV is here a pass may see."""
+    return rank.visible_ready if rules.async_scheduling else rank.ready.length
+
+
+def is_somebody_hidden(counts: Counts) -> Bool[Array, ""]:
+    """Under asynchronous scheduling: whether somebody is here whom the pass does not see."""
+    rank = counts.rank
+    is_hidden = rank.visible < rank.waiting
+    return is_hidden if rank.ready is None else is_hidden | (rank.visible_ready < rank.ready.length)
+
+
+def seeing_all(condition: Bool[Array, ""], counts: Counts, *, begins_anew: bool = False) -> Counts:
+    """The pass sees everybody; begins_anew: the next one does, as one that begins blind and with nobody running."""
+    rank = counts.rank
+    visible = 0 if begins_anew else rank.waiting
+    rank = replace(rank, visible=jnp.where(condition, visible, rank.visible))
+    if rank.ready is not None:
+        ready = 0 if begins_anew else rank.ready.length
+        rank = replace(rank, visible_ready=jnp.where(condition, ready, rank.visible_ready))
+    return replace(counts, rank=rank)
 
 
 def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array, " block_size"],
@@ -109,7 +136,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     computed = jnp.where(is_forming, rank.forming_computed, cached)
     if is_ready is not None:
         # It joins as a decode: of its tokens only the last is to be computed.
-        computed, seen = jnp.where(is_ready, known - 1, computed), jnp.where(is_ready, rank.ready.length, seen)
+        computed, seen = jnp.where(is_ready, known - 1, computed), jnp.where(is_ready, 1, seen)
     rest = known - computed
     chunk = jnp.minimum(rest, batch.budget) if rules.chunked_prefill else rest
     if rules.order == "priority":
@@ -210,7 +237,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if found is not None:
         rank = admit(rank, found, is_admitted)
     if rules.async_scheduling:
-        rank = replace(rank, visible=rank.visible - is_in)
+        rank = replace(rank, visible=rank.visible - is_from_queue)
+        if is_ready is not None:
+            rank = replace(rank, visible_ready=rank.visible_ready - entering)
     if rules.chunked_prefill:
         rank = replace(
             rank, forming_slot=jnp.where(is_partial, slot, jnp.where(is_completing, null, rank.forming_slot)),
@@ -224,7 +253,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     counts = mark(counts, is_placed & (tokens > 0), w.FILLED)
     left = (rank.visible if rules.async_scheduling else rank.waiting) > 0
     if is_ready is not None:
-        left = left | (rank.ready.length > 0)
+        left = left | (ready_seen(rules, rank) > 0)
     can_go_on = is_placed & left & (batch.budget > 0) & (rank.running < rules.max_num_seqs) & ~is_closed
     if rules.max_batch_seqs is not None:
         can_go_on = can_go_on & (batch.count + batch.num_chunks < rules.max_batch_seqs)
@@ -318,6 +347,8 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     has_others = rank.waiting > 0
     if dims.has_roles:
         has_others = has_others | (rank.ready.length > 0)
+        # Who is ready and was not seen goes first when it is, whoever is held now.
+        is_held = is_held & ((rank.ready.length == 0) | (ready_seen(rules, rank) > 0))
     may_follow = (followers > 0) & (~has_others | is_held) & (batch.stalled == 0) & is_alone
     if rules.has_context_limit:
         room = rules.decode_context_limit - (batch.offsets + batch.joining_offsets + followers * after_first)
@@ -342,6 +373,8 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     rank = replace(rank, progress=jnp.int32(0))
     if rules.async_scheduling:
         rank = replace(rank, visible=rank.waiting)
+        if rank.ready is not None:
+            rank = replace(rank, visible_ready=rank.ready.length)
     in_flight = replace(times.batch, start=event.now, first=first, pace=run, growth_s=pace.growth_s)
     counts = choose(is_starting, Counts(counts.executor, rank, batch), counts)
     times = choose(is_starting, replace(times, executor=executor, batch=in_flight), times)

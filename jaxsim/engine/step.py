@@ -345,7 +345,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
     is_forming = counts.rank.forming_slot != null
     is_ready = None
     if dims.has_roles:
-        is_ready = (counts.rank.ready.length > 0) & ~(is_forming & ~has(counts, w.FORMED))
+        is_ready = (passes.ready_seen(rules, counts.rank) > 0) & ~(is_forming & ~has(counts, w.FORMED))
         candidate = jnp.where(is_ready, counts.rank.ready.front, candidate)
     if rules.chunked_prefill:
         candidate = jnp.where(is_forming & ~has(counts, w.FORMED), counts.rank.forming_request, candidate)
@@ -515,9 +515,15 @@ def price(context: Context, t: Touched) -> Touched:
     progress = jnp.where(is_idle, 0, counts.rank.progress)
     is_stuck = is_idle & ~has(counts, w.PREEMPTED)
     is_resting = None
+    if rules.async_scheduling:
+        # Nothing runs: the engine's loop comes round at once, seeing everybody.
+        is_stuck = is_stuck & ~passes.is_somebody_hidden(counts)
+        counts = passes.seeing_all(is_idle, counts)
     if context.dims.has_roles:
         is_resting = is_stuck & hand_over.is_waiting_for_blocks(counts)
         is_stuck = is_stuck & ~is_resting
+        if rules.async_scheduling:
+            counts = passes.seeing_all(is_resting, counts, begins_anew=True)
     if t.flying is not None:
         is_stuck = is_stuck & ~t.flying.without(t.event.batch)
     counts = replace(counts, rank=replace(counts.rank, progress=progress))

@@ -81,8 +81,8 @@ class Rank(eqx.Module):
     the next place in the order of running sequences; `cache` only with prefix caching. `forming_chunk` and `cursor`
     belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other, all
     `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`). With roles: whose KV is on
-    the way here and who has it here and does not run, the blocks that both hold, and those kept for who has left and is
-    not delivered yet.
+    the way here and who has it here and does not run, how many of these a pass may see, the blocks that both hold, and
+    those kept for who has left and is not delivered yet.
     """
 
     queue: Queue
@@ -102,6 +102,7 @@ class Rank(eqx.Module):
     cache: Cache | None
     in_transfer: Queue | None
     ready: Queue | None
+    visible_ready: Int[Array, "*shape"] | None
     held_blocks: Int[Array, "*shape"] | None
     kept_blocks: Int[Array, "*shape"] | None
 
@@ -362,7 +363,7 @@ def empty_counts(dims: Dims) -> Counts:
     rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, cache=cache,
                   forming_batch=zero if is_pipeline else None,
                   **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_roles else None),
-                  **dict.fromkeys(("held_blocks", "kept_blocks"), zero if dims.has_roles else None))
+                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None))
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
                    taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None)

@@ -109,7 +109,7 @@ def test_report_without_sources(monkeypatch):
     monkeypatch.setattr(bench, "_measure_quickly", lambda jobs, began, report: [
         report(bench._empty(bench.Case(**case), "not run")) for job in jobs for case in job.cases])
     report = bench.main(quick=True)
-    assert [r["name"] for r in report["results"]][:5] == [c.name for c in bench.MAIN_CASES]
+    assert [r["name"] for r in report["results"]][:len(bench.MAIN_CASES)] == [c.name for c in bench.MAIN_CASES]
     assert report["ratios"] == {"vs_cpp": None, "vs_python": None}
     assert any("C++" in note for note in report["notes"])
     assert any("Python" in note for note in report["notes"])

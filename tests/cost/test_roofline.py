@@ -389,8 +389,9 @@ def test_refusals():
 # Gradients
 
 @pytest.mark.parametrize("name, tensor_ranks, device", [
-    ("llama-3.1-8b", 2, "h100"), ("deepseek-v3", 8, "h100"), ("gpt-oss-20b", 1, "h100"), ("mixtral-8x7b", 2, "a100"),
-    ("llama-3.1-8b", 2, "rtx_pro_6000")])
+    ("llama-3.1-8b", 2, "h100"), ("deepseek-v3", 8, "h100"), ("gpt-oss-20b", 1, "h100"),
+    pytest.param("mixtral-8x7b", 2, "a100", marks=pytest.mark.slow),
+    pytest.param("llama-3.1-8b", 2, "rtx_pro_6000", marks=pytest.mark.slow)])
 def test_gradients_of_table_entries(name, tensor_ranks, device):
     """Every leaf, against central differences in float64, at entries that do not sit on a kink."""
     with enable_x64(True):

@@ -95,7 +95,7 @@ def test_mixed_pools_may_differ():
     ([{}, {}], {"cluster.transfer.gb_per_s": 1.0}, "has no effect"),
     (ROLES, {"cluster.transfer.router": "least"}, "cluster.transfer.router"),
     (ROLES, {"engine.enable_prefix_caching": True}, "enable_prefix_caching"),
-    (ROLES, {"engine.preset": "vllm-v1@0.15"}, "async_scheduling = false"),
+    (ROLES, {"engine.preset": "sglang"}, "use a preset 'vllm-v1'"),
     (ROLES, {"engine.pipeline_parallel_size": 2}, "pipeline_parallel_size"),
     ([*ROLES, {"engine": {"max_num_seq": 3}}], {}, "did you mean 'max_num_seqs'"),
     ([*ROLES, {"engine": {"block_size": 32}}], {}, "differs from the first pool"),

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.unoptimised
 SIZES = dict(num_segments=64, path_width=16, log_size=2048)
 """Room for the segments of every case."""
 
-PROGRAMS = [("vllm-v1", 1, False), ("vllm-v1", 2, False), ("vllm-v0", 2, False), ("vllm-v1", 2, True),
+PROGRAMS = [pytest.param("vllm-v1", 1, False, marks=pytest.mark.slow), ("vllm-v1", 2, False),
+            pytest.param("vllm-v0", 2, False, marks=pytest.mark.slow), ("vllm-v1", 2, True),
             ("vllm-v1-async", 1, True)]
 """Preset, instances, prefix caching."""
 
