@@ -1,0 +1,433 @@
+"""The phases of a step, in the order of `jaxsim.engine.step`, each written for one scenario.
+
+An event is an iteration's end, an arrival, a door that opens, or a scheduling pass still under way; most phases have
+nothing to do in most steps, and leave everything as it is.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax.numpy as jnp
+
+from jaxsim.engine import ending, events, gathering, hand_over, lockstep, passes, pipeline, prefix, tape
+from jaxsim.engine.common import Context, choose, has, mark, take
+from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
+from jaxsim.engine.touched import Touched
+from jaxsim.kernels import bitmap, clock, packed, queues, stack
+from jaxsim.kernels.clock import Time
+from jaxsim.state import world as w
+from jaxsim.state.requests import PLACE, PROMPT
+from jaxsim.state.world import Counts
+
+
+def look(context: Context, _) -> Touched:
+    """Find the next event and gather the row of its executor."""
+    dims, world = context.dims, context.world
+    event, is_frozen = events.next_event(context)
+    e = event.executor
+    count_row, clock_row = take(world.counts, e), take(world.clocks, e)
+    rank = e
+    if dims.num_ranks > 1:
+        turn = w.count_rows(dims).everything(count_row).executor.turn
+        event = event._replace(rank=jnp.where(event.is_arrival, event.rank, turn))
+        rank = e * dims.num_ranks + event.rank
+    flying = None
+    if dims.num_stages > 1:
+        flying = pipeline.flights(dims, clock_row)
+        turn = w.count_rows(dims).everything(count_row).executor.turn
+        event = event._replace(batch=pipeline.batch_of(event, flying, turn))
+    batch = rank if dims.num_batches == 1 else rank * dims.num_batches + event.batch
+    return Touched(
+        event, is_frozen, rank, batch, count_row, clock_row,
+        w.count_rows(dims).one(count_row, event.rank, event.batch),
+        w.clock_rows(dims).one(clock_row, event.rank, event.batch),
+        take(world.residues, batch), take(world.phase, e), Time(take(world.wake_hi, e), take(world.wake_lo, e)),
+        flying)
+
+
+def receive(context: Context, t: Touched) -> Touched:
+    """Enqueue an arrival. If its executor stops before the following one, go on to that stop."""
+    params, requests, world = context.params, context.requests, context.world
+    rules, event, counts, times, wake = context.group.batching, t.event, t.counts, t.times, t.wake
+    arriving = event.request
+    is_first_in_line = counts.rank.waiting == 0
+    queue, link = queues.push_back(counts.rank.queue, arriving, event.is_arrival, context.dims.num_requests)
+    places = None
+    if rules.order == "priority":
+        place = take(requests.table, arriving)[PLACE]
+        best = bitmap.smallest(lambda word: take(world.waiting_set, t.rank, word), context.dims.num_requests)
+        is_first_in_line = is_first_in_line | (place < best)
+        places = (place, jnp.where(event.is_arrival & is_first_in_line, place, best))
+    is_running = event.is_arrival & (t.phase == w.ENDING)
+    is_cut = (is_running & (counts.batch.extra > 0) & is_first_in_line
+              & (counts.rank.running < rules.max_num_seqs))
+    counts = replace(counts, rank=replace(counts.rank, queue=queue))
+    cut_extra = jnp.int32(context.dims.max_jump) if context.dims.num_ranks > 1 else None
+    if rules.admit == "when_empty":
+        # Only a rank that runs along with others is empty.
+        is_cut = is_cut & (counts.rank.running == 0)
+    if rules.admit != "when_empty" or cut_extra is not None:
+        cut, cut_end = ending.cut_jump(event.now, counts, t.times)
+        counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
+        if t.flying is not None:
+            own, executor = times.batch, times.executor
+            if rules.pass_on_arrival:
+                # What the next batch will find: the stages at work on the last iteration, and its blocks.
+                is_jump = is_cut & (counts.batch.extra > 0) & ~t.flying.without(event.batch)
+                last = passes.last_of_jump(counts)
+                stages = pipeline.stages_of_last(context.dims, context.group, last, cut_end, executor)
+                executor = choose(is_jump, stages, executor)
+                counts = ending.take_blocks_of_jump(context.group, is_jump, counts, t.residue_row)
+            times = replace(times, executor=executor, batch=replace(own, end=clock.select(is_cut, cut_end, own.end)))
+            if rules.pass_on_arrival:
+                # Who comes now was not there before: time is counted up to here first.
+                times = choose(is_running, pipeline.count(event.now, times, t.counts.rank, counts.rank), times)
+        if cut_extra is not None:
+            cut_extra = jnp.where(is_cut, cut.batch.extra, cut_extra)
+    if rules.async_scheduling:
+        is_seen = event.is_arrival & ending.is_before_last(event, counts, t.times)
+        counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
+    # A sorted queue changes once a step, and the pass may change it too. An earlier end elsewhere may bring an arrival.
+    if (rules.order != "priority" and context.dims.num_ranks == 1 and not context.dims.has_roles
+            and not (params.source.answers and context.dims.num_executors > 1)):
+        goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S) & events.is_allowed(world, wake)
+        if rules.pass_on_arrival and t.flying is not None:
+            goes_on = goes_on & ~t.flying.free[0]
+        event = event._replace(now=clock.select(goes_on, wake, event.now), is_ending=event.is_ending | goes_on)
+    source = params.source.delivered(world.source, arriving, event.is_arrival)
+    return replace(t, event=event, counts=counts, times=times, wake=wake, source=source, link=link, places=places,
+                   cut_extra=cut_extra)
+
+
+def open_door(context: Context, t: Touched) -> Touched:
+    """With roles: deliver a request, accept one, or take blocks back."""
+    if not context.dims.has_roles:
+        return t
+    counts, wake, phase, opened = hand_over.open_door(
+        context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row)
+    return replace(t, counts=counts, wake=wake, phase=phase, opened=opened)
+
+
+def settle(context: Context, t: Touched) -> Touched:
+    """Settle the iteration that ended."""
+    counts, times, itl_s, itl_weights = ending.settle(
+        context.dims, context.group, t.event, t.counts, t.times, t.residue_row)
+    taped = None
+    if context.dims.num_records:
+        is_running = t.event.is_arrival & (t.phase == w.ENDING)
+        taped = tape.known(context.dims, t.event.is_ending, is_running, t.counts)
+    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights, taped=taped)
+
+
+def retire(context: Context, t: Touched) -> Touched:
+    """Retire one sequence whose last token the iteration produced."""
+    dims, params, requests, world, group = context
+    event, counts, keys = t.event, t.counts, take(world.slot_keys, t.batch)
+    counts, residue_row, retired, has_more, next_key = ending.retire(
+        dims, group, event, counts, keys, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row,
+        take(world.slot_entries, t.rank)[:, w.STAMP] if group.batching.prefix_caching or dims.has_roles else None,
+        partial(hand_over.is_leaving, context, event) if dims.has_roles else None)
+    tail, unlinked, slots = counts.batch.tail, None, None
+    if group.batching.keeps_running_list:
+        tail, *unlinked = queues.unlink(
+            tail, retired.slot, take(world.slot_previous, t.rank, retired.slot),
+            take(world.slot_next, t.rank, retired.slot), retired.is_any, dims.null_slot)
+        counts = replace(counts, batch=replace(counts.batch, tail=tail))
+    if group.batching.scans_slots:
+        slots = Slots(keys, take(world.slot_entries, t.rank), retired.slot)
+    longest = None
+    if group.cost.reads_longest:
+        is_in = (keys != packed.EMPTY) & (jnp.arange(dims.slot_width) != retired.slot)
+        longest = jnp.max(jnp.where(is_in, take(world.slot_entries, t.rank)[:, w.OFFSET], -packed.EMPTY))
+    released = None
+    if group.batching.prefix_caching:
+        preemptions = take(world.progress, retired.request)[1]
+        rank, released = prefix.release(context, t.rank, counts.rank, retired.request, retired.is_any, retired.tokens,
+                                        preemptions)
+        rank = replace(rank, used_blocks=rank.used_blocks - released.freed)
+        counts = replace(counts, rank=rank)
+    left = is_looking = None
+    if dims.has_roles:
+        left = hand_over.leave(context, event, retired, t.times)
+        is_looking = event.is_ending & ~has_more & hand_over.fits(context, event, counts, t.opened.front)
+        # What that leads to at this instant comes before the pass; blocks of a transfer that takes time come later.
+        is_instant = left.is_any & (left.seconds <= 0) & (params.hand_over.latency_s <= 0)
+        event = event._replace(is_met=event.is_met | is_instant | is_looking)
+    source, due = t.source, None
+    if params.source.answers:
+        is_over = retired.is_any if left is None else retired.is_any & ~left.is_any
+        source, *entry = params.source.ended(requests, source, world.due, world.epoch, event.now, retired.request,
+                                             is_over, dims.num_requests)
+        due = tuple(entry)
+        event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
+    return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, released=released,
+                   left=left, is_looking=is_looking, retired=retired, has_more=has_more, next_key=next_key, tail=tail,
+                   longest=longest, unlinked=unlinked and tuple(unlinked), slots=slots)
+
+
+def open_pass(context: Context, t: Touched) -> Touched:
+    """Begin or resume a scheduling pass; decodes take their blocks; find the candidate."""
+    dims, _, requests, world, group = context
+    rules, event, counts = group.batching, t.event, t.counts
+    null, scratch = jnp.int32(dims.null_slot), dims.num_requests
+
+    # A scheduling pass, unless something at this instant comes before it.
+    has_ended = event.is_ending & ~t.has_more
+    has_work = (counts.rank.running > 0) | (counts.rank.waiting > 0)
+    if dims.has_roles:
+        has_work = has_work | (counts.rank.ready.length > 0)
+    is_due = (has_ended & has_work) | (event.is_arrival & (t.phase >= w.IDLE))
+    is_passing = event.is_passing | (is_due & ~event.is_tied)
+    if dims.num_ranks > 1:
+        # Only when all ranks have settled.
+        is_passing = event.is_passing & has_work
+    counts = passes.begin_pass(group, is_passing, counts)
+    was_closed = has(counts, w.CLOSED)
+    candidate = counts.rank.queue.front
+    if rules.order == "priority":
+        candidate = take(requests.by_place, jnp.where(counts.rank.waiting > 0, t.places[1], 0))
+    if rules.gathers:
+        candidate = gathering.candidate(counts, world.next_waiting, t.link)
+    is_forming = counts.rank.forming_slot != null
+    is_ready = None
+    if dims.has_roles:
+        is_ready = (passes.ready_seen(rules, counts.rank) > 0) & ~(is_forming & ~has(counts, w.FORMED))
+        candidate = jnp.where(is_ready, counts.rank.ready.front, candidate)
+    if rules.chunked_prefill:
+        candidate = jnp.where(is_forming & ~has(counts, w.FORMED), counts.rank.forming_request, candidate)
+
+    is_short, is_placing = jnp.bool_(False), is_passing
+    slots, residue_row = t.slots, t.residue_row
+    victim = is_preempting = is_empty = None
+    if rules.grows:
+        wants_decode = is_passing & ~has(counts, w.DECODED)
+        # One sequence may leave or one link may change in a step.
+        may_preempt = ~t.retired.is_any & ~event.is_arrival
+        if rules.order == "priority":
+            counts, residue_row, slots, walked = walk(
+                dims, group, wants_decode, may_preempt, counts, slots, residue_row)
+            is_short, is_preempting, is_empty = walked.is_short, walked.is_preempting, walked.is_empty
+            victim = (walked.victim, *take(world.slot_entries, t.rank, walked.victim)[:2])
+            counts = passes.take_blocks(counts, wants_decode & ~is_short, walked.crossing)
+            counts = mark(counts, walked.is_over, w.FORMED)
+        else:
+            tail_request, tail_offset = take(world.slot_entries, t.rank, t.tail)[:2]
+            if t.flying is not None:
+                is_away = is_forming & t.flying.is_away(counts.rank.forming_batch, event.batch)
+                is_forming = is_forming & ~is_away
+            victim = (jnp.where(is_forming, counts.rank.forming_slot, t.tail),
+                      jnp.where(is_forming, counts.rank.forming_request, tail_request), tail_offset)
+            if rules.victim == "fewest_outputs":
+                slot = slots.fewest_outputs(dims, counts)
+                victim = (slot, *take(world.slot_entries, t.rank, slot)[:2])
+            is_preempting = is_passing & was_closed
+            if rules.is_unified:
+                crossing, need, grown = passes.decode_need(dims, group, counts, residue_row, tail_offset)
+                free = rules.num_blocks - counts.rank.used_blocks
+                is_short = wants_decode & (need + grown > free)
+                if t.flying is not None:
+                    # A prompt in flight can go without its next chunk; then nobody behind it is admitted.
+                    are_short = wants_decode & (need > free)
+                    is_barred = is_away & wants_decode & ~are_short & (is_short | has(counts, w.PREEMPTED))
+                    is_short = jnp.where(is_away, are_short, is_short)
+                    counts = mark(mark(counts, is_barred, w.FORMED), is_barred, w.CLOSED)
+                is_preempting = is_short & may_preempt
+                counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
+            if is_ready is not None:
+                gives_way, victim = hand_over.who_gives_way(
+                    context, is_passing & ~is_short & is_ready, counts, candidate, victim)
+                is_short = is_short | gives_way
+                is_preempting = is_preempting | (gives_way & may_preempt)
+        is_placing = is_passing & ~is_short
+        if not rules.is_unified:
+            is_placing = is_placing & ~was_closed
+        candidate = jnp.where(is_preempting, victim[1], candidate)
+    candidate = jnp.where(is_passing, candidate, scratch)
+    lengths = take(requests.table, candidate)
+    if dims.has_roles:
+        lengths = hand_over.lengths_here(context, event, lengths)
+    emitted, preemptions, preempted_s = jnp.int32(0), jnp.int32(0), None
+    if rules.grows:
+        emitted, preemptions = take(world.progress, candidate)
+        epoch, hi, lo = take(world.preempted, candidate)
+        preempted_s = clock.elapsed(Time(hi, lo), event.now) + (world.epoch - epoch) * clock.EPOCH_S
+    return replace(
+        t, counts=counts, residue_row=residue_row, slots=slots, is_due=is_due, is_ready=is_ready,
+        has_ended=has_ended, has_work=has_work, is_passing=is_passing, is_placing=is_placing, is_short=is_short,
+        was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
+        candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
+        preempted_s=preempted_s,
+        # The link behind the candidate may be the one the arrival has just made.
+        next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
+
+
+def look_up(context: Context, t: Touched) -> Touched:
+    """With prefix caching: give a victim's blocks back, settle evictions, find what is cached of the candidate."""
+    dims, _, _, world, group = context
+    if not group.batching.prefix_caching:
+        return t
+    counts, rank, batch = t.counts, t.counts.rank, t.counts.batch
+    slot, request, offset = t.victim
+    is_forming = (slot == rank.forming_slot) & (slot != dims.null_slot)
+    tokens = jnp.where(is_forming, rank.forming_computed, offset + batch.counter)
+    rank, victims = prefix.release(context, t.rank, rank, request, t.is_preempting, tokens, t.preemptions)
+    rank = replace(rank, used_blocks=rank.used_blocks - victims.freed)
+    released = choose(t.is_preempting, victims, t.released)
+    is_forming = (rank.forming_slot != dims.null_slot) & ~has(counts, w.FORMED)
+    is_trying = t.is_placing & ~is_forming & (rank.waiting > 0)
+    rank, found, is_settled = prefix.look_up(
+        context, t.rank, rank, is_trying, t.candidate, t.lengths[PROMPT] + t.emitted, batch.budget, t.preemptions,
+        released)
+    return replace(t, counts=replace(counts, rank=rank), released=released, found=found,
+                   is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
+
+
+def fill(context: Context, t: Touched) -> Touched:
+    """Place one prompt, or preempt one victim. Prompt-first engines look at their decodes here."""
+    dims, _, _, world, group = context
+    rules, counts, times = group.batching, t.counts, t.times
+    null = jnp.int32(dims.null_slot)
+    free_slot = stack.top(lambda height: take(world.free_slots, t.rank, height), dims.num_slots - counts.rank.running)
+    free_slot = jnp.where(t.retired.is_any, t.retired.slot, free_slot)
+    counts, times, residue_row, placed, is_held, can_go_on = passes.place(
+        dims, group, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
+        free_slot, t.slots, t.found, t.is_ready)
+    # The first prompt to produce its first token in this iteration opens a row of the log.
+    opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
+    rank, tail = counts.rank, counts.batch.tail
+    if rules.keeps_running_list:
+        tail = jnp.where(placed.is_completing, placed.slot, counts.batch.tail)
+    if t.flying is not None:
+        is_forming = (placed.slot != null) & ~placed.is_completing
+        rank = replace(rank, forming_batch=jnp.where(is_forming, t.event.batch, rank.forming_batch))
+    batch = replace(counts.batch, tail=tail, log_row=jnp.where(opens_log, world.num_logged, counts.batch.log_row))
+    if rules.grows:
+        is_resuming = placed.is_completing & (t.emitted > 0)
+        batch = replace(batch, resuming=batch.resuming + is_resuming)
+        resume_s = times.batch.resume_s + jnp.where(is_resuming, t.preempted_s, 0.0)
+        times = replace(times, batch=replace(times.batch, resume_s=resume_s))
+    counts = Counts(counts.executor, rank, batch)
+
+    is_short, is_preempting, slots, link, victim = t.is_short, t.is_preempting, t.slots, t.link, t.victim
+    if not rules.is_unified:
+        wants_decode = t.is_passing & ~can_go_on & ~has(counts, w.FILLED)
+        if rules.grows:
+            crossing, need, _ = passes.decode_need(dims, group, counts, residue_row, victim[2])
+            is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
+            if rules.reserve == "expected":
+                is_short = is_short | (wants_decode & is_retracting(dims, rules, counts))
+            counts = mark(counts, is_short, w.CLOSED)
+            is_preempting = is_short & t.was_closed & ~t.retired.is_any & ~t.event.is_arrival
+            counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
+        if rules.reserve == "expected":
+            ratio = times.rank.ratio
+            ratio = jnp.where(wants_decode & ~is_short, next_ratio(rules, counts, slots, ratio), ratio)
+            times = replace(times, rank=replace(times.rank, ratio=ratio))
+        if rules.has_context_limit:
+            counts, slots = limit_context(dims, rules, wants_decode, counts, slots)
+    victim_emitted = None
+    if rules.grows:
+        victim = (jnp.where(is_preempting, victim[0], null), *victim[1:])
+        counts = mark(counts, is_preempting, w.PREEMPTED)
+        gives_way = None if t.is_ready is None else is_preempting & (victim[0] == null)
+        if rules.waiting_blocked_after_preempt:
+            is_closing = is_preempting
+            if gives_way is not None:
+                # Who is ready goes on while the last of them make room.
+                is_closing = is_closing & (~gives_way | (counts.rank.ready.length == 1))
+            counts = mark(counts, is_closing, w.CLOSED)
+        before_tail = take(world.slot_previous, t.rank, t.tail) if rules.keeps_running_list else null
+        counts, residue_row, victim_emitted, own_link = passes.preempt(
+            dims, group, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT],
+            t.released, gives_way)
+        if gives_way is not None:
+            counts = hand_over.without_last_ready(context, gives_way, counts, t.lengths[PROMPT])
+        link = choose(is_preempting, own_link, link)
+    return replace(
+        t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
+        opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
+        victim=victim, victim_emitted=victim_emitted)
+
+
+def price(context: Context, t: Touched) -> Touched:
+    """What the iteration that was formed costs, and the decodes that may follow it."""
+    rules, counts = context.group.batching, t.counts
+    is_formed = t.is_passing & ~t.is_short & ~t.can_go_on
+    has_batch = (counts.batch.count > counts.batch.stalled) | has(counts, w.FILLED)
+    if rules.order == "priority":
+        has_batch = has_batch & ~t.is_empty
+    # A pass that preempted all it had begins again; one that can place nothing never will.
+    is_idle = is_formed & ~has_batch
+    progress = jnp.where(is_idle, 0, counts.rank.progress)
+    is_stuck = is_idle & ~has(counts, w.PREEMPTED)
+    is_resting = None
+    if rules.async_scheduling:
+        # Nothing runs: the engine's loop comes round at once, seeing everybody.
+        is_stuck = is_stuck & ~passes.is_somebody_hidden(counts)
+        counts = passes.seeing_all(is_idle, counts)
+    if context.dims.has_roles:
+        is_resting = is_stuck & hand_over.is_waiting_for_blocks(counts)
+        is_stuck = is_stuck & ~is_resting
+        if rules.async_scheduling:
+            counts = passes.seeing_all(is_resting, counts, begins_anew=True)
+    if t.flying is not None:
+        is_stuck = is_stuck & ~t.flying.without(t.event.batch)
+    counts = replace(counts, rank=replace(counts.rank, progress=progress))
+    longest = t.longest
+    if longest is not None:
+        longest = jnp.maximum(longest, jnp.where(t.placed.is_completing, t.placed.entry[w.OFFSET], longest))
+    return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_idle=is_idle,
+                   is_stuck=is_stuck, is_resting=is_resting,
+                   price=passes.price(context.dims, context.group, t.counts, t.times, longest))
+
+
+def launch(context: Context, t: Touched) -> Touched:
+    """Start it, and say what wakes this executor next."""
+    event, placed = t.event, t.placed
+    if context.dims.has_roles:
+        # At its end somebody may be accepted.
+        fits = hand_over.fits(context, event, t.counts, t.opened.front)
+    own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
+    counts, times, plan = passes.start(
+        context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
+        jnp.minimum(t.next_key, own_key), t.is_held, *t.price,
+        is_alone=~t.flying.without(event.batch) if t.flying is not None else ~fits if context.dims.has_roles else True)
+    if context.dims.num_ranks > 1:
+        is_skipped = event.is_passing & ~t.has_work
+        counts, times = lockstep.runs_along(context.dims, is_skipped, counts, times)
+        is_resting = t.has_ended & ~t.has_work
+        if context.group.batching.reserve == "expected":
+            ratio = jnp.where(is_resting, context.group.batching.ratio_start, times.rank.ratio)
+            times = replace(times, rank=replace(times.rank, ratio=ratio))
+        turn = lockstep.take_turn(
+            context, event, (t.count_row, t.clock_row), counts, times, cut_extra=t.cut_extra, has_ended=t.has_ended,
+            is_formed=t.is_starting | is_skipped, phase=t.phase, wake=t.wake)
+        return replace(t, counts=counts, times=times, plan=plan, wake=turn.wake, phase=turn.phase, turn=turn)
+    if context.dims.num_records:
+        record = jnp.where(t.is_starting, context.world.num_recorded, counts.batch.record)
+        counts = replace(counts, batch=replace(counts.batch, record=record))
+    is_waiting_pass = (t.is_passing & ~t.is_starting) | (t.is_due & event.is_tied)
+    if t.is_resting is not None:
+        is_waiting_pass = is_waiting_pass & ~t.is_resting
+    if t.flying is not None:
+        following = pipeline.go_on(
+            context.dims, context.group, event, t.flying, counts, times, wake=t.wake, phase=t.phase, end=plan.end,
+            has_more=t.has_more, has_ended=t.has_ended, is_starting=t.is_starting, is_waiting_pass=is_waiting_pass,
+            is_idle=t.is_idle, is_held=t.is_held)
+        return replace(t, counts=following.counts, times=following.times, plan=plan, wake=following.wake,
+                       phase=following.phase)
+    is_resting = t.has_ended & ~t.has_work
+    if t.is_resting is not None:
+        is_resting = is_resting | t.is_resting
+    wake = clock.select(t.has_more | is_waiting_pass, event.now, t.wake)
+    wake = clock.select(t.is_starting, plan.end, wake)
+    wake = clock.select(is_resting, clock.never(), wake)
+    if context.group.batching.reserve == "expected":
+        ratio = jnp.where(is_resting, context.group.batching.ratio_start, times.rank.ratio)
+        times = replace(times, rank=replace(times.rank, ratio=ratio))
+    phase = jnp.where(is_waiting_pass, w.PASSING, t.phase)
+    phase = jnp.where(t.is_starting, w.ENDING, phase)
+    phase = jnp.where(is_resting, w.IDLE, phase)
+    if t.is_resting is not None:
+        phase = jnp.where(t.is_resting, w.RESTING, phase)
+    return replace(t, counts=counts, times=times, plan=plan, wake=wake, phase=phase)

@@ -1,0 +1,110 @@
+"""What one step works on, filled in phase by phase."""
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxsim.cost.base import DecodePace
+from jaxsim.engine import hand_over, lockstep, pipeline, prefix, tape
+from jaxsim.engine.ending import Retired
+from jaxsim.engine.events import Event
+from jaxsim.engine.passes import Placed, Plan
+from jaxsim.engine.slots import Slots
+from jaxsim.kernels import queues
+from jaxsim.kernels.clock import Time
+from jaxsim.state.world import Clocks, Counts
+
+
+class Touched(eqx.Module):
+    """What one step works on. Phases fill it in from above; each field is written by the phase it stands under."""
+
+    # look: the event; whether the next lies too far ahead; the executor's rows, in these one rank and batch, and
+    # where these lie among those of all executors; its block residues; what woke it; of a
+    # pipeline, what is in flight.
+
+    event: Event
+    is_frozen: Bool[Array, ""]
+    rank: Int[Array, ""]
+    batch: Int[Array, ""]
+    count_row: Int[Array, " count_fields"]
+    clock_row: Float[Array, " clock_fields"]
+    counts: Counts
+    times: Clocks
+    residue_row: Int[Array, " block_size"]
+    phase: Int[Array, ""]
+    wake: Time
+    flying: pipeline.Flights | None
+
+    # receive: the source's state; the link of the queue that changes (and may again in `fill`); under a sorted queue
+    # the arriving request's place and the first place that waits; what an arrival leaves of the jump of several ranks.
+    cut_extra: Int[Array, ""] | None = None
+    source: PyTree = None
+    link: queues.Link | None = None
+    places: tuple[Int[Array, ""], Int[Array, ""]] | None = None
+
+    # open_door: with roles, what it did.
+    opened: hand_over.Opened | None = None
+
+    # settle: samples of the time between tokens, and how many tokens each stands for; what the tape is told.
+    itl_s: Float[Array, " samples"] | None = None
+    itl_weights: Int[Array, " samples"] | None = None
+    taped: tape.Known | None = None
+
+    # retire: who left; whether more leave at this instant; the smallest completion key that stays; the last of the
+    # running list and the links that change in it; the entry of `World.due` that changes; all slots, if the pass scans
+    # them; the largest offset of those that stay, if the cost reads it; with roles who left for another executor, and
+    # whether this one is to see who fits.
+    left: hand_over.Left | None = None
+    is_looking: Bool[Array, ""] | None = None
+    due: tuple[Int[Array, ""], Float[Array, " 3"]] | None = None
+    released: prefix.Release | None = None
+    slots: Slots | None = None
+    longest: Int[Array, ""] | None = None
+    retired: Retired | None = None
+    has_more: Bool[Array, ""] | None = None
+    next_key: Int[Array, ""] | None = None
+    tail: Int[Array, ""] | None = None
+    unlinked: tuple[queues.Link, queues.Link] | None = None
+
+    # open_pass: whether a pass is due, under way, free to place a prompt, short of blocks, closed before this step,
+    # about to preempt, without anybody who goes ahead; the victim (slot, request, offset); the candidate: its lengths,
+    # tokens emitted, preemptions, seconds since the last of these, and who waits behind it; whether it has its KV here.
+    is_ready: Bool[Array, ""] | None = None
+    is_due: Bool[Array, ""] | None = None
+    has_ended: Bool[Array, ""] | None = None
+    has_work: Bool[Array, ""] | None = None
+    is_passing: Bool[Array, ""] | None = None
+    is_placing: Bool[Array, ""] | None = None
+    is_short: Bool[Array, ""] | None = None
+    was_closed: Bool[Array, ""] | None = None
+    is_preempting: Bool[Array, ""] | None = None
+    is_empty: Bool[Array, ""] | None = None
+    victim: tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]] | None = None
+    candidate: Int[Array, ""] | None = None
+    lengths: Int[Array, " 4"] | None = None
+    emitted: Int[Array, ""] | None = None
+    preemptions: Int[Array, ""] | None = None
+    preempted_s: Float[Array, ""] | None = None
+    next_head: Int[Array, ""] | None = None
+
+    # look_up: what is cached of the candidate.
+    found: prefix.Found | None = None
+
+    # fill: who was placed; whether a first token opens a row of the log, the head of the queue waits for an event, more
+    # can be placed at this instant; tokens the victim has emitted.
+    placed: Placed | None = None
+    opens_log: Bool[Array, ""] | None = None
+    is_held: Bool[Array, ""] | None = None
+    can_go_on: Bool[Array, ""] | None = None
+    victim_emitted: Int[Array, ""] | None = None
+
+    # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
+    # behind it; whether it starts.
+    is_idle: Bool[Array, ""] | None = None
+    is_resting: Bool[Array, ""] | None = None
+    is_stuck: Bool[Array, ""] | None = None
+    price: tuple[Float[Array, ""], DecodePace] | None = None
+    is_starting: Bool[Array, ""] | None = None
+
+    # launch; of several ranks, what their turn comes to.
+    plan: Plan | None = None
+    turn: lockstep.Turn | None = None
