@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxsim.calibrate.command import add_parser as add_calibrate
 from jaxsim.planning.command import add_parser as add_plan
+from jaxsim.planning.place_command import add_parser as add_place
 from jaxsim.reproduce.command import add_parser as add_reproduce
 from jaxsim.study.command import add_parser as add_sweep
 from jaxsim.study.goodput_command import add_parser as add_goodput
@@ -238,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep(commands).set_defaults(command=_sweep)
     add_goodput(commands).set_defaults(command=_goodput)
     add_plan(commands).set_defaults(command=_plan)
+    add_place(commands).set_defaults(command=_place)
     add_plot(commands)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
@@ -568,6 +570,15 @@ def _goodput(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from jaxsim.planning.command import run
+
+    _keep_programs()
+    _find_devices()
+    run(options, _assignments(options.values))
+    return 0
+
+
+def _place(options: argparse.Namespace) -> int:
+    from jaxsim.planning.place_command import run
 
     _keep_programs()
     _find_devices()

@@ -91,6 +91,10 @@ class AbstractIterationCost(eqx.Module):
         each = self.iteration(stats) / num_stages
         return jnp.where(jnp.arange(num_stages + 1) == 0, 0.0, each)
 
+    def head_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+        """Of `iteration(stats)`, what the first stage of a pipeline takes beyond an equal part."""
+        return jnp.float32(0)
+
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """What float32 left of `seconds = iteration(stats)`, where the model is known better than that."""
         return jnp.float32(0)
@@ -148,6 +152,10 @@ class OneOf(AbstractIterationCost):
     def stage_seconds(self, stats: BatchStats, num_stages: int) -> Float[Array, " stages+1"]:
         """By the chosen cost."""
         return self._chosen(lambda cost: cost.stage_seconds(stats, num_stages))
+
+    def head_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+        """By the chosen cost."""
+        return self._chosen(lambda cost: cost.head_seconds(stats))
 
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """Remainder by the chosen cost."""

@@ -16,7 +16,9 @@ class FittedCost(AbstractIterationCost):
 
     Three rows of coefficients, for prefill-only, decode-only and mixed iterations; each may change at batch
     sizes given by `thresholds` (the last piece whose threshold is at or below the number of sequences applies).
-    `remainders` is what rounding the coefficients to float32 left; None where nobody asked for that much.
+    `remainders` is what rounding the coefficients to float32 left; None where nobody asked for that much. `head`: of
+    these seconds, what the first pipeline stage takes beyond an equal part, `h0 + h1 context`, with the tokens of
+    context before the iteration, of prompts their length; None where all parts are equal.
 
     Source: the form of DistServe's simulator (arXiv 2401.09670, appendix A) and of most published linear fits.
     """
@@ -24,6 +26,7 @@ class FittedCost(AbstractIterationCost):
     coefficients: Float[Array, "kinds pieces 5"]
     remainders: Float[Array, "kinds pieces 5"] | None
     thresholds: Int[Array, "kinds pieces"]
+    head: Float[Array, " 2"] | None = None
 
     def _piece(self, kind: Int[Array, ""], num_sequences: Int[Array, ""]) -> tuple:
         if self.thresholds.shape[1] == 1:
@@ -47,6 +50,20 @@ class FittedCost(AbstractIterationCost):
         cost what others do."""
         a, _, c, d, _ = self.coefficients[self._piece(jnp.int32(DECODE), num_sequences)]
         return DecodePace(a + c * context + d * num_sequences, c * num_sequences, jnp.int32(UNBOUNDED))
+
+    def head_seconds(self, stats: BatchStats) -> Float[Array, ""]:
+        """What the first stage takes beyond an equal part."""
+        if self.head is None:
+            return jnp.float32(0)
+        return self.head[0] + self.head[1] * (stats.prefill_context + stats.decode_context - stats.num_decode)
+
+    def stage_seconds(self, stats: BatchStats, num_stages: int) -> Float[Array, " stages+1"]:
+        """Equal parts, but for the first stage's."""
+        if self.head is None:
+            return super().stage_seconds(stats, num_stages)
+        head = self.head_seconds(stats)
+        each, stage = (self.iteration(stats) - head) / num_stages, jnp.arange(num_stages + 1)
+        return jnp.where(stage == 0, 0.0, each + jnp.where(stage == 1, head, 0.0))
 
     def iteration_remainder(self, stats: BatchStats, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """What float32 left of `seconds`; the same rounding in every iteration would grow into microseconds."""
@@ -75,13 +92,13 @@ class FittedCost(AbstractIterationCost):
         return lax.stop_gradient(total + left)
 
 
-def fitted(prefill, decode, mixed=None, *, exact: bool = False) -> FittedCost:
+def fitted(prefill, decode, mixed=None, *, exact: bool = False, head=None) -> FittedCost:
     """Build from rows `(min_sequences, a, b, c, d, e)` (or a single `(a, b, c, d, e)`) a kind.
 
     `mixed` defaults to prefill's token terms and decode's context term, with the larger of both constants and of
     both sequence terms, piece by piece: never cheaper than its prompts or its decodes alone. `exact` keeps what
     float32 rounds off, in coefficients and in sums, so that a run of minutes stays within a microsecond of its
-    float64 value, for a tenth of the speed.
+    float64 value, for a tenth of the speed. head: (constant, a token of context) of the first stage alone.
     """
     def pieces(rows):
         rows = np.atleast_2d(np.asarray(rows, np.float64))
@@ -100,6 +117,7 @@ def fitted(prefill, decode, mixed=None, *, exact: bool = False) -> FittedCost:
     stacked = np.stack(kinds)
     rounded = stacked[:, :, 1:].astype(np.float32)
     remainders = jnp.asarray((stacked[:, :, 1:] - rounded).astype(np.float32)) if exact else None
-    return FittedCost(jnp.asarray(rounded), remainders, jnp.asarray(stacked[:, :, 0], jnp.int32))
+    return FittedCost(jnp.asarray(rounded), remainders, jnp.asarray(stacked[:, :, 0], jnp.int32),
+                      None if head is None else jnp.asarray(head, jnp.float32))
 
 

@@ -66,7 +66,10 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, batch.count - batch.stalled - late, 0),
                              decoding * batch.extra - jnp.where(is_decoding | is_open, 0, late)])
         gap_s, gap_count = jnp.where(is_open, gap_s, 0.0), jnp.where(is_open, late, 0)
-    if group.batching.grows:
+        if dims.has_roles:
+            # Who has just come has its own gap, below.
+            weights = weights.at[1].set(jnp.maximum(weights[1] - jnp.where(is_decoding, batch.entering, 0), 0))
+    if group.batching.grows or dims.has_roles:
         # Sequences recomputed after a preemption: one gap each, at their mean where several end together.
         resumed_s = own.resume_s / jnp.maximum(batch.resuming, 1) + own.first.hi
         samples_s, weights = jnp.append(samples_s, resumed_s), jnp.append(weights, batch.resuming)

@@ -225,6 +225,25 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
     return counts, wake, phase, opened
 
 
+def comes_behind(context: Context, event: Event, opened: Opened, wake: Time, phase: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether a delivery comes behind the end of an iteration here at this instant, although its door opens before it.
+
+    So it is where the prompt's iteration ends at this instant too, on an executor of a higher index: had a jump not
+    covered it, the end here would have been looked at before.
+    """
+    transfer = take(context.world.transfers, opened.delivered)
+    takes_no_time = jnp.all(transfer[ACCEPTED:ACCEPTED + 3] == transfer[DUE:DUE + 3])
+    is_any = opened.delivered != context.dims.num_requests
+    return is_any & takes_no_time & (opened.owed[0] > event.executor) & (phase == w.ENDING) & wake.equals(event.now)
+
+
+def take_place(context: Context, counts: Counts, opened: Opened) -> tuple[Counts, Opened]:
+    """Where decodes are a queue: who is delivered gets its place there, kept instead of who was ready before it, since
+    nobody gives way."""
+    stamp = counts.rank.next_stamp + (opened.delivered != context.dims.num_requests)
+    return replace(counts, rank=replace(counts.rank, next_stamp=stamp)), opened._replace(ready_before=stamp)
+
+
 def leave(context: Context, event: Event, retired: Retired, times: Clocks) -> Left:
     """Whether who retired has more tokens to come, elsewhere: where, and how long its transfer is to take."""
     dims, params, requests, world, _ = context

@@ -66,6 +66,10 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
     wake = clock.shift(Time(world.wake_hi, world.wake_lo), jnp.broadcast_to(back, world.wake_hi.shape))
     if dims.has_roles:
         world = hand_over.shifted(world, back)
+    if dims.has_free_stages:
+        ends = Time(world.slot_ends[..., 0], world.slot_ends[..., 1])
+        ends = clock.shift(ends, jnp.broadcast_to(back, ends.hi.shape))
+        world = replace(world, slot_ends=jnp.stack(ends, axis=-1))
     return replace(
         world, counts=w.count_rows(dims).row(replace(counts, batch=batch)), clocks=w.clock_rows(dims).row(times),
         slot_keys=keys, slot_entries=entries,

@@ -68,6 +68,16 @@ class System:
         return any(pool.role != "mixed" for pool in self.pools)
 
     @property
+    def num_stages(self) -> int:
+        """Of the deepest pipeline."""
+        return max(one.scheduler.num_stages for one in (self, *(pool.system for pool in self.pools)))
+
+    @property
+    def has_free_stages(self) -> bool:
+        """Batches are formed whenever a first stage is free, in all pools if in any."""
+        return any(pool.system.scheduler.pass_when_stage_free for pool in self.pools)
+
+    @property
     def blocks_of_executors(self) -> Int[np.ndarray, " executors"] | None:
         """KV blocks of each, of pools that may differ."""
         if not self.pools:
@@ -99,7 +109,12 @@ class Pool(NamedTuple):
 def resolve_system(scenario: Scenario) -> System:
     """Look everything up, derive the KV pools. Raises `InputError` for whatever does not go together."""
     if not scenario.cluster.pools:
-        return _resolve_alone(scenario)
+        system = _resolve_alone(scenario)
+        if system.scheduler.pass_when_stage_free:
+            raise InputError("engine.pipeline_parallel_size", system.scheduler.num_stages,
+                             f"of {system.scheduler.preset} is simulated with prefill and decode engines only",
+                             "use 1, or [[cluster.pools]] of these roles")
+        return system
     pools = []
     for index, section in enumerate(scenario.cluster.pools):
         one = scenario.of_pool(index)
@@ -116,12 +131,13 @@ def resolve_system(scenario: Scenario) -> System:
 def _check_pools(system: System, scenario: Scenario) -> None:
     """Refuse pools that are not simulated side by side. Raises `InputError`."""
     first = system.scheduler
+    is_free = any(pool.system.scheduler.pass_when_stage_free for pool in system.pools)
     for index, pool in enumerate(system.pools):
         s, where = pool.system.scheduler, f"cluster.pools[{index}].engine."
         for name in ("preset", "block_size", "phase_mix", "chunked_prefill", "reserve", "order", "admit", "victim",
                      "async_scheduling", "kv_accounting", "decode_needs_free_block", "waiting_blocked_after_preempt",
                      "num_stages", "gathers"):
-            if getattr(s, name) != getattr(first, name):
+            if getattr(s, name) != getattr(first, name) and not (is_free and name == "num_stages"):
                 raise InputError(where + name, getattr(s, name),
                                  f"differs from the first pool's, {getattr(first, name)!r}",
                                  "pools differ in limits, devices and parallel degrees; give all the same rules")
@@ -129,13 +145,22 @@ def _check_pools(system: System, scenario: Scenario) -> None:
             raise InputError(where + "data_parallel_size", pool.system.plan.data_parallel_size,
                              "is not simulated in pools", "use 1, and more replicas for a dense model")
         for name, value, is_wrong, remedy in (
-                ("pipeline_parallel_size", s.num_stages, s.num_stages > 1, "use 1"),
+                ("pipeline_parallel_size", s.num_stages, s.num_stages > 1 and not is_free, "use 1"),
                 ("scheduling_policy", s.order, s.order != "fcfs", "use 'fcfs'"),
                 ("enable_prefix_caching", True, pool.scenario.engine.enable_prefix_caching, "leave it out"),
-                ("preset", s.preset, s.phase_mix != "unified" or s.reserve not in ("none", "prompt")
-                 or not s.kv_accounting or s.gathers or s.admit != "any_time", "use a preset 'vllm-v1', or 'sarathi'")):
+                ("preset", s.preset, (s.phase_mix != "unified" and s.chunked_prefill)
+                 or s.reserve not in ("none", "prompt")
+                 or not (s.kv_accounting or s.decode_context_limit is not None) or s.gathers or s.admit != "any_time",
+                 "use a preset 'vllm-v1', 'vllm-v0', 'sarathi' or 'distserve-sim'")):
             if is_wrong and system.has_roles:
                 raise InputError(where + name, value, "is not simulated with prefill and decode engines", remedy)
+    if is_free and not system.has_roles:
+        raise InputError("cluster.pools", "all mixed",
+                         f"have pipeline stages as {first.preset} has them, which are simulated with prefill and"
+                         " decode engines only", "use roles, or engine.pipeline_parallel_size = 1")
+    if is_free and scenario.cluster.transfer is not None and scenario.cluster.transfer.by_layer:
+        raise InputError("cluster.transfer.by_layer", True, f"is not simulated with pipeline stages of {first.preset}",
+                         "leave it out, or use one stage")
 
 
 def _resolve_alone(scenario: Scenario) -> System:
@@ -230,6 +255,10 @@ def check_requests(system: System, workload: Workload) -> None:
                lambda n: f"{n} tokens in one iteration exceed max_num_batched_tokens ="
                          f" {s.max_num_batched_tokens}, and prompts are not chunked",
                "raise engine.max_num_batched_tokens, or set engine.enable_chunked_prefill = true")
+    if s.decode_context_limit is not None:
+        refuse(prompt + output > s.decode_context_limit, prompt + output,
+               lambda n: f"{n} tokens of context exceed decode_context_limit = {s.decode_context_limit}, so it would"
+                         " never decode", "raise engine.decode_context_limit, or leave such requests out")
     if not s.kv_accounting:
         return
     held = {"max_tokens": prompt + limit, "max_model_len": np.full_like(prompt, system.max_model_len),
@@ -286,8 +315,9 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, 
     s = system.scheduler
     most = max(s.most_tokens(num_slots, longest), max_tokens or 0)
     if isinstance(scenario.cost, FittedCost):
+        head = scenario.cost.head and (scenario.cost.head.a, scenario.cost.head.c)
         return fitted(*(scenario.cost.rows(kind) for kind in ("prefill", "decode", "mixed")),
-                      exact=scenario.cost.exact)
+                      exact=scenario.cost.exact, head=head)
     if isinstance(scenario.cost, ProfiledCost):
         return measured.tables(scenario, s, system.model, system.device, system.plan, num_slots, longest, max_tokens)[0]
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
@@ -334,7 +364,7 @@ def make_batching(scenario: Scenario, system: System) -> Batching:
     if s.gathers:
         batching = dataclasses.replace(batching, batch_wait_timeout_iters=integer(s.batch_wait_timeout_iters),
                                        batch_wait_tokens=integer(s.batch_wait_tokens))
-    if s.num_stages > 1:
+    if s.num_stages > 1 and not s.pass_when_stage_free:
         batching = dataclasses.replace(batching, max_batch_seqs=integer(s.max_batch_seqs),
                                        pass_on_arrival=s.pass_on_arrival)
     return batching
@@ -349,6 +379,10 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
         kinds = kinds_of_pools(system)
         groups = tuple(Group(make_batching(pool.scenario, pool.system), one)
                        for pool, one in zip(kinds, cost, strict=True))
+        if system.has_free_stages:
+            stages = [np.int32(pool.system.scheduler.num_stages) for pool in kinds]
+            groups = tuple(Group(dataclasses.replace(g.batching, num_stages=n), g.cost)
+                           for g, n in zip(groups, stages, strict=True))
         if len(kinds) > 1:
             of_pool = [next(k for k, kind in enumerate(kinds) if _of_one(kind) == _of_one(pool))
                        for pool in system.pools]
@@ -390,6 +424,9 @@ def transfer_rates(scenario: Scenario, system: System) -> tuple[float, float]:
     is the link of a node as far as all pools lie in one (`DeviceSpec.link_among`).
     """
     given = scenario.cluster.transfer or TransferSection()
+    if not system.scheduler.kv_accounting and given.gb_per_s is None:
+        # Where KV has no size it takes no time.
+        return 0.0, 1.0
     if system.model is None:
         raise InputError("model", None, "missing, and the KV cache of a token cannot be known without it",
                          "name a model, also beside a fitted cost")

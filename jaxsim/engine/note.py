@@ -71,11 +71,16 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     if t.left is not None:
         # A request that leaves has its first token, and waits for the next from now on.
         leaving_now, before = t.left.is_any, take(world.progress, retired.request)[1]
-        index = jnp.where(leaving_now, t.left.request, writes["progress"].index[0])
-        writes["progress"] = Put((index,), jnp.where(leaving_now, jnp.stack([1, before]), writes["progress"].value))
+        index = jnp.where(leaving_now, t.left.request, scratch)
+        if rules.grows:
+            index = jnp.where(leaving_now, t.left.request, writes["progress"].index[0])
+            value = jnp.where(leaving_now, jnp.stack([1, before]), writes["progress"].value)
+            writes["progress"] = Put((index,), value)
         writes["preempted"] = Put((index,), stamp)
         writes |= hand_over.writes(context, event, t.opened, t.left, t.is_looking, stamp)
         link = choose(event.is_door, t.opened.link, choose(leaving_now, t.left.link, link))
+    if t.slot_ends is not None:
+        writes["slot_ends"] = Put(own("slot_ends"), t.slot_ends)
     if rules.keeps_running_list:
         _, *appended = queues.append(t.tail, placed.slot, placed.is_completing, dims.null_slot)
         for name, *links in zip(("slot_previous", "slot_next"), t.unlinked, appended, strict=True):

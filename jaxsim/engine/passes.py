@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import BatchStats, DecodePace
-from jaxsim.engine import gathering, pipeline
+from jaxsim.engine import free_stages, gathering, pipeline
 from jaxsim.engine.common import MAX_SPAN_S, Group, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
 from jaxsim.engine.prefix import Found, Release, admit
@@ -107,14 +107,14 @@ def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array
 def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, times: Clocks,
           residue_row: Int[Array, " block_size"], lengths: Int[Array, " 4"], emitted: Int[Array, ""],
           request: Int[Array, ""], following: Int[Array, ""], free_slot: Int[Array, ""], slots: Slots | None,
-          found: Found | None, is_ready: Bool[Array, ""] | None
+          found: Found | None, is_ready: Bool[Array, ""] | None, ready_stamp: Int[Array, ""] | None = None
           ) -> tuple[Counts, Clocks, Int[Array, " block_size"], Placed, Bool[Array, ""], Bool[Array, ""]]:
     """Give the forming prompt its chunk, or admit the head of the queue if it fits.
 
     is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens, place);
     emitted: its output tokens so far; following: the request behind it in the queue; found: what it has in the prefix
-    cache, if there is one; is_ready: with roles, whether the candidate is the first of those whose KV is here. Returns
-    counts, times,
+    cache, if there is one; is_ready: with roles, whether the candidate is the first of those whose KV is here;
+    ready_stamp: its place, where it got one with its KV. Returns counts, times,
     residues, what was placed, whether the queue's head is blocked by something that only an event can lift, and
     whether more may be placed at this instant. Where prompts wait for each other, the candidate may only be counted.
     """
@@ -151,7 +151,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         reserved = reserved + found.revived
     watermark = rules.watermark_blocks
     if is_ready is not None:
-        lacking = blocks_for(known, dims) - blocks_for(computed, dims)
+        lacking = blocks_for(known, dims) - blocks_for(computed, dims) if rules.kv_accounting else jnp.int32(0)
         must = jnp.maximum(lacking, 1) if rules.decode_needs_free_block == "always" else lacking
         reserved, watermark = jnp.where(is_ready, must, reserved), jnp.where(is_ready, 0, watermark)
     grown = reserved
@@ -164,6 +164,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         grown = jnp.where(is_forming, more, grown)
 
     has_budget = (budget > 0) if rules.chunked_prefill else (rest <= budget)
+    if is_ready is not None and not rules.is_unified:
+        has_budget = has_budget | is_ready
     has_slot = running < rules.max_num_seqs
     has_room = jnp.bool_(True)
     if rules.max_batch_seqs is not None:
@@ -202,6 +204,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     slot = jnp.where(is_forming, rank.forming_slot, jnp.where(is_admitted, free_slot, null))
     # The first iteration advances the token clock in a unified batch; beside a prompt-only one, decodes wait.
     after_first = batch.counter + (1 if rules.is_unified else 0)
+    if is_ready is not None and not rules.is_unified:
+        after_first = after_first + is_ready
     offset = known - after_first
     is_first_token = is_completing & (emitted == 0)
     one = is_completing.astype(jnp.int32)
@@ -211,6 +215,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         # Who comes with its KV decodes in this very iteration.
         entering = (is_admitted & is_ready).astype(jnp.int32)
         tokens, one = jnp.where(entering, 0, tokens), one - entering
+        if not rules.is_unified:
+            budget_taken = tokens
     start, end = computed.astype(jnp.float32), (computed + tokens).astype(jnp.float32)
     batch = replace(
         batch, budget=batch.budget - budget_taken, joining=batch.joining + one,
@@ -229,8 +235,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     is_from_queue = is_admitted
     if is_ready is not None:
         is_from_queue = is_admitted & ~is_ready
+        own_blocks = blocks_for(prompt, dims) if rules.kv_accounting else 0
         rank = replace(rank, ready=queues.pop_front(rank.ready, following, is_admitted & is_ready),
-                       held_blocks=rank.held_blocks - entering * blocks_for(prompt, dims))
+                       held_blocks=rank.held_blocks - entering * own_blocks)
     rank = replace(
         rank, queue=queues.pop_front(rank.queue, following, is_from_queue), running=rank.running + is_in,
         used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
@@ -257,6 +264,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     can_go_on = is_placed & left & (batch.budget > 0) & (rank.running < rules.max_num_seqs) & ~is_closed
     if rules.max_batch_seqs is not None:
         can_go_on = can_go_on & (batch.count + batch.num_chunks < rules.max_batch_seqs)
+    if is_ready is not None and rules.has_context_limit:
+        # The batch is made of who is in a slot.
+        can_go_on = can_go_on | (is_placed & is_ready)
     if rules.gathers:
         is_counted = fits & ~is_admitted
         counts, are_enough = gathering.settle(group, counts, is_counted, is_admitted, request, rest, reserved)
@@ -266,6 +276,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
     if rules.stamps_slots or dims.has_roles:
         stamp = counts.executor.num_iterations if rules.reserve == "expected" else rank.next_stamp
+        if ready_stamp is not None:
+            stamp = jnp.where(is_ready, ready_stamp, stamp)
         entry += [lengths[PLACE] if rules.order == "priority" else prompt, stamp]
     placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
     is_held = (rank.running >= rules.max_num_seqs) | (is_head_tried & ~fits & is_held)
@@ -363,7 +375,8 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     run = Time(pace.first_s, group.cost.decode_remainder(followers, context, pace.first_s))
     executor = times.executor
     if dims.num_stages > 1:
-        first, free = pipeline.enter(dims, group, event.now, stats, first_s, executor)
+        parts = free_stages.stage_parts(dims, group, stats) if dims.has_free_stages else None
+        first, free = pipeline.enter(dims, group, event.now, stats, first_s, executor, parts)
         executor = replace(executor, free=free, alone=clock.add(executor.alone, first_s))
     first_end = clock.add(event.now, first)
     end = clock.add(first_end, span(run, pace.growth_s, extra))

@@ -9,7 +9,19 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxsim.engine import ending, events, gathering, hand_over, lockstep, passes, pipeline, prefix, tape
+from jaxsim.engine import (
+    decode_queue,
+    ending,
+    events,
+    free_stages,
+    gathering,
+    hand_over,
+    lockstep,
+    passes,
+    pipeline,
+    prefix,
+    tape,
+)
 from jaxsim.engine.common import Context, choose, has, mark, take
 from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
 from jaxsim.engine.touched import Touched
@@ -32,7 +44,7 @@ def look(context: Context, _) -> Touched:
         event = event._replace(rank=jnp.where(event.is_arrival, event.rank, turn))
         rank = e * dims.num_ranks + event.rank
     flying = None
-    if dims.num_stages > 1:
+    if dims.num_stages > 1 and not dims.has_free_stages:
         flying = pipeline.flights(dims, clock_row)
         turn = w.count_rows(dims).everything(count_row).executor.turn
         event = event._replace(batch=pipeline.batch_of(event, flying, turn))
@@ -110,6 +122,9 @@ def open_door(context: Context, t: Touched) -> Touched:
 
 def settle(context: Context, t: Touched) -> Touched:
     """Settle the iteration that ended."""
+    if context.dims.has_free_stages:
+        # Counted when it was launched.
+        return t
     counts, times, itl_s, itl_weights = ending.settle(
         context.dims, context.group, t.event, t.counts, t.times, t.residue_row)
     taped = None
@@ -123,8 +138,9 @@ def retire(context: Context, t: Touched) -> Touched:
     """Retire one sequence whose last token the iteration produced."""
     dims, params, requests, world, group = context
     event, counts, keys = t.event, t.counts, take(world.slot_keys, t.batch)
+    here = free_stages.keys_here(context, event, t.rank, keys) if dims.has_free_stages else keys
     counts, residue_row, retired, has_more, next_key = ending.retire(
-        dims, group, event, counts, keys, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row,
+        dims, group, event, counts, here, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row,
         take(world.slot_entries, t.rank)[:, w.STAMP] if group.batching.prefix_caching or dims.has_roles else None,
         partial(hand_over.is_leaving, context, event) if dims.has_roles else None)
     tail, unlinked, slots = counts.batch.tail, None, None
@@ -135,6 +151,15 @@ def retire(context: Context, t: Touched) -> Touched:
         counts = replace(counts, batch=replace(counts.batch, tail=tail))
     if group.batching.scans_slots:
         slots = Slots(keys, take(world.slot_entries, t.rank), retired.slot)
+    if group.batching.has_context_limit and dims.has_roles:
+        has_ended = event.is_ending & ~has_more
+        is_behind = hand_over.comes_behind(context, event, t.opened, t.wake, t.phase)
+        counts, moved = decode_queue.ran(counts, slots, has_ended | is_behind)
+        if dims.has_free_stages:
+            moved = free_stages.returning(context, event, t.rank, slots, has_ended)
+        counts, slots = decode_queue.to_the_back(counts, slots, moved)
+        counts, opened = hand_over.take_place(context, counts, t.opened)
+        t = replace(t, opened=opened)
     longest = None
     if group.cost.reads_longest:
         is_in = (keys != packed.EMPTY) & (jnp.arange(dims.slot_width) != retired.slot)
@@ -181,6 +206,11 @@ def open_pass(context: Context, t: Touched) -> Touched:
     if dims.num_ranks > 1:
         # Only when all ranks have settled.
         is_passing = event.is_passing & has_work
+    times = t.times
+    if dims.has_free_stages:
+        # Only when the first stage is free, which wakes the executor.
+        is_due, is_passing = jnp.bool_(False), event.is_passing
+        counts, times = free_stages.fresh(is_passing & (counts.rank.progress == 0), counts, times)
     counts = passes.begin_pass(group, is_passing, counts)
     was_closed = has(counts, w.CLOSED)
     candidate = counts.rank.queue.front
@@ -199,6 +229,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
     is_short, is_placing = jnp.bool_(False), is_passing
     slots, residue_row = t.slots, t.residue_row
     victim = is_preempting = is_empty = None
+    if is_ready is not None and not rules.is_unified and not rules.grows:
+        counts = mark(counts, is_passing & is_ready, w.DECODED)
     if rules.grows:
         wants_decode = is_passing & ~has(counts, w.DECODED)
         # One sequence may leave or one link may change in a step.
@@ -233,6 +265,13 @@ def open_pass(context: Context, t: Touched) -> Touched:
                     counts = mark(mark(counts, is_barred, w.FORMED), is_barred, w.CLOSED)
                 is_preempting = is_short & may_preempt
                 counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
+            elif is_ready is not None:
+                # Nobody computes a prompt before those who have theirs join: a pass of decodes.
+                crossing, need, _ = passes.decode_need(dims, group, counts, residue_row, tail_offset)
+                joins = wants_decode & is_ready
+                is_short = joins & (need > rules.num_blocks - counts.rank.used_blocks)
+                is_preempting = is_short & may_preempt
+                counts = passes.take_blocks(counts, joins & ~is_short, crossing)
             if is_ready is not None:
                 gives_way, victim = hand_over.who_gives_way(
                     context, is_passing & ~is_short & is_ready, counts, candidate, victim)
@@ -241,18 +280,26 @@ def open_pass(context: Context, t: Touched) -> Touched:
         is_placing = is_passing & ~is_short
         if not rules.is_unified:
             is_placing = is_placing & ~was_closed
+            if is_ready is not None:
+                candidate = jnp.where(is_passing & was_closed, victim[1], candidate)
         candidate = jnp.where(is_preempting, victim[1], candidate)
+    if is_ready is not None and not rules.is_unified:
+        # No prompts in a pass of decodes.
+        is_placing = is_placing & (is_ready | ~has(counts, w.DECODED))
     candidate = jnp.where(is_passing, candidate, scratch)
     lengths = take(requests.table, candidate)
     if dims.has_roles:
         lengths = hand_over.lengths_here(context, event, lengths)
     emitted, preemptions, preempted_s = jnp.int32(0), jnp.int32(0), None
+    if is_ready is not None and not rules.grows:
+        emitted = is_ready.astype(jnp.int32)
     if rules.grows:
         emitted, preemptions = take(world.progress, candidate)
+    if rules.grows or is_ready is not None:
         epoch, hi, lo = take(world.preempted, candidate)
         preempted_s = clock.elapsed(Time(hi, lo), event.now) + (world.epoch - epoch) * clock.EPOCH_S
     return replace(
-        t, counts=counts, residue_row=residue_row, slots=slots, is_due=is_due, is_ready=is_ready,
+        t, counts=counts, times=times, residue_row=residue_row, slots=slots, is_due=is_due, is_ready=is_ready,
         has_ended=has_ended, has_work=has_work, is_passing=is_passing, is_placing=is_placing, is_short=is_short,
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
         candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
@@ -291,7 +338,8 @@ def fill(context: Context, t: Touched) -> Touched:
     free_slot = jnp.where(t.retired.is_any, t.retired.slot, free_slot)
     counts, times, residue_row, placed, is_held, can_go_on = passes.place(
         dims, group, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
-        free_slot, t.slots, t.found, t.is_ready)
+        free_slot, t.slots, t.found, t.is_ready,
+        take(world.ready_before, t.candidate) if dims.has_roles and rules.has_context_limit else None)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     rank, tail = counts.rank, counts.batch.tail
@@ -301,7 +349,7 @@ def fill(context: Context, t: Touched) -> Touched:
         is_forming = (placed.slot != null) & ~placed.is_completing
         rank = replace(rank, forming_batch=jnp.where(is_forming, t.event.batch, rank.forming_batch))
     batch = replace(counts.batch, tail=tail, log_row=jnp.where(opens_log, world.num_logged, counts.batch.log_row))
-    if rules.grows:
+    if rules.grows or t.is_ready is not None:
         is_resuming = placed.is_completing & (t.emitted > 0)
         batch = replace(batch, resuming=batch.resuming + is_resuming)
         resume_s = times.batch.resume_s + jnp.where(is_resuming, t.preempted_s, 0.0)
@@ -309,8 +357,13 @@ def fill(context: Context, t: Touched) -> Touched:
     counts = Counts(counts.executor, rank, batch)
 
     is_short, is_preempting, slots, link, victim = t.is_short, t.is_preempting, t.slots, t.link, t.victim
+    are_going = None
     if not rules.is_unified:
         wants_decode = t.is_passing & ~can_go_on & ~has(counts, w.FILLED)
+        were_short, were_preempting, is_batch = is_short, is_preempting, wants_decode
+        if t.is_ready is not None:
+            # In a pass in which somebody joined decodes have their blocks, or are short of them, already.
+            wants_decode = wants_decode & ~is_short & ~has(counts, w.DECODED)
         if rules.grows:
             crossing, need, _ = passes.decode_need(dims, group, counts, residue_row, victim[2])
             is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
@@ -319,11 +372,18 @@ def fill(context: Context, t: Touched) -> Touched:
             counts = mark(counts, is_short, w.CLOSED)
             is_preempting = is_short & t.was_closed & ~t.retired.is_any & ~t.event.is_arrival
             counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
+            if t.is_ready is not None:
+                is_short, is_preempting = is_short | were_short, is_preempting | were_preempting
         if rules.reserve == "expected":
             ratio = times.rank.ratio
             ratio = jnp.where(wants_decode & ~is_short, next_ratio(rules, counts, slots, ratio), ratio)
             times = replace(times, rank=replace(times.rank, ratio=ratio))
-        if rules.has_context_limit:
+        if rules.has_context_limit and t.is_ready is not None:
+            is_here = slots.is_decoding
+            if dims.has_free_stages:
+                is_here = is_here & ~free_stages.are_away(free_stages.ends_of(context, t.rank), t.event.now)
+            counts, slots, are_going = decode_queue.take_front(dims, rules, is_batch, counts, slots, is_here)
+        elif rules.has_context_limit:
             counts, slots = limit_context(dims, rules, wants_decode, counts, slots)
     victim_emitted = None
     if rules.grows:
@@ -346,7 +406,7 @@ def fill(context: Context, t: Touched) -> Touched:
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
-        victim=victim, victim_emitted=victim_emitted)
+        victim=victim, victim_emitted=victim_emitted, are_going=are_going)
 
 
 def price(context: Context, t: Touched) -> Touched:
@@ -387,6 +447,8 @@ def launch(context: Context, t: Touched) -> Touched:
     if context.dims.has_roles:
         # At its end somebody may be accepted.
         fits = hand_over.fits(context, event, t.counts, t.opened.front)
+    if context.dims.has_free_stages:
+        fits = jnp.bool_(True)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     counts, times, plan = passes.start(
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
@@ -409,6 +471,14 @@ def launch(context: Context, t: Touched) -> Touched:
     is_waiting_pass = (t.is_passing & ~t.is_starting) | (t.is_due & event.is_tied)
     if t.is_resting is not None:
         is_waiting_pass = is_waiting_pass & ~t.is_resting
+    if context.dims.has_free_stages:
+        launched = free_stages.launch(
+            context, event, t.rank, counts, times, t.slots, wake=t.wake, phase=t.phase, end=plan.end,
+            is_starting=t.is_starting, is_prompts=has(t.counts, w.FILLED), are_going=t.are_going,
+            placed=placed.slot, is_ready=t.is_ready, is_waiting_pass=is_waiting_pass, has_more=t.has_more)
+        return replace(t, counts=launched.counts, times=launched.times, plan=plan, wake=launched.wake,
+                       phase=launched.phase, itl_s=launched.itl_s, itl_weights=launched.itl_weights,
+                       slot_ends=launched.ends)
     if t.flying is not None:
         following = pipeline.go_on(
             context.dims, context.group, event, t.flying, counts, times, wake=t.wake, phase=t.phase, end=plan.end,

@@ -80,13 +80,13 @@ def batch_of(event: Event, flying: Flights, turn: Int[Array, ""]) -> Int[Array, 
     return jnp.where(event.is_passing, turn, flying.oldest)
 
 
-def enter(dims: Dims, group: Group, now: Time, stats: BatchStats, seconds: Float[Array, ""], times: ExecutorTimes
-          ) -> tuple[Time, tuple[Time, ...]]:
-    """Send an iteration of so many `seconds` in all through the engine and the stages.
+def enter(dims: Dims, group: Group, now: Time, stats: BatchStats, seconds: Float[Array, ""], times: ExecutorTimes,
+          parts: Float[Array, " stages+1"] | None = None) -> tuple[Time, tuple[Time, ...]]:
+    """Send an iteration of so many `seconds` in all through the engine and the stages; parts: unless the cost says.
 
     Returns how long it takes, waiting included, and when each is free again.
     """
-    parts = group.cost.stage_seconds(stats, dims.num_stages)
+    parts = group.cost.stage_seconds(stats, dims.num_stages) if parts is None else parts
     lost = group.cost.iteration_remainder(stats, seconds) / jnp.maximum(jnp.sum(parts), 1e-30)
     at, free = now, []
     for stage, is_free in enumerate(times.free):

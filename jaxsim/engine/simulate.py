@@ -214,7 +214,7 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
     return Dims(num_requests=-(-num_requests // step) * step,
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
                 num_ranks=system.num_ranks, has_roles=system.has_roles,
-                num_stages=system.scheduler.num_stages, num_batches=system.scheduler.num_stages,
+                num_stages=system.num_stages, num_batches=1 if system.has_free_stages else system.num_stages,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
 
 

@@ -159,6 +159,24 @@ def walk(dims: Dims, group: Group, wants_decode: Bool[Array, ""], may_preempt: B
     return choose(is_stalling, stalled, counts), residue_row, slots, walked
 
 
+STAMP_DIGITS = tuple((1 << min(3, 31 - shift), shift) for shift in range(30, -1, -3))
+"""Of a place in the running order: how many values each has, and where it lies."""
+
+
+def front(rules: Batching, counts: Counts, slots: Slots, is_queued: Bool[Array, " slot_width"]) -> Int[Array, ""]:
+    """The stamp below which the queued sequences fit the limit of context: the largest there is, where all of them do.
+
+    Found digit by digit, as the context up to a stamp rises with the stamp: O(slots) for each of its eleven digits.
+    """
+    context = jnp.where(is_queued, slots.entries[:, w.OFFSET] + counts.batch.counter + 1, 0)
+    stamps, bound = slots.entries[:, w.STAMP], jnp.int32(0)
+    for values, shift in STAMP_DIGITS:
+        further = bound + (jnp.arange(1, values, dtype=jnp.int32) << shift)
+        total = jnp.sum(jnp.where(stamps < further[:, None], context, 0), axis=1)
+        bound = bound + (jnp.sum(total <= rules.decode_context_limit, dtype=jnp.int32) << shift)
+    return bound
+
+
 def limit_context(dims: Dims, rules: Batching, is_any: Bool[Array, ""], counts: Counts, slots: Slots
                   ) -> tuple[Counts, Slots]:
     """Decodes as a queue: from its front while their context fits the limit; then those go to the back.
@@ -166,11 +184,8 @@ def limit_context(dims: Dims, rules: Batching, is_any: Bool[Array, ""], counts: 
     Source: the public DistServe simulator (simdistserve), decode batches of at most 50,000 tokens.
     """
     is_decoding = slots.is_decoding
-    context = slots.entries[:, w.OFFSET] + counts.batch.counter + 1
     stamp = jnp.where(is_decoding, slots.entries[:, w.STAMP], packed.EMPTY)
-    is_before = stamp[None, :] <= stamp[:, None]
-    total = jnp.sum(jnp.where(is_before & is_decoding, context, 0), axis=1)
-    fits = is_decoding & (total <= rules.decode_context_limit)
+    fits = is_decoding & (stamp < front(rules, counts, slots, is_decoding))
     is_over = is_any & jnp.any(is_decoding & ~fits)
     counts_now, slots = stall(counts, slots, is_over & is_decoding & ~fits, dims.slot_bits)
     # Keep their order, behind everybody else.

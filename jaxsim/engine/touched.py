@@ -97,6 +97,10 @@ class Touched(eqx.Module):
     can_go_on: Bool[Array, ""] | None = None
     victim_emitted: Int[Array, ""] | None = None
 
+    # fill: where decodes are a queue, who is in the batch; launch: of free stages, when each slot's iteration ends.
+    are_going: Bool[Array, " slot_width"] | None = None
+    slot_ends: Float[Array, "slot_width 2"] | None = None
+
     # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
     # behind it; whether it starts.
     is_idle: Bool[Array, ""] | None = None

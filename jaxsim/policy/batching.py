@@ -42,7 +42,8 @@ class Batching(eqx.Module):
         decode_context_limit (tokens); ratio_start, ratio_floor, ratio_decay, reserve_clip_tokens and
         retract_free_tokens belong to `reserve="expected"`. batch_wait_timeout_iters, batch_wait_tokens: prompts that
         could join running decodes wait for so many iterations, unless together with them they are so many tokens; None
-        where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one.
+        where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one. num_stages: of a
+        pipeline that takes a batch whenever its first stage is free; None elsewhere.
 
     Source: the schedulers named in docs/schedulers.md.
     """
@@ -75,6 +76,7 @@ class Batching(eqx.Module):
     batch_wait_tokens: Int[Array, ""] | None = None
     max_batch_seqs: Int[Array, ""] | None = None
     pass_on_arrival: bool = eqx.field(static=True, default=False)
+    num_stages: Int[Array, ""] | None = None
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),

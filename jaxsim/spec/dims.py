@@ -17,6 +17,9 @@ class Dims:
     kept on the tape (0: no tape); num_ranks: of an executor; num_batches: of a rank; num_stages: of a pipeline, with as
     many batches in flight; num_segments: of shared prompts, 0 without prefix caching; path_width: segments of a prompt;
     log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors.
+
+    With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
+    (`jaxsim.engine.free_stages`).
     """
 
     num_requests: int
@@ -38,10 +41,19 @@ class Dims:
             raise ValueError(f"block_size = {self.block_size}: not a power of two; use 1, 8, 16, 32, 64 or 128")
         if not 1 <= self.max_jump < MAX_JUMP:
             raise ValueError(f"max_jump = {self.max_jump}: not in 1 .. {MAX_JUMP - 1}, what the clock counts exactly")
-        if self.num_stages > 1 and (self.num_ranks > 1 or self.num_batches != self.num_stages):
+        if self.num_stages > 1 and (self.num_ranks > 1 or self.num_batches not in self._batches_of_stages):
             raise ValueError(f"num_stages = {self.num_stages}: a pipeline is one rank with as many batches")
         if self.has_roles and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments):
             raise ValueError("has_roles: executors of one rank and one stage, without prefix caching")
+
+    @property
+    def has_free_stages(self) -> bool:
+        """Batches are formed whenever the first stage is free, however many are in flight."""
+        return self.num_stages > 1 and self.num_batches == 1
+
+    @property
+    def _batches_of_stages(self) -> tuple[int, ...]:
+        return (1, self.num_stages) if self.has_roles else (self.num_stages,)
 
     @property
     def all_ranks(self) -> int:

@@ -77,11 +77,13 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     pass_on_arrival: who arrives is scheduled at once if fewer batches are in flight, instead of when the engine has
     waited for the oldest. batch_limit: `max_num_seqs` limits all batches together, they have equal shares of it
-    (`share`), or it limits each (`each`).
+    (`share`), or it limits each (`each`). pass_when_stage_free: a batch is formed whenever the first stage is free,
+    however many are in flight.
     """
 
     pass_on_arrival: bool
     batch_limit: Literal["all", "share", "each"]
+    pass_when_stage_free: bool = False
 
 
 class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -128,7 +130,8 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     Tokens are tokens, `watermark` is a share of the blocks. `ratio_decay` is a step of the ratio a decode
     iteration. `max_model_len` is None where neither the user nor the caller knew one. `gathers`: prompts wait for each
     other, for which TensorRT-LLM needs both numbers. num_stages: of a pipeline; `max_num_seqs` is then that of all
-    batches in flight, `max_batch_seqs` that of each.
+    batches in flight, `max_batch_seqs` that of each. pass_when_stage_free: and these are formed whenever the first
+    stage is free.
     """
 
     preset: str
@@ -164,6 +167,7 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     num_stages: int
     pass_on_arrival: bool
     max_batch_seqs: int
+    pass_when_stage_free: bool = False
 
     @property
     def batch_wait_tokens(self) -> int:
@@ -313,7 +317,8 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
         ("async_scheduling", async_scheduling, stages > 1 and async_scheduling,
          f"is not simulated with pipeline_parallel_size = {stages}",
          "leave it out: stages are simulated with synchronous scheduling"),
-        *((name, value, stages > 1 and is_other, f"is not simulated with pipeline_parallel_size = {stages}", remedy)
+        *((name, value, stages > 1 and is_other and not pipeline.pass_when_stage_free,
+           f"is not simulated with pipeline_parallel_size = {stages}", remedy)
           for name, value, is_other, remedy in (
               ("phase_mix", phase_mix, phase_mix != "unified", "use a preset with 'unified', or one stage"),
               ("scheduling_policy", order, order != "fcfs", "use 'fcfs', or one stage"),
@@ -339,6 +344,7 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
         admit=admit,
         async_scheduling=async_scheduling,
         num_stages=stages, pass_on_arrival=pipeline.pass_on_arrival,
+        pass_when_stage_free=stages > 1 and pipeline.pass_when_stage_free,
         max_batch_seqs=max(max_num_seqs // stages, 1) if pipeline.batch_limit == "share" else max_num_seqs,
         kv_accounting=kv_accounting, decode_context_limit=context_limit,
         max_num_seqs=max_num_seqs * (stages if pipeline.batch_limit == "each" else 1),

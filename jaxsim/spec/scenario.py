@@ -143,6 +143,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         tree["engine"] = tree.get("engine", {}) | pool.engine
         if pool.device is not None:
             tree["device"] = {"name": pool.device}
+        if pool.cost is not None:
+            tree["cost"] = msgspec.to_builtins(pool.cost)
         return type(self).from_dict(tree)
 
     @property

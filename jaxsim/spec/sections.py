@@ -100,12 +100,14 @@ class PoolSection(_Section, frozen=True):
         replicas: how many.
         device: a name of `jaxsim list devices`, if they run on another than [device].
         engine: fields of [engine] that are other here.
+        cost: fitted coefficients of these, instead of [cost].
     """
 
     role: Literal["mixed", "prefill", "decode"] = "mixed"
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
     device: Text | None = None
     engine: dict[str, Any] = {}
+    cost: "FittedCost | None" = None
 
 
 class TransferSection(_Section, frozen=True):
@@ -478,14 +480,26 @@ class ProfiledCost(_Section, frozen=True, tag_field="kind", tag="profiled"):
     front_end_s: NotNegative | None = None
 
 
+class FittedHead(_Section, frozen=True):
+    """Seconds of an iteration that the first of several pipeline stages takes beyond an equal part.
+
+        a: constant.
+        c: a token of context that sequences have before the iteration; of prompts, their length.
+    """
+
+    a: Coefficient = 0.0
+    c: Coefficient = 0.0
+
+
 class FittedCost(_Section, frozen=True, tag_field="kind", tag="fitted"):
     """Coefficients from the user, by composition of the iteration, piecewise in its number of sequences.
 
-    With pipeline stages they are of the whole way through: every stage has an equal part.
+    With pipeline stages they are of the whole way through: every stage has an equal part, but for `head`.
 
         prefill: iterations of prompt chunks only.
         decode: iterations of decodes only.
         mixed: iterations of both; made from the other two if left out.
+        head: the part of these seconds that only the first stage has; none if left out.
         exact: keep what float32 rounds off, to compare long runs with another simulator's to the microsecond.
         front_end_s: seconds of a request outside the engine; 0 if left out.
     """
@@ -493,6 +507,7 @@ class FittedCost(_Section, frozen=True, tag_field="kind", tag="fitted"):
     prefill: Pieces
     decode: Pieces
     mixed: Pieces | None = None
+    head: FittedHead | None = None
     exact: bool = False
     front_end_s: NotNegative | None = None
 

@@ -45,7 +45,7 @@ at admission (SINCE); under `order="priority"` the request's PLACE in that order
 
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
-           "references", "log", "newest")
+           "references", "log", "newest", "slot_ends")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -348,6 +348,9 @@ class World(eqx.Module):
     transfers: Float[Array, "rows 9"] | None = None
     num_handed_over: Int[Array, ""] | None = None
     num_accepted: Int[Array, ""] | None = None
+    # Stages that take a batch whenever the first is free (`jaxsim.engine.free_stages`), else None: of slots, when the
+    # iteration that each is in ends, or ended (hi, lo).
+    slot_ends: Float[Array, "ranks slot_width 2"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -440,6 +443,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
             unaccepted=ints(doors, 3), returned=ints(doors), links=floats(2 * doors, 2), ready_before=ints(rows),
             transfers=jnp.broadcast_to(-jnp.ones(9, jnp.float32), (rows, 9)), num_handed_over=ints(),
             num_accepted=ints())
+    if dims.has_free_stages:
+        roles["slot_ends"] = floats(ranks, width, 2)
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),

@@ -32,6 +32,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.calibrate.command": "*",
     "jaxsim.validate.command": "*",
     "jaxsim.planning.command": "*",
+    "jaxsim.planning.place_command": "*",
     "jaxsim.reproduce.command": "*",
     "jaxsim.study.command": "*",
     "jaxsim.study.goodput_command": "*",

@@ -18,6 +18,7 @@ REFERENCE_NAMES = {
     "vllm-v1@0.9": "vllm-v1", "vllm-v1@0.15": "vllm-v1-async", "vllm-v1@0.19": "vllm-v1-async",
     "vllm-v0@0.6": "vllm-v0", "sarathi": "sarathi", "orca": "orca", "static": "static", "sglang@0.5": "sglang",
     "tensorrt-llm@1.0": "tensorrt-llm", "distserve-sim-vllm": "simdistserve-vllm",
+    "distserve-sim": "simdistserve-vllm",
 }
 
 

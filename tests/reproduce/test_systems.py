@@ -145,6 +145,7 @@ def short():
 
 def test_a_system_from_the_command_to_its_files(monkeypatch, tmp_path, capsys, short):
     monkeypatch.setattr(distserve, "study", lambda name, seeds: msgspec.structs.replace(short, num_seeds=seeds))
+    monkeypatch.setattr(distserve.distserve_golden, "claims", lambda: [])  # in tests/engine/test_distserve_golden.py
     assert cli.main(["reproduce", "distserve", "--seeds", "2", "--out", str(tmp_path / "new"), "--json"]) == 0
     out = capsys.readouterr().out
     records = json.loads(out)
