@@ -44,6 +44,9 @@ LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 NO_LIMITS = SloSection()
 
+ABORTS = ("finished", "preempted", "no_room", "too_many_stages")
+"""Why a migration is given up (`jaxsim.engine.migration`)."""
+
 Interval = tuple[float, float] | None
 """Ends of a confidence interval; None from too few runs."""
 
@@ -78,6 +81,10 @@ class LaneResult:
         in the prefix cache when it was first admitted; None without one.
     decode_instance, accepted_s, delivered_s: of requests that another instance decodes than computed the prompt: which,
         when it took the request, when it had its KV; -1 and NaN for others, None without roles.
+    migrations, downtime_s, last_instance: with migration, how often each request moved, for how long it stood still for
+        that, and where it ended; aborted_migrations: those given up, in the order of `ABORTS`; all None without.
+    instance_s, starts, drains: with scaling, seconds for which instances were on, starting or draining, summed over
+        them up to the last completion; instances started and drained. None without.
     extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs. lost_steps: rows that it had no room for.
@@ -115,6 +122,13 @@ class LaneResult:
     decode_instance: Int[np.ndarray, " requests"] | None = None
     accepted_s: Float[np.ndarray, " requests"] | None = None
     delivered_s: Float[np.ndarray, " requests"] | None = None
+    migrations: Int[np.ndarray, " requests"] | None = None
+    downtime_s: Float[np.ndarray, " requests"] | None = None
+    last_instance: Int[np.ndarray, " requests"] | None = None
+    aborted_migrations: Int[np.ndarray, " causes"] | None = None
+    instance_s: float | None = None
+    starts: int | None = None
+    drains: int | None = None
     extrapolated_share: float | None = None
     front_end_s: float = 0.0
     lost_steps: int = 0
@@ -182,6 +196,9 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "preemptions": np.asarray(lane.preemptions, np.int64),
         "instance": np.asarray(lane.instance, np.int64),
         **({} if lane.decode_instance is None else {"decode_instance": np.asarray(lane.decode_instance, np.int64)}),
+        **({} if lane.migrations is None else {
+            "migrations": np.asarray(lane.migrations, np.int64), "downtime_s": np.asarray(lane.downtime_s, np.float64),
+            "last_instance": np.asarray(lane.last_instance, np.int64)}),
         "tenant": np.asarray(lane.tenant_names, object)[np.asarray(lane.tenant)],
         "priority": np.asarray(lane.priority, np.int64),
         "status": np.asarray(STATUS_NAMES, object)[np.asarray(lane.status)],
@@ -347,6 +364,8 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "unstable": is_unstable(lane),
         "fault": lane.fault or None,
     } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(measured)}) | (
+        {} if lane.migrations is None else {"migrations": _migration_group(lane, measured)}) | (
+        {} if lane.instance_s is None else {"scaling": _scaling_group(lane)}) | (
         {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)})
 
 
@@ -400,6 +419,23 @@ def _transfer_group(measured: pd.DataFrame) -> dict[str, Any]:
     seconds = measured.loc[measured["decode_instance"] >= 0, "transfer_s"].to_numpy()
     summary = _milliseconds(seconds)
     return {"requests": len(seconds), "mean_ms": summary["mean_ms"], "p99_ms": summary["p99_ms"]}
+
+
+def _migration_group(lane: LaneResult, measured: pd.DataFrame) -> dict[str, Any]:
+    """Migrations of measured requests; of those that moved, the time that each move stopped them, on average if a
+    request moved more than once. Migrations given up are of the whole run."""
+    moved = measured[measured["migrations"] > 0]
+    summary = _distribution((moved["downtime_s"] / moved["migrations"]).to_numpy())
+    return {"total": int(measured["migrations"].sum()), "requests": len(moved),
+            **{f"{name}_downtime_ms": summary[name] for name in ("mean", "p50", "p99")},
+            **{f"aborted_{cause}": int(n) for cause, n in zip(ABORTS, lane.aborted_migrations, strict=True)}}
+
+
+def _scaling_group(lane: LaneResult) -> dict[str, Any]:
+    """Instances on, starting or draining: seconds, and their mean number up to the last completion."""
+    end_s = float(np.nanmax(lane.finish_s)) if lane.is_finished.any() else None
+    return {"instance_s": float(lane.instance_s), "mean_instances": float(lane.instance_s) / end_s if end_s else None,
+            "starts": int(lane.starts), "drains": int(lane.drains)}
 
 
 def _preemption_group(frame: pd.DataFrame) -> dict[str, Any]:

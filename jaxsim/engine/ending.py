@@ -51,7 +51,7 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         gap_s, gap_count = jnp.float32(0), jnp.int32(0)
         samples_s = jnp.stack([own.first.hi, mean_s])
         known = batch.count - batch.stalled
-        if dims.has_roles:
+        if dims.has_moves:
             known = known - batch.entering
         weights = jnp.stack([known, decoding * batch.extra])
     else:
@@ -130,11 +130,12 @@ def take_blocks_of_jump(group: Group, condition: Bool[Array, ""], counts: Counts
 def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Array, " slot_width"],
            entry_of: Callable[[Int[Array, ""]], Int[Array, " entry_fields"]], residue_row: Int[Array, " block_size"],
            stamps: Int[Array, " slot_width"] | None = None,
-           is_kept: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None
+           is_kept: Callable[[Int[Array, ""], Int[Array, ""]], Bool[Array, ""]] | None = None
            ) -> tuple[Counts, Int[Array, " block_size"], Retired, Bool[Array, ""], Int[Array, ""]]:
     """Retire the lowest slot among those whose last token this iteration produced; by `stamps` the first to run.
 
-    keys: the batch's completion keys; entry_of: gives the entry of a slot; is_kept: whether blocks of a request stay.
+    keys: the batch's completion keys; entry_of: gives the entry of a slot; is_kept: whether blocks of a request
+    stay, by its computed tokens.
     Returns the new counts and residues, who
     retired, whether more do at this instant, and the smallest key among those that stay.
     """
@@ -157,7 +158,7 @@ def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Arr
     if group.batching.kv_accounting and not group.batching.prefix_caching:
         held = blocks_for(offset + batch.counter, dims) if group.batching.grows else reserved
         if is_kept is not None:
-            kept = one * is_kept(request) * held
+            kept = one * is_kept(request, offset + batch.counter) * held
             used, rank = used + kept, replace(rank, kept_blocks=rank.kept_blocks + kept)
         used = used - one * held
     if group.batching.grows:

@@ -140,7 +140,14 @@ class Environment:
         if scenario.cluster.pools:
             raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools],
                              "are not part of an environment yet", "use cluster.replicas")
+        for name in ("migration", "scaling", "headroom_blocks"):
+            if getattr(scenario.cluster, name) is not None:
+                raise InputError(f"cluster.{name}", getattr(scenario.cluster, name),
+                                 "is not part of an environment yet", "leave it out")
         (lane, *_) = engine.prepare(0, scenario, record_steps=False)
+        if routing is not None and routing.reads_loads and not lane.dims.has_demands:
+            raise InputError("routing", type(routing).__name__, "reads loads, which this scenario does not keep",
+                             "give it cluster.router = 'llumnix_load'")
         # For any request that the engine takes, not only those of these seeds.
         cost = jax.device_get(lower.make_cost(scenario, lane.system, lane.dims.num_slots, lane.system.max_model_len))
         # Limits may be tight and workloads longer than the one at hand: as many steps again, several times over.

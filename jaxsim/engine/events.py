@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxsim.engine.common import Context, Params, iterations_to_reach, span, take
+from jaxsim.engine.loads import loads_of, pool_sizes
 from jaxsim.kernels import clock, packed, residues
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.arrivals import relative_to
 from jaxsim.policy.routing import AbstractRouting, View
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
+from jaxsim.state.control import DRAINING, ON, PARTNER, STARTING
 from jaxsim.state.requests import PROMPT, Requests
 from jaxsim.state.world import Batch, BatchTimes, World
 
@@ -25,8 +27,10 @@ class Event(NamedTuple):
 
     `request` is the one that arrives, `following` the time of the arrival after it.
 
-    With roles: `is_door`, a door opens. With roles, or where ends bring arrivals about: `is_met`, a door opens or an
-    iteration ends elsewhere at this instant.
+    With roles or migration: `is_door`, a door opens. With these, or where ends bring arrivals about: `is_met`, a door
+    opens or an iteration ends elsewhere at this instant, or the controller looks. With migration: `is_tick`, it does
+    now, and `has_pair`, it has a pair to look at, of this executor and `partner`. With scaling: `scales`, whether it
+    looks at all instances instead, and wants one more, one less.
 
     An arrival may bring the end of an iteration along: where the executor it meets stops before the following
     arrival, both are one step, and `now` is the time of the later one.
@@ -43,6 +47,10 @@ class Event(NamedTuple):
     is_passing: Bool[Array, ""]
     is_door: Bool[Array, ""] | None = None
     is_met: Bool[Array, ""] | bool = False
+    is_tick: Bool[Array, ""] | None = None
+    has_pair: Bool[Array, ""] | None = None
+    scales: tuple[Bool[Array, ""], Bool[Array, ""], Bool[Array, ""]] | None = None
+    partner: Int[Array, ""] | None = None
 
     @property
     def is_tied(self) -> Bool[Array, ""]:
@@ -91,7 +99,16 @@ def next_time(params: Params, requests: Requests, world: World) -> Time:
     if world.doors is not None:
         door, _ = earliest_door(world)
         first = clock.select(door <= first, door, first)
+    if world.control is not None:
+        tick = next_tick(world)
+        first = clock.select(tick <= first, tick, first)
     return first
+
+
+def next_tick(world: World) -> Time:
+    """When the controller of migrations, or of how many executors are on, looks next."""
+    poll, fleet = world.control.poll, world.control.fleet
+    return poll if fleet is None else clock.select(fleet.check <= poll, fleet.check, poll)
 
 
 def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]:
@@ -127,6 +144,9 @@ def route(context: Context, request: Int[Array, ""], now: Time) -> Int[Array, ""
     if dims.has_roles:
         takes_prompts = ~params.hand_over.decodes
         is_active = takes_prompts if is_active is None else takes_prompts & is_active
+    if dims.has_scaling:
+        is_on = world.control.fleet.is_on(now)
+        is_active = is_on if is_active is None else is_on & is_active
     return chosen_by(context, request, now, params.routing, world.num_routed, is_active)
 
 
@@ -135,18 +155,19 @@ def chosen_by(context: Context, request: Int[Array, ""], now: Time, routing: Abs
     """The rank that a router chooses for a request, among the active ones."""
     dims, params, requests, world, _ = context
     ranks = w.count_rows(dims).everything(world.counts).rank
-    used = num_blocks = None
-    if routing.reads_kv:
+    used = num_blocks = loads = None
+    if routing.reads_kv or routing.reads_loads:
         used = used_blocks_now(dims, world, now) if params.flags.grows else ranks.used_blocks.ravel()
         if dims.has_roles:
             # Blocks that came back are taken at the next step there.
             used = used - world.returned[:-1]
-        num_blocks = params.of_executors(lambda batching: batching.num_blocks)
-        num_blocks = jnp.repeat(jnp.broadcast_to(num_blocks, dims.num_executors), dims.num_ranks)
+        num_blocks = pool_sizes(context)
+    if routing.reads_loads:
+        loads = loads_of(context, used)
     waiting = ranks.waiting.ravel() if routing.reads_waiting else None
     prompt_tokens = take(requests.table, request)[PROMPT] if routing.reads_prompt else None
     view = View(world.outstanding, waiting, used, num_blocks, num_routed, take(requests.uniforms, request),
-                prompt_tokens, is_active)
+                prompt_tokens, is_active, loads)
     chosen = routing.choose(view)
     if is_active is not None:
         behind = (jnp.arange(dims.all_ranks) - chosen) % dims.all_ranks
@@ -161,8 +182,12 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     wake, phase, executor = earliest_wake(world)
     is_arrival = (arrival < wake) | (arrival.equals(wake) & (phase == w.PASSING))
     now = clock.select(is_arrival, arrival, wake)
-    is_door = None
-    if dims.has_roles:
+    is_door = is_tick = None
+    if dims.has_migration:
+        poll = next_tick(world)
+        is_tick = (poll <= arrival) & ((poll < wake) | (poll.equals(wake) & (phase == w.PASSING)))
+        is_arrival, now = is_arrival & ~is_tick, clock.select(is_tick, poll, now)
+    if dims.has_moves:
         door, its_executor = earliest_door(world)
         is_door = door <= now
         is_arrival, now = is_arrival & ~is_door, clock.select(is_door, door, now)
@@ -170,9 +195,26 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     is_live = (world.num_finished < requests.count) & (world.fault == 0) & ~is_frozen
     is_arrival = is_arrival & is_live
     is_wake = ~is_arrival & is_live
-    if dims.has_roles:
+    has_pair = partner = scales = None
+    if dims.has_migration:
+        is_tick = is_tick & is_live & ~is_door
+        is_wake = is_wake & ~is_tick
+        used = used_blocks_now(dims, world, now)
+        loads, fleet, of_fleet = loads_of(context, used), world.control.fleet, ()
+        if fleet is not None:
+            is_check, is_empty = fleet.check <= world.control.poll, world.outstanding == 0
+            is_empty = is_empty & (world.control.moves[:, PARTNER] < 0)
+            status = fleet.settled(now, is_empty)
+            of_fleet = status == ON, status == DRAINING
+            scales = is_check, *params.scaling.decide(loads, status == ON, jnp.sum(status == STARTING))
+        has_pair, source, partner = params.migration.next_pair(loads, world.control.paired, *of_fleet)
+        if fleet is not None:
+            has_pair = has_pair & ~is_check
+    if dims.has_moves:
         is_door, is_wake = is_door & is_live, is_wake & ~is_door
         executor = jnp.where(is_door, its_executor, executor)
+    if dims.has_migration:
+        executor = jnp.where(is_tick & has_pair, source, executor)
     target, rank = route(context, request, now), jnp.int32(0)
     if dims.num_ranks > 1:
         rank = jnp.where(is_arrival, target % dims.num_ranks, rank)
@@ -180,8 +222,9 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     executor = jnp.where(is_arrival, target, executor)
     following = clock.select(is_arrival, after_it, arrival)
     event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
-                  is_wake & (phase == w.PASSING), is_door)
-    if dims.has_roles or (params.source.answers and dims.num_executors > 1):
+                  is_wake & (phase == w.PASSING), is_door, is_tick=is_tick, has_pair=has_pair, partner=partner,
+                  scales=scales)
+    if dims.has_moves or (params.source.answers and dims.num_executors > 1):
         event = event._replace(is_met=_is_met(dims, world, now, executor))
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)
 
@@ -190,4 +233,6 @@ def _is_met(dims: Dims, world: World, now: Time, executor: Int[Array, ""]) -> Bo
     """Whether a door opens, or an iteration of another executor ends, at this very instant."""
     ends = (world.phase == w.ENDING) & (world.wake_hi == now.hi) & (world.wake_lo == now.lo)
     is_met = jnp.any(ends & (jnp.arange(ends.shape[0]) != executor))
-    return is_met | earliest_door(world)[0].equals(now) if dims.has_roles else is_met
+    if dims.has_migration:
+        is_met = is_met | next_tick(world).equals(now)
+    return is_met | earliest_door(world)[0].equals(now) if dims.has_moves else is_met

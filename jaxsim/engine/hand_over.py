@@ -17,6 +17,7 @@ it is shorter by the last iteration of its prompt, as if the link had been free 
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -109,8 +110,9 @@ def lengths_here(context: Context, event: Event, lengths: Int[Array, " 4"]) -> I
     return jnp.where(computes_prompts & (jnp.arange(lengths.shape[0]) == OUTPUT), 1, lengths)
 
 
-def is_leaving(context: Context, event: Event, request: Int[Array, ""]) -> Bool[Array, ""]:
-    """Whether a request whose last token on this executor is out has more to come on another."""
+def is_leaving(context: Context, event: Event, request: Int[Array, ""], tokens: Int[Array, ""] | None = None
+               ) -> Bool[Array, ""]:
+    """Whether a request whose last token on this executor is out has more to come on another, whatever its tokens."""
     computes_prompts = take(context.params.hand_over.computes_prompts, event.executor)
     return computes_prompts & (take(context.requests.table, request)[OUTPUT] > 1)
 
@@ -125,15 +127,24 @@ def who_gives_way(context: Context, is_joining: Bool[Array, ""], counts: Counts,
     """
     dims, _, requests, _, group = context
     rank, batch = counts.rank, counts.batch
-    prompt = take(requests.table, candidate)[PROMPT]
+    context_of = partial(_computed, context)
+    prompt = context_of(candidate)
     need = blocks_for(prompt + 1, dims) - blocks_for(prompt, dims)
     if group.batching.decode_needs_free_block == "always":
         need = jnp.maximum(need, 1)
     gives_way = (is_joining & (rank.running == 0) & (rank.in_transfer.length == 0) & ~has(counts, w.CLOSED)
                  & (need > group.batching.num_blocks - rank.used_blocks))
+    if dims.has_migration:
+        gives_way = gives_way & (rank.kept_blocks == 0) & (rank.held_blocks == 0)
     last = jnp.where(gives_way, rank.ready.back, victim[1])
-    offset = jnp.where(gives_way, take(requests.table, last)[PROMPT] - batch.counter, victim[2])
+    offset = jnp.where(gives_way, context_of(last) - batch.counter, victim[2])
     return gives_way, (jnp.where(gives_way, dims.null_slot, victim[0]), last, offset)
+
+
+def _computed(context: Context, request: Int[Array, ""]) -> Int[Array, ""]:
+    """Tokens of a ready request whose KV is here: its prompt, and what it emitted before it came but the last."""
+    prompt = take(context.requests.table, request)[PROMPT]
+    return prompt + take(context.world.progress, request)[0] - 1 if context.dims.has_migration else prompt
 
 
 def without_last_ready(context: Context, is_gone: Bool[Array, ""], counts: Counts, prompt: Int[Array, ""]) -> Counts:
@@ -141,7 +152,9 @@ def without_last_ready(context: Context, is_gone: Bool[Array, ""], counts: Count
     rank = counts.rank
     before = take(context.world.ready_before, rank.ready.back)
     ready = Queue(rank.ready.front, jnp.where(is_gone, before, rank.ready.back), rank.ready.length - is_gone)
-    held = rank.held_blocks - jnp.where(is_gone, blocks_for(prompt, context.dims), 0)
+    held = rank.held_blocks
+    if context.dims.has_roles:
+        held = held - jnp.where(is_gone, blocks_for(prompt, context.dims), 0)
     visible = jnp.minimum(rank.visible_ready, ready.length)
     return replace(counts, rank=replace(rank, ready=ready, held_blocks=held, visible_ready=visible))
 

@@ -16,10 +16,13 @@ from jaxsim.cost.roofline import CUDA_GRAPHS, FRONT_ENDS, roofline
 from jaxsim.engine import measured
 from jaxsim.engine.common import Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
+from jaxsim.kernels import clock
 from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, Sessions, SortedArrivals
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.hand_over import HandOver
+from jaxsim.policy.migration import Migration
 from jaxsim.policy.routing import DataParallel, router
+from jaxsim.policy.scaling import Scaling
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
@@ -359,7 +362,8 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
     else:
         routing = router(name or "round_robin", weights)
     return Params(groups, routing, np.int32(max_steps), make_source(scenario, system, workload), group_of,
-                  hand_over=make_hand_over(scenario, system) if system.has_roles else None)
+                  hand_over=make_hand_over(scenario, system) if system.has_roles else None,
+                  **make_migration(scenario, system))
 
 
 def make_hand_over(scenario: Scenario, system: System) -> HandOver:
@@ -381,6 +385,67 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
         most_held=np.repeat(np.array(most, np.int32), replicas),
         seconds_per_token=np.float32(bytes_per_token / bytes_per_s), latency_s=np.float32(1e-6 * given.latency_us),
         layers=np.int32(system.model.layers if given.by_layer else 0))
+
+
+def moves_of(scenario: Scenario) -> dict[str, bool]:
+    """What of `Dims` says which requests may move, and who asks for loads. Raises `InputError`."""
+    cluster = scenario.cluster
+    is_moving = cluster.migration is not None or cluster.scaling is not None
+    reads_loads = router(cluster.router, cluster.router_weights).reads_loads if cluster.router else False
+    return dict(has_migration=is_moving, has_demands=is_moving or reads_loads, has_scaling=cluster.scaling is not None,
+                has_urgent=cluster.headroom_blocks is not None)
+
+
+NEVER_S = 3600.0
+"""Between looks that find nothing to migrate."""
+
+
+def make_migration(scenario: Scenario, system: System) -> dict:
+    """Of `Params`: the controllers of migrations and of how many executors are on. Raises `InputError`."""
+    cluster, x, i = scenario.cluster, np.float32, np.int32
+    found: dict = {}
+    given = cluster.migration
+    if cluster.headroom_blocks is not None:
+        found["headroom_blocks"] = i(cluster.headroom_blocks)
+    if cluster.scaling is not None:
+        s = cluster.scaling
+        found["scaling"] = Scaling(x(on_grid(s.check_s)), x(s.out_below), x(s.in_above), x(on_grid(s.startup_s)),
+                                   i(s.min_replicas), i(cluster.replicas))
+        if given is None:
+            # Nobody is free enough to take anybody.
+            found["migration"] = Migration(x(NEVER_S), x(-np.inf), x(np.inf), i(1), i(1), x(0), x(0))
+    if given is not None:
+        bytes_per_token, bytes_per_s = migration_rates(scenario, system)
+        found["migration"] = Migration(
+            x(on_grid(given.polling_s)), x(given.out_below),
+            x(given.out_below if given.in_above is None else given.in_above), i(given.max_stages),
+            i(given.last_stage_blocks), x(system.scheduler.block_size * bytes_per_token / bytes_per_s),
+            x(on_grid(1e-6 * given.latency_us)), metric=given.metric, choice=given.choice)
+    return found
+
+
+def on_grid(seconds: float) -> float:
+    """A duration as the engine's clock holds it, in a float32: both it and sums of it are then exact."""
+    return float(np.float32(np.round(seconds / clock.GRID_S) * clock.GRID_S))
+
+
+def migration_rates(scenario: Scenario, system: System) -> tuple[float, float]:
+    """Bytes of KV a token, and bytes a second out of or into an engine. Raises `InputError` where they are not
+    known.
+    """
+    given, field = scenario.cluster.migration, "cluster.migration.gb_per_s"
+    if system.model is None:
+        raise InputError("model", None, "missing, and the KV cache of a token cannot be known without it",
+                         "name a model, also beside a fitted cost")
+    width = kv_cache_bytes(scenario.kv_dtype, scenario.dtype, system.model)
+    bytes_per_token = system.model.kv_bytes_per_token(width)
+    if given.gb_per_s is not None:
+        return bytes_per_token, 1e9 * given.gb_per_s
+    if system.device is None:
+        raise InputError(field, None, "missing, and without [device] it cannot be derived",
+                         "give the bandwidth of a link between engines")
+    link = system.device.link_among(2, scenario.num_devices)
+    return bytes_per_token, system.plan.num_devices * link.bytes_per_s
 
 
 def transfer_rates(scenario: Scenario, system: System) -> tuple[float, float]:
@@ -433,7 +498,8 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
     if workload.think_s is not None:
         shared |= dict(successor=workload.successors(), think_s=workload.think_s)
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,
-                         workload.uniforms, dims.num_requests, workload.priority, **shared)
+                         workload.uniforms, dims.num_requests, workload.priority, has_urgent=dims.has_urgent,
+                         **shared)
 
 
 def shared_prefixes(workload: Workload, block_size: int) -> Prefixes:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsim.engine import hand_over, prefix, tape
+from jaxsim.engine import hand_over, migration, prefix, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
 from jaxsim.engine.touched import Touched
 from jaxsim.engine.writes import Add, Put, Writes, at
@@ -24,6 +24,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     is_finished = retired.is_any
     if t.left is not None:
         is_active, is_finished = is_active | event.is_door, is_finished & ~t.left.is_any
+    if dims.has_migration:
+        is_active = is_active | event.is_tick
     logs = t.is_starting & (counts.batch.joining_first > 0)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     leaving = jnp.where(retired.is_any & (retired.slot != placed.slot), retired.slot, null)
@@ -60,15 +62,28 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         is_returning = placed.is_admitted & (t.preemptions > 0)
         if t.is_ready is not None:
             is_returning = is_returning & ~t.is_ready
+        is_stalling, stalled = t.is_preempting, t.candidate
+        if dims.has_migration:
+            # Who leaves stands still until it is placed again; a ready one who gives way does already.
+            is_returning = is_returning | (placed.is_admitted & t.is_ready)
+            is_stalling = (is_stalling & (t.victim[0] != null)) | t.left.is_any
+            stalled = jnp.where(t.left.is_any, t.left.request, stalled)
         parts = clock.to_integers(world.epoch, now)
         writes["progress"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),),
                                  jnp.stack([t.victim_emitted, t.preemptions + 1]))
-        writes["stalled"] = Add((jnp.where(t.is_preempting | is_returning, t.candidate, scratch),),
-                                jnp.where(is_returning, parts, jnp.where(t.is_preempting, -parts, 0)))
+        writes["stalled"] = Add((jnp.where(is_stalling | is_returning, stalled, scratch),),
+                                jnp.where(is_returning, parts, jnp.where(is_stalling, -parts, 0)))
         writes["preempted"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),), stamp)
         writes["residues"] = Put(own("residues"), t.residue_row)
     link = t.link
-    if t.left is not None:
+    if dims.has_migration:
+        index = jnp.where(t.left.is_any, t.left.request, writes["progress"].index[0])
+        emitted = jnp.stack([t.left.emitted, take(world.progress, retired.request)[1]])
+        writes["progress"] = Put((index,), jnp.where(t.left.is_any, emitted, writes["progress"].value))
+        writes["preempted"] = Put((jnp.where(is_stalling, stalled, scratch),), stamp)
+        writes |= migration.writes(context, event, t.acted, t.left)
+        link = choose(event.is_door, t.acted.link, link)
+    elif t.left is not None:
         # A request that leaves has its first token, and waits for the next from now on.
         leaving_now, before = t.left.is_any, take(world.progress, retired.request)[1]
         index = jnp.where(leaving_now, t.left.request, writes["progress"].index[0])
@@ -115,10 +130,18 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         "first_tokens": Put((logged,), first_ends),
         "itl": Add((histogram.bin_of(t.itl_s),), t.itl_weights),
     }
+    if dims.has_migration:
+        is_marked = t.acted.marked != null
+        slots = jnp.where(is_marked, t.acted.marked, leaving), entering
+        writes["slot_keys"] = Put(own("slot_keys", slots), (jnp.where(is_marked, t.acted.key, packed.EMPTY), own_key))
     if dims.all_ranks > 1:
         change = event.is_arrival.astype(jnp.int32) - retired.is_any
         writes["outstanding"] = Add((t.rank,), change)
-        if t.left is not None:
+        if dims.has_migration:
+            gone = t.acted.is_commit.astype(jnp.int32)
+            both = jnp.stack([change + t.left.is_any + gone, -gone])
+            writes["outstanding"] = Add((jnp.stack([t.rank, t.acted.source]),), both)
+        elif t.left is not None:
             target = jnp.where(t.left.is_any, t.left.target, t.rank)
             both = jnp.stack([change, t.left.is_any.astype(jnp.int32)])
             writes["outstanding"] = Add((jnp.stack([t.rank, target]),), both)
@@ -149,7 +172,9 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
                                                w.LOG_FULL, 0))
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=t.is_frozen.astype(jnp.int32))
-    if t.left is not None:
+    if dims.has_migration:
+        progress["control"] = t.control
+    elif t.left is not None:
         progress |= dict(num_handed_over=world.num_handed_over + t.left.is_any,
                          num_accepted=world.num_accepted + (t.opened.accepted != scratch))
     if dims.num_records:

@@ -229,8 +229,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     is_from_queue = is_admitted
     if is_ready is not None:
         is_from_queue = is_admitted & ~is_ready
-        rank = replace(rank, ready=queues.pop_front(rank.ready, following, is_admitted & is_ready),
-                       held_blocks=rank.held_blocks - entering * blocks_for(prompt, dims))
+        rank = replace(rank, ready=queues.pop_front(rank.ready, following, is_admitted & is_ready))
+        if dims.has_roles:
+            rank = replace(rank, held_blocks=rank.held_blocks - entering * blocks_for(prompt, dims))
     rank = replace(
         rank, queue=queues.pop_front(rank.queue, following, is_from_queue), running=rank.running + is_in,
         used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
@@ -264,7 +265,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         can_go_on = can_go_on | are_enough | (is_counted & more_fit)
     key = packed.pack_key(after_first + (output - emitted - 1), slot, dims.slot_bits)
     entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
-    if rules.stamps_slots or dims.has_roles:
+    if rules.stamps_slots or dims.has_moves:
         stamp = counts.executor.num_iterations if rules.reserve == "expected" else rank.next_stamp
         entry += [lengths[PLACE] if rules.order == "priority" else prompt, stamp]
     placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
@@ -345,7 +346,7 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     slowest_s = jnp.maximum(pace.first_s + pace.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / slowest_s, 1e9).astype(jnp.int32))
     has_others = rank.waiting > 0
-    if dims.has_roles:
+    if dims.has_moves:
         has_others = has_others | (rank.ready.length > 0)
         # Who is ready and was not seen goes first when it is, whoever is held now.
         is_held = is_held & ((rank.ready.length == 0) | (ready_seen(rules, rank) > 0))

@@ -9,8 +9,8 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxsim.engine import ending, events, gathering, hand_over, lockstep, passes, pipeline, prefix, tape
-from jaxsim.engine.common import Context, choose, has, mark, take
+from jaxsim.engine import ending, events, gathering, hand_over, lockstep, migration, passes, pipeline, prefix, tape
+from jaxsim.engine.common import Context, blocks_for, choose, has, mark, take
 from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
 from jaxsim.engine.touched import Touched
 from jaxsim.kernels import bitmap, clock, packed, queues, stack
@@ -62,6 +62,10 @@ def receive(context: Context, t: Touched) -> Touched:
     is_cut = (is_running & (counts.batch.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
     counts = replace(counts, rank=replace(counts.rank, queue=queue))
+    if context.dims.has_demands:
+        blocks = blocks_for(take(requests.table, arriving)[PROMPT], context.dims)
+        waiting = counts.rank.waiting_blocks + jnp.where(event.is_arrival, blocks, 0)
+        counts = replace(counts, rank=replace(counts.rank, waiting_blocks=waiting))
     cut_extra = jnp.int32(context.dims.max_jump) if context.dims.num_ranks > 1 else None
     if rules.admit == "when_empty":
         # Only a rank that runs along with others is empty.
@@ -88,7 +92,7 @@ def receive(context: Context, t: Touched) -> Touched:
         is_seen = event.is_arrival & ending.is_before_last(event, counts, t.times)
         counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
     # A sorted queue changes once a step, and the pass may change it too. An earlier end elsewhere may bring an arrival.
-    if (rules.order != "priority" and context.dims.num_ranks == 1 and not context.dims.has_roles
+    if (rules.order != "priority" and context.dims.num_ranks == 1 and not context.dims.has_moves
             and not (params.source.answers and context.dims.num_executors > 1)):
         goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S) & events.is_allowed(world, wake)
         if rules.pass_on_arrival and t.flying is not None:
@@ -100,7 +104,12 @@ def receive(context: Context, t: Touched) -> Touched:
 
 
 def open_door(context: Context, t: Touched) -> Touched:
-    """With roles: deliver a request, accept one, or take blocks back."""
+    """With roles: deliver a request, accept one, or take blocks back. With migration what one does here, or its
+    controller."""
+    if context.dims.has_migration:
+        counts, wake, phase, control, acted = migration.act(
+            context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row)
+        return replace(t, counts=counts, wake=wake, phase=phase, control=control, acted=acted)
     if not context.dims.has_roles:
         return t
     counts, wake, phase, opened = hand_over.open_door(
@@ -126,7 +135,10 @@ def retire(context: Context, t: Touched) -> Touched:
     counts, residue_row, retired, has_more, next_key = ending.retire(
         dims, group, event, counts, keys, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row,
         take(world.slot_entries, t.rank)[:, w.STAMP] if group.batching.prefix_caching or dims.has_roles else None,
-        partial(hand_over.is_leaving, context, event) if dims.has_roles else None)
+        partial((hand_over if dims.has_roles else migration).is_leaving, context, event) if dims.has_moves else None)
+    if dims.has_urgent:
+        gone = retired.is_any * take(requests.is_urgent, retired.request)
+        counts = replace(counts, rank=replace(counts.rank, urgent=counts.rank.urgent - gone))
     tail, unlinked, slots = counts.batch.tail, None, None
     if group.batching.keeps_running_list:
         tail, *unlinked = queues.unlink(
@@ -153,6 +165,10 @@ def retire(context: Context, t: Touched) -> Touched:
         # What that leads to at this instant comes before the pass; blocks of a transfer that takes time come later.
         is_instant = left.is_any & (left.seconds <= 0) & (params.hand_over.latency_s <= 0)
         event = event._replace(is_met=event.is_met | is_instant | is_looking)
+    control = t.control
+    if dims.has_migration:
+        left, control, opens = migration.leave(context, event, retired, control)
+        event = event._replace(is_met=event.is_met | opens)
     source, due = t.source, None
     if params.source.answers:
         is_over = retired.is_any if left is None else retired.is_any & ~left.is_any
@@ -162,7 +178,7 @@ def retire(context: Context, t: Touched) -> Touched:
         event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
     return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, released=released,
                    left=left, is_looking=is_looking, retired=retired, has_more=has_more, next_key=next_key, tail=tail,
-                   longest=longest, unlinked=unlinked and tuple(unlinked), slots=slots)
+                   longest=longest, unlinked=unlinked and tuple(unlinked), slots=slots, control=control)
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
@@ -174,7 +190,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
     # A scheduling pass, unless something at this instant comes before it.
     has_ended = event.is_ending & ~t.has_more
     has_work = (counts.rank.running > 0) | (counts.rank.waiting > 0)
-    if dims.has_roles:
+    if dims.has_moves:
         has_work = has_work | (counts.rank.ready.length > 0)
     is_due = (has_ended & has_work) | (event.is_arrival & (t.phase >= w.IDLE))
     is_passing = event.is_passing | (is_due & ~event.is_tied)
@@ -182,6 +198,10 @@ def open_pass(context: Context, t: Touched) -> Touched:
         # Only when all ranks have settled.
         is_passing = event.is_passing & has_work
     counts = passes.begin_pass(group, is_passing, counts)
+    if dims.has_migration:
+        is_fresh = is_passing & (t.counts.rank.progress == 0)
+        stamp = jnp.where(is_fresh, counts.rank.next_stamp, counts.rank.first_stamp)
+        counts = replace(counts, rank=replace(counts.rank, first_stamp=stamp))
     was_closed = has(counts, w.CLOSED)
     candidate = counts.rank.queue.front
     if rules.order == "priority":
@@ -190,7 +210,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         candidate = gathering.candidate(counts, world.next_waiting, t.link)
     is_forming = counts.rank.forming_slot != null
     is_ready = None
-    if dims.has_roles:
+    if dims.has_moves:
         is_ready = (passes.ready_seen(rules, counts.rank) > 0) & ~(is_forming & ~has(counts, w.FORMED))
         candidate = jnp.where(is_ready, counts.rank.ready.front, candidate)
     if rules.chunked_prefill:
@@ -343,6 +363,23 @@ def fill(context: Context, t: Touched) -> Touched:
         if gives_way is not None:
             counts = hand_over.without_last_ready(context, gives_way, counts, t.lengths[PROMPT])
         link = choose(is_preempting, own_link, link)
+    if dims.has_demands:
+        rank, is_from_queue = counts.rank, placed.is_admitted
+        if t.is_ready is not None:
+            is_from_queue = is_from_queue & ~t.is_ready
+        blocks = rank.waiting_blocks - jnp.where(is_from_queue, blocks_for(t.lengths[PROMPT] + t.emitted, dims), 0)
+        if rules.grows:
+            again = blocks_for(t.lengths[PROMPT] + victim_emitted, dims)
+            blocks = blocks + jnp.where(is_preempting, again, 0)
+        rank = replace(rank, waiting_blocks=blocks)
+        if dims.has_migration:
+            rank = replace(rank, killed=rank.killed + is_preempting - (is_from_queue & (t.preemptions > 0)))
+        if dims.has_urgent:
+            joins, goes = placed.is_admitted.astype(jnp.int32), jnp.int32(0)
+            if rules.grows:
+                goes = (is_preempting & (victim[0] != null)).astype(jnp.int32)
+            rank = replace(rank, urgent=rank.urgent + take(context.requests.is_urgent, t.candidate) * (joins - goes))
+        counts = replace(counts, rank=rank)
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
@@ -365,8 +402,9 @@ def price(context: Context, t: Touched) -> Touched:
         # Nothing runs: the engine's loop comes round at once, seeing everybody.
         is_stuck = is_stuck & ~passes.is_somebody_hidden(counts)
         counts = passes.seeing_all(is_idle, counts)
-    if context.dims.has_roles:
-        is_resting = is_stuck & hand_over.is_waiting_for_blocks(counts)
+    if context.dims.has_moves:
+        is_waiting = (hand_over if context.dims.has_roles else migration).is_waiting_for_blocks(counts)
+        is_resting = is_stuck & is_waiting
         is_stuck = is_stuck & ~is_resting
         if rules.async_scheduling:
             counts = passes.seeing_all(is_resting, counts, begins_anew=True)

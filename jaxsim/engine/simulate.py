@@ -18,6 +18,7 @@ from jaxsim.metrics import LaneResult, Result
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import ProfiledCost, Scenario
 from jaxsim.state import world as w
+from jaxsim.state.control import OFF
 from jaxsim.state.world import World
 from jaxsim.workload.workload import Workload
 
@@ -186,10 +187,15 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [Lane(index, system, workload, dims,
-                  lower.make_params(scenario, system, cost, lower.step_limit(workload, dims.num_ranks), workload),
+                  lower.make_params(scenario, system, cost, lower.step_limit(workload, turns(dims)), workload),
                   longest,
                   prefix, lower.front_end_s(scenario, system))
             for workload, prefix in zip(workloads, prefixes, strict=True)]
+
+
+def turns(dims: Dims) -> int:
+    """How many take turns in what a token costs in steps: ranks, or executors that a controller looks at."""
+    return dims.num_executors if dims.has_migration else dims.num_ranks
 
 
 def with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
@@ -213,7 +219,7 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
     step = 1 << max(num_requests.bit_length() - 4, 0)
     return Dims(num_requests=-(-num_requests // step) * step,
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
-                num_ranks=system.num_ranks, has_roles=system.has_roles,
+                num_ranks=system.num_ranks, has_roles=system.has_roles, **lower.moves_of(scenario),
                 num_stages=system.scheduler.num_stages, num_batches=system.scheduler.num_stages,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
 
@@ -256,7 +262,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
-        **handed_over(world, np.s_[lane, :count]),
+        **handed_over(world, np.s_[lane, :count]), **migrated(world, np.s_[lane], np.s_[lane, :count], finish_s),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
         session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)
@@ -275,6 +281,23 @@ def handed_over(world: World, rows: tuple) -> dict[str, np.ndarray]:
 
     return {"decode_instance": target, "accepted_s": seconds(hand_over.ACCEPTED),
             "delivered_s": seconds(hand_over.DUE)}
+
+
+def migrated(world: World, lanes: tuple, rows: tuple, finish_s: np.ndarray) -> dict[str, np.ndarray]:
+    """With migration: `migrations`, `downtime_s` and `last_instance` of these requests, `aborted_migrations`; with
+    scaling `instance_s`, `starts` and `drains`. finish_s: of these requests, over the last axis."""
+    if world.control is None:
+        return {}
+    moved, fleet = world.moved[rows], world.control.fleet
+    found = {"migrations": moved[..., 0], "downtime_s": clock.from_integers_reference(moved[..., 2:]),
+             "last_instance": np.maximum(world.placed[rows][..., 1], 0) + moved[..., 1],
+             "aborted_migrations": world.control.aborted[lanes]}
+    if fleet is not None:
+        end_s = np.max(finish_s, axis=-1)
+        is_used = (fleet.status[lanes] != OFF).sum(axis=-1)
+        found |= {"instance_s": clock.from_integers_reference(fleet.used[lanes]) + is_used * end_s,
+                  "starts": fleet.starts[lanes], "drains": fleet.drains[lanes]}
+    return found
 
 
 def blocks_of(system: lower.System) -> int | np.ndarray:

@@ -4,13 +4,14 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import hand_over, lockstep, pipeline, prefix, tape
+from jaxsim.engine import hand_over, lockstep, migration, pipeline, prefix, tape
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
 from jaxsim.engine.slots import Slots
 from jaxsim.kernels import queues
 from jaxsim.kernels.clock import Time
+from jaxsim.state.control import Control
 from jaxsim.state.world import Clocks, Counts
 
 
@@ -41,7 +42,10 @@ class Touched(eqx.Module):
     link: queues.Link | None = None
     places: tuple[Int[Array, ""], Int[Array, ""]] | None = None
 
-    # open_door: with roles, what it did.
+    # open_door: with roles, what it did; with migration, what the controller or a door did.
+
+    control: Control | None = None
+    acted: migration.Acted | None = None
     opened: hand_over.Opened | None = None
 
     # settle: samples of the time between tokens, and how many tokens each stands for; what the tape is told.
@@ -53,7 +57,7 @@ class Touched(eqx.Module):
     # running list and the links that change in it; the entry of `World.due` that changes; all slots, if the pass scans
     # them; the largest offset of those that stay, if the cost reads it; with roles who left for another executor, and
     # whether this one is to see who fits.
-    left: hand_over.Left | None = None
+    left: hand_over.Left | migration.Left | None = None
     is_looking: Bool[Array, ""] | None = None
     due: tuple[Int[Array, ""], Float[Array, " 3"]] | None = None
     released: prefix.Release | None = None

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxsim.cost.roofline import notes
-from jaxsim.metrics import FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
+from jaxsim.metrics import ABORTS, FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
 from jaxsim.spec.plan import Plan
 from jaxsim.spec.presets import load_preset
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, RooflineCost, Scenario
@@ -194,6 +194,17 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
     if moved is not None:
         facts.append(("handed over", f"{number(moved['requests'])} requests, from first token to KV at the other engine"
                                      f" {number(moved['mean_ms'])} ms on average, p99 {number(moved['p99_ms'])}"))
+    moves = m.get("migrations")
+    if moves is not None:
+        stop = "" if moves["mean_downtime_ms"] is None else (
+            f", stopped {number(moves['mean_downtime_ms'])} ms each, p99 {number(moves['p99_downtime_ms'])}")
+        given_up = sum(moves[f"aborted_{cause}"] for cause in ABORTS)
+        facts.append(("migrations", f"{number(moves['total'])} of {number(moves['requests'])} requests{stop};"
+                                    f" {number(given_up)} given up"))
+    fleet = m.get("scaling")
+    if fleet is not None:
+        facts.append(("instances", f"{number(fleet['mean_instances'])} on average, {number(fleet['starts'])} started,"
+                                   f" {number(fleet['drains'])} drained"))
     sessions = m.get("sessions")
     if sessions:
         facts.append(("sessions", f"{number(sessions['completed'])} completed, {number(sessions['mean_turns'])} turns"

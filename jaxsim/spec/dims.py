@@ -16,7 +16,9 @@ class Dims:
     block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records: iterations
     kept on the tape (0: no tape); num_ranks: of an executor; num_batches: of a rank; num_stages: of a pipeline, with as
     many batches in flight; num_segments: of shared prompts, 0 without prefix caching; path_width: segments of a prompt;
-    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors.
+    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors;
+    has_migration: running requests may move between executors; has_demands: routers read the blocks that waiting
+    requests need; has_scaling: executors are switched on and off; has_urgent: freeness keeps room for urgent requests.
     """
 
     num_requests: int
@@ -32,6 +34,10 @@ class Dims:
     path_width: int = 0
     log_size: int = 0
     has_roles: bool = False
+    has_migration: bool = False
+    has_demands: bool = False
+    has_scaling: bool = False
+    has_urgent: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -42,6 +48,19 @@ class Dims:
             raise ValueError(f"num_stages = {self.num_stages}: a pipeline is one rank with as many batches")
         if self.has_roles and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments):
             raise ValueError("has_roles: executors of one rank and one stage, without prefix caching")
+        if self.has_migration and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
+            raise ValueError("has_migration: executors of one rank, one stage and no role, without prefix caching")
+        if self.has_migration and not self.has_demands:
+            raise ValueError("has_migration: the controller reads what waits, so has_demands too")
+        if self.has_scaling and not self.has_migration:
+            raise ValueError("has_scaling: by the controller of has_migration")
+        if self.has_urgent and not self.has_demands:
+            raise ValueError("has_urgent: a part of what has_demands reads")
+
+    @property
+    def has_moves(self) -> bool:
+        """A request may go on at another executor than it began on."""
+        return self.has_roles or self.has_migration
 
     @property
     def all_ranks(self) -> int:

@@ -36,6 +36,7 @@ def check(s: "Scenario") -> None:
     _check_engine(s)
     _check_system(s)
     _check_pools(s)
+    _check_migration(s)
     _check_workload(s)
     _check_sizes(s)
 
@@ -125,6 +126,60 @@ def _check_pools(s: "Scenario") -> None:
     if cluster.transfer is not None and not cluster.has_roles:
         raise InputError("cluster.transfer", plain(cluster.transfer), "has no effect where all pools are mixed",
                          "leave it out, or use roles 'prefill' and 'decode'")
+
+
+def _check_migration(s: "Scenario") -> None:
+    cluster, workload, engine = s.cluster, s.workload, s.engine
+    moving = next((name for name in ("migration", "scaling") if getattr(cluster, name) is not None), None)
+    is_freeness = cluster.migration is not None and cluster.migration.metric == "freeness"
+    if cluster.headroom_blocks is not None and cluster.router != "llumnix_load" and not is_freeness:
+        raise InputError("cluster.headroom_blocks", cluster.headroom_blocks, "has no effect: nobody asks for freeness",
+                         "use router = 'llumnix_load' or migration.metric = 'freeness', or leave it out")
+    reads_loads = cluster.router in ("llumnix_load", "remaining_steps")
+    if cluster.transfer is not None and cluster.transfer.router in ("llumnix_load", "remaining_steps"):
+        raise InputError("cluster.transfer.router", cluster.transfer.router, "is not simulated for decode engines",
+                         "use 'least_kv' or 'least_outstanding'")
+    if moving is None and not reads_loads:
+        return
+    where = f"cluster.{moving}" if moving else "cluster.router"
+    value = plain(getattr(cluster, moving)) if moving else cluster.router
+    scheduler = _scheduler(engine)
+    if scheduler.order != "fcfs":
+        raise InputError("engine.scheduling_policy", scheduler.order, f"is not simulated with {where}", "use 'fcfs'")
+    if not scheduler.kv_accounting:
+        raise InputError(where, value, f"reads KV memory, of which {scheduler.preset} keeps no account",
+                         "use a preset 'vllm-v1'")
+    if moving is None:
+        return
+    if cluster.pools:
+        raise InputError(where, value, "is not simulated with [[cluster.pools]]", "use cluster.replicas")
+    if cluster.replicas < 2:
+        raise InputError("cluster.replicas", cluster.replicas, f"leaves {where} nothing to do",
+                         f"use 2 or more, or leave [{where}] out")
+    for field, given, is_wrong, remedy in (
+            ("data_parallel_size", engine.data_parallel_size, engine.data_parallel_size > 1,
+             "use 1, and more replicas for a dense model"),
+            ("pipeline_parallel_size", engine.pipeline_parallel_size, engine.pipeline_parallel_size > 1, "use 1"),
+            ("enable_prefix_caching", True, engine.enable_prefix_caching, "set it to false"),
+            ("async_scheduling", True, scheduler.async_scheduling, "set it to false, or use preset 'vllm-v1@0.9'"),
+            ("preset", scheduler.preset, scheduler.phase_mix != "unified" or scheduler.gathers
+             or scheduler.reserve not in ("none", "prompt") or scheduler.admit != "any_time",
+             "use preset 'vllm-v1@0.9', or 'sarathi'")):
+        if is_wrong:
+            raise InputError(f"engine.{field}", given, f"is not simulated with [{where}]", remedy)
+    if workload.kind == "closed-loop" or workload.has_sessions or workload.replay == "sessions":
+        raise InputError("workload.kind", workload.kind, f"is not simulated with [{where}] where answers bring requests"
+                         " about", "use an open loop")
+    if cluster.scaling is not None:
+        fewest = cluster.scaling.min_replicas
+        if fewest > cluster.replicas:
+            raise InputError("cluster.scaling.min_replicas", fewest,
+                             f"is more than cluster.replicas = {cluster.replicas}",
+                             "lower it, or raise cluster.replicas")
+        if cluster.scaling.out_below > cluster.scaling.in_above:
+            raise InputError("cluster.scaling.out_below", cluster.scaling.out_below,
+                             f"is above in_above = {cluster.scaling.in_above:g}: engines would come and go",
+                             "give a band: out_below under in_above")
 
 
 def _check_workload(s: "Scenario") -> None:

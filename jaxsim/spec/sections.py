@@ -132,6 +132,53 @@ class TransferSection(_Section, frozen=True):
     router_weights: dict[str, float] = {}
 
 
+class MigrationSection(_Section, frozen=True):
+    """Running requests move from full engines to free ones while they decode (Llumnix).
+
+        metric: how free an engine is, in KV blocks a request: remaining_steps (of Llumnix's public code) or freeness
+            (of its paper).
+        choice: who goes: the shortest running request, or the last_come.
+        polling_s: between two looks at all engines.
+        out_below: engines less free than this send requests, and so do those where a preempted one waits.
+        in_above: engines freer than this take them; out_below if left out.
+        max_stages: stages of copying after which a migration is given up.
+        last_stage_blocks: no more than these are copied while the request stands still.
+        gb_per_s: of the link out of or into an engine; that of the device between two of them if left out, times its
+            ranks.
+        latency_us: of a stage.
+    """
+
+    metric: Literal["remaining_steps", "freeness"] = "remaining_steps"
+    choice: Literal["shortest", "last_come"] = "shortest"
+    polling_s: Annotated[float, Meta(ge=0.001, le=3600)] = 0.05
+    out_below: float = 3.0
+    in_above: float | None = None
+    max_stages: Annotated[int, Meta(ge=1, le=1000)] = 3
+    last_stage_blocks: Annotated[int, Meta(ge=1, le=1 << 20)] = 16
+    gb_per_s: Positive | None = None
+    latency_us: NotNegative = 0.0
+
+
+class ScalingSection(_Section, frozen=True):
+    """Engines are switched on and off, one at a time, to keep the mean freeness of those that are on in a band.
+
+    Freeness is the remaining_steps of all that are on taken together, in KV blocks a request. cluster.replicas is the
+    most that are on.
+
+        min_replicas: the fewest, which are on at the beginning.
+        check_s: between two looks.
+        out_below: one more is started below this.
+        in_above: one is drained above this.
+        startup_s: from the start of an engine to when it takes requests.
+    """
+
+    min_replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
+    check_s: Annotated[float, Meta(ge=0.001, le=3600)] = 10.0
+    out_below: float = 10.0
+    in_above: float = 60.0
+    startup_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+
+
 class ClusterSection(_Section, frozen=True):
     """How many engines, and who chooses among them.
 
@@ -141,6 +188,9 @@ class ClusterSection(_Section, frozen=True):
         router_weights: numbers of the router, where it has any.
         pools: engines that differ, in role, device or settings, instead of replicas.
         transfer: of KV between pools, with prefill and decode engines.
+        migration: of running requests between replicas.
+        scaling: replicas are switched on and off.
+        headroom_blocks: KV blocks that freeness keeps for requests of a priority below 0 on an engine where one runs.
     """
 
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
@@ -148,6 +198,9 @@ class ClusterSection(_Section, frozen=True):
     router_weights: dict[str, float] = {}
     pools: tuple[PoolSection, ...] = ()
     transfer: TransferSection | None = None
+    migration: MigrationSection | None = None
+    scaling: ScalingSection | None = None
+    headroom_blocks: Annotated[int, Meta(ge=1, le=1 << 27)] | None = None
 
     @property
     def has_roles(self) -> bool:

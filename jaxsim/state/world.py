@@ -21,6 +21,7 @@ from jaxsim.kernels import clock, histogram, packed, stack
 from jaxsim.kernels.clock import Time
 from jaxsim.kernels.queues import Queue
 from jaxsim.spec.dims import Dims
+from jaxsim.state.control import Control, no_control
 
 ENDING, PASSING, IDLE, RESTING = 0, 2, 3, 4
 """What an executor's wake-up is: an iteration's end, a scheduling pass, nothing, or nothing although somebody waits,
@@ -82,7 +83,10 @@ class Rank(eqx.Module):
     belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other, all
     `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`). With roles: whose KV is on
     the way here and who has it here and does not run, how many of these a pass may see, the blocks that both hold, and
-    those kept for who has left and is not delivered yet.
+    those kept for who has left and is not delivered yet. With migration the same, but that `held_blocks` are those of
+    who is on the way only; then `killed` are the waiting ones that were preempted, and `first_stamp` is where the
+    running order stood when the last pass began. `waiting_blocks` are those that the waiting requests need to begin,
+    `urgent` counts urgent ones that run.
     """
 
     queue: Queue
@@ -105,6 +109,10 @@ class Rank(eqx.Module):
     visible_ready: Int[Array, "*shape"] | None
     held_blocks: Int[Array, "*shape"] | None
     kept_blocks: Int[Array, "*shape"] | None
+    waiting_blocks: Int[Array, "*shape"] | None
+    killed: Int[Array, "*shape"] | None
+    first_stamp: Int[Array, "*shape"] | None
+    urgent: Int[Array, "*shape"] | None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -348,6 +356,11 @@ class World(eqx.Module):
     transfers: Float[Array, "rows 9"] | None = None
     num_handed_over: Int[Array, ""] | None = None
     num_accepted: Int[Array, ""] | None = None
+    # Migration (`jaxsim.engine.migration`), else None; `doors` and `ready_before` as with roles. What its controller
+    # keeps; of requests: migrations, by how much the number of their executor has grown, and seconds between leaving
+    # one and having all KV at the next (parts of `clock.to_integers`).
+    control: Control | None = None
+    moved: Int[Array, "rows 5"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -362,11 +375,13 @@ def empty_counts(dims: Dims) -> Counts:
     is_pipeline = dims.num_stages > 1
     rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, cache=cache,
                   forming_batch=zero if is_pipeline else None,
-                  **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_roles else None),
-                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None))
+                  **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_moves else None),
+                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_moves else None),
+                  **dict.fromkeys(("killed", "first_stamp"), zero if dims.has_migration else None),
+                  waiting_blocks=zero if dims.has_demands else None, urgent=zero if dims.has_urgent else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
-                   taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None)
+                   taken=zero if is_pipeline or dims.has_moves else None, entering=zero if dims.has_moves else None)
     return Counts(executor, rank, batch)
 
 
@@ -440,6 +455,10 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
             unaccepted=ints(doors, 3), returned=ints(doors), links=floats(2 * doors, 2), ready_before=ints(rows),
             transfers=jnp.broadcast_to(-jnp.ones(9, jnp.float32), (rows, 9)), num_handed_over=ints(),
             num_accepted=ints())
+    if dims.has_migration:
+        roles = dict(
+            doors=jnp.broadcast_to(jnp.array([jnp.inf, 0.0, -1.0], jnp.float32), (doors, 3)), ready_before=ints(rows),
+            control=no_control(executors, dims.has_scaling), moved=ints(rows, 5))
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),

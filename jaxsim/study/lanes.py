@@ -229,7 +229,8 @@ class Lanes:
                         if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS)
         key = (statics, s.decode_context_limit is not None, scenario.cluster.router,
                tuple(sorted(scenario.cluster.router_weights)), scenario.workload.kind == "closed-loop",
-               scenario.workload.has_sessions, _of_roles(scenario, system), self._cost_kind(scenario, system),
+               scenario.workload.has_sessions, _of_roles(scenario, system), _of_migration(scenario),
+               self._cost_kind(scenario, system),
                scenario.engine.enable_prefix_caching,
                dataclasses.replace(dims, num_slots=0))
         schedulers = tuple(pool.system.scheduler for pool in system.pools) or (s,)
@@ -292,7 +293,7 @@ class Lanes:
         params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
         front_end_s = lower.front_end_s(scenario, system)
         return dims, [Run(scenario, system, params, workload, prefix, workload.arrival_s,
-                          lower.step_limit(workload, dims.num_ranks), front_end_s)
+                          lower.step_limit(workload, simulate.turns(dims)), front_end_s)
                       for workload, prefix in zip(workloads, prefixes, strict=True)]
 
 
@@ -301,6 +302,13 @@ def _of_roles(scenario: Scenario, system: lower.System) -> Hashable:
     transfer = scenario.cluster.transfer or TransferSection()
     return (len(lower.kinds_of_pools(system)), system.has_roles, transfer.router,
             tuple(sorted(transfer.router_weights))) if system.pools else None
+
+
+def _of_migration(scenario: Scenario) -> Hashable:
+    """What the controller of migrations chooses of the program, and how many instances a router chooses from."""
+    cluster = scenario.cluster
+    return (cluster.migration and (cluster.migration.metric, cluster.migration.choice),
+            cluster.router_weights.get("top_k"))
 
 
 def ladder(slots: list[int]) -> list[int]:

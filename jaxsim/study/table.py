@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxsim.kernels import histogram
-from jaxsim.metrics import FINISHED, PERCENTILES, STATUS_NAMES, UNFINISHED, share_inside, unstable_rows
+from jaxsim.metrics import ABORTS, FINISHED, PERCENTILES, STATUS_NAMES, UNFINISHED, share_inside, unstable_rows
 from jaxsim.spec.scenario import SloSection
 from jaxsim.study.tile import Runs
 
@@ -97,6 +97,18 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         found["transfers.mean_ms"] = _ratio(np.nansum(waits, axis=1), found["transfers.requests"]) * 1e3
         found["transfers.p99_ms"] = np.array([np.nan if np.isnan(w).all() else 1e3 * np.nanpercentile(w, 99)
                                               for w in waits])
+    if runs.migrations is not None:
+        moved = is_measured & (runs.migrations > 0)
+        each = np.where(moved, runs.downtime_s, 0) / np.maximum(runs.migrations, 1)
+        spread = _distribution(each, moved)
+        found["migrations.total"] = np.where(is_measured, runs.migrations, 0).sum(axis=1)
+        found["migrations.requests"] = moved.sum(axis=1)
+        found |= {f"migrations.{name}_downtime_ms": spread[name] for name in ("mean", "p50", "p99")}
+        found |= {f"migrations.aborted_{cause}": runs.aborted_migrations[:, k] for k, cause in enumerate(ABORTS)}
+    if runs.instance_s is not None:
+        last_s = np.where(runs.is_finished, runs.finish_s, -np.inf).max(axis=1)
+        found |= {"scaling.instance_s": runs.instance_s, "scaling.mean_instances": runs.instance_s / last_s,
+                  "scaling.starts": runs.starts, "scaling.drains": runs.drains}
     if runs.cached_tokens is not None:
         found["cached_share"] = _ratio(np.where(is_measured, runs.cached_tokens, 0).sum(axis=1),
                                        np.where(is_measured, runs.input_tokens, 0).sum(axis=1))
@@ -120,6 +132,8 @@ def requests(runs: Runs) -> Columns:
 
 
 def _moves(runs: Runs) -> Columns:
+    if runs.migrations is not None:
+        return {"migrations": runs.migrations, "downtime_s": runs.downtime_s, "last_instance": runs.last_instance}
     if runs.delivered_s is None:
         return {}
     return {"transfer_s": np.nan_to_num(runs.delivered_s - runs.first_token_s, nan=0.0),

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS, blocks_of, handed_over
+from jaxsim.engine.simulate import FAULTS, blocks_of, handed_over, migrated
 from jaxsim.kernels import clock
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
@@ -46,6 +46,13 @@ class Runs:
     cached_tokens: Int[np.ndarray, "runs requests"] | None
     delivered_s: Float[np.ndarray, "runs requests"] | None
     decode_instance: Int[np.ndarray, "runs requests"] | None
+    migrations: Int[np.ndarray, "runs requests"] | None
+    downtime_s: Float[np.ndarray, "runs requests"] | None
+    last_instance: Int[np.ndarray, "runs requests"] | None
+    aborted_migrations: Int[np.ndarray, "runs causes"] | None
+    instance_s: Float[np.ndarray, " runs"] | None
+    starts: Int[np.ndarray, " runs"] | None
+    drains: Int[np.ndarray, " runs"] | None
     num_blocks: Int[np.ndarray, "runs instances"]
     num_iterations: Int[np.ndarray, " runs"]
     front_end_s: Float[np.ndarray, " runs"]
@@ -138,7 +145,7 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         for row, run in zip(arrival_s, runs, strict=True):
             row[:len(run.arrival_s)] = run.arrival_s
     nan = np.float64(np.nan)
-    moved = handed_over(world, np.s_[:, rows])
+    moved = handed_over(world, np.s_[:, rows]) | migrated(world, np.s_[:], np.s_[:, rows], finish_s)
     return Runs(
         is_real=is_real, is_finished=is_finished, arrival_s=arrival_s, input_tokens=column("input_tokens"),
         output_tokens=column("output_tokens"),
@@ -152,6 +159,8 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         running_s=joined(times.rank.running),
         cached_tokens=None if world.cached is None else world.cached[:, rows],
         delivered_s=moved.get("delivered_s"), decode_instance=moved.get("decode_instance"),
+        **{name: moved.get(name) for name in ("migrations", "downtime_s", "last_instance", "aborted_migrations",
+                                              "instance_s", "starts", "drains")},
         num_blocks=np.stack([np.broadcast_to(blocks_of(run.system), dims.all_ranks) for run in runs]),
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),

@@ -51,6 +51,9 @@ ROUTERS = {
     "least_kv": routing.LeastKV,
 }
 
+FREEST = {"llumnix_load": routing.LlumnixLoad, "remaining_steps": routing.RemainingSteps}
+"""Routers that read loads, for lanes whose router is "freest", by `Case.router`."""
+
 SCORE = (0.0, 1.0, 1.0, 3.0, 1.0)
 """Weights of load, waiting requests and used blocks, and the two gates beyond which the shortest queue wins."""
 
@@ -72,6 +75,16 @@ class AnyRouter(routing.AbstractRouting):
         answers = [rule().choose(view) for rule in ROUTERS.values()]
         answers += [self.score.choose(view), jnp.int32(0)]
         return jnp.stack(answers)[self.which]
+
+
+class AnyFreest(routing.AbstractRouting):
+    """Either router that reads loads, by number, or the first instance."""
+
+    which: Int[Array, ""]
+    reads_loads = True
+
+    def choose(self, view: routing.View) -> Int[Array, ""]:
+        return jnp.stack([*(rule().choose(view) for rule in FREEST.values()), jnp.int32(0)])[self.which % 3]
 
 
 @dataclass
@@ -201,7 +214,8 @@ def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int 
         waiting_blocked_after_preempt=flags.waiting_blocked_after_preempt, order=flags.order,
         admit=flags.admit, async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
         has_context_limit=flags.decode_context_limit is not None, prefix_caching=flags.prefix_caching, **more)
-    chosen = AnyRouter(i(case.router), routing.Score(*map(x, case.score))) if router == "mixed" else ROUTERS[router]()
+    chosen = AnyRouter(i(case.router), routing.Score(*map(x, case.score))) if router == "mixed" else (
+        AnyFreest(i(case.router)) if router == "freest" else (ROUTERS | FREEST)[router]())
     return Params((Group(batching, case.cost or fitted(*case.coefficients)),), chosen, i(max_steps))
 
 
@@ -227,7 +241,8 @@ def inputs(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str) -
     """Arguments of `loop.run` for a batch."""
     params = stack([make_params(c, flags, router) for c in cases])
     requests = [pack_requests(c.arrival_s, c.prompt, c.output, c.max_tokens, c.uniforms,
-                              num_requests=dims.num_requests, priority=c.priority, **segments(c, dims))
+                              num_requests=dims.num_requests, priority=c.priority, has_urgent=dims.has_urgent,
+                              **segments(c, dims))
                 for c in cases]
     return params, stack(requests)
 
@@ -308,6 +323,8 @@ def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
     flags = replace(flags, **case.limits, block_size=dims.block_size)
     if router == "mixed":
         router = MIXED[case.router]
+    if router == "freest":
+        router = (*FREEST, "first")[case.router % 3]
     rule = {"score": score_reference(flags.num_blocks, case.score), "first": lambda *_: 0}.get(router, router)
     return simulator.simulate(requests, flags, dims.all_ranks, rule, cost or dyadic_cost(case), ranks=dims.num_ranks,
                               **options)

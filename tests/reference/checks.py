@@ -54,7 +54,7 @@ def check_instance(instance: Instance, flags: Flags) -> None:
     running, waiting, leaving = instance.running, instance.waiting, instance.leaving
     coming, ready, swapped = instance.in_transfer, instance.ready, instance.swapped
     assert len(running) <= flags.max_num_seqs
-    everybody = running + waiting + leaving + instance.unaccepted + coming + ready + swapped
+    everybody = running + waiting + leaving + instance.unaccepted + coming + ready + swapped + instance.stopped
     assert len({id(job) for job in everybody}) == len(everybody)
     assert all(job.blocks == 0 and job.computed == 0 for job in waiting)
     assert 0 <= instance.free_blocks <= flags.num_blocks
@@ -67,6 +67,7 @@ def check_instance(instance: Instance, flags: Flags) -> None:
         assert instance.free_blocks == instance.cache.num_free == flags.num_blocks - num_held
     else:
         held_here = sum(job.blocks for job in running + coming + ready) + sum(job.source_blocks for job in leaving)
+        held_here += sum(job.blocks for job in instance.stopped) + instance.inbound_blocks
         assert instance.free_blocks + held_here == flags.num_blocks
     assert all(job.blocks == 0 and job.is_prefilled for job in swapped)
     if flags.track_blocks:

@@ -78,6 +78,7 @@ class Flags:
     preemption: str = "recompute"
     swap_bandwidth: float = math.inf
     kv_bytes_per_token: float = 0.0
+    headroom_blocks: int = 0  # counted as used by freeness (Llumnix) where a request of a priority below 0 runs
 
     def __post_init__(self):
         for name, allowed in (

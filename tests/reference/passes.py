@@ -152,7 +152,8 @@ def join_held(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | 
         job = queue[0]
         lacking, must_be_free = blocks_for(job, 1, flags)
         while instance.free_blocks < must_be_free:
-            if instance.running or instance.in_transfer or not instance.ready:
+            is_more_to_come = instance.in_transfer or instance.stopped or instance.inbound_blocks
+            if instance.running or is_more_to_come or not instance.ready:
                 return
             victim = instance.ready[-1]
             preempt(instance, victim, plan, flags)

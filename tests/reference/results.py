@@ -5,6 +5,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from .migration import LiveMigration
 from .state import BatchStatsRef
 
 
@@ -78,7 +79,7 @@ class ReferenceResult:
     """Requests in the order given, iterations in the order started, and how close arrivals came to ties.
 
     `transfers` are in the order accepted. `merges_left_out`: times when simdistserve would have put two batches of
-    decodes into one before a stage.
+    decodes into one before a stage. `live`: the controller of migrations, as it was at the end.
 
     `margins` pairs each arrival with the iteration ends (of any instance) next to it, one before, one after
     and one at the same instant if there are: (the earlier of the two times, their distance), in seconds. With
@@ -91,6 +92,7 @@ class ReferenceResult:
     margins: list[tuple[float, float]]
     transfers: list[TransferRecord] = field(default_factory=list)
     merges_left_out: int = 0
+    live: LiveMigration | None = None
 
     @property
     def smallest_margin_s(self) -> float:

@@ -9,12 +9,13 @@ engine and the stages, each of which works on one at a time. A pass sees the seq
 
 With `Request.after` a request waits for the answer to another: a turn of a session.
 
-With `Disaggregation` prompts are computed on some instances and outputs on others.
+With `Disaggregation` prompts are computed on some instances and outputs on others. With `Migration` running requests
+move between instances.
 
 Order of events at one instant: (time, phase, index), phases: deliveries of KV in the order of acceptance,
-iteration ends by instance, arrivals by request, scheduling passes by instance. What an event causes at the same instant
-has its place in this order among what is left. A pass is atomic; it needs an instance with work and no iteration in
-flight.
+iteration ends by instance, the look of a controller, arrivals by request, scheduling passes by instance. What an event
+causes at the same instant has its place in this order among what is left. A pass is atomic; it needs an instance with
+work and no iteration in flight.
 
 Clock (`clock`): Python integers, one tick = 2^-30 s, so sums of times are exact. A duration is rounded to the tick, an
 arrival to 2^-20 s, both half to even. With `round_times=False` times are float64 seconds as they come.
@@ -39,19 +40,22 @@ from .clock import ARRIVAL_GRID_TICKS, Clock
 from .disaggregation import Disaggregation, HandOver
 from .flags import PRESETS, UNLIMITED, Flags, preset
 from .memory import release
+from .migration import LiveMigration, Migration
 from .passes import enqueue, scheduling_pass
 from .results import IterationRecord, ReferenceResult, RequestResult, TransferRecord, arrival_margins, neighbour_margins
 from .routing import ROUTERS, Router, fewest_prefills, fewest_queued_decodes
+from .scaling import Fleet, Scaling
 from .state import BatchStatsRef, Instance, Job, Request, batch_stats
 from .transfers import Transfer
 
 __all__ = [
-    "PRESETS", "ROUTERS", "UNLIMITED", "BatchStatsRef", "Disaggregation", "Flags", "IterationRecord", "ReferenceResult",
-    "Request", "RequestResult", "Router", "TransferRecord", "arrival_margins", "fewest_prefills",
+    "PRESETS", "ROUTERS", "UNLIMITED", "BatchStatsRef", "Disaggregation", "Flags", "IterationRecord", "Migration",
+    "ReferenceResult",
+    "Request", "RequestResult", "Router", "Scaling", "TransferRecord", "arrival_margins", "fewest_prefills",
     "fewest_queued_decodes", "preset", "simulate",
 ]
 
-PHASE_DELIVERY, PHASE_ITERATION_END, PHASE_ARRIVAL, PHASE_PASS = 0, 1, 2, 3
+PHASE_DELIVERY, PHASE_ITERATION_END, PHASE_CONTROL, PHASE_ARRIVAL, PHASE_PASS = range(5)
 
 Cost = Callable[[BatchStatsRef], float]
 StageCost = Callable[[BatchStatsRef], Sequence[float]]
@@ -68,6 +72,8 @@ def simulate(
     ranks: int = 1,
     stage_cost: StageCost | Sequence[StageCost | None] | None = None,
     disaggregation: Disaggregation | None = None,
+    migration: Migration | None = None,
+    scaling: Scaling | None = None,
 ) -> ReferenceResult:
     """Serves all requests to the end.
 
@@ -81,6 +87,7 @@ def simulate(
     - stage_cost: seconds of one iteration in the engine and in each stage of a pipeline; by default nothing in the
       engine, and `cost` in equal parts.
     - disaggregation: roles of the instances and what is between them; by default all are mixed.
+    - migration: of running requests; by default there is none. scaling: of how many instances are on, beside it.
 
     Raises ValueError for a request that can never be served, AssertionError where a law is broken.
     """
@@ -105,7 +112,7 @@ def simulate(
                 refuse_impossible(request, one)
     instances = [Instance(i, one, role) for i, (one, role) in enumerate(zip(all_flags, roles, strict=True))]
     simulation = Simulation(requests, instances, router, of_each(cost), of_each(stage_cost), Clock(round_times), ranks,
-                            disaggregation)
+                            disaggregation, migration, scaling)
     simulation.run()
     simulation.check_end()
     return simulation.result()
@@ -115,7 +122,8 @@ class Simulation:
     """A run: the heap, the instances, and what an event does."""
 
     def __init__(self, requests: Sequence[Request], instances: list[Instance], router: str | Router, costs: list[Cost],
-                 stage_costs: list[StageCost | None], clock: Clock, ranks: int, rules: Disaggregation | None):
+                 stage_costs: list[StageCost | None], clock: Clock, ranks: int, rules: Disaggregation | None,
+                 migration: Migration | None = None, scaling: Scaling | None = None):
         self.instances, self.costs, self.clock, self.ranks = instances, costs, clock, ranks
         self.route = ROUTERS[router] if isinstance(router, str) else router
         self.prefilling = [instance for instance in instances if instance.can_prefill]
@@ -133,12 +141,19 @@ class Simulation:
         self.rules = rules
         self.hand_over = None if rules is None else HandOver(rules, instances, clock, self.expect_delivery)
         self.transfers: dict[tuple, Transfer] = {}  # on the way
+        self.look_at: float | None = None  # when the controller looks next
+        self.fleet = scaling and Fleet(scaling, instances, clock)
+        self.live = migration and LiveMigration(
+            migration, instances, clock, self.expect_stage, self.ask_for_pass, fleet=self.fleet,
+            prefers_calm=any(instance.flags.headroom_blocks for instance in instances))
         self.iterations: list[IterationRecord] = []
         self.iteration_ends: list[list[float]] = [[] for _ in instances]
         self.num_routed = self.num_finished = 0
         self.now = 0
         self.events: list[tuple] = [(job.arrival, PHASE_ARRIVAL, number) for number, job in enumerate(self.jobs)
                                     if job.request.after is None]
+        if self.fleet:
+            self.events.append((clock.ticks(scaling.check_s), PHASE_CONTROL, 0))
         heapq.heapify(self.events)
 
     @staticmethod
@@ -148,6 +163,14 @@ class Simulation:
     def run(self) -> None:
         while self.events:
             time, phase, index = heapq.heappop(self.events)
+            if phase == PHASE_CONTROL and index == 1 and self.look_at != time:
+                continue
+            if self.live and phase == PHASE_DELIVERY:
+                self.now = time
+                self.live.is_over = self.num_finished == len(self.jobs)
+                self.live.stage_ends(index, time)
+                self.check_migration()
+                continue
             if phase == PHASE_DELIVERY and (index not in self.transfers or self.transfers[index].due != time):
                 continue  # due at another time since
             assert time >= self.now, "the clock ran back"
@@ -159,12 +182,25 @@ class Simulation:
                     if instance.flights:
                         self.end_iteration(instance)
                 self.ask_for_pass(self.instances[index], is_return=True)
+            elif phase == PHASE_CONTROL and index == 0:
+                if self.num_finished < len(self.jobs):
+                    self.fleet.switch_off(self.now, self.live.is_busy)
+                    self.fleet.look(self.now)
+                    heapq.heappush(self.events, (self.now + self.clock.ticks(self.fleet.rules.check_s), phase, 0))
+            elif phase == PHASE_CONTROL:
+                if self.fleet and self.num_finished < len(self.jobs):
+                    self.fleet.switch_off(self.now, self.live.is_busy)
+                self.live.look(self.now)
+                self.look_at = None
+                self.expect_look()
             elif phase == PHASE_ARRIVAL:
                 self.arrive(self.jobs[index])
             else:
                 self.start_iterations(self.instances[index])
             if self.rules is not None:
                 check_cluster(self.instances, self.num_routed - self.num_finished)
+            if self.live:
+                self.check_migration()
 
     def together(self, instance: Instance) -> list[Instance]:
         first = instance.index // self.ranks * self.ranks
@@ -191,16 +227,35 @@ class Simulation:
         self.transfers[transfer.key] = transfer
         heapq.heappush(self.events, (transfer.due, PHASE_DELIVERY, transfer.key))
 
+    def expect_stage(self, time: float, number: int) -> None:
+        heapq.heappush(self.events, (time, PHASE_DELIVERY, number))
+
+    def expect_look(self) -> None:
+        if any(instance.outstanding for instance in self.instances):
+            self.look_at = self.now + self.clock.ticks(self.live.rules.polling_s)
+            heapq.heappush(self.events, (self.look_at, PHASE_CONTROL, 1))
+
+    def check_migration(self) -> None:
+        for instance in self.instances:
+            check_instance(instance, instance.flags)
+        assert sum(i.outstanding for i in self.instances) == self.num_routed - self.num_finished
+
     def deliver(self, transfer: Transfer) -> None:
         self.hand_over.deliver(transfer, self.now)
         for index in (transfer.source, transfer.destination):
             self.ask_for_pass(self.instances[index])
 
     def arrive(self, job: Job) -> None:
-        instance = self.prefilling[self.route(job.request, self.prefilling, self.num_routed)]
+        able = self.prefilling
+        if self.fleet:
+            able = [self.instances[i] for i in self.fleet.those("on", self.now)]
+        instance = able[self.route(job.request, able, self.num_routed)]
         job.instance = instance.index
         self.num_routed += 1
+        is_first = not any(instance.outstanding for instance in self.instances)
         enqueue(instance, job, instance.flags, at_front=False)
+        if self.live and is_first:
+            self.expect_look()
         self.ask_for_pass(instance)
 
     def end_iteration(self, instance: Instance) -> None:
@@ -217,6 +272,7 @@ class Simulation:
                 continue
             job.emitted += 1
             job.is_prefilled = True
+            job.is_newcomer = False
             if job.first_token is None:
                 job.first_token = self.now
             if job.emitted == job.request.output:
@@ -226,6 +282,10 @@ class Simulation:
                     self.expect_follower(number)
                 release(instance, job)
                 instance.running.remove(job)
+                if self.live:
+                    self.live.finished(job)
+            elif self.live and self.live.is_stopping(job):
+                self.live.stop(job, self.now)
             elif instance.role == "prefill":
                 self.hand_over.leave(instance, job, self.now)
             elif flags.decode_context_limit is not None:
@@ -272,7 +332,8 @@ class Simulation:
                 # Nothing runs and something waits: the engine's loop comes round at once, seeing everybody.
                 instance.waiting_at_start = None
                 return self.start_iteration(instance)
-            assert instance.leaving or instance.in_transfer, "an idle instance with work is stuck"
+            is_more_to_come = instance.stopped or instance.inbound_blocks
+            assert instance.leaving or instance.in_transfer or is_more_to_come, "an idle instance with work is stuck"
             return None
         for job, _ in plan.entries:
             if job.scheduled is None:
@@ -382,5 +443,6 @@ class Simulation:
                                seconds(transfer.accepted), seconds(transfer.start), seconds(transfer.due))
                 for transfer in transfers
             ],
+            live=self.live,
             merges_left_out=sum(instance.merges_left_out for instance in self.instances),
         )

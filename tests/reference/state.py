@@ -69,6 +69,7 @@ class Job:
     first_token: float | None = None
     finish: float | None = None
     iteration: float = 0  # duration of the last one it was in
+    is_newcomer: bool = False  # it migrated and has computed nothing since
     # Disaggregated: who decodes, blocks still held by who prefilled, when the transfer was accepted and over.
     decode_instance: int | None = None
     source_blocks: int = 0
@@ -119,6 +120,8 @@ class Instance:
     in_transfer: list[Job] = field(default_factory=list)
     ready: list[Job] = field(default_factory=list)
     swapped: list[Job] = field(default_factory=list)
+    stopped: list[Job] = field(default_factory=list)  # for the last stage of a migration
+    inbound_blocks: int = 0  # taken for a request that migrates here
     flights: list[list[tuple[Job, int]]] = field(default_factory=list)
     on_first_stage: list[tuple[Job, int]] = field(default_factory=list)  # the batch there
     stage_free: list[float] = field(init=False)  # when the engine, and each stage, is free
@@ -153,7 +156,8 @@ class Instance:
     @property
     def outstanding(self) -> int:
         """Requests whose next token comes from here."""
-        queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped)
+        queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped,
+                  self.stopped)
         return sum(map(len, queues))
 
 

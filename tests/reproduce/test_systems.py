@@ -12,7 +12,7 @@ import pytest
 
 from jaxsim import cli
 from jaxsim._core.errors import InputError
-from jaxsim.reproduce import burstgpt, command, distserve, runs
+from jaxsim.reproduce import burstgpt, command, distserve, llumnix, runs
 from jaxsim.reproduce.claim import NOT_REPRODUCED, REPRODUCED
 from jaxsim.spec.scenario import Scenario
 
@@ -166,12 +166,55 @@ def test_a_system_from_the_command_to_its_files(monkeypatch, tmp_path, capsys, s
         assert ("reason" in record) == (not is_near)
 
 
+# ---- Llumnix
+
+
+def load_rows(gain: float) -> pd.DataFrame:
+    """Runs of 4 seeds whose metrics are `gain` times larger without migration; the last rate is fallen behind."""
+    rows = []
+    for rate in (40, 50, 60):
+        for takes, factor in ((llumnix.STAYS, gain), (llumnix.MIGRATES, 1.0)):
+            rows += [{"seed": seed, llumnix.RATE: rate, llumnix.TAKES: takes, "unstable": rate == 60,
+                      "preemptions.requests_share": 0.1, **dict.fromkeys(
+                          ("preemptions.total", "p99_ttft_ms", "p99_e2el_ms", "p99_tpot_ms",
+                           "preemptions.mean_stall_ms"),
+                          factor * (1 + 0.001 * seed) * (100 if rate == 60 else 1))} for seed in range(4)]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("gain, verdict", [(3.0, REPRODUCED), (1.0, NOT_REPRODUCED), (0.5, NOT_REPRODUCED)])
+def test_migration_must_help_beyond_noise(gain, verdict):
+    claims = [claim for claim in llumnix._load_claims(load_rows(gain)) if claim.is_order]
+    assert len(claims) == 9 and {claim.verdict for claim in claims} == {verdict}
+
+
+def test_times_shorter_are_of_rates_kept_up_with():
+    assert llumnix._gain(load_rows(3.0), "p99_ttft_ms").tolist() == pytest.approx([3.0, 3.0])
+
+
+def test_instances_saved_are_read_off_curves():
+    """Half as many instances at every P99; none where the curves share no P99."""
+    points = pd.DataFrame({llumnix.OUT: [5, 10, 20], "scaling.mean_instances": [4.0, 6.0, 8.0],
+                           "p99_ttft_ms": [400.0, 300.0, 200.0]})
+    stays = points.assign(**{llumnix.TAKES: llumnix.STAYS})
+    moves = points.assign(**{llumnix.TAKES: llumnix.MIGRATES, "scaling.mean_instances": [2.0, 3.0, 4.0]})
+    assert llumnix._saved(pd.concat([stays, moves])) == pytest.approx(0.5)
+    assert np.isnan(llumnix._saved(pd.concat([stays, moves.assign(p99_ttft_ms=[40.0, 30.0, 20.0])])))
+
+
+def test_copies_take_what_the_link_takes():
+    """2 x 32 layers x 4096 x 2 bytes a token, over 8 GB a second."""
+    claims = llumnix._memory_claims()
+    assert [claim.verdict for claim in claims] == [REPRODUCED] * 3
+    assert claims[1].ours == pytest.approx(1e3 * 1024 * 2 * 32 * 4096 * 2 / 8e9)
+
+
 # ---- the command
 
 
 @pytest.mark.parametrize("words, says", [
-    ([], "is missing; give one of burstgpt, distserve, all"),
-    (["burst"], "NAME = 'burst': cannot be reproduced; give one of burstgpt, distserve, all"),
+    ([], "is missing; give one of burstgpt, distserve, llumnix, all"),
+    (["burst"], "NAME = 'burst': cannot be reproduced; give one of burstgpt, distserve, llumnix, all"),
     (["all", "--seeds", "1"], "--seeds = 1"), (["all", "--seeds", "-3"], "--seeds = -3"),
     (["distserve", "--out", ""], "--out")])
 def test_refusals(words, says, capsys, monkeypatch, tmp_path):
@@ -196,14 +239,14 @@ def test_all_are_run_whatever_the_verdicts(monkeypatch, tmp_path, capsys):
         claim = Claim(system=name, claim="x", source="y", paper=1.0, ours=2.0, tolerance=0.1)
         return lambda seeds: Reproduction((claim,), lambda path: path.write_bytes(b""))
 
-    for module in (burstgpt, distserve):
+    for module in (burstgpt, distserve, llumnix):
         monkeypatch.setattr(module, "reproduce", made_up(module.__name__.rpartition(".")[2]))
     for words in (["--json"], []):
         assert cli.main(["reproduce", "all", "--out", str(tmp_path), *words]) == 0
     out = capsys.readouterr().out
     records, _ = json.JSONDecoder().raw_decode(out)
     assert [record["system"] for record in records] == list(command.SYSTEMS)
-    assert out.count("1 not reproduced") == 2
+    assert out.count("1 not reproduced") == 3
     assert {path.name for path in tmp_path.iterdir()} == {f for name in command.SYSTEMS for f in command.files(name)}
 
 
