@@ -50,7 +50,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     # Half a second that only Sobol designs need.
     "jaxsim.study.design": "scipy",
     # Not on every platform; the memory of a run is then left out.
-    "jaxsim.bench.engine": "resource",
+    "jaxsim.bench.worker": "resource",
 }
 
 
