@@ -14,7 +14,8 @@ Definitions (all seconds inside, milliseconds in keys that end in `_ms`):
   whatever arrived when: requests that end in it, prompts whose first token comes in it, and output tokens, of a request
   spread evenly from its first to its last, over the length of the window.
 * energy: each device draws `power.busy_w` while its instance has an iteration in flight and `power.idle_w` in between
-  (`jaxsim.spec.device.ServingPower`). A first form: power does not follow the batch, prompts are charged as decodes.
+  (`jaxsim.spec.device.ServingPower`), pools that of their own devices. A first form: power does not follow the batch,
+  prompts are charged as decodes.
 
 Known gaps: percentiles and deviation of ITL come from a histogram with bins at most 1.6 % wide, which
 cannot leave out a warm-up; the mean of ITL is exact.
@@ -24,7 +25,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,8 +34,9 @@ from scipy.special import stdtrit
 
 from jaxsim._core.errors import InputError
 from jaxsim.kernels import histogram
-from jaxsim.spec.device import ServingPower
+from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.scenario import Scenario, SloSection
+from jaxsim.spec.sections import DeviceSection
 
 FINISHED, UNFINISHED = 0, 1
 STATUS_NAMES = ("finished", "unfinished")
@@ -287,10 +289,10 @@ def share_inside(first_s: Any, last_s: Any, start_s: Any, end_s: Any) -> Any:
 
 
 def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float = 0.0, cooldown_s: float = 0.0,
-                 power: ServingPower | None = None, num_devices: int = 1) -> dict[str, Any]:
+                 devices: "Devices | None" = None) -> dict[str, Any]:
     """All metrics of one run: flat keys of vLLM's benchmark client, nested groups. None, never NaN.
 
-    power: of one of the `num_devices` devices; None where it is not known.
+    devices: of the instances (`devices_of`); None where their power is not known.
     """
     frame = request_frame(lane)
     is_mine = is_measured(lane, warmup_s, cooldown_s)
@@ -327,8 +329,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "request_goodput": per_second((met_by_all["all"] & is_good).sum()) if met else None,
         "output_throughput": per_second(outputs),
         "total_token_throughput": per_second(inputs + outputs),
-        **_energy_of(power, num_devices, utilisation["device_busy_share"], window_s,
-                     per_second(outputs)),
+        **_energy_of(lane, devices, window_s, per_second(outputs)),
     }
     for name, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("itl", None), ("e2el", "e2e_s")):
         summary = _gaps(lane, done) if column is None else _distribution(done[column].to_numpy())
@@ -346,7 +347,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "num_cooldown_requests": num_cooldown,
         "unstable": is_unstable(lane),
         "fault": lane.fault or None,
-    } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(measured)}) | (
+    } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(lane, is_mine)}) | (
         {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)})
 
 
@@ -395,9 +396,9 @@ def _slo_group(frame: pd.DataFrame, slo: SloSection, met: Mapping[str, np.ndarra
     return group
 
 
-def _transfer_group(measured: pd.DataFrame) -> dict[str, Any]:
-    """Of requests that another instance decodes than computed the prompt."""
-    seconds = measured.loc[measured["decode_instance"] >= 0, "transfer_s"].to_numpy()
+def _transfer_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) -> dict[str, Any]:
+    """Of requests that another instance decodes than computed the prompt, and whose KV is there."""
+    seconds = (lane.delivered_s - lane.first_token_s)[is_mine & ~np.isnan(lane.delivered_s)]
     summary = _milliseconds(seconds)
     return {"requests": len(seconds), "mean_ms": summary["mean_ms"], "p99_ms": summary["p99_ms"]}
 
@@ -451,7 +452,6 @@ def _kv_group(lane: LaneResult) -> dict[str, Any]:
             "peak_share": float(np.max(lane.kv_peak_blocks / capacity))}
 
 
-
 def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
     duration_s = lane.duration_s
     busy = np.asarray(lane.busy_s) / duration_s if duration_s else None
@@ -464,34 +464,63 @@ def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
             "num_iterations": int(lane.num_iterations)}
 
 
-def energy(idle_w: Any, busy_w: Any, num_devices: Any, busy_share: Any, window_s: Any, output_throughput: Any
-           ) -> dict[str, Any]:
-    """Energy of runs, numbers or arrays with an entry a run; NaN where the power of the device is not known.
+class Devices(NamedTuple):
+    """Of every instance, how many devices it has, and what one draws (watts; NaN where not known) and costs a second.
 
-    idle_w, busy_w: of a device, watts. busy_share: of the time that devices work on an iteration, mean over them.
-    window_s: seconds that the energy is of. mean_power_w = devices x (idle + (busy - idle) x busy_share), energy =
-    mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps: power does not follow
-    the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in it.
+    Instances of one rank after the other where ranks iterate together.
     """
-    mean_power_w = num_devices * (idle_w + (busy_w - idle_w) * busy_share)
+
+    count: Float[np.ndarray, " instances"]
+    idle_w: Float[np.ndarray, " instances"]
+    busy_w: Float[np.ndarray, " instances"]
+    usd_per_s: Float[np.ndarray, " instances"]
+
+
+def devices_of(scenario: Scenario, num_instances: int) -> Devices:
+    """The devices of the instances of a run, of pools that may differ."""
+    rows = []
+    pools = scenario.devices_of_pools
+    # Data-parallel ranks are instances by themselves.
+    ranks = num_instances / sum(replicas for *_, replicas in pools)
+    for section, devices, replicas in pools:
+        spec = _spec(section)
+        power = (spec.power.idle_w, spec.power.busy_w) if spec is not None and spec.power else (math.nan, math.nan)
+        usd_per_s = (spec.usd_per_h or math.nan) / 3600 if spec is not None else math.nan
+        rows += [(devices / ranks, *power, usd_per_s)] * round(replicas * ranks)
+    return Devices(*np.array(rows, np.float64).T)
+
+
+def energy(devices: Devices, busy_share: Float[np.ndarray, "*runs instances"], window_s: Any, output_throughput: Any
+           ) -> dict[str, Any]:
+    """Energy of a run, or of runs with an entry a run; NaN where the power of a device is not known.
+
+    devices: arrays as `busy_share`, which is of the time that the devices of an instance work on an iteration.
+    window_s: seconds that the energy is of. mean_power_w = sum over instances of devices x (idle + (busy - idle) x
+    busy_share), energy = mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps:
+    power does not follow the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in
+    it.
+    """
+    mean_power_w = np.sum(devices.count * (devices.idle_w + (devices.busy_w - devices.idle_w) * busy_share), axis=-1)
     energy_j = mean_power_w * window_s
     tokens = np.where(np.asarray(output_throughput) > 0, output_throughput, np.nan)
     return {"mean_power_w": mean_power_w, "energy_j": energy_j, "energy_wh": energy_j / 3600,
             "energy_j_per_output_token": mean_power_w / tokens}
 
 
-def _energy_of(power: ServingPower | None, num_devices: int, busy_share: float | None, window_s: float | None,
-               output_throughput: float | None) -> dict[str, float | None]:
+def _energy_of(lane: LaneResult, devices: Devices | None, window_s: float | None, output_throughput: float | None
+               ) -> dict[str, float | None]:
     nan = math.nan
-    watts = (nan, nan) if power is None else (power.idle_w, power.busy_w)
-    rest = (nan if value is None else value for value in (busy_share, window_s, output_throughput))
-    found = {name: float(value) for name, value in energy(*watts, num_devices, *rest).items()}
+    nothing = Devices(*(np.full(len(lane.busy_s), nan) for _ in Devices._fields))
+    at_work = lane.busy_s if lane.device_busy_s is None else lane.device_busy_s
+    share = np.asarray(at_work) / (lane.duration_s or nan)
+    rest = (nan if value is None else value for value in (window_s, output_throughput))
+    found = {name: float(value) for name, value in energy(devices or nothing, share, *rest).items()}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
-def _power(scenario: Scenario) -> ServingPower | None:
+def _spec(device: DeviceSection | None) -> DeviceSpec | None:
     try:
-        return scenario.device.spec().power if scenario.device else None
+        return device.spec() if device else None
     except InputError:
         # A fitted cost needs no device, so the one named may be in no catalogue.
         return None
@@ -563,7 +592,7 @@ class Result:
     @functools.cached_property
     def runs(self) -> tuple[tuple[dict[str, Any], ...], ...]:
         """Metrics of every seed of every scenario (`lane_metrics`)."""
-        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s, s.cooldown_s, _power(s), s.num_devices)
+        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s, s.cooldown_s, devices_of(s, len(lane.busy_s)))
                            for lane in lanes) for s, lanes in zip(self.scenarios, self.lanes, strict=True))
 
     @functools.cached_property

@@ -14,7 +14,7 @@ from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.cost.roofline import CUDA_GRAPHS, FRONT_ENDS, roofline
 from jaxsim.engine import measured
-from jaxsim.engine.common import Group, Params
+from jaxsim.engine.common import MAX_SPAN_S, Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, Sessions, SortedArrivals
 from jaxsim.policy.batching import Batching
@@ -135,7 +135,8 @@ def _check_pools(system: System, scenario: Scenario) -> None:
                 ("preset", s.preset, s.phase_mix != "unified" or s.reserve not in ("none", "prompt")
                  or not s.kv_accounting or s.gathers or s.admit != "any_time", "use a preset 'vllm-v1', or 'sarathi'")):
             if is_wrong and system.has_roles:
-                raise InputError(where + name, value, "is not simulated with prefill and decode engines", remedy)
+                field = where + name if name in scenario.cluster.pools[index].engine else f"engine.{name}"
+                raise InputError(field, value, "is not simulated with prefill and decode engines", remedy)
 
 
 def _resolve_alone(scenario: Scenario) -> System:
@@ -362,13 +363,17 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
                   hand_over=make_hand_over(scenario, system) if system.has_roles else None)
 
 
+WAITING_BLOCK_SHARE = 0.05
+"""Of a pool. Source: `waiting_block_prop_threshold` of LLMServe/DistServe (`jaxsim.policy.hand_over`)."""
+
+
 def make_hand_over(scenario: Scenario, system: System) -> HandOver:
     """Who computes prompts and who outputs, and the links between them."""
     given = scenario.cluster.transfer or TransferSection()
     replicas = [pool.replicas for pool in system.pools]
     roles = np.repeat([pool.role for pool in system.pools], replicas)
     # More blocks than there are bound nothing.
-    share = given.waiting_block_share if given.hand_over == "pull" else 2.0
+    share = (given.waiting_block_share or WAITING_BLOCK_SHARE) if given.hand_over == "pull" else 2.0
     most = [max(math.ceil(share * pool.system.num_blocks), 1) for pool in system.pools]
     bytes_per_token, bytes_per_s = transfer_rates(scenario, system)
     try:
@@ -386,8 +391,9 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
 def transfer_rates(scenario: Scenario, system: System) -> tuple[float, float]:
     """Bytes of KV a token, and bytes a second of a link between engines. Raises `InputError` where they are not known.
 
-    Every rank of the narrower engine sends or takes its part over its own link; what joins devices of different pools
-    is the link of a node as far as all pools lie in one (`DeviceSpec.link_among`).
+    Every rank of the narrower engine sends or takes what it holds over its own link: its part of the KV heads, or one
+    that others hold too, or all of MLA's latent. What joins devices that are alike is the link of a node as far as all
+    pools lie in one (`DeviceSpec.link_among`); different ones are in different nodes.
     """
     given = scenario.cluster.transfer or TransferSection()
     if system.model is None:
@@ -401,8 +407,26 @@ def transfer_rates(scenario: Scenario, system: System) -> tuple[float, float]:
     if None in devices:
         raise InputError("cluster.transfer.gb_per_s", None, "missing, and without [device] it cannot be derived",
                          "give the bandwidth of a link between engines")
-    ranks = min(pool.system.plan.num_devices for pool in system.pools if pool.role != "mixed")
-    return bytes_per_token, ranks * min(d.link_among(2, scenario.num_devices).bytes_per_s for d in devices)
+    ranks = min(pool.system.plan.tensor_parallel_size for pool in system.pools if pool.role != "mixed")
+    # Links that carry the same twice are no faster for it.
+    parts = bytes_per_token / system.model.kv_bytes_per_token(width, ranks)
+    span = scenario.num_devices if all(d == devices[0] for d in devices) else math.inf
+    return bytes_per_token, parts * min(d.link_among(2, span).bytes_per_s for d in devices)
+
+
+def check_transfers(scenario: Scenario, system: System, workload: Workload) -> None:
+    """Refuse links so slow that the clock cannot tell when a transfer ends. Raises `InputError`."""
+    if not system.has_roles:
+        return
+    given, (bytes_per_token, bytes_per_s) = scenario.cluster.transfer, transfer_rates(scenario, system)
+    latency_s = 1e-6 * given.latency_us if given else 0.0
+    seconds = latency_s + workload.input_tokens * (bytes_per_token / bytes_per_s)
+    for what, value, most in (("one transfer", seconds.max(), MAX_SPAN_S),
+                              ("all transfers, one after the other", seconds.sum(), MAX_ARRIVAL_S)):
+        if not value <= most:
+            raise InputError("cluster.transfer", f"{value:.3g} s for {what}",
+                             f"is beyond the {most:g} s that are simulated",
+                             "raise cluster.transfer.gb_per_s, or lower cluster.transfer.latency_us")
 
 
 class Prefixes(NamedTuple):

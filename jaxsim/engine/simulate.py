@@ -100,11 +100,11 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
 
 def _with_share(scenario: Scenario, lane: Lane, result: LaneResult) -> LaneResult:
     """With the extrapolated share of a profiled cost."""
-    # Iterations that overlap do not say which sequences were in them.
-    if (not isinstance(scenario.cost, ProfiledCost) or result.steps is None or result.lost_steps
-            or lane.dims.num_stages > 1):
-        return result
+    # Iterations that overlap do not say which sequences were in them, nor does a request that goes on elsewhere.
     system = lane.system
+    if (not isinstance(scenario.cost, ProfiledCost) or result.steps is None or result.lost_steps
+            or lane.dims.num_stages > 1 or system.has_roles or len(lower.kinds_of_pools(system)) > 1):
+        return result
     both = measured.tables(scenario, system.scheduler, system.model, system.device, system.plan, lane.dims.num_slots,
                            lane.longest)
     return dataclasses.replace(result, extrapolated_share=measured.extrapolated_share(both, result))
@@ -169,11 +169,13 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     workloads = [given or lower.make_workload(scenario, seed) for seed in scenario.seeds]
     for workload in workloads:
         lower.check_requests(system, workload)
+        lower.check_transfers(scenario, system, workload)
     most = max(len(workload) for workload in workloads)
     longest = max(int((workload.input_tokens + workload.output_tokens).max()) for workload in workloads)
     dims = dims_of(scenario, system, most)
     if record_steps:
-        chunks = max(int((w.input_tokens // system.scheduler.max_num_batched_tokens).sum()) for w in workloads)
+        budget = min(one.scheduler.max_num_batched_tokens for one in (system, *(pool.system for pool in system.pools)))
+        chunks = max(int((w.input_tokens // budget).sum()) for w in workloads)
         rows = RECORDS_A_REQUEST * most
         if dims.num_stages > 1:
             # Batches that overlap are recorded one by one, and there are at most as many as tokens.

@@ -121,10 +121,20 @@ def _check_pools(s: "Scenario") -> None:
             s.of_pool(index)
         except InputError as error:
             section = "device" if error.field.startswith("device") else error.field
-            raise InputError(f"cluster.pools[{index}].{section}", error.value, error.problem, error.remedy) from None
+            own = {f"engine.{name}" for name in pool.engine} | ({"device"} if pool.device is not None else set())
+            if section not in own and (not own or section.startswith("workload.")):
+                raise
+            # What a pool says, and what does not go together with it.
+            where = f"cluster.pools[{index}]" + ("." if section in own else ": ")
+            raise InputError(where + section, error.value, error.problem, error.remedy) from None
     if cluster.transfer is not None and not cluster.has_roles:
         raise InputError("cluster.transfer", plain(cluster.transfer), "has no effect where all pools are mixed",
                          "leave it out, or use roles 'prefill' and 'decode'")
+    if cluster.transfer is not None and cluster.transfer.hand_over == "push":
+        share = cluster.transfer.waiting_block_share
+        if share is not None:
+            raise InputError("cluster.transfer.waiting_block_share", share, "has no effect with hand_over = 'push'",
+                             "leave it out, or use 'pull'")
 
 
 def _check_workload(s: "Scenario") -> None:

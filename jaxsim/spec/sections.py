@@ -113,7 +113,7 @@ class TransferSection(_Section, frozen=True):
 
         hand_over: pull (a decode engine takes no more while what it has taken and does not run yet holds
             waiting_block_share of its blocks) or push (as soon as its free blocks suffice).
-        waiting_block_share: for pull.
+        waiting_block_share: for pull; 0.05, DistServe's, if left out.
         gb_per_s: of a link, out of a prefill and into a decode engine, each of which carries one transfer after the
             other; that of the devices between them if left out, times the ranks of the narrower engine.
         latency_us: of a transfer; none if left out.
@@ -124,7 +124,7 @@ class TransferSection(_Section, frozen=True):
     """
 
     hand_over: Literal["pull", "push"] = "pull"
-    waiting_block_share: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    waiting_block_share: Annotated[float, Meta(gt=0, le=1)] | None = None
     gb_per_s: Positive | None = None
     latency_us: NotNegative = 0.0
     by_layer: bool = False

@@ -217,6 +217,7 @@ class Lanes:
         for seed in scenario.seeds:
             workload = self.workload(scenario, seed)
             lower.check_requests(system, workload)
+            lower.check_transfers(scenario, system, workload)
             last_s = max(last_s, float(workload.unit_times[-1]) if _is_stretched(scenario) else 0.0)
             most = max(most, len(workload))
             longest = max(longest, int((workload.input_tokens + workload.output_tokens).max()))

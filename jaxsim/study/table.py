@@ -75,8 +75,7 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     found["preemptions.requests_share"] = _ratio(hit.sum(axis=1), measured)
     found["preemptions.mean_stall_ms"] = _ratio(np.where(hit, runs.stall_s, 0).sum(axis=1), hit.sum(axis=1)) * 1e3
     # Of instances, whatever the warm-up.
-    whole = np.where(runs.is_finished, runs.finish_s, -np.inf).max(axis=1) - arrival_s[:, 0]
-    whole = _or_nan(whole, runs.is_finished.any(axis=1))
+    whole = whole_s(runs)
     capacity = np.where(runs.num_blocks > 0, runs.num_blocks, np.nan)
     found |= {
         "kv.num_blocks": capacity.min(axis=1), "kv.mean_share": (runs.kv_block_s / capacity).mean(axis=1) / whole,
@@ -97,10 +96,18 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         found["transfers.mean_ms"] = _ratio(np.nansum(waits, axis=1), found["transfers.requests"]) * 1e3
         found["transfers.p99_ms"] = np.array([np.nan if np.isnan(w).all() else 1e3 * np.nanpercentile(w, 99)
                                               for w in waits])
+    if runs.session is not None:
+        found |= _sessions(runs, is_measured)
     if runs.cached_tokens is not None:
         found["cached_share"] = _ratio(np.where(is_measured, runs.cached_tokens, 0).sum(axis=1),
                                        np.where(is_measured, runs.input_tokens, 0).sum(axis=1))
     return found
+
+
+def whole_s(runs: Runs) -> Float[np.ndarray, " runs"]:
+    """Seconds from the first arrival to the last answer, whatever the warm-up."""
+    last = np.where(runs.is_finished, runs.finish_s, -np.inf).max(axis=1)
+    return _or_nan(last - runs.arrival_s[:, 0], runs.is_finished.any(axis=1))
 
 
 def requests(runs: Runs) -> Columns:
@@ -120,10 +127,35 @@ def requests(runs: Runs) -> Columns:
 
 
 def _moves(runs: Runs) -> Columns:
+    turns = {} if runs.session is None else {"session": runs.session, "turn": runs.turn}
     if runs.delivered_s is None:
-        return {}
+        return turns
     return {"transfer_s": np.nan_to_num(runs.delivered_s - runs.first_token_s, nan=0.0),
-            "decode_instance": runs.decode_instance}
+            "decode_instance": runs.decode_instance, **turns}
+
+
+def _sessions(runs: Runs, is_measured: Bool[np.ndarray, "runs requests"]) -> Columns:
+    """What `jaxsim.metrics` says of sessions, those whose first turn is measured; NaN for runs without any."""
+    names = ("completed", "failed", "context_limited", "mean_turns", "mean_duration_s",
+             *(f"p{p}_duration_s" for p in PERCENTILES))
+    found = np.full((len(names), len(runs.is_real)), np.nan)
+    for row, session in enumerate(runs.session):
+        mine = np.flatnonzero(session >= 0)
+        if not len(mine):
+            continue
+        # The turns of a session stand in order.
+        _, first, of, turns = np.unique(session[mine], return_index=True, return_inverse=True, return_counts=True)
+        is_out = np.bincount(of, ~runs.is_finished[row, mine]) > 0
+        last_s = np.full(len(turns), -np.inf)
+        np.maximum.at(last_s, of, np.where(runs.is_finished[row, mine], runs.finish_s[row, mine], -np.inf))
+        is_mine = is_measured[row, mine[first]]
+        done = is_mine & ~is_out
+        duration_s = (last_s - runs.arrival_s[row, mine[first]])[done] + runs.front_end_s[row]
+        found[:3, row] = done.sum(), (is_mine & is_out).sum(), runs.num_context_limited[row]
+        found[3, row] = turns[is_mine].mean() if is_mine.any() else np.nan
+        if done.any():
+            found[4:, row] = duration_s.mean(), *np.percentile(duration_s, PERCENTILES)
+    return {f"sessions.{name}": values for name, values in zip(names, found, strict=True)}
 
 
 def _unstable(runs: Runs) -> Float[np.ndarray, " runs"]:

@@ -46,6 +46,9 @@ class Runs:
     cached_tokens: Int[np.ndarray, "runs requests"] | None
     delivered_s: Float[np.ndarray, "runs requests"] | None
     decode_instance: Int[np.ndarray, "runs requests"] | None
+    session: Int[np.ndarray, "runs requests"] | None
+    turn: Int[np.ndarray, "runs requests"] | None
+    num_context_limited: Int[np.ndarray, " runs"]
     num_blocks: Int[np.ndarray, "runs instances"]
     num_iterations: Int[np.ndarray, " runs"]
     front_end_s: Float[np.ndarray, " runs"]
@@ -152,7 +155,20 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         running_s=joined(times.rank.running),
         cached_tokens=None if world.cached is None else world.cached[:, rows],
         delivered_s=moved.get("delivered_s"), decode_instance=moved.get("decode_instance"),
+        session=_labels(runs, "session", rows), turn=_labels(runs, "turn", rows),
+        num_context_limited=np.array([run.workload.num_context_limited for run in runs]),
         num_blocks=np.stack([np.broadcast_to(blocks_of(run.system), dims.all_ranks) for run in runs]),
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
         fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault))
+
+
+def _labels(runs: Sequence[Run], name: str, rows: slice) -> Int[np.ndarray, "runs requests"] | None:
+    """`session` or `turn` of the requests of all runs, -1 where there are none; None where no run has any."""
+    if all(run.workload.session is None for run in runs):
+        return None
+    out = np.full((len(runs), rows.stop), -1)
+    for row, run in zip(out, runs, strict=True):
+        if run.workload.session is not None:
+            row[:len(run.workload)] = getattr(run.workload, name)
+    return out
