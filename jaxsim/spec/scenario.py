@@ -153,6 +153,11 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
                    for pool in self.cluster.pools or (PoolSection(replicas=self.cluster.replicas),))
 
     @property
+    def has_clients(self) -> bool:
+        """Whether requests may end without an answer."""
+        return self.workload.has_deadlines or self.cluster.admission is not None
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Seed of each of the independent runs."""
         return tuple(self.workload.seed + k for k in range(self.num_seeds))

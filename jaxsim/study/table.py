@@ -10,7 +10,16 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxsim.kernels import histogram
-from jaxsim.metrics import FINISHED, PERCENTILES, STATUS_NAMES, UNFINISHED, share_inside, unstable_rows
+from jaxsim.metrics import (
+    FINISHED,
+    PERCENTILES,
+    STATUS_NAMES,
+    UNFINISHED,
+    outcomes,
+    share_inside,
+    unstable_rows,
+    waiting_and_running_until,
+)
 from jaxsim.spec.scenario import SloSection
 from jaxsim.study.tile import Runs
 
@@ -75,8 +84,10 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     found["preemptions.requests_share"] = _ratio(hit.sum(axis=1), measured)
     found["preemptions.mean_stall_ms"] = _ratio(np.where(hit, runs.stall_s, 0).sum(axis=1), hit.sum(axis=1)) * 1e3
     # Of instances, whatever the warm-up.
-    whole = np.where(runs.is_finished, runs.finish_s, -np.inf).max(axis=1) - arrival_s[:, 0]
-    whole = _or_nan(whole, runs.is_finished.any(axis=1))
+    is_over, over_s = (runs.is_finished, runs.finish_s) if runs.ended_s is None else (
+        ~np.isnan(runs.ended_s), runs.ended_s)
+    whole = np.where(is_over, over_s, -np.inf).max(axis=1) - arrival_s[:, 0]
+    whole = _or_nan(whole, is_over.any(axis=1))
     capacity = np.where(runs.num_blocks > 0, runs.num_blocks, np.nan)
     found |= {
         "kv.num_blocks": capacity.min(axis=1), "kv.mean_share": (runs.kv_block_s / capacity).mean(axis=1) / whole,
@@ -91,6 +102,9 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         "num_cooldown_requests": (real & (arrival_s > end_s[:, None])).sum(axis=1),
         "unstable": _unstable(runs),
         "fault": np.array([text or None for text in runs.fault], object)}
+    if runs.attempts is not None:
+        ends = outcomes(is_measured, runs.status, runs.attempts)
+        found |= {f"outcomes.{name}": value for name, value in ends.items()}
     if runs.delivered_s is not None:
         waits = np.where(is_measured & (runs.decode_instance >= 0), runs.delivered_s - runs.first_token_s, np.nan)
         found["transfers.requests"] = (~np.isnan(waits)).sum(axis=1)
@@ -110,12 +124,13 @@ def requests(runs: Runs) -> Columns:
     gaps = runs.output_tokens - 1
     tpot = np.where(gaps > 0, (runs.finish_s - runs.first_token_s) / np.maximum(gaps, 1), np.nan)
     run, request = np.nonzero(runs.is_real)
-    status = np.asarray(STATUS_NAMES, object)[np.where(runs.is_finished, FINISHED, UNFINISHED)]
+    status = np.where(runs.is_finished, FINISHED, UNFINISHED) if runs.status is None else runs.status
+    status = np.asarray(STATUS_NAMES, object)[status]
     cached = np.zeros(runs.is_real.shape, np.int64) if runs.cached_tokens is None else runs.cached_tokens
     whole = {"arrival_s": runs.arrival_s, "input_tokens": runs.input_tokens, "output_tokens": runs.output_tokens,
              "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": runs.scheduled_s - runs.arrival_s,
              "stall_s": runs.stall_s, **_moves(runs), "cached_tokens": cached, "preemptions": runs.preemptions,
-             "status": status}
+             "status": status, **({} if runs.attempts is None else {"attempts": runs.attempts})}
     return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
 
 
@@ -130,7 +145,8 @@ def _unstable(runs: Runs) -> Float[np.ndarray, " runs"]:
     found, lengths = np.empty(len(runs.is_real)), runs.is_real.sum(axis=1)
     for length in np.unique(lengths):
         rows = lengths == length
-        found[rows] = unstable_rows(*(x[rows, :length] for x in (runs.arrival_s, runs.scheduled_s, runs.finish_s)))
+        until = waiting_and_running_until(runs.scheduled_s, runs.finish_s, runs.ended_s)
+        found[rows] = unstable_rows(*(x[rows, :length] for x in (runs.arrival_s, *until)))
     return found
 
 
