@@ -38,8 +38,8 @@ from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.scenario import Scenario, SloSection
 from jaxsim.spec.sections import DeviceSection
 
-FINISHED, UNFINISHED = 0, 1
-STATUS_NAMES = ("finished", "unfinished")
+FINISHED, UNFINISHED, TIMED_OUT, REJECTED = range(4)
+STATUS_NAMES = ("finished", "unfinished", "timed_out", "rejected")
 
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
@@ -65,7 +65,8 @@ class LaneResult:
         part of the prompt, end of the one that completes it, end of the last.
     stall_s: time between tokens in which the request was not computed (preempted and waiting again).
     prefill_stall_s: the part of `stall_s` before the first token; None where the engine does not tell.
-    max_tokens: the limit the engine knew. tenant: index into tenant_names. status: FINISHED or UNFINISHED.
+    max_tokens: the limit the engine knew. tenant: index into tenant_names. status: FINISHED, UNFINISHED (when a bound
+        stopped the run), TIMED_OUT or REJECTED.
     itl_counts: tokens after the first, by gap, in the bins of `jaxsim.kernels.histogram`; the outer bins take
         what lies beyond.
     busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
@@ -83,6 +84,9 @@ class LaneResult:
     extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs. lost_steps: rows that it had no room for.
+    attempts, ended_s: with clients that give up or clusters that refuse, how often a request was sent, and when the
+        last of these sendings ended, answered or not; None where every request is answered. All times but the arrival,
+        `instance` (-1: refused) and `preemptions` are of the last sending.
     session, turn: whose turn a request is, and which; None without sessions. num_context_limited: sessions that ended
         at a context limit.
     """
@@ -123,6 +127,8 @@ class LaneResult:
     session: Int[np.ndarray, " requests"] | None = None
     turn: Int[np.ndarray, " requests"] | None = None
     num_context_limited: int = 0
+    attempts: Int[np.ndarray, " requests"] | None = None
+    ended_s: Float[np.ndarray, " requests"] | None = None
 
     @property
     def num_requests(self) -> int:
@@ -140,6 +146,13 @@ class LaneResult:
         if not self.is_finished.any():
             return None
         return float(self.finish_s[self.is_finished].max() - self.arrival_s[0])
+
+    @property
+    def span_s(self) -> float | None:
+        """The same, to the last end of any kind; None if nothing ended."""
+        if self.ended_s is None or np.isnan(self.ended_s).all():
+            return self.duration_s
+        return float(np.nanmax(self.ended_s) - self.arrival_s[0])
 
 
 def request_frame(lane: LaneResult) -> pd.DataFrame:
@@ -187,6 +200,7 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "tenant": np.asarray(lane.tenant_names, object)[np.asarray(lane.tenant)],
         "priority": np.asarray(lane.priority, np.int64),
         "status": np.asarray(STATUS_NAMES, object)[np.asarray(lane.status)],
+        **({} if lane.attempts is None else {"attempts": np.asarray(lane.attempts, np.int64)}),
         **sessions,
     })
 
@@ -221,7 +235,13 @@ def is_unstable(lane: LaneResult) -> bool | None:
     them at loads 0.8, 0.9, 1, 1.1, 1.2 and 1.5; over several seeds the majority decides (`combine`).
     Known gaps: preempted requests that wait again are not counted, only those that wait behind them.
     """
-    return unstable(lane.arrival_s, lane.scheduled_s, lane.finish_s)
+    return unstable(lane.arrival_s, *waiting_and_running_until(lane.scheduled_s, lane.finish_s, lane.ended_s))
+
+
+def waiting_and_running_until(scheduled_s: np.ndarray, finish_s: np.ndarray, ended_s: np.ndarray | None
+                              ) -> tuple[np.ndarray, np.ndarray]:
+    """Until when requests waited and ran, of those too that ended without an answer."""
+    return (scheduled_s, finish_s) if ended_s is None else (np.fmin(scheduled_s, ended_s), ended_s)
 
 
 def unstable(arrival_s: Float[np.ndarray, " requests"], scheduled_s: Float[np.ndarray, " requests"],
@@ -334,6 +354,10 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
     for name, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("itl", None), ("e2el", "e2e_s")):
         summary = _gaps(lane, done) if column is None else _distribution(done[column].to_numpy())
         result |= {f"{statistic}_{name}_ms": value for statistic, value in summary.items()}
+    if lane.attempts is not None:
+        result["outcomes"] = outcomes(*(np.asarray(x)[None] for x in (is_mine, lane.status, lane.attempts)))
+        result["outcomes"] = {name: None if np.isnan(value[0]) else value[0].item()
+                              for name, value in result["outcomes"].items()}
     return result | {
         "slo": _slo_group(measured, slo, met),
         "queueing": _milliseconds(measured["queue_s"].to_numpy()),
@@ -349,6 +373,22 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "fault": lane.fault or None,
     } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(lane, is_mine)}) | (
         {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)})
+
+
+def outcomes(is_measured: Bool[np.ndarray, "runs requests"], status: Int8[np.ndarray, "runs requests"],
+             attempts: Int[np.ndarray, "runs requests"]) -> dict[str, np.ndarray]:
+    """How measured requests ended: counts and shares of those that arrived, an entry a run; NaN if nobody did."""
+    count = is_measured.sum(axis=1)
+
+    def share(amount):
+        return np.divide(amount, count, out=np.full(len(count), np.nan), where=count > 0)
+
+    found = {}
+    for code in (TIMED_OUT, REJECTED):
+        number = (is_measured & (status == code)).sum(axis=1)
+        found |= {STATUS_NAMES[code]: number, f"{STATUS_NAMES[code]}_share": share(number)}
+    return found | {"failed_share": share((is_measured & (status != FINISHED)).sum(axis=1)),
+                    "mean_attempts": share(np.where(is_measured, attempts, 0).sum(axis=1))}
 
 
 def _distribution(seconds: Float[np.ndarray, " values"]) -> dict[str, float | None]:
@@ -444,7 +484,7 @@ def _sessions_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) ->
 
 
 def _kv_group(lane: LaneResult) -> dict[str, Any]:
-    capacity, duration_s = np.asarray(lane.num_blocks), lane.duration_s
+    capacity, duration_s = np.asarray(lane.num_blocks), lane.span_s
     if not capacity.any():
         return {"num_blocks": None, "mean_share": None, "peak_share": None}
     mean = float(np.mean(lane.kv_block_s / capacity)) / duration_s if duration_s else None
@@ -453,7 +493,7 @@ def _kv_group(lane: LaneResult) -> dict[str, Any]:
 
 
 def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
-    duration_s = lane.duration_s
+    duration_s = lane.span_s
     busy = np.asarray(lane.busy_s) / duration_s if duration_s else None
     at_work = lane.busy_s if lane.device_busy_s is None else lane.device_busy_s
     return {"busy_share": float(busy.mean()) if duration_s else None,

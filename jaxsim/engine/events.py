@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxsim.engine.common import Context, Params, iterations_to_reach, span, take
-from jaxsim.kernels import clock, packed, residues
+from jaxsim.kernels import clock, packed, residues, timers
 from jaxsim.kernels.clock import Time
-from jaxsim.policy.arrivals import relative_to
+from jaxsim.policy.arrivals import Coming, relative_to
 from jaxsim.policy.routing import AbstractRouting, View
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
@@ -25,7 +25,9 @@ class Event(NamedTuple):
 
     `request` is the one that arrives, `following` the time of the arrival after it.
 
-    With roles: `is_door`, a door opens. With roles, or where ends bring arrivals about: `is_met`, a door opens or an
+    With clients: `is_timeout`, a client has waited for long enough; `is_again`, the arrival is not the first of its
+    request; `is_refused`, nobody takes it, and `is_routed`, if by the instance it was routed to. With roles: `is_door`,
+    a door opens. With roles, or where ends bring arrivals about: `is_met`, a door opens or an
     iteration ends elsewhere at this instant.
 
     An arrival may bring the end of an iteration along: where the executor it meets stops before the following
@@ -43,6 +45,10 @@ class Event(NamedTuple):
     is_passing: Bool[Array, ""]
     is_door: Bool[Array, ""] | None = None
     is_met: Bool[Array, ""] | bool = False
+    is_timeout: Bool[Array, ""] | None = None
+    is_again: Bool[Array, ""] | None = None
+    is_refused: Bool[Array, ""] | None = None
+    is_routed: Bool[Array, ""] | None = None
 
     @property
     def is_tied(self) -> Bool[Array, ""]:
@@ -91,7 +97,39 @@ def next_time(params: Params, requests: Requests, world: World) -> Time:
     if world.doors is not None:
         door, _ = earliest_door(world)
         first = clock.select(door <= first, door, first)
+    if world.timers is not None:
+        timer = first_timer(requests, world).time
+        first = clock.select(timer <= first, timer, first)
     return first
+
+
+class Timer(NamedTuple):
+    """The first timer of a client: when it goes off, whose it is, and whether the request is sent again then."""
+
+    time: Time
+    request: Int[Array, ""]
+    is_again: Bool[Array, ""]
+
+
+def first_timer(requests: Requests, world: World) -> Timer:
+    """Of all clients. At one instant nobody is sent again before all those who give up have."""
+    instant, request = timers.earliest(lambda row: take(world.timers, row), requests.arrival.shape[0] - 1)
+    time = timers.time_of(world.epoch, timers.Instant(instant.seconds, instant.parts >> 1))
+    return Timer(time, request, (instant.parts & 1) == 1)
+
+
+def before(timer: Timer, coming: Coming) -> tuple[Coming, Bool[Array, ""], Bool[Array, ""]]:
+    """What comes next of arrivals and timers, and whether it is a timeout or an arrival that is not the first of its
+    request. Timeouts come before arrivals, and these in the order of their requests."""
+    is_tied = timer.time.equals(coming.time)
+    is_again = timer.is_again & ((timer.time < coming.time) | (is_tied & (timer.request < coming.request)))
+    is_timeout = ~timer.is_again & (timer.time <= coming.time)
+    is_first = is_again | is_timeout
+    # What a timer brings about is a step by itself, and so is what follows it.
+    is_before_next = is_first | (timer.time <= coming.following)
+    first = Coming(clock.select(is_first, timer.time, coming.time), jnp.where(is_first, timer.request, coming.request),
+                   clock.select(is_before_next, timer.time, coming.following))
+    return first, is_timeout, is_again
 
 
 def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]:
@@ -157,7 +195,10 @@ def chosen_by(context: Context, request: Int[Array, ""], now: Time, routing: Abs
 def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     """The next event of a live scenario, and whether it lies too far ahead for now."""
     dims, params, requests, world, _ = context
-    arrival, request, after_it = params.source.coming(requests, world.source, world.due, world.epoch)
+    coming = params.source.coming(requests, world.source, world.due, world.epoch)
+    if dims.has_clients:
+        coming, is_timer_timeout, is_again = before(first_timer(requests, world), coming)
+    arrival, request, after_it = coming
     wake, phase, executor = earliest_wake(world)
     is_arrival = (arrival < wake) | (arrival.equals(wake) & (phase == w.PASSING))
     now = clock.select(is_arrival, arrival, wake)
@@ -179,8 +220,18 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         target = target // dims.num_ranks
     executor = jnp.where(is_arrival, target, executor)
     following = clock.select(is_arrival, after_it, arrival)
+    more = {}
+    if dims.has_clients:
+        is_timeout, is_arrival = is_arrival & is_timer_timeout, is_arrival & ~is_timer_timeout
+        clients = params.clients
+        waiting = take(w.count_rows(dims).everything(world.counts).rank.waiting.ravel(), target)
+        is_full = is_arrival & (world.num_outstanding >= clients.max_outstanding)
+        is_routed = is_arrival & ~is_full & (waiting >= clients.max_waiting)
+        is_arrival = is_arrival & ~is_full & ~is_routed
+        executor = jnp.where(is_timeout, take(world.routed, request), executor)
+        more = dict(is_timeout=is_timeout, is_again=is_again, is_refused=is_full | is_routed, is_routed=is_routed)
     event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
-                  is_wake & (phase == w.PASSING), is_door)
+                  is_wake & (phase == w.PASSING), is_door, **more)
     if dims.has_roles or (params.source.answers and dims.num_executors > 1):
         event = event._replace(is_met=_is_met(dims, world, now, executor))
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)

@@ -29,6 +29,7 @@ import msgspec
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxsim._core.errors import InputError
 from jaxsim.engine import loop, lower, tape
 from jaxsim.engine.common import Params
 from jaxsim.engine.simulate import RECORDS_A_REQUEST, prepare
@@ -65,6 +66,9 @@ def inputs(scenario: Scenario, seed: int | None = None) -> tuple[Dims, Params, R
     scenario = msgspec.structs.replace(scenario.checked(), num_seeds=1)
     if seed is not None:
         scenario = msgspec.structs.replace(scenario, workload=msgspec.structs.replace(scenario.workload, seed=seed))
+    if scenario.has_clients:
+        raise InputError("workload.client", None, "requests that end without an answer have no derivatives here",
+                         "leave out workload.client and cluster.admission, or use jaxsim.simulate")
     (lane,) = prepare(0, scenario, record_steps=False)
     requests = lower.make_requests(lane.workload, lane.dims, lane.prefixes)
     return lane.dims, *jax.tree.map(jnp.asarray, (lane.params, requests))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from jaxsim.engine import events, hand_over, pipeline
+from jaxsim.engine import clients, events, hand_over, pipeline
 from jaxsim.engine.common import Params
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
@@ -54,6 +54,8 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
     ahead = jnp.minimum(coming.time.hi, jnp.min(world.wake_hi))
     if dims.has_roles:
         ahead = jnp.minimum(ahead, jnp.min(world.doors[:-1, 0]))
+    if dims.has_clients:
+        ahead = jnp.minimum(ahead, events.first_timer(requests, world).time.hi)
     is_starved = jnp.isinf(ahead) & (world.num_finished < requests.count)
     epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
     back = -epochs * clock.EPOCH_S
@@ -94,6 +96,8 @@ def start(dims: Dims, params: Params, requests: Requests, is_stepped: bool = Fal
     ratio = params.of_executors(lambda batching: batching.ratio_start)
     num_blocks = params.of_executors(lambda batching: batching.num_blocks)
     world = w.initial_world(dims, *params.source.start(requests), fields, words, ratio, num_blocks)
+    if dims.has_clients:
+        world = replace(world, **clients.start(requests, rules.async_scheduling))
     if is_stepped:
         world = replace(world, until=jnp.zeros(3, jnp.float32),
                         routed=jnp.full(dims.num_requests + 1, -1, jnp.int32))

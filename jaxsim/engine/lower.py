@@ -16,8 +16,10 @@ from jaxsim.cost.roofline import CUDA_GRAPHS, FRONT_ENDS, roofline
 from jaxsim.engine import measured
 from jaxsim.engine.common import MAX_SPAN_S, Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
+from jaxsim.kernels import clock
 from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, Sessions, SortedArrivals
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.clients import UNBOUNDED, Clients, backoffs, patience
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.routing import DataParallel, router
 from jaxsim.spec.device import DeviceSpec
@@ -27,7 +29,7 @@ from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, kv_cache_bytes
 from jaxsim.spec.presets import Scheduler, resolve
 from jaxsim.spec.scenario import ClusterSection, FittedCost, ProfiledCost, Scenario
-from jaxsim.spec.sections import TransferSection
+from jaxsim.spec.sections import AdmissionSection, ClientSection, TransferSection
 from jaxsim.state.requests import Requests, pack_requests
 from jaxsim.traces import read_lengths, read_trace
 from jaxsim.workload.generator import Tenant
@@ -177,6 +179,10 @@ def _resolve_alone(scenario: Scenario) -> System:
             max_num_seqs=scheduler.max_batch_seqs, max_model_len=max_model_len, rule=scheduler.kv_rule)
         num_blocks = memory.num_blocks
     system = System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len)
+    if system.num_ranks > 1 and scenario.has_clients:
+        raise InputError("engine.data_parallel_size", plan.data_parallel_size,
+                         "with ranks that iterate together is not simulated where requests end without an answer",
+                         "use 1, or leave out workload.client and cluster.admission")
     if system.num_ranks > 1 and scheduler.num_stages > 1:
         raise InputError("engine.pipeline_parallel_size", scheduler.num_stages,
                          "with data-parallel ranks that iterate together is not there yet",
@@ -315,6 +321,41 @@ def make_source(scenario: Scenario, system: System, workload: Workload | None = 
     return SortedArrivals()
 
 
+def make_clients(scenario: Scenario) -> Clients | None:
+    """Who sends again and who refuses; None where every request is answered."""
+    if not scenario.has_clients:
+        return None
+    client, admission = scenario.workload.client or ClientSection(), scenario.cluster.admission or AdmissionSection()
+
+    def bound(most: int | None) -> np.int32:
+        return UNBOUNDED if most is None else np.int32(most)
+
+    return Clients(backoffs(client.retries, client.backoff_s, client.backoff_factor), bound(admission.max_waiting),
+                   bound(admission.max_outstanding))
+
+
+def make_patience(scenario: Scenario, system: System, workload: Workload) -> Int[np.ndarray, "requests 4"] | None:
+    """How long the client of each request waits for the engine; None where every request is answered.
+
+    What a request spends outside the engine is in a client's wait. Raises `InputError` where that is all of it.
+    """
+    if not scenario.has_clients:
+        return None
+    outside_s, w = front_end_s(scenario, system), scenario.workload
+    waits = []
+    for name in ("deadline_s", "first_token_deadline_s"):
+        common, own = getattr(w.client, name, None), {t.name: getattr(t, name) for t in w.tenants}
+        for field, given in ((f"workload.client.{name}", common),
+                             *((f"workload.tenants: {tenant}.{name}", value) for tenant, value in own.items())):
+            if given is not None and given - outside_s < clock.ARRIVAL_GRID_S:
+                raise InputError(field, given, f"is no more than the {outside_s:g} s that a request spends outside the"
+                                               " engine", "raise it, or lower cost.front_end_s")
+        by_tenant = np.array([np.inf if (wait := own.get(tenant) or common) is None else wait - outside_s
+                              for tenant in workload.tenant_names])
+        waits.append(by_tenant[workload.tenant])
+    return patience(*waits)
+
+
 def make_batching(scenario: Scenario, system: System) -> Batching:
     """Flags and numbers of the scheduler of an instance."""
     s = system.scheduler
@@ -360,7 +401,8 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
     else:
         routing = router(name or "round_robin", weights)
     return Params(groups, routing, np.int32(max_steps), make_source(scenario, system, workload), group_of,
-                  hand_over=make_hand_over(scenario, system) if system.has_roles else None)
+                  hand_over=make_hand_over(scenario, system) if system.has_roles else None,
+                  clients=make_clients(scenario))
 
 
 WAITING_BLOCK_SHARE = 0.05
@@ -446,12 +488,13 @@ class Prefixes(NamedTuple):
         return int((self.paths >= 0).sum()) + len(self.paths)
 
 
-def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None) -> Requests:
-    """The workload as the loop reads it, padded."""
-    shared = {}
+def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None,
+                  patience: Int[np.ndarray, "requests 4"] | None = None) -> Requests:
+    """The workload as the loop reads it, padded; patience: of `make_patience`."""
+    shared = {} if patience is None else dict(patience=patience)
     if prefixes is not None:
         more = dims.path_width - prefixes.paths.shape[1]
-        shared = dict(paths=np.pad(prefixes.paths, ((0, 0), (0, more)), constant_values=-1),
+        shared |= dict(paths=np.pad(prefixes.paths, ((0, 0), (0, more)), constant_values=-1),
                       bounds=np.pad(prefixes.bounds, ((0, 0), (0, more)), mode="edge"),
                       num_segments=dims.num_segments)
     if workload.think_s is not None:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsim.engine import hand_over, prefix, tape
+from jaxsim.engine import clients, hand_over, prefix, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
 from jaxsim.engine.touched import Touched
 from jaxsim.engine.writes import Add, Put, Writes, at
@@ -24,6 +24,9 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     is_finished = retired.is_any
     if t.left is not None:
         is_active, is_finished = is_active | event.is_door, is_finished & ~t.left.is_any
+    if t.cut_off is not None:
+        is_active = is_active | event.is_timeout | event.is_refused
+        is_finished = is_finished & (retired.request != scratch)
     logs = t.is_starting & (counts.batch.joining_first > 0)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     leaving = jnp.where(retired.is_any & (retired.slot != placed.slot), retired.slot, null)
@@ -45,12 +48,12 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
 
     if t.turn is None:
         rows = row(w.count_rows(dims), t.count_row, counts), row(w.clock_rows(dims), t.clock_row, t.times)
-        logged = jnp.where(logs, counts.batch.log_row, scratch)
+        logged = jnp.where(logs, counts.batch.log_row, dims.last_log)
         first_ends = jnp.stack([epoch, t.plan.first_end.hi, t.plan.first_end.lo])
     else:
         rows, started = (t.turn.counts, t.turn.clocks), t.turn.everything[0].batch
         first_end = t.turn.first_end
-        logged = jnp.where(t.turn.is_launching & (started.joining_first > 0), started.log_row, scratch).ravel()
+        logged = jnp.where(t.turn.is_launching & (started.joining_first > 0), started.log_row, dims.last_log).ravel()
         first_ends = jnp.broadcast_to(jnp.stack([epoch, first_end.hi, first_end.lo]), (*logged.shape, 3))
 
     if rules.grows:
@@ -77,7 +80,10 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes |= hand_over.writes(context, event, t.opened, t.left, t.is_looking, stamp)
         link = choose(event.is_door, t.opened.link, choose(leaving_now, t.left.link, link))
     if rules.keeps_running_list:
-        _, *appended = queues.append(t.tail, placed.slot, placed.is_completing, dims.null_slot)
+        appending = t.tail, placed.slot, placed.is_completing
+        if t.cut_off is not None:
+            appending = choose(t.cut_off.is_forming, (t.cut_off.tail, t.cut_off.slot, t.cut_off.is_forming), appending)
+        _, *appended = queues.append(*appending, dims.null_slot)
         for name, *links in zip(("slot_previous", "slot_next"), t.unlinked, appended, strict=True):
             indices, values = zip(*links, strict=True)
             writes[name] = Put(own(name, indices), values)
@@ -115,8 +121,12 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         "first_tokens": Put((logged,), first_ends),
         "itl": Add((histogram.bin_of(t.itl_s),), t.itl_weights),
     }
+    if t.cut_off is not None:
+        writes |= clients.writes(context, t, writes, stamp, own)
     if dims.all_ranks > 1:
-        change = event.is_arrival.astype(jnp.int32) - retired.is_any
+        change = event.is_arrival.astype(jnp.int32) - (retired.is_any if t.cut_off is None else is_finished)
+        if t.cut_off is not None:
+            change = change - t.cut_off.is_any
         writes["outstanding"] = Add((t.rank,), change)
         if t.left is not None:
             target = jnp.where(t.left.is_any, t.left.target, t.rank)
@@ -152,6 +162,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     if t.left is not None:
         progress |= dict(num_handed_over=world.num_handed_over + t.left.is_any,
                          num_accepted=world.num_accepted + (t.opened.accepted != scratch))
+    if t.cut_off is not None:
+        progress |= clients.progress(context, t, is_finished)
     if dims.num_records:
         progress["num_recorded"] = world.num_recorded + (
             t.plan.is_any if t.turn is None else dims.num_ranks * t.turn.is_launching)

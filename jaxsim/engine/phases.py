@@ -9,7 +9,7 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxsim.engine import ending, events, gathering, hand_over, lockstep, passes, pipeline, prefix, tape
+from jaxsim.engine import clients, ending, events, gathering, hand_over, lockstep, passes, pipeline, prefix, tape
 from jaxsim.engine.common import Context, choose, has, mark, take
 from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
 from jaxsim.engine.touched import Touched
@@ -61,6 +61,9 @@ def receive(context: Context, t: Touched) -> Touched:
     is_running = event.is_arrival & (t.phase == w.ENDING)
     is_cut = (is_running & (counts.batch.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
+    if context.dims.has_clients and rules.async_scheduling:
+        # Who has come since the iteration in flight began is then who has since the jump did.
+        is_cut = is_running & (counts.batch.extra > 0)
     counts = replace(counts, rank=replace(counts.rank, queue=queue))
     cut_extra = jnp.int32(context.dims.max_jump) if context.dims.num_ranks > 1 else None
     if rules.admit == "when_empty":
@@ -94,7 +97,10 @@ def receive(context: Context, t: Touched) -> Touched:
         if rules.pass_on_arrival and t.flying is not None:
             goes_on = goes_on & ~t.flying.free[0]
         event = event._replace(now=clock.select(goes_on, wake, event.now), is_ending=event.is_ending | goes_on)
-    source = params.source.delivered(world.source, arriving, event.is_arrival)
+    is_delivered = event.is_arrival
+    if context.dims.has_clients:
+        is_delivered = (event.is_arrival | event.is_refused) & ~event.is_again
+    source = params.source.delivered(world.source, arriving, is_delivered)
     return replace(t, event=event, counts=counts, times=times, wake=wake, source=source, link=link, places=places,
                    cut_extra=cut_extra)
 
@@ -106,6 +112,15 @@ def open_door(context: Context, t: Touched) -> Touched:
     counts, wake, phase, opened = hand_over.open_door(
         context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row)
     return replace(t, counts=counts, wake=wake, phase=phase, opened=opened)
+
+
+def give_up(context: Context, t: Touched) -> Touched:
+    """A client has waited for long enough: its request leaves the queue, or its slot at the end of the iteration."""
+    if not context.dims.has_clients:
+        return t
+    counts, wake, phase, residue_row, link, cut_off = clients.give_up(
+        context, t.event, t.rank, t.counts, t.times, t.wake, t.phase, t.residue_row, t.link)
+    return replace(t, counts=counts, wake=wake, phase=phase, residue_row=residue_row, link=link, cut_off=cut_off)
 
 
 def settle(context: Context, t: Touched) -> Touched:

@@ -14,7 +14,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.engine import hand_over, loop, lower, measured, tape
 from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock
-from jaxsim.metrics import LaneResult, Result
+from jaxsim.metrics import FINISHED, UNFINISHED, LaneResult, Result
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import ProfiledCost, Scenario
 from jaxsim.state import world as w
@@ -58,6 +58,7 @@ class Lane:
     longest: int
     prefixes: lower.Prefixes | None = None
     front_end_s: float = 0.0
+    patience: np.ndarray | None = None
 
 
 def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = False,
@@ -90,7 +91,7 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     done = {}
     for (dims, *_), group in groups.items():
         params = _stack([lane.params for lane in group])
-        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes) for lane in group])
+        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, lane.patience) for lane in group])
         world = jax.device_get(loop.run_on_one_device(dims, params, requests))
         done |= {id(lane): _unpack(dims, world, index, lane) for index, lane in enumerate(group)}
     for lane in lanes:
@@ -188,9 +189,9 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [Lane(index, system, workload, dims,
-                  lower.make_params(scenario, system, cost, lower.step_limit(workload, dims.num_ranks), workload),
+                  lower.make_params(scenario, system, cost, most_steps(scenario, dims, workload), workload),
                   longest,
-                  prefix, lower.front_end_s(scenario, system))
+                  prefix, lower.front_end_s(scenario, system), lower.make_patience(scenario, system, workload))
             for workload, prefix in zip(workloads, prefixes, strict=True)]
 
 
@@ -213,11 +214,23 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
     slots = max(min(most, num_requests), SMALLEST_SLOTS)
     # Padded by up to an eighth, for the same reason.
     step = 1 << max(num_requests.bit_length() - 4, 0)
-    return Dims(num_requests=-(-num_requests // step) * step,
+    num_requests = -(-num_requests // step) * step
+    return Dims(num_requests=num_requests, has_clients=scenario.has_clients,
+                num_more_logs=(sendings(scenario) - 1) * num_requests,
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
                 num_ranks=system.num_ranks, has_roles=system.has_roles,
                 num_stages=system.scheduler.num_stages, num_batches=system.scheduler.num_stages,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
+
+
+def sendings(scenario: Scenario) -> int:
+    """How often a request is sent, at most."""
+    return 1 + (scenario.workload.client.retries if scenario.has_clients and scenario.workload.client else 0)
+
+
+def most_steps(scenario: Scenario, dims: Dims, workload: Workload) -> int:
+    """Steps after which a run is stopped, every sending counted."""
+    return min(lower.step_limit(workload, dims.num_ranks) * sendings(scenario), 2**31 - 1)
 
 
 def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
@@ -238,17 +251,24 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
     def joined(pair):
         return pair.hi.astype(np.float64) + pair.lo.astype(np.float64)
 
+    status, instance = np.where(is_finished, 0, 1).astype(np.int8), np.maximum(instance, 0)
+    scheduled_s = np.where(world.placed[lane, :count, 1] >= 0, scheduled_s, np.nan)
+    first_token_s = np.where(log_row >= 0, first_s[log_row], np.nan)
+    clients = {}
+    if dims.has_clients:
+        clients = ends(world, np.s_[lane, :count], finish_s, first_token_s)
+        status, instance = clients.pop("status"), clients.pop("instance")
+        first_token_s, is_finished = clients.pop("first_token_s"), status == FINISHED
     fault = int(world.fault[lane])
     names = [text for bit, text in FAULTS.items() if fault & bit]
     return LaneResult(
         arrival_s=_arrivals(world, lane, made), input_tokens=workload.input_tokens,
         output_tokens=workload.output_tokens, max_tokens=workload.max_tokens,
-        scheduled_s=np.where(instance >= 0, scheduled_s, np.nan),
-        first_token_s=np.where(log_row >= 0, first_s[log_row], np.nan),
+        scheduled_s=scheduled_s, first_token_s=first_token_s,
         finish_s=np.where(is_finished, finish_s, np.nan),
         stall_s=clock.from_integers_reference(world.stalled[lane, :count]), preemptions=world.progress[lane, :count, 1],
-        instance=np.maximum(instance, 0), priority=workload.priority, tenant=workload.tenant,
-        tenant_names=workload.tenant_names, status=np.where(is_finished, 0, 1).astype(np.int8),
+        instance=instance, priority=workload.priority, tenant=workload.tenant,
+        tenant_names=workload.tenant_names, status=status,
         itl_counts=world.itl[lane], busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks),
         device_busy_s=np.repeat(joined(times.executor.alone) / dims.num_stages if dims.num_stages > 1
                                 else joined(times.executor.busy), dims.num_ranks),
@@ -258,10 +278,21 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
-        **handed_over(world, np.s_[lane, :count]),
+        **handed_over(world, np.s_[lane, :count]), **clients,
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
         session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)
+
+
+def ends(world: World, rows: tuple, ended_s: np.ndarray, first_token_s: np.ndarray) -> dict[str, np.ndarray]:
+    """With clients: how the last sending of these requests ended, how many there were, who served it, and when; the
+    first token if it came before that."""
+    sendings, status = np.moveaxis(world.clients[rows], -1, 0)
+    is_over = ended_s > 0
+    status = np.where(is_over, np.where(status == 0, FINISHED, status), UNFINISHED).astype(np.int8)
+    first_token_s = np.where(~is_over | (first_token_s <= ended_s), first_token_s, np.nan)
+    return {"status": status, "attempts": sendings >> 1, "ended_s": np.where(is_over, ended_s, np.nan),
+            "instance": world.routed[rows].astype(np.int64), "first_token_s": first_token_s}
 
 
 def handed_over(world: World, rows: tuple) -> dict[str, np.ndarray]:

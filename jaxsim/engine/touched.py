@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import hand_over, lockstep, pipeline, prefix, tape
+from jaxsim.engine import clients, hand_over, lockstep, pipeline, prefix, tape
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
@@ -43,6 +43,9 @@ class Touched(eqx.Module):
 
     # open_door: with roles, what it did.
     opened: hand_over.Opened | None = None
+
+    # give_up: with clients, whose request was cut off.
+    cut_off: clients.CutOff | None = None
 
     # settle: samples of the time between tokens, and how many tokens each stands for; what the tape is told.
     itl_s: Float[Array, " samples"] | None = None

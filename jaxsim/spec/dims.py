@@ -16,7 +16,9 @@ class Dims:
     block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records: iterations
     kept on the tape (0: no tape); num_ranks: of an executor; num_batches: of a rank; num_stages: of a pipeline, with as
     many batches in flight; num_segments: of shared prompts, 0 without prefix caching; path_width: segments of a prompt;
-    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors.
+    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors;
+    has_clients: requests may end without an answer, and be sent again; num_more_logs: rows for first tokens beyond one
+    a request.
     """
 
     num_requests: int
@@ -32,6 +34,8 @@ class Dims:
     path_width: int = 0
     log_size: int = 0
     has_roles: bool = False
+    has_clients: bool = False
+    num_more_logs: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -42,6 +46,8 @@ class Dims:
             raise ValueError(f"num_stages = {self.num_stages}: a pipeline is one rank with as many batches")
         if self.has_roles and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments):
             raise ValueError("has_roles: executors of one rank and one stage, without prefix caching")
+        if self.has_clients and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
+            raise ValueError("has_clients: executors of one rank and one stage, without prefix caching or roles")
 
     @property
     def all_ranks(self) -> int:
@@ -52,6 +58,11 @@ class Dims:
     def all_batches(self) -> int:
         """Batches of all ranks."""
         return self.all_ranks * self.num_batches
+
+    @property
+    def last_log(self) -> int:
+        """The scratch row of the log of first tokens."""
+        return self.num_requests + self.num_more_logs
 
     @property
     def slot_width(self) -> int:

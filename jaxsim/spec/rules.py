@@ -30,6 +30,9 @@ from jaxsim.spec.sections import (
 if TYPE_CHECKING:
     from jaxsim.spec.scenario import Scenario
 
+MAX_BACKOFF_S = 1e6
+"""The longest wait before a request is sent again."""
+
 
 def check(s: "Scenario") -> None:
     """Raises `InputError` for the first rule that a scenario breaks."""
@@ -37,6 +40,7 @@ def check(s: "Scenario") -> None:
     _check_system(s)
     _check_pools(s)
     _check_workload(s)
+    _check_clients(s)
     _check_sizes(s)
 
 
@@ -222,6 +226,43 @@ def _check_sessions(s: "Scenario") -> None:
     if longest is not None and limit > longest:
         raise InputError(f"{field}.context_limit", limit, f"is beyond engine.max_model_len = {longest}",
                          f"lower it to {longest}, or raise engine.max_model_len")
+
+
+def _check_clients(s: "Scenario") -> None:
+    client, admission, w = s.workload.client, s.cluster.admission, s.workload
+    if admission is not None and admission.max_waiting is None and admission.max_outstanding is None:
+        raise InputError("cluster.admission", plain(admission), "refuses nothing",
+                         "give max_waiting or max_outstanding, or leave it out")
+    if client is not None:
+        if client.retries and not s.has_clients:
+            raise InputError("workload.client.retries", client.retries, "has no effect where every request is answered",
+                             "give client.deadline_s or client.first_token_deadline_s, or [cluster.admission]")
+        for name, default in (("backoff_s", 0.0), ("backoff_factor", 1.0)):
+            if getattr(client, name) != default and not client.retries:
+                raise InputError(f"workload.client.{name}", getattr(client, name), "has no effect without retries",
+                                 "give client.retries, or leave it out")
+        longest = client.backoff_s * client.backoff_factor ** max(client.retries - 1, 0)
+        if longest > MAX_BACKOFF_S:
+            raise InputError("workload.client.backoff_factor", client.backoff_factor,
+                             f"makes the last wait {longest:.3g} s, more than the {MAX_BACKOFF_S:.0e} s simulated",
+                             "lower it, retries or backoff_s")
+    if not s.has_clients:
+        return
+    field, what = (("workload.client", "clients that give up") if w.has_deadlines else
+                   ("cluster.admission", "refused requests"))
+    scheduler = _scheduler(s.engine)
+    for name, value, is_wrong, remedy in (
+            ("workload.kind", w.kind, w.kind == "closed-loop", "use an open loop, as kind = 'poisson'"),
+            ("workload.sessions", plain(w.sessions), w.has_sessions, "use single requests"),
+            ("engine.scheduling_policy", scheduler.order, scheduler.order != "fcfs", "use 'fcfs'"),
+            ("engine.enable_prefix_caching", True, s.engine.enable_prefix_caching, "leave it out"),
+            ("engine.pipeline_parallel_size", scheduler.num_stages, scheduler.num_stages > 1, "use 1"),
+            ("engine.preset", scheduler.preset, scheduler.phase_mix != "unified" or scheduler.gathers
+             or scheduler.reserve == "expected" or scheduler.decode_context_limit is not None,
+             "use a preset 'vllm-v1', 'sarathi' or 'orca'"),
+            ("cluster.pools", [pool.role for pool in s.cluster.pools], s.cluster.has_roles, "use roles 'mixed'")):
+        if is_wrong:
+            raise InputError(name, value, f"is not simulated with {what} ({field})", remedy)
 
 
 def _arrival_span_s(s: "Scenario") -> float | None:

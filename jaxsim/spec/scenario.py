@@ -160,6 +160,11 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return sum(devices * replicas for _, devices, replicas in self.devices_of_pools)
 
     @property
+    def has_clients(self) -> bool:
+        """Whether requests may end without an answer."""
+        return self.workload.has_deadlines or self.cluster.admission is not None
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Seed of each of the independent runs."""
         return tuple(self.workload.seed + k for k in range(self.num_seeds))

@@ -19,6 +19,7 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Turns = Annotated[int, Meta(ge=1, le=1 << 16)]
 Wait = Annotated[float, Meta(ge=0, le=1e9)]
+Patience = Annotated[float, Meta(ge=1e-6, le=1e8)]
 Coefficient = Annotated[float, Meta(ge=0, le=MAX_ITERATION_S)]
 
 ArrivalKind = Literal["poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "closed-loop",
@@ -132,6 +133,17 @@ class TransferSection(_Section, frozen=True):
     router_weights: dict[str, float] = {}
 
 
+class AdmissionSection(_Section, frozen=True):
+    """What the cluster refuses, with an answer at once (HTTP 429).
+
+        max_waiting: an engine refuses who is routed to it while so many wait there.
+        max_outstanding: the cluster refuses whoever comes while so many wait or run in all of it.
+    """
+
+    max_waiting: Annotated[int, Meta(ge=0, le=1 << 30)] | None = None
+    max_outstanding: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
+
+
 class ClusterSection(_Section, frozen=True):
     """How many engines, and who chooses among them.
 
@@ -141,6 +153,7 @@ class ClusterSection(_Section, frozen=True):
         router_weights: numbers of the router, where it has any.
         pools: engines that differ, in role, device or settings, instead of replicas.
         transfer: of KV between pools, with prefill and decode engines.
+        admission: what is refused; nothing if left out.
     """
 
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
@@ -148,6 +161,7 @@ class ClusterSection(_Section, frozen=True):
     router_weights: dict[str, float] = {}
     pools: tuple[PoolSection, ...] = ()
     transfer: TransferSection | None = None
+    admission: AdmissionSection | None = None
 
     @property
     def has_roles(self) -> bool:
@@ -289,11 +303,32 @@ class TenantSection(_Section, frozen=True):
         name: a label carried to the results.
         share: its part of the requests, relative to the others.
         priority: smaller is more urgent; counts under engine.scheduling_policy = "priority".
+        deadline_s: of its clients, instead of workload.client.deadline_s.
+        first_token_deadline_s: and instead of workload.client.first_token_deadline_s.
     """
 
     name: Text
     share: Positive = 1.0
     priority: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] = 0
+    deadline_s: Patience | None = None
+    first_token_deadline_s: Patience | None = None
+
+
+class ClientSection(_Section, frozen=True):
+    """How long clients wait, and what they do then.
+
+        deadline_s: for the last token, from sending; for ever if left out. Then the request is cancelled.
+        first_token_deadline_s: for the first token, likewise.
+        retries: times that a request is sent again, from scratch, after it was cancelled or refused.
+        backoff_s: from there to the next sending.
+        backoff_factor: how much longer that is each time.
+    """
+
+    deadline_s: Patience | None = None
+    first_token_deadline_s: Patience | None = None
+    retries: Annotated[int, Meta(ge=0, le=64)] = 0
+    backoff_s: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    backoff_factor: Annotated[float, Meta(ge=1, le=10)] = 1.0
 
 
 class TraceSlice(_Section, frozen=True):
@@ -344,6 +379,7 @@ class WorkloadSection(_Section, frozen=True):
             it is told the exact output length, as in benchmarks that ignore the end-of-sequence token.
         tenants: classes of requests, or of sessions.
         sessions: turns of conversations or agentic loops, instead of single requests.
+        client: how long clients wait, and what they do then; for ever if left out.
     """
 
     kind: ArrivalKind
@@ -369,6 +405,14 @@ class WorkloadSection(_Section, frozen=True):
     output_limit: Tokens | None = None
     tenants: tuple[TenantSection, ...] = ()
     sessions: SessionsSection | None = None
+    client: ClientSection | None = None
+
+    @property
+    def has_deadlines(self) -> bool:
+        """Whether clients give up."""
+        waits = (self.client, *self.tenants)
+        return any(one is not None and (one.deadline_s is not None or one.first_token_deadline_s is not None)
+                   for one in waits)
 
     @property
     def has_sessions(self) -> bool:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from jaxsim.kernels import clock, histogram, packed, stack
+from jaxsim.kernels import clock, histogram, packed, stack, timers
 from jaxsim.kernels.clock import Time
 from jaxsim.kernels.queues import Queue
 from jaxsim.spec.dims import Dims
@@ -348,6 +348,18 @@ class World(eqx.Module):
     transfers: Float[Array, "rows 9"] | None = None
     num_handed_over: Int[Array, ""] | None = None
     num_accepted: Int[Array, ""] | None = None
+    # Clients (`jaxsim.engine.clients`), else None. A tree of timers, one a request; of requests: (twice the sendings so
+    # far, one more once it is waited for the last token only; how the last sending ended, 0 if it has not or is
+    # answered), the slot of who runs (else the null one), and the link back in the waiting queue. All of them that are
+    # there, waiting or running. `finished` is then when a request ended, however it did, and `num_finished` has one
+    # less for every slot that is still held for nobody.
+    timers: Int[Array, "nodes 3"] | None = None
+    clients: Int[Array, "rows 2"] | None = None
+    slot_of: Int[Array, " rows"] | None = None
+    previous_waiting: Int[Array, " rows"] | None = None
+    num_outstanding: Int[Array, ""] | None = None
+    # Under asynchronous scheduling, of requests the instant (seconds, ticks) of the last sending.
+    sent: Int[Array, "rows 2"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -432,7 +444,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
     if dims.num_records:
         tape = dict(tape_times=floats(records, 7), tape_counts=ints(records, 7), tape_stats=ints(records, 10),
                     tape_ends=floats(records, 4), num_recorded=ints())
-        tape |= {name: ints(rows, value=-1) for name in ("tape_met", "tape_joined", "tape_last", "tape_first")}
+        tape |= {name: ints(rows, value=-1) for name in ("tape_met", "tape_joined", "tape_last")}
+        tape |= dict(tape_first=ints(rows + dims.num_more_logs, value=-1))
     roles, doors = {}, executors + 1
     if dims.has_roles:
         roles = dict(
@@ -440,6 +453,11 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
             unaccepted=ints(doors, 3), returned=ints(doors), links=floats(2 * doors, 2), ready_before=ints(rows),
             transfers=jnp.broadcast_to(-jnp.ones(9, jnp.float32), (rows, 9)), num_handed_over=ints(),
             num_accepted=ints())
+    clients = {}
+    if dims.has_clients:
+        clients = dict(timers=ints(timers.num_rows(dims.num_requests), 3), clients=ints(rows, 2),
+                       slot_of=ints(rows, value=dims.null_slot), previous_waiting=ints(rows), num_outstanding=ints(),
+                       routed=ints(rows, value=-1))
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
@@ -453,5 +471,5 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         next_waiting=ints(rows), waiting_set=ints(ranks, waiting_words), progress=ints(rows, 2),
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
-        first_tokens=floats(rows, 3), itl=ints(histogram.NUM_BINS),
-        **tape, **cached, **roles)
+        first_tokens=floats(rows + dims.num_more_logs, 3), itl=ints(histogram.NUM_BINS),
+        **tape, **cached, **roles, **clients)

@@ -79,6 +79,7 @@ class Run:
     arrival_s: np.ndarray
     max_steps: int
     front_end_s: float
+    patience: np.ndarray | None = None
 
 
 class Store:
@@ -218,6 +219,7 @@ class Lanes:
             workload = self.workload(scenario, seed)
             lower.check_requests(system, workload)
             lower.check_transfers(scenario, system, workload)
+            lower.make_patience(scenario, system, workload)
             last_s = max(last_s, float(workload.unit_times[-1]) if _is_stretched(scenario) else 0.0)
             most = max(most, len(workload))
             longest = max(longest, int((workload.input_tokens + workload.output_tokens).max()))
@@ -289,11 +291,12 @@ class Lanes:
             lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
         w = scenario.workload
         closed = (w.concurrency, w.think_s) if w.kind == "closed-loop" else None
-        key = *key, _bytes(scenario.cluster, closed, w.has_sessions)
+        key = *key, _bytes(scenario.cluster, closed, w.has_sessions, w.client, w.has_deadlines)
         params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
         front_end_s = lower.front_end_s(scenario, system)
         return dims, [Run(scenario, system, params, workload, prefix, workload.arrival_s,
-                          lower.step_limit(workload, dims.num_ranks), front_end_s)
+                          simulate.most_steps(scenario, dims, workload), front_end_s,
+                          lower.make_patience(scenario, system, workload))
                       for workload, prefix in zip(workloads, prefixes, strict=True)]
 
 

@@ -10,7 +10,16 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxsim.kernels import histogram
-from jaxsim.metrics import FINISHED, PERCENTILES, STATUS_NAMES, UNFINISHED, share_inside, unstable_rows
+from jaxsim.metrics import (
+    FINISHED,
+    PERCENTILES,
+    STATUS_NAMES,
+    UNFINISHED,
+    outcomes,
+    share_inside,
+    unstable_rows,
+    waiting_and_running_until,
+)
 from jaxsim.spec.scenario import SloSection
 from jaxsim.study.tile import Runs
 
@@ -90,6 +99,9 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         "num_cooldown_requests": (real & (arrival_s > end_s[:, None])).sum(axis=1),
         "unstable": _unstable(runs),
         "fault": np.array([text or None for text in runs.fault], object)}
+    if runs.attempts is not None:
+        ends = outcomes(is_measured, runs.status, runs.attempts)
+        found |= {f"outcomes.{name}": value for name, value in ends.items()}
     if runs.delivered_s is not None:
         waits = np.where(is_measured & (runs.decode_instance >= 0), runs.delivered_s - runs.first_token_s, np.nan)
         found["transfers.requests"] = (~np.isnan(waits)).sum(axis=1)
@@ -105,9 +117,11 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
 
 
 def whole_s(runs: Runs) -> Float[np.ndarray, " runs"]:
-    """Seconds from the first arrival to the last answer, whatever the warm-up."""
-    last = np.where(runs.is_finished, runs.finish_s, -np.inf).max(axis=1)
-    return _or_nan(last - runs.arrival_s[:, 0], runs.is_finished.any(axis=1))
+    """Seconds from the first arrival to the last answer, or end without one, whatever the warm-up."""
+    is_over, over_s = (runs.is_finished, runs.finish_s) if runs.ended_s is None else (
+        ~np.isnan(runs.ended_s), runs.ended_s)
+    last = np.where(is_over, over_s, -np.inf).max(axis=1)
+    return _or_nan(last - runs.arrival_s[:, 0], is_over.any(axis=1))
 
 
 def requests(runs: Runs) -> Columns:
@@ -117,12 +131,13 @@ def requests(runs: Runs) -> Columns:
     gaps = runs.output_tokens - 1
     tpot = np.where(gaps > 0, (runs.finish_s - runs.first_token_s) / np.maximum(gaps, 1), np.nan)
     run, request = np.nonzero(runs.is_real)
-    status = np.asarray(STATUS_NAMES, object)[np.where(runs.is_finished, FINISHED, UNFINISHED)]
+    status = np.where(runs.is_finished, FINISHED, UNFINISHED) if runs.status is None else runs.status
+    status = np.asarray(STATUS_NAMES, object)[status]
     cached = np.zeros(runs.is_real.shape, np.int64) if runs.cached_tokens is None else runs.cached_tokens
     whole = {"arrival_s": runs.arrival_s, "input_tokens": runs.input_tokens, "output_tokens": runs.output_tokens,
              "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": runs.scheduled_s - runs.arrival_s,
              "stall_s": runs.stall_s, **_moves(runs), "cached_tokens": cached, "preemptions": runs.preemptions,
-             "status": status}
+             "status": status, **({} if runs.attempts is None else {"attempts": runs.attempts})}
     return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
 
 
@@ -162,7 +177,8 @@ def _unstable(runs: Runs) -> Float[np.ndarray, " runs"]:
     found, lengths = np.empty(len(runs.is_real)), runs.is_real.sum(axis=1)
     for length in np.unique(lengths):
         rows = lengths == length
-        found[rows] = unstable_rows(*(x[rows, :length] for x in (runs.arrival_s, runs.scheduled_s, runs.finish_s)))
+        until = waiting_and_running_until(runs.scheduled_s, runs.finish_s, runs.ended_s)
+        found[rows] = unstable_rows(*(x[rows, :length] for x in (runs.arrival_s, *until)))
     return found
 
 

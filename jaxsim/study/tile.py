@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS, blocks_of, handed_over
+from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over
 from jaxsim.kernels import clock
+from jaxsim.metrics import FINISHED
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import Requests
@@ -53,6 +54,9 @@ class Runs:
     num_iterations: Int[np.ndarray, " runs"]
     front_end_s: Float[np.ndarray, " runs"]
     fault: tuple[str, ...]
+    status: Int[np.ndarray, "runs requests"] | None = None
+    attempts: Int[np.ndarray, "runs requests"] | None = None
+    ended_s: Float[np.ndarray, "runs requests"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -70,11 +74,12 @@ def together(dims: Dims, runs: Sequence[Run]) -> tuple[Params, Requests]:
     """Parameters and requests with a leading axis of runs; what runs share is stacked once."""
     params = _gathered([run.params for run in runs])
     params = eqx.tree_at(lambda p: p.max_steps, params, np.array([run.max_steps for run in runs], np.int32))
-    packed: dict[int, Requests] = {}
+    packed: dict[tuple[int, int], Requests] = {}
     for run in runs:
-        if id(run.workload) not in packed:
-            packed[id(run.workload)] = lower.make_requests(run.workload, dims, run.prefixes)
-    requests = _gathered([packed[id(run.workload)] for run in runs])
+        key = id(run.workload), id(run.patience)
+        if key not in packed:
+            packed[key] = lower.make_requests(run.workload, dims, run.prefixes, run.patience)
+    requests = _gathered([packed[id(run.workload), id(run.patience)] for run in runs])
     rows = dims.num_requests + 1
     seconds = np.full((len(runs), rows + 1), np.inf)
     for row, run in zip(seconds, runs, strict=True):
@@ -141,12 +146,17 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         for row, run in zip(arrival_s, runs, strict=True):
             row[:len(run.arrival_s)] = run.arrival_s
     nan = np.float64(np.nan)
+    first_token_s, clients = np.where(is_real & (log_row >= 0), first_s, nan), {}
+    if dims.has_clients:
+        clients = ends(world, np.s_[:, rows], np.where(is_real, finish_s, 0.0), first_token_s)
+        del clients["instance"]
+        first_token_s, is_finished = clients.pop("first_token_s"), clients["status"] == FINISHED
     moved = handed_over(world, np.s_[:, rows])
     return Runs(
         is_real=is_real, is_finished=is_finished, arrival_s=arrival_s, input_tokens=column("input_tokens"),
         output_tokens=column("output_tokens"),
         scheduled_s=np.where(is_real & (instance >= 0), seconds(world.scheduled[:, rows]), nan),
-        first_token_s=np.where(is_real & (log_row >= 0), first_s, nan), finish_s=np.where(is_finished, finish_s, nan),
+        first_token_s=first_token_s, finish_s=np.where(is_finished, finish_s, nan),
         stall_s=clock.from_integers_reference(world.stalled[:, rows]), preemptions=world.progress[:, rows, 1],
         itl_counts=world.itl, busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks, axis=1),
         device_busy_s=np.repeat(joined(times.executor.alone) / dims.num_stages if dims.num_stages > 1
@@ -160,7 +170,8 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         num_blocks=np.stack([np.broadcast_to(blocks_of(run.system), dims.all_ranks) for run in runs]),
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
-        fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault))
+        fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault),
+        **clients)
 
 
 def _labels(runs: Sequence[Run], name: str, rows: slice) -> Int[np.ndarray, "runs requests"] | None:

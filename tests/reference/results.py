@@ -14,7 +14,8 @@ class RequestResult:
 
     cached_tokens: tokens found in the prefix cache at the first admission; hit_tokens: at all admissions.
     decode_instance, accepted_s, delivered_s: who decoded, and when the transfer to it was accepted and over; None where
-    `instance` did it all.
+    `instance` did it all. With clients, of the last of so many sendings, at last_sent_s, but for arrival_s; status is
+    then also timed_out or rejected, and ended_s when that was.
     """
 
     id: int
@@ -30,6 +31,9 @@ class RequestResult:
     decode_instance: int | None = None
     accepted_s: float | None = None
     delivered_s: float | None = None
+    ended_s: float | None = None
+    sendings: int = 1
+    last_sent_s: float | None = None
 
     @property
     def ttft_s(self) -> float:

@@ -9,6 +9,8 @@ engine and the stages, each of which works on one at a time. A pass sees the seq
 
 With `Request.after` a request waits for the answer to another: a turn of a session.
 
+With `Clients` requests may end without an answer, and be sent again.
+
 With `Disaggregation` prompts are computed on some instances and outputs on others.
 
 Order of events at one instant: (time, phase, index), phases: deliveries of KV in the order of acceptance,
@@ -35,6 +37,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .checks import check_batch, check_between_iterations, check_cluster, check_instance, check_links, refuse_impossible
+from .clients import PHASE_TIMEOUT, Clients
 from .clock import ARRIVAL_GRID_TICKS, Clock
 from .disaggregation import Disaggregation, HandOver
 from .flags import PRESETS, UNLIMITED, Flags, preset
@@ -68,6 +71,7 @@ def simulate(
     ranks: int = 1,
     stage_cost: StageCost | Sequence[StageCost | None] | None = None,
     disaggregation: Disaggregation | None = None,
+    clients: Clients | None = None,
 ) -> ReferenceResult:
     """Serves all requests to the end.
 
@@ -80,6 +84,7 @@ def simulate(
     - ranks: so many instances each, one behind the other, iterate together: none starts or ends before the others.
     - stage_cost: seconds of one iteration in the engine and in each stage of a pipeline; by default nothing in the
       engine, and `cost` in equal parts.
+    - clients: what they and the cluster do where an answer takes too long; by default all wait for ever.
     - disaggregation: roles of the instances and what is between them; by default all are mixed.
 
     Raises ValueError for a request that can never be served, AssertionError where a law is broken.
@@ -105,7 +110,7 @@ def simulate(
                 refuse_impossible(request, one)
     instances = [Instance(i, one, role) for i, (one, role) in enumerate(zip(all_flags, roles, strict=True))]
     simulation = Simulation(requests, instances, router, of_each(cost), of_each(stage_cost), Clock(round_times), ranks,
-                            disaggregation)
+                            disaggregation, clients)
     simulation.run()
     simulation.check_end()
     return simulation.result()
@@ -115,7 +120,8 @@ class Simulation:
     """A run: the heap, the instances, and what an event does."""
 
     def __init__(self, requests: Sequence[Request], instances: list[Instance], router: str | Router, costs: list[Cost],
-                 stage_costs: list[StageCost | None], clock: Clock, ranks: int, rules: Disaggregation | None):
+                 stage_costs: list[StageCost | None], clock: Clock, ranks: int, rules: Disaggregation | None,
+                 clients: Clients | None = None):
         self.instances, self.costs, self.clock, self.ranks = instances, costs, clock, ranks
         self.route = ROUTERS[router] if isinstance(router, str) else router
         self.prefilling = [instance for instance in instances if instance.can_prefill]
@@ -136,6 +142,9 @@ class Simulation:
         self.iterations: list[IterationRecord] = []
         self.iteration_ends: list[list[float]] = [[] for _ in instances]
         self.num_routed = self.num_finished = 0
+        self.clients = clients
+        self.earlier_jobs: list[Job] = []  # sendings behind which there was another
+        self.num_unheard = 0  # tokens that nobody was there for
         self.now = 0
         self.events: list[tuple] = [(job.arrival, PHASE_ARRIVAL, number) for number, job in enumerate(self.jobs)
                                     if job.request.after is None]
@@ -159,8 +168,10 @@ class Simulation:
                     if instance.flights:
                         self.end_iteration(instance)
                 self.ask_for_pass(self.instances[index], is_return=True)
+            elif phase == PHASE_TIMEOUT:
+                self.time_out(*index)
             elif phase == PHASE_ARRIVAL:
-                self.arrive(self.jobs[index])
+                self.arrive(self.jobs[index] if self.clients is None else self.send(index))
             else:
                 self.start_iterations(self.instances[index])
             if self.rules is not None:
@@ -196,10 +207,53 @@ class Simulation:
         for index in (transfer.source, transfer.destination):
             self.ask_for_pass(self.instances[index])
 
+    def send(self, number: int) -> Job:
+        """The first sending of a request, or the next one, and how long its client waits for it."""
+        job = self.jobs[number]
+        if job.ended is not None:
+            self.earlier_jobs.append(job)
+            job = self.jobs[number] = Job(job.request, self.now, sending=job.sending + 1)
+        for is_first_token, wait_s in ((False, job.request.deadline_s), (True, job.request.first_token_deadline_s)):
+            if math.isfinite(wait_s):
+                until = self.now + self.clock.ticks(wait_s, ARRIVAL_GRID_TICKS)
+                heapq.heappush(self.events, (until, PHASE_TIMEOUT, (number, job.sending, is_first_token)))
+        return job
+
+    def time_out(self, number: int, sending: int, is_first_token: bool) -> None:
+        job = self.jobs[number]
+        if job.sending != sending or job.ended is not None or (is_first_token and job.first_token is not None):
+            return
+        instance = self.instances[job.instance]
+        job.is_given_up = True
+        if job in instance.waiting:
+            instance.waiting.remove(job)
+            if instance.waiting_at_start is not None:
+                instance.waiting_at_start.discard(job.request.id)  # what comes again is not known yet
+        elif not any(job is flying for flight in instance.flights for flying, _ in flight):
+            release(instance, job)
+            instance.running.remove(job)
+        self.fail(number, "timed_out")
+
+    def fail(self, number: int, status: str) -> None:
+        """A sending ended without an answer."""
+        job = self.jobs[number]
+        job.status, job.ended, job.is_given_up = status, self.now, True
+        if job.sending <= len(self.clients.backoff_s):
+            wait = self.clock.ticks(self.clients.backoff_s[job.sending - 1], ARRIVAL_GRID_TICKS)
+            heapq.heappush(self.events, (self.now + wait, PHASE_ARRIVAL, number))
+
     def arrive(self, job: Job) -> None:
+        limits = self.clients
+        if limits is not None and sum(i.outstanding for i in self.instances) >= limits.max_outstanding:
+            self.fail(self.jobs.index(job), "rejected")
+            return
         instance = self.prefilling[self.route(job.request, self.prefilling, self.num_routed)]
         job.instance = instance.index
         self.num_routed += 1
+        if limits is not None and len(instance.waiting) >= limits.max_waiting:
+            job.instance = None
+            self.fail(self.jobs.index(job), "rejected")
+            return
         enqueue(instance, job, instance.flags, at_front=False)
         self.ask_for_pass(instance)
 
@@ -213,6 +267,11 @@ class Simulation:
             job.computed += tokens
             job.pending -= tokens
             assert job.computed <= job.known
+            if job.is_given_up:
+                self.num_unheard += job.computed == job.known
+                release(instance, job)
+                instance.running.remove(job)
+                continue
             if job.computed < job.known:
                 continue
             job.emitted += 1
@@ -220,7 +279,8 @@ class Simulation:
             if job.first_token is None:
                 job.first_token = self.now
             if job.emitted == job.request.output:
-                job.finish = self.now
+                job.finish = job.ended = self.now
+                job.status = "finished"
                 self.num_finished += 1
                 for number in self.followers.get(job.request.id, ()):
                     self.expect_follower(number)
@@ -326,7 +386,12 @@ class Simulation:
         for instance in self.instances:
             assert not instance.has_work and not instance.outstanding and not instance.flights and not instance.leaving
             assert instance.free_blocks == instance.flags.num_blocks
-        for job in self.jobs:
+        everybody = self.jobs + self.earlier_jobs
+        for job in everybody:
+            assert job.ended is not None and job.blocks == 0
+            if job.status != "finished":
+                assert self.clients is not None and job.emitted < job.request.output and job.finish is None
+                continue
             assert job.finish is not None and job.emitted == job.request.output
             assert job.computed == job.request.prompt + job.request.output - 1
             assert job.arrival <= job.scheduled <= job.first_token <= job.finish
@@ -334,10 +399,11 @@ class Simulation:
             assert (job.delivered is not None) == is_handed_over
             if is_handed_over:
                 assert job.first_token <= job.accepted <= job.delivered <= job.finish
-        assert sum(record.stats.num_sampled for record in self.iterations) == sum(j.emitted for j in self.jobs)
+        emitted = self.num_unheard + sum(job.emitted for job in everybody)
+        assert sum(record.stats.num_sampled for record in self.iterations) == emitted
         processed = sum(sum(record.batch.values()) for record in self.iterations)
-        assert processed == sum(job.computed + job.lost_tokens - job.hit_tokens for job in self.jobs)
-        assert sum(len(record.preempted) for record in self.iterations) == sum(job.preemptions for job in self.jobs)
+        assert processed == sum(job.computed + job.lost_tokens - job.hit_tokens for job in everybody)
+        assert sum(len(record.preempted) for record in self.iterations) == sum(job.preemptions for job in everybody)
         if self.hand_over is not None:
             moved = [transfer.job for transfer in self.hand_over.transfers]
             assert len(set(map(id, moved))) == len(moved) == sum(job.delivered is not None for job in self.jobs)
@@ -349,7 +415,12 @@ class Simulation:
         def if_any(ticks: float | None) -> float | None:
             return None if ticks is None else seconds(ticks)
 
-        arrivals, times = [job.arrival for job in self.jobs], self.iteration_ends
+        def or_nan(ticks: float | None) -> float:
+            return math.nan if ticks is None else seconds(ticks)
+
+        first_of = {job.request.id: job.arrival for job in self.earlier_jobs if job.sending == 1}
+        arrivals = [first_of.get(job.request.id, job.arrival) for job in self.jobs]
+        times = self.iteration_ends
         transfers = [] if self.hand_over is None else self.hand_over.transfers
         if self.hand_over is not None:
             times = [*times, [transfer.due for transfer in transfers]]
@@ -361,19 +432,22 @@ class Simulation:
                 RequestResult(
                     id=job.request.id,
                     instance=job.instance,
-                    arrival_s=seconds(job.arrival),
-                    scheduled_s=seconds(job.scheduled),
-                    first_token_s=seconds(job.first_token),
-                    finish_s=seconds(job.finish),
+                    arrival_s=seconds(arrival),
+                    scheduled_s=or_nan(job.scheduled),
+                    first_token_s=or_nan(job.first_token),
+                    finish_s=or_nan(job.finish),
                     preemptions=job.preemptions,
-                    status="finished",
+                    status=job.status,
+                    ended_s=or_nan(job.ended),
+                    sendings=job.sending,
+                    last_sent_s=seconds(job.arrival),
                     cached_tokens=job.cached_tokens or 0,
                     hit_tokens=job.hit_tokens,
                     decode_instance=job.decode_instance,
                     accepted_s=if_any(job.accepted),
                     delivered_s=if_any(job.delivered),
                 )
-                for job in self.jobs
+                for job, arrival in zip(self.jobs, arrivals, strict=True)
             ],
             iterations=self.iterations,
             margins=margins,

@@ -16,6 +16,8 @@ class Request:
     finds.
 
     after: id of the request whose answer brings this one about, `think_s` after its last token, whatever `arrival_s`.
+
+    deadline_s, first_token_deadline_s: how long its client waits, from each sending, for the last and the first token.
     """
 
     id: int
@@ -28,6 +30,8 @@ class Request:
     prefix_hashes: tuple[Hashable, ...] = ()
     after: int | None = None
     think_s: float = 0.0
+    deadline_s: float = float("inf")
+    first_token_deadline_s: float = float("inf")
 
     def __post_init__(self):
         if self.max_tokens is None:
@@ -69,6 +73,10 @@ class Job:
     first_token: float | None = None
     finish: float | None = None
     iteration: float = 0  # duration of the last one it was in
+    sending: int = 1  # the first, second, ... of its request
+    status: str = "sent"
+    ended: float | None = None
+    is_given_up: bool = False  # its client is gone
     # Disaggregated: who decodes, blocks still held by who prefilled, when the transfer was accepted and over.
     decode_instance: int | None = None
     source_blocks: int = 0
@@ -154,7 +162,7 @@ class Instance:
     def outstanding(self) -> int:
         """Requests whose next token comes from here."""
         queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped)
-        return sum(map(len, queues))
+        return sum(not job.is_given_up for queue in queues for job in queue)
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ import pytest
 from jaxsim import cli
 from jaxsim._core.errors import InputError
 from jaxsim.reproduce import burstgpt, command, distserve, runs
-from jaxsim.reproduce.claim import NOT_REPRODUCED, REPRODUCED
+from jaxsim.reproduce.claim import NO_GATE, NOT_REPRODUCED, REPRODUCED
 from jaxsim.spec.scenario import Scenario
 
 pytestmark = pytest.mark.unoptimised
@@ -94,12 +94,28 @@ def test_bursts_must_raise_every_step(values, verdict):
     assert len(claims) == 2 and {claim.verdict for claim in claims} == {verdict}
 
 
-def test_no_failures_are_made_up():
-    trend, releases = burstgpt._failure_claims(rows_of((1, 2, 3, 4)))
-    assert trend.ours == (0, 0, 0, 0) and releases.ours is None
-    assert trend.verdict == releases.verdict == NOT_REPRODUCED
-    failing = rows_of((1, 2, 3, 4)).assign(failed=lambda rows: (10 / rows["alpha"] + rows["seed"]).astype(int))
-    assert burstgpt._failure_claims(failing)[0].verdict == REPRODUCED
+def failures_of(shares: dict[float, tuple[float, ...]]) -> pd.DataFrame:
+    """Runs of 4 seeds with these failed shares, by rate and alpha."""
+    return pd.DataFrame([
+        {"seed": seed, "alpha": alpha, "workload.rate_rps": rate, burstgpt.FAILED: share * (1 + 0.01 * seed)}
+        for rate, row in shares.items() for seed in range(4)
+        for alpha, share in zip(burstgpt.ALPHAS, row, strict=True)])
+
+
+def test_failures_must_rise_below_saturation():
+    rising, falling = (0.001, 0.002, 0.01, 0.04), (0.1, 0.09, 0.08, 0.07)
+    below, beyond, loads, releases = burstgpt._failure_claims(failures_of({5.0: rising, 7.0: falling}), 1.0)
+    assert below.verdict == REPRODUCED and beyond.verdict == loads.verdict == NO_GATE
+    assert releases.verdict == NOT_REPRODUCED and releases.ours is None
+    assert burstgpt._failure_claims(failures_of({5.0: falling}), 1.0)[0].verdict == NOT_REPRODUCED
+    assert burstgpt._failure_claims(failures_of({5.0: (0.0,) * 4}), 1.0)[0].verdict == NOT_REPRODUCED
+
+
+def test_releases_lie_between_loads():
+    shares = pd.Series([0.001, 0.0185, 0.05], index=[4.0, 5.0, 6.0])
+    assert burstgpt.bracketed(shares) == (
+        "1.78 % lies between 4 and 5 requests/s, 1.92 % lies between 5 and 6 requests/s, "
+        "7.26 % lies outside of these loads")
 
 
 # ---- DistServe
