@@ -552,7 +552,7 @@ def _energy_of(lane: LaneResult, devices: Devices | None, window_s: float | None
     nan = math.nan
     nothing = Devices(*(np.full(len(lane.busy_s), nan) for _ in Devices._fields))
     at_work = lane.busy_s if lane.device_busy_s is None else lane.device_busy_s
-    share = np.asarray(at_work) / (lane.duration_s or nan)
+    share = np.asarray(at_work) / (lane.span_s or nan)
     rest = (nan if value is None else value for value in (window_s, output_throughput))
     found = {name: float(value) for name, value in energy(devices or nothing, share, *rest).items()}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
