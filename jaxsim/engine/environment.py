@@ -140,6 +140,8 @@ class Environment:
         if scenario.cluster.pools:
             raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools],
                              "are not part of an environment yet", "use cluster.replicas")
+        if scenario.workload.images is not None:
+            raise InputError("workload.images", True, "are not part of an environment yet", "leave them out")
         (lane, *_) = engine.prepare(0, scenario, record_steps=False)
         # For any request that the engine takes, not only those of these seeds.
         cost = jax.device_get(lower.make_cost(scenario, lane.system, lane.dims.num_slots, lane.system.max_model_len))

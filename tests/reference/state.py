@@ -15,6 +15,8 @@ class Request:
     blocks behind the last hash are nobody else's. They may go on through the output, which the next turn of a session
     finds.
 
+    tiles: of each of its images, whose tokens are part of the prompt.
+
     after: id of the request whose answer brings this one about, `think_s` after its last token, whatever `arrival_s`.
     """
 
@@ -28,6 +30,7 @@ class Request:
     prefix_hashes: tuple[Hashable, ...] = ()
     after: int | None = None
     think_s: float = 0.0
+    tiles: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.max_tokens is None:
@@ -119,6 +122,7 @@ class Instance:
     in_transfer: list[Job] = field(default_factory=list)
     ready: list[Job] = field(default_factory=list)
     swapped: list[Job] = field(default_factory=list)
+    embedding: list[Job] = field(default_factory=list)  # chosen to compute it, its embeddings are not here yet
     flights: list[list[tuple[Job, int]]] = field(default_factory=list)
     on_first_stage: list[tuple[Job, int]] = field(default_factory=list)  # the batch there
     stage_free: list[float] = field(init=False)  # when the engine, and each stage, is free
@@ -143,7 +147,7 @@ class Instance:
 
     @property
     def can_prefill(self) -> bool:
-        return self.role != "decode"
+        return self.role not in ("decode", "encode")
 
     @property
     def has_work(self) -> bool:
@@ -153,7 +157,8 @@ class Instance:
     @property
     def outstanding(self) -> int:
         """Requests whose next token comes from here."""
-        queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped)
+        queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped,
+                  self.embedding)
         return sum(map(len, queues))
 
 
