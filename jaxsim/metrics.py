@@ -89,6 +89,9 @@ class LaneResult:
         `instance` (-1: refused) and `preemptions` are of the last sending.
     session, turn: whose turn a request is, and which; None without sessions. num_context_limited: sessions that ended
         at a context limit.
+    num_images: of requests, None without images. encoded_s, embedded_s: of requests with images that other instances
+        encode: when the last of them was encoded, and when the embeddings were with the instance that computes the
+        prompt; NaN for others, None where there are no such instances.
     """
 
     arrival_s: Float[np.ndarray, " requests"]
@@ -129,6 +132,9 @@ class LaneResult:
     num_context_limited: int = 0
     attempts: Int[np.ndarray, " requests"] | None = None
     ended_s: Float[np.ndarray, " requests"] | None = None
+    num_images: Int[np.ndarray, " requests"] | None = None
+    encoded_s: Float[np.ndarray, " requests"] | None = None
+    embedded_s: Float[np.ndarray, " requests"] | None = None
 
     @property
     def num_requests(self) -> int:
@@ -159,9 +165,11 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
     """One row a request, in the published columns of `requests.parquet`; a value that does not exist is
     missing.
 
-    front_end_s + queue_s + prefill_s + transfer_s + decode_s + stall_s = e2e_s; `transfer_s` is from the first token to
-    where the KV is with the instance that decodes, its wait to be taken included. Where the engine does not say which
-    stalls came before the first token, stalls are taken out of the decode phase first.
+    front_end_s + encode_s + embedding_s + queue_s + prefill_s + transfer_s + decode_s + stall_s = e2e_s; encode_s (from
+    arrival) and embedding_s (from there, its wait to be taken included) only where other instances encode images;
+    `transfer_s` is from the first token to where the KV is with the instance that decodes, its wait to be taken
+    included. Where the engine does not say which stalls came before the first token, stalls are taken out of the decode
+    phase first.
     """
     ttft = lane.first_token_s - lane.arrival_s + lane.front_end_s
     after_first = lane.finish_s - lane.first_token_s
@@ -173,6 +181,14 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
     transfer = np.zeros(lane.num_requests)
     if lane.delivered_s is not None:
         transfer = np.nan_to_num(lane.delivered_s - lane.first_token_s, nan=0.0)
+    images, before_queue = {}, 0.0
+    if lane.num_images is not None:
+        images = {"images": np.asarray(lane.num_images, np.int64)}
+    if lane.encoded_s is not None:
+        has_any = np.asarray(lane.num_images) > 0
+        images["encode_s"] = np.where(has_any, lane.encoded_s - lane.arrival_s, 0.0)
+        images["embedding_s"] = np.where(has_any, lane.embedded_s - lane.encoded_s, 0.0)
+        before_queue = images["encode_s"] + images["embedding_s"]
     gaps = np.asarray(lane.output_tokens) - 1
     tpot = np.full(lane.num_requests, np.nan)
     np.divide(after_first, gaps, out=tpot, where=gaps > 0)
@@ -186,7 +202,7 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "ttft_s": ttft,
         "tpot_s": tpot,
         "e2e_s": lane.finish_s - lane.arrival_s + lane.front_end_s,
-        "queue_s": lane.scheduled_s - lane.arrival_s,
+        "queue_s": lane.scheduled_s - lane.arrival_s - before_queue,
         "prefill_s": lane.first_token_s - lane.scheduled_s - early,
         "decode_s": after_first - (lane.stall_s - early) - transfer,
         "stall_s": np.asarray(lane.stall_s, np.float64),
@@ -202,6 +218,7 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "status": np.asarray(STATUS_NAMES, object)[np.asarray(lane.status)],
         **({} if lane.attempts is None else {"attempts": np.asarray(lane.attempts, np.int64)}),
         **sessions,
+        **images,
     })
 
 

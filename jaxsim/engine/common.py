@@ -15,6 +15,7 @@ from jaxsim.kernels.clock import Time
 from jaxsim.policy.arrivals import AbstractSource, SortedArrivals
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.clients import Clients
+from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
@@ -41,6 +42,7 @@ class Params(eqx.Module):
     group_of: index of each executor's, None if there is one group. source: how requests arrive. is_active: which
     instances get any, at least one; None if all do. hand_over: with roles, who computes prompts and who outputs.
     clients: where requests may end without an answer, who sends them again and who refuses them.
+    encoding, encoder: images that others encode, or those that compute the prompts.
     """
 
     groups: tuple[Group, ...]
@@ -51,6 +53,8 @@ class Params(eqx.Module):
     is_active: Bool[Array, " ranks"] | None = None
     hand_over: HandOver | None = None
     clients: Clients | None = None
+    encoding: Encoding | None = None
+    encoder: Encoder | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

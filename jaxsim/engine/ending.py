@@ -82,6 +82,10 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         taken=None if batch.taken is None else jnp.int32(0),
         entering=None if batch.entering is None else jnp.int32(0))
     settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used))
+    if batch.tiles is not None:
+        settled_batch = replace(settled_batch, tiles=jnp.int32(0))
+        if rank.cached_tiles is not None:
+            settled_rank = replace(settled_rank, cached_tiles=rank.cached_tiles - batch.tiles)
     integrals = replace(
         times.rank, running=clock.add(times.rank.running, spent_s * rank.running),
         held=clock.add(times.rank.held, spent_s * (0.5 * (rank.used_blocks + used))))

@@ -143,6 +143,8 @@ class Environment:
         if scenario.has_clients:
             raise InputError("workload.client", None, "requests that end without an answer are not part of an"
                              " environment yet", "leave out workload.client and cluster.admission")
+        if scenario.workload.images is not None:
+            raise InputError("workload.images", True, "are not part of an environment yet", "leave them out")
         (lane, *_) = engine.prepare(0, scenario, record_steps=False)
         # For any request that the engine takes, not only those of these seeds.
         cost = jax.device_get(lower.make_cost(scenario, lane.system, lane.dims.num_slots, lane.system.max_model_len))

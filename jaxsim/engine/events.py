@@ -13,7 +13,7 @@ from jaxsim.policy.arrivals import Coming, relative_to
 from jaxsim.policy.routing import AbstractRouting, View
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
-from jaxsim.state.requests import PROMPT, Requests
+from jaxsim.state.requests import PARENT, PROMPT, Requests
 from jaxsim.state.world import Batch, BatchTimes, World
 
 FREEZE_S = 1.5 * clock.EPOCH_S
@@ -165,6 +165,11 @@ def route(context: Context, request: Int[Array, ""], now: Time) -> Int[Array, ""
     if dims.has_roles:
         takes_prompts = ~params.hand_over.decodes
         is_active = takes_prompts if is_active is None else takes_prompts & is_active
+    if dims.has_parts:
+        encoding = params.encoding
+        dealt = chosen_by(context, request, now, encoding.dealing, world.num_dealt, encoding.encodes)
+        prompt = chosen_by(context, request, now, params.routing, world.num_routed, is_active & ~encoding.encodes)
+        return jnp.where(take(context.requests.images, request)[PARENT] >= 0, dealt, prompt)
     return chosen_by(context, request, now, params.routing, world.num_routed, is_active)
 
 

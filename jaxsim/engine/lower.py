@@ -17,9 +17,10 @@ from jaxsim.engine import measured
 from jaxsim.engine.common import MAX_SPAN_S, Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.kernels import clock
-from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, Sessions, SortedArrivals
+from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, PartArrivals, Sessions, SortedArrivals
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.clients import UNBOUNDED, Clients, backoffs, patience
+from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.routing import DataParallel, router
 from jaxsim.spec.device import DeviceSpec
@@ -29,13 +30,15 @@ from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, kv_cache_bytes
 from jaxsim.spec.presets import Scheduler, resolve
 from jaxsim.spec.scenario import ClusterSection, FittedCost, ProfiledCost, Scenario
-from jaxsim.spec.sections import AdmissionSection, ClientSection, TransferSection
-from jaxsim.state.requests import Requests, pack_requests
+from jaxsim.spec.sections import AdmissionSection, ClientSection, TransferSection, WorkloadSection
+from jaxsim.spec.vision import EMBEDDING_BYTES
+from jaxsim.state.requests import Images, Requests, pack_requests
 from jaxsim.traces import read_lengths, read_trace
 from jaxsim.workload.generator import Tenant
 from jaxsim.workload.lengths import Paired
 from jaxsim.workload.named import generator
 from jaxsim.workload.segments import radix_segments
+from jaxsim.workload.streams import Stream, stream_key, uniforms
 from jaxsim.workload.workload import Workload
 
 MAX_STEPS_A_TOKEN = 4
@@ -68,6 +71,11 @@ class System:
     def has_roles(self) -> bool:
         """Prompts and outputs are computed by different instances."""
         return any(pool.role != "mixed" for pool in self.pools)
+
+    @property
+    def has_parts(self) -> bool:
+        """Images are encoded by instances of their own."""
+        return any(pool.role == "encode" for pool in self.pools)
 
     @property
     def blocks_of_executors(self) -> Int[np.ndarray, " executors"] | None:
@@ -106,11 +114,17 @@ def resolve_system(scenario: Scenario) -> System:
     for index, section in enumerate(scenario.cluster.pools):
         one = scenario.of_pool(index)
         try:
-            pools.append(Pool(section.role, section.replicas, one, _resolve_alone(one)))
+            alone = _resolve_alone(one)
+            if section.role == "encode":
+                # Its pool is the multimodal cache; a batch is bounded by its sequences and by that.
+                alone = dataclasses.replace(alone, num_blocks=scenario.cluster.encode.cache_tiles, memory=None)
+            pools.append(Pool(section.role, section.replicas, one, alone))
         except InputError as error:
             field = f"cluster.pools[{index}]: {error.field}"
             raise InputError(field, error.value, error.problem, error.remedy) from None
-    system = dataclasses.replace(pools[0].system, pools=tuple(pools))
+    # What stands for all of them is one that runs the model.
+    first = next(pool for pool in pools if pool.role != "encode")
+    system = dataclasses.replace(first.system, pools=tuple(pools))
     _check_pools(system, scenario)
     return system
 
@@ -135,7 +149,9 @@ def _check_pools(system: System, scenario: Scenario) -> None:
                 ("scheduling_policy", s.order, s.order != "fcfs", "use 'fcfs'"),
                 ("enable_prefix_caching", True, pool.scenario.engine.enable_prefix_caching, "leave it out"),
                 ("preset", s.preset, s.phase_mix != "unified" or s.reserve not in ("none", "prompt")
-                 or not s.kv_accounting or s.gathers or s.admit != "any_time", "use a preset 'vllm-v1', or 'sarathi'")):
+                 or not s.kv_accounting or s.gathers or s.admit != "any_time", "use a preset 'vllm-v1', or 'sarathi'"),
+                ("async_scheduling", True, s.async_scheduling and system.has_parts,
+                 "set it to false, or use preset 'vllm-v1@0.9'")):
             if is_wrong and system.has_roles:
                 field = where + name if name in scenario.cluster.pools[index].engine else f"engine.{name}"
                 raise InputError(field, value, "is not simulated with prefill and decode engines", remedy)
@@ -201,12 +217,45 @@ def make_workload(scenario: Scenario, seed: int) -> Workload:
         arguments["tenants"] = tenants
     if w.lengths_from is not None:
         arguments["lengths"] = Paired(*read_lengths(w.lengths_from))
-    return generator(**arguments).sample(seed, scenario.num_requests)
+    return with_images(generator(**arguments).sample(seed, scenario.num_requests), w, seed)
+
+
+def with_images(workload: Workload, section: WorkloadSection, seed: int) -> Workload:
+    """The same with the images of the section, which are in front of the text of a prompt."""
+    images = section.images
+    if images is None:
+        return workload
+    least, most = images.range
+    draws = uniforms(stream_key(seed, Stream.IMAGES), len(workload), 2)[:, 0]
+    number = np.minimum(least + (draws * (most - least + 1)).astype(np.int64), most)
+    tokens = number * images.tiles_per_image * images.tokens_per_tile
+    return dataclasses.replace(workload, input_tokens=workload.input_tokens + tokens, num_images=number,
+                               tiles_per_image=images.tiles_per_image)
+
+
+def is_split(scenario: Scenario) -> bool:
+    """Whether the images of a request are encoded apart."""
+    return scenario.cluster.encode is None or scenario.cluster.encode.split_images
+
+
+def parts_of(workload: Workload, is_split: bool) -> tuple[Int[np.ndarray, " parts"], Int[np.ndarray, " parts"]]:
+    """Of each part of the images of a request, whose it is and its tiles."""
+    number = workload.num_images
+    count = number if is_split else np.minimum(number, 1)
+    whose = np.repeat(np.arange(len(workload)), count)
+    return whose, (np.ones_like(number) if is_split else number)[whose] * workload.tiles_per_image
+
+
+def num_rows(scenario: Scenario, system: System, workload: Workload) -> int:
+    """Requests, and the parts of images that others encode."""
+    return len(workload) + (len(parts_of(workload, is_split(scenario))[0]) if system.has_parts else 0)
 
 
 def check_requests(system: System, workload: Workload) -> None:
     """Refuse requests that no schedule can serve. Raises `InputError` for the first."""
     for pool in system.pools:
+        if pool.role == "encode":
+            continue
         # A prompt is all that a prefill engine holds of a request.
         one = np.ones_like(workload.output_tokens)
         prompts = dataclasses.replace(workload, output_tokens=one, max_tokens=one)
@@ -214,6 +263,10 @@ def check_requests(system: System, workload: Workload) -> None:
     if system.pools:
         return
     s = system.scheduler
+    if workload.num_images is not None and (s.num_stages > 1 or system.num_ranks > 1):
+        raise InputError("workload.images", int(workload.num_images.max()),
+                         "are not simulated with pipeline stages or ranks that iterate together",
+                         "use engine.pipeline_parallel_size = 1 and no expert parallelism")
     if not workload.arrival_s[-1] <= MAX_ARRIVAL_S:
         raise InputError("workload", f"last arrival at {workload.arrival_s[-1]:.3g} s",
                          f"is beyond the {MAX_ARRIVAL_S:.0g} s that are simulated", "raise the rate, or replay less")
@@ -277,8 +330,8 @@ def kinds_of_pools(system: System) -> list[Pool]:
     return kinds
 
 
-def _of_one(pool: Pool) -> Scenario:
-    return msgspec.structs.replace(pool.scenario, cluster=ClusterSection())
+def _of_one(pool: Pool) -> tuple[Scenario, bool]:
+    return msgspec.structs.replace(pool.scenario, cluster=ClusterSection()), pool.role == "encode"
 
 
 def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, max_tokens: int | None = None
@@ -288,7 +341,8 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, 
     max_tokens: of an iteration, where others that share the program need more than this scenario.
     """
     if system.pools:
-        return tuple(make_cost(pool.scenario, pool.system, num_slots, longest, max_tokens)
+        return tuple(_encoding_cost(pool) if pool.role == "encode" else
+                     make_cost(pool.scenario, pool.system, num_slots, longest, max_tokens)
                      for pool in kinds_of_pools(system))
     s = system.scheduler
     most = max(s.most_tokens(num_slots, longest), max_tokens or 0)
@@ -302,6 +356,13 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, 
                      moe_backend=scenario.engine.moe_backend, **scenario.cost.overrides)
     return model.tabulate(most, num_slots, cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode],
                           async_scheduling=s.async_scheduling)
+
+
+def _encoding_cost(pool: Pool) -> AbstractIterationCost:
+    """Of a pool that encodes; a tile is a block of tokens there."""
+    given = pool.scenario.cluster.encode
+    row = (1e-3 * given.base_ms, 1e-3 * given.tile_ms / pool.system.scheduler.block_size, 0.0, 0.0, 0.0)
+    return fitted(row, row)
 
 
 def front_end_s(scenario: Scenario, system: System) -> float:
@@ -318,7 +379,7 @@ def make_source(scenario: Scenario, system: System, workload: Workload | None = 
         return Sessions(np.float32(outside_s))
     if w.kind == "closed-loop":
         return ClosedLoop(np.int32(w.concurrency), np.float32((w.think_s or 0.0) + outside_s))
-    return SortedArrivals()
+    return PartArrivals() if system.has_parts else SortedArrivals()
 
 
 def make_clients(scenario: Scenario) -> Clients | None:
@@ -387,9 +448,11 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
     """Policies and numbers as the loop takes them; cost: of `make_cost`; workload: instead of the one that the scenario
     describes."""
     groups, group_of = (Group(make_batching(scenario, system), cost),), None
+    has_encoder = scenario.workload.images is not None and not system.has_parts
     if system.pools:
         kinds = kinds_of_pools(system)
-        groups = tuple(Group(make_batching(pool.scenario, pool.system), one)
+        groups = tuple(Group(make_encoding_batching(pool) if pool.role == "encode" else
+                             make_batching(pool.scenario, pool.system), one)
                        for pool, one in zip(kinds, cost, strict=True))
         if len(kinds) > 1:
             of_pool = [next(k for k, kind in enumerate(kinds) if _of_one(kind) == _of_one(pool))
@@ -402,11 +465,48 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
         routing = router(name or "round_robin", weights)
     return Params(groups, routing, np.int32(max_steps), make_source(scenario, system, workload), group_of,
                   hand_over=make_hand_over(scenario, system) if system.has_roles else None,
-                  clients=make_clients(scenario))
+                  clients=make_clients(scenario),
+                  encoding=make_encoding(scenario, system) if system.has_parts else None,
+                  encoder=make_encoder(scenario, system) if has_encoder else None)
 
 
 WAITING_BLOCK_SHARE = 0.05
 """Of a pool. Source: `waiting_block_prop_threshold` of LLMServe/DistServe (`jaxsim.policy.hand_over`)."""
+
+
+def make_encoding_batching(pool: Pool) -> Batching:
+    """Of an engine that encodes: so many parts at once, whole."""
+    most = np.int32(MOST_PART_TOKENS)
+    return dataclasses.replace(make_batching(pool.scenario, pool.system), max_num_batched_tokens=most,
+                               watermark_blocks=np.int32(0))
+
+
+MOST_PART_TOKENS = 1 << 30
+"""More than those of all tiles of a cache."""
+
+
+def make_encoding(scenario: Scenario, system: System) -> Encoding:
+    """Who encodes images, and the way of embeddings. Raises `InputError`."""
+    given, images = scenario.cluster.encode, scenario.workload.images
+    try:
+        dealing = router(given.router, {})
+    except InputError as error:
+        raise InputError("cluster.encode.router", error.value, error.problem, error.remedy) from None
+    width = given.embedding_width or system.model.hidden
+    num_bytes = images.tokens_per_tile * width * EMBEDDING_BYTES
+    count = system.num_executors
+    most = math.ceil(given.waiting_tile_share * given.cache_tiles)
+    return Encoding(
+        encodes=np.repeat([pool.role == "encode" for pool in system.pools], [pool.replicas for pool in system.pools]),
+        dealing=dealing, cache_tiles=np.full(count, given.cache_tiles, np.int32),
+        most_tiles=np.full(count, most, np.int32),
+        seconds_per_tile=np.float32(num_bytes / transfer_rates(scenario, system)[1]))
+
+
+def make_encoder(scenario: Scenario, system: System) -> Encoder:
+    """Those that compute prompts encode images too."""
+    given, count = scenario.cluster.encode, system.num_executors or scenario.cluster.replicas * system.num_independent
+    return Encoder(np.full(count, 1e-3 * given.base_ms, np.float32), np.full(count, 1e-3 * given.tile_ms, np.float32))
 
 
 def make_hand_over(scenario: Scenario, system: System) -> HandOver:
@@ -424,7 +524,7 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
         field = error.field.replace("cluster.", "cluster.transfer.")
         raise InputError(field, error.value, error.problem, error.remedy) from None
     return HandOver(
-        computes_prompts=roles == "prefill", decodes=roles == "decode", routing=routing,
+        computes_prompts=(roles == "prefill") | (roles == "encode"), decodes=roles == "decode", routing=routing,
         most_held=np.repeat(np.array(most, np.int32), replicas),
         seconds_per_token=np.float32(bytes_per_token / bytes_per_s), latency_s=np.float32(1e-6 * given.latency_us),
         layers=np.int32(system.model.layers if given.by_layer else 0))
@@ -489,9 +589,14 @@ class Prefixes(NamedTuple):
 
 
 def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None,
-                  patience: Int[np.ndarray, "requests 4"] | None = None) -> Requests:
-    """The workload as the loop reads it, padded; patience: of `make_patience`."""
+                  patience: Int[np.ndarray, "requests 4"] | None = None, is_split: bool = True) -> Requests:
+    """The workload as the loop reads it, padded. patience: of `make_patience`; is_split: images of a request are
+    encoded apart."""
     shared = {} if patience is None else dict(patience=patience)
+    if workload.num_images is not None and (dims.has_parts or dims.has_encoder):
+        none = np.zeros(0, np.int64)
+        whose, tiles = parts_of(workload, is_split) if dims.has_parts else (none, none)
+        shared["images"] = Images(workload.num_images * workload.tiles_per_image, whose, tiles, dims.block_size)
     if prefixes is not None:
         more = dims.path_width - prefixes.paths.shape[1]
         shared |= dict(paths=np.pad(prefixes.paths, ((0, 0), (0, more)), constant_values=-1),
@@ -569,6 +674,9 @@ def session_prefixes(workload: Workload, block_size: int) -> Prefixes:
 def step_limit(workload: Workload, num_ranks: int = 1) -> int:
     """Steps after which a run is stopped; ranks that iterate together take turns."""
     tokens = int(workload.input_tokens.sum()) + int(workload.output_tokens.sum())
+    if workload.num_images is not None:
+        # Steps of the parts: dealt, begun, ended, accepted, delivered.
+        tokens += 8 * int(workload.num_images.sum())
     return int(min(1_000 + MAX_STEPS_A_TOKEN * tokens * num_ranks, 2**31 - 1))
 
 

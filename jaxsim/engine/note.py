@@ -5,6 +5,7 @@ from jaxtyping import Array
 
 from jaxsim.engine import clients, hand_over, prefix, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
+from jaxsim.engine.parts import is_part
 from jaxsim.engine.touched import Touched
 from jaxsim.engine.writes import Add, Put, Writes, at
 from jaxsim.kernels import bitmap, clock, histogram, packed, queues, stack
@@ -24,6 +25,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     is_finished = retired.is_any
     if t.left is not None:
         is_active, is_finished = is_active | event.is_door, is_finished & ~t.left.is_any
+        if t.left.part is not None:
+            is_finished = is_finished & ~t.left.part.is_any
     if t.cut_off is not None:
         is_active = is_active | event.is_timeout | event.is_refused
         is_finished = is_finished & (retired.request != scratch)
@@ -73,12 +76,12 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     link = t.link
     if t.left is not None:
         # A request that leaves has its first token, and waits for the next from now on.
-        leaving_now, before = t.left.is_any, take(world.progress, retired.request)[1]
+        leaving_now, before = t.left.is_kv, take(world.progress, retired.request)[1]
         index = jnp.where(leaving_now, t.left.request, writes["progress"].index[0])
         writes["progress"] = Put((index,), jnp.where(leaving_now, jnp.stack([1, before]), writes["progress"].value))
         writes["preempted"] = Put((index,), stamp)
         writes |= hand_over.writes(context, event, t.opened, t.left, t.is_looking, stamp)
-        link = choose(event.is_door, t.opened.link, choose(leaving_now, t.left.link, link))
+        link = choose(event.is_door, t.opened.link, choose(t.left.is_any, t.left.link, link))
     if rules.keeps_running_list:
         appending = t.tail, placed.slot, placed.is_completing
         if t.cut_off is not None:
@@ -160,10 +163,14 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=t.is_frozen.astype(jnp.int32))
     if t.left is not None:
-        progress |= dict(num_handed_over=world.num_handed_over + t.left.is_any,
+        progress |= dict(num_handed_over=world.num_handed_over + t.left.is_kv,
                          num_accepted=world.num_accepted + (t.opened.accepted != scratch))
     if t.cut_off is not None:
         progress |= clients.progress(context, t, is_finished)
+    if dims.has_parts:
+        is_dealt = event.is_arrival & is_part(context, event.request)
+        progress |= dict(num_dealt=world.num_dealt + is_dealt,
+                         num_routed=progress["num_routed"] - is_dealt + t.left.part.is_last)
     if dims.num_records:
         progress["num_recorded"] = world.num_recorded + (
             t.plan.is_any if t.turn is None else dims.num_ranks * t.turn.is_launching)

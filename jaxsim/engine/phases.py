@@ -9,7 +9,19 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxsim.engine import clients, ending, events, gathering, hand_over, lockstep, passes, pipeline, prefix, tape
+from jaxsim.engine import (
+    clients,
+    ending,
+    events,
+    gathering,
+    hand_over,
+    lockstep,
+    parts,
+    passes,
+    pipeline,
+    prefix,
+    tape,
+)
 from jaxsim.engine.common import Context, choose, has, mark, take
 from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
 from jaxsim.engine.touched import Touched
@@ -322,6 +334,10 @@ def fill(context: Context, t: Touched) -> Touched:
         resume_s = times.batch.resume_s + jnp.where(is_resuming, t.preempted_s, 0.0)
         times = replace(times, batch=replace(times.batch, resume_s=resume_s))
     counts = Counts(counts.executor, rank, batch)
+    if dims.has_parts or dims.has_encoder:
+        is_new = placed.is_admitted & (t.preemptions == 0)
+        is_new = is_new if t.is_ready is None else is_new & ~t.is_ready
+        counts = parts.placed(context, counts, t.candidate, is_new, placed.is_first_token)
 
     is_short, is_preempting, slots, link, victim = t.is_short, t.is_preempting, t.slots, t.link, t.victim
     if not rules.is_unified:
@@ -391,9 +407,11 @@ def price(context: Context, t: Touched) -> Touched:
     longest = t.longest
     if longest is not None:
         longest = jnp.maximum(longest, jnp.where(t.placed.is_completing, t.placed.entry[w.OFFSET], longest))
+    priced = passes.price(context.dims, context.group, t.counts, t.times, longest)
+    if context.dims.has_encoder:
+        priced = priced[0] + parts.encoding_s(context, t.event, t.counts), priced[1]
     return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_idle=is_idle,
-                   is_stuck=is_stuck, is_resting=is_resting,
-                   price=passes.price(context.dims, context.group, t.counts, t.times, longest))
+                   is_stuck=is_stuck, is_resting=is_resting, price=priced)
 
 
 def launch(context: Context, t: Touched) -> Touched:
@@ -402,6 +420,9 @@ def launch(context: Context, t: Touched) -> Touched:
     if context.dims.has_roles:
         # At its end somebody may be accepted.
         fits = hand_over.fits(context, event, t.counts, t.opened.front)
+        if context.dims.has_parts:
+            # Then tiles are given back, too.
+            fits = fits | (t.counts.batch.tiles > 0)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     counts, times, plan = passes.start(
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,

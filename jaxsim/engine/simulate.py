@@ -48,6 +48,7 @@ class Lane:
     """One scenario, one seed, on its way through the engine.
 
     longest: tokens of a request of any of its seeds. front_end_s: that every request spends outside the engine.
+    is_split: images of a request are encoded apart.
     """
 
     scenario: int
@@ -59,6 +60,7 @@ class Lane:
     prefixes: lower.Prefixes | None = None
     front_end_s: float = 0.0
     patience: np.ndarray | None = None
+    is_split: bool = True
 
 
 def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = False,
@@ -91,7 +93,8 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     done = {}
     for (dims, *_), group in groups.items():
         params = _stack([lane.params for lane in group])
-        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, lane.patience) for lane in group])
+        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, lane.patience, lane.is_split)
+                           for lane in group])
         world = jax.device_get(loop.run_on_one_device(dims, params, requests))
         done |= {id(lane): _unpack(dims, world, index, lane) for index, lane in enumerate(group)}
     for lane in lanes:
@@ -167,11 +170,14 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     system = lower.resolve_system(scenario)
     if given is None and scenario.num_requests is not None:
         _check_memory([(dims_of(scenario, system, scenario.num_requests), scenario.num_seeds)])
+    if given is not None and (given.num_images is None) != (scenario.workload.images is None):
+        raise InputError("workload", None, "and the scenario do not agree on images",
+                         "leave [workload.images] out of the scenario, or give a workload with them")
     workloads = [given or lower.make_workload(scenario, seed) for seed in scenario.seeds]
     for workload in workloads:
         lower.check_requests(system, workload)
         lower.check_transfers(scenario, system, workload)
-    most = max(len(workload) for workload in workloads)
+    most = max(lower.num_rows(scenario, system, workload) for workload in workloads)
     longest = max(int((workload.input_tokens + workload.output_tokens).max()) for workload in workloads)
     dims = dims_of(scenario, system, most)
     if record_steps:
@@ -191,7 +197,8 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     return [Lane(index, system, workload, dims,
                   lower.make_params(scenario, system, cost, most_steps(scenario, dims, workload), workload),
                   longest,
-                  prefix, lower.front_end_s(scenario, system), lower.make_patience(scenario, system, workload))
+                  prefix, lower.front_end_s(scenario, system), lower.make_patience(scenario, system, workload),
+                  lower.is_split(scenario))
             for workload, prefix in zip(workloads, prefixes, strict=True)]
 
 
@@ -218,7 +225,10 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
     return Dims(num_requests=num_requests, has_clients=scenario.has_clients,
                 num_more_logs=(sendings(scenario) - 1) * num_requests,
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
-                num_ranks=system.num_ranks, has_roles=system.has_roles,
+                num_ranks=system.num_ranks, has_roles=system.has_roles, has_parts=system.has_parts,
+                # What cannot have one is refused with its requests (`lower.check_requests`).
+                has_encoder=(scenario.workload.images is not None and not system.has_parts and system.num_ranks == 1
+                             and system.scheduler.num_stages == 1),
                 num_stages=system.scheduler.num_stages, num_batches=system.scheduler.num_stages,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
 
@@ -278,7 +288,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
-        **handed_over(world, np.s_[lane, :count]), **clients,
+        **handed_over(world, np.s_[lane, :count]), **clients, **_images(world, lane, made),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
         session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)
@@ -308,6 +318,36 @@ def handed_over(world: World, rows: tuple) -> dict[str, np.ndarray]:
 
     return {"decode_instance": target, "accepted_s": seconds(hand_over.ACCEPTED),
             "delivered_s": seconds(hand_over.DUE)}
+
+
+def _images(world: World, lane: int, made: Lane) -> dict[str, np.ndarray]:
+    """With images: `num_images`; where others encode them, `encoded_s` and `embedded_s` of requests that have any."""
+    workload, count = made.workload, len(made.workload)
+    if workload.num_images is None:
+        return {}
+    found = {"num_images": workload.num_images}
+    if made.dims.has_parts:
+        whose = lower.parts_of(workload, made.is_split)[0]
+        parts = embedded(world, lane, np.s_[count:count + len(whose)])
+        for ours, theirs in (("encoded_s", "encoded_s"), ("embedded_s", "delivered_s")):
+            latest = np.full(count, -np.inf)
+            np.maximum.at(latest, whose, np.nan_to_num(parts[theirs], nan=np.inf))
+            found[ours] = np.where(np.isfinite(latest), latest, np.nan)
+    return found
+
+
+def embedded(world: World, lane: int, rows: slice) -> dict[str, np.ndarray]:
+    """Of parts of images, by row: `owner`, `started_s`, `encoded_s`, `accepted_s`, `delivered_s`."""
+    def seconds(stamps, is_known):
+        return np.where(is_known, clock.join_reference(*np.moveaxis(stamps, -1, 0)), np.nan)
+
+    log_row, owner = world.placed[lane, rows].T
+    transfers = world.transfers[lane, rows]
+    is_sent = transfers[:, hand_over.NUMBER] >= 0
+    return {"owner": owner, "started_s": seconds(world.scheduled[lane, rows], owner >= 0),
+            "encoded_s": seconds(world.first_tokens[lane, log_row], log_row >= 0),
+            "accepted_s": seconds(transfers[:, hand_over.ACCEPTED:hand_over.ACCEPTED + 3], is_sent),
+            "delivered_s": seconds(transfers[:, hand_over.DUE:hand_over.DUE + 3], is_sent)}
 
 
 def blocks_of(system: lower.System) -> int | np.ndarray:

@@ -19,6 +19,7 @@ class Dims:
     log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors;
     has_clients: requests may end without an answer, and be sent again; num_more_logs: rows for first tokens beyond one
     a request.
+    has_parts: images are encoded on executors of their own; has_encoder: some that compute prompts encode them too.
     """
 
     num_requests: int
@@ -36,6 +37,8 @@ class Dims:
     has_roles: bool = False
     has_clients: bool = False
     num_more_logs: int = 0
+    has_parts: bool = False
+    has_encoder: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -48,6 +51,10 @@ class Dims:
             raise ValueError("has_roles: executors of one rank and one stage, without prefix caching")
         if self.has_clients and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
             raise ValueError("has_clients: executors of one rank and one stage, without prefix caching or roles")
+        if self.has_parts and not self.has_roles:
+            raise ValueError("has_parts: only with has_roles")
+        if self.has_encoder and (self.num_ranks > 1 or self.num_batches > 1 or self.has_parts):
+            raise ValueError("has_encoder: executors of one rank and one stage, without others that encode")
 
     @property
     def all_ranks(self) -> int:

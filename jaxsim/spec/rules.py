@@ -41,6 +41,7 @@ def check(s: "Scenario") -> None:
     _check_pools(s)
     _check_workload(s)
     _check_clients(s)
+    _check_images(s)
     _check_sizes(s)
 
 
@@ -115,6 +116,8 @@ def _check_pools(s: "Scenario") -> None:
         raise InputError("cluster.replicas", cluster.replicas, "given beside [[cluster.pools]]",
                          "give cluster.pools[k].replicas")
     roles = {pool.role for pool in cluster.pools}
+    if roles in ({"encode"}, {"encode", "decode"}):
+        raise InputError("cluster.pools", sorted(roles), "compute no prompts", "add one of role 'prefill' or 'mixed'")
     for index, pool in enumerate(cluster.pools):
         lacking = {"prefill": "decode", "decode": "prefill"}.get(pool.role)
         if lacking is not None and lacking not in roles:
@@ -185,6 +188,39 @@ def _check_workload(s: "Scenario") -> None:
         raise InputError(field, getattr(s, field),
                          f"leaves no request to measure{beside}: they arrive within about {span_s:.4g} s",
                          "lower it, or raise workload.num_requests")
+
+
+def _check_images(s: "Scenario") -> None:
+    w, encode = s.workload, s.cluster.encode
+    encoders = [i for i, pool in enumerate(s.cluster.pools) if pool.role == "encode"]
+    if w.images is None:
+        if encode is not None:
+            raise InputError("cluster.encode", plain(encode), "has no effect without images",
+                             "give [workload.images], or leave it out")
+        if encoders:
+            raise InputError(f"cluster.pools[{encoders[0]}].role", "encode", "has nothing to do without images",
+                             "give [workload.images], or leave the pool out")
+        return
+    if encode is None:
+        raise InputError("cluster.encode", None, "missing, and images have to be encoded",
+                         "give base_ms and tile_ms, and a pool of role 'encode' if others are to do it")
+    if w.kind in ("trace", "closed-loop") or w.has_sessions:
+        raise InputError("workload.images", plain(w.images), f"are not simulated with kind = {w.kind!r}"
+                         + (" and sessions" if w.has_sessions else ""), "use single requests, e.g. kind = 'poisson'")
+    least, most = w.images.range
+    if least > most:
+        raise InputError("workload.images.number.least", least, f"above most = {most}", "swap them")
+    if s.engine.enable_prefix_caching:
+        raise InputError("engine.enable_prefix_caching", True, "is not simulated with images", "leave it out")
+    if isinstance(s.cost, FittedCost) and s.cost.exact and not encoders:
+        raise InputError("cost.exact", True, "is not there for iterations that encode images", "leave it out")
+    tiles = most * w.images.tiles_per_image
+    if encoders and tiles > encode.cache_tiles:
+        raise InputError("cluster.encode.cache_tiles", encode.cache_tiles,
+                         f"is fewer than the {tiles} tiles of a request", f"raise it to {tiles}, or send fewer images")
+    if encoders and s.model is None and encode.embedding_width is None:
+        raise InputError("cluster.encode.embedding_width", None, "missing, and without [model] it is not known",
+                         "give the width of an embedding")
 
 
 def _check_sessions(s: "Scenario") -> None:

@@ -140,6 +140,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         pool = self.cluster.pools[index]
         tree = self.to_dict()
         tree["cluster"] = {"replicas": pool.replicas}
+        if self.cluster.encode is not None:
+            tree["cluster"]["encode"] = msgspec.to_builtins(self.cluster.encode)
         tree["engine"] = tree.get("engine", {}) | pool.engine
         if pool.device is not None:
             tree["device"] = {"name": pool.device}

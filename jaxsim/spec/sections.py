@@ -20,6 +20,7 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Turns = Annotated[int, Meta(ge=1, le=1 << 16)]
 Wait = Annotated[float, Meta(ge=0, le=1e9)]
 Patience = Annotated[float, Meta(ge=1e-6, le=1e8)]
+Images = Annotated[int, Meta(ge=0, le=1024)]
 Coefficient = Annotated[float, Meta(ge=0, le=MAX_ITERATION_S)]
 
 ArrivalKind = Literal["poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "closed-loop",
@@ -97,13 +98,14 @@ class DeviceSection(_Section, frozen=True):
 class PoolSection(_Section, frozen=True):
     """Some of the engines of a cluster, all alike.
 
-        role: mixed, prefill (prompts, up to the first token) or decode (all tokens after it).
+        role: mixed, prefill (prompts, up to the first token), decode (all tokens after it) or encode (images only;
+            engine.max_num_seqs is then how many parts of requests it encodes at once).
         replicas: how many.
         device: a name of `jaxsim list devices`, if they run on another than [device].
         engine: fields of [engine] that are other here.
     """
 
-    role: Literal["mixed", "prefill", "decode"] = "mixed"
+    role: Literal["mixed", "prefill", "decode", "encode"] = "mixed"
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
     device: Text | None = None
     engine: dict[str, Any] = {}
@@ -144,6 +146,28 @@ class AdmissionSection(_Section, frozen=True):
     max_outstanding: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
 
 
+class EncodeSection(_Section, frozen=True):
+    """The encoding of images: base_ms + tile_ms x tiles for a batch of them.
+
+        base_ms: of a batch.
+        tile_ms: of a tile in it.
+        cache_tiles: of the multimodal cache of an encode engine, and of one that takes embeddings.
+        waiting_tile_share: an engine accepts no more requests while embeddings of those that it has accepted and not
+            begun hold this share of its cache.
+        split_images: the images of a request are dealt to several encode engines; otherwise one encodes all.
+        router: which encode engine gets them, as cluster.router.
+        embedding_width: numbers of two bytes of the embedding of a token; the model's hidden size if left out.
+    """
+
+    base_ms: NotNegative
+    tile_ms: NotNegative
+    cache_tiles: Annotated[int, Meta(ge=1, le=1 << 20)] = 3000
+    waiting_tile_share: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    split_images: bool = True
+    router: Text = "round_robin"
+    embedding_width: Tokens | None = None
+
+
 class ClusterSection(_Section, frozen=True):
     """How many engines, and who chooses among them.
 
@@ -152,8 +176,9 @@ class ClusterSection(_Section, frozen=True):
             data-parallel ranks vLLM's own balancer among all of them.
         router_weights: numbers of the router, where it has any.
         pools: engines that differ, in role, device or settings, instead of replicas.
-        transfer: of KV between pools, with prefill and decode engines.
         admission: what is refused; nothing if left out.
+        transfer: of KV between pools, with prefill and decode engines, and of embeddings, with encode engines.
+        encode: how images are encoded: by the pools of role encode, otherwise by all that compute prompts.
     """
 
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
@@ -162,6 +187,7 @@ class ClusterSection(_Section, frozen=True):
     pools: tuple[PoolSection, ...] = ()
     transfer: TransferSection | None = None
     admission: AdmissionSection | None = None
+    encode: EncodeSection | None = None
 
     @property
     def has_roles(self) -> bool:
@@ -297,6 +323,36 @@ class SessionsSection(_Section, frozen=True):
     context_limit: Tokens | None = None
 
 
+class UniformCount(_Section, frozen=True, tag_field="kind", tag="uniform"):
+    """Every whole number of a range is as likely.
+
+        least: smallest.
+        most: largest.
+    """
+
+    least: Images
+    most: Images
+
+
+class ImagesSection(_Section, frozen=True):
+    """Images of requests. Their tokens come on top of `workload.input`.
+
+        number: of a request, or a law.
+        tiles_per_image: that an image is cut into.
+        tokens_per_tile: of the prompt.
+    """
+
+    number: Images | UniformCount
+    tiles_per_image: Annotated[int, Meta(ge=1, le=4096)]
+    tokens_per_tile: Annotated[int, Meta(ge=1, le=1 << 16)]
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Least and most images of a request."""
+        n = self.number
+        return (n, n) if isinstance(n, int) else (n.least, n.most)
+
+
 class TenantSection(_Section, frozen=True):
     """A class of requests.
 
@@ -380,6 +436,7 @@ class WorkloadSection(_Section, frozen=True):
         tenants: classes of requests, or of sessions.
         sessions: turns of conversations or agentic loops, instead of single requests.
         client: how long clients wait, and what they do then; for ever if left out.
+        images: of requests, which have to be encoded first; none if left out.
     """
 
     kind: ArrivalKind
@@ -413,6 +470,7 @@ class WorkloadSection(_Section, frozen=True):
         waits = (self.client, *self.tenants)
         return any(one is not None and (one.deadline_s is not None or one.first_token_deadline_s is not None)
                    for one in waits)
+    images: ImagesSection | None = None
 
     @property
     def has_sessions(self) -> bool:

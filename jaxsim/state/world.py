@@ -82,7 +82,8 @@ class Rank(eqx.Module):
     belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other, all
     `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`). With roles: whose KV is on
     the way here and who has it here and does not run, how many of these a pass may see, the blocks that both hold, and
-    those kept for who has left and is not delivered yet.
+    those kept for who has left and is not delivered yet. Where others encode images: tiles in the multimodal cache, and
+    those of requests that no pass has taken yet.
     """
 
     queue: Queue
@@ -105,6 +106,8 @@ class Rank(eqx.Module):
     visible_ready: Int[Array, "*shape"] | None
     held_blocks: Int[Array, "*shape"] | None
     kept_blocks: Int[Array, "*shape"] | None
+    cached_tiles: Int[Array, "*shape"] | None
+    waiting_tiles: Int[Array, "*shape"] | None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -123,7 +126,8 @@ class Batch(eqx.Module):
     was applied; `gap_count` sequences whose next token prompt-only iterations delay; `log_row` where the time of its
     first tokens goes; `record` its place on the tape, if there is one; `taken` in a pipeline, how many of the `extra`
     have taken their blocks, those of all before the jump ends if others may be admitted beside it; with roles that too,
-    and `entering`, how many of `count` came with their KV.
+    and `entering`, how many of `count` came with their KV. tiles: of images that the iteration encodes, or where others
+    do, whose prompts it completes.
     """
 
     counter: Int[Array, "*shape"]
@@ -148,6 +152,7 @@ class Batch(eqx.Module):
     record: Int[Array, "*shape"] | None
     taken: Int[Array, "*shape"] | None
     entering: Int[Array, "*shape"] | None
+    tiles: Int[Array, "*shape"] | None
 
 
 class Counts(eqx.Module):
@@ -360,6 +365,10 @@ class World(eqx.Module):
     num_outstanding: Int[Array, ""] | None = None
     # Under asynchronous scheduling, of requests the instant (seconds, ticks) of the last sending.
     sent: Int[Array, "rows 2"] | None = None
+    # Parts of images (`jaxsim.engine.parts`), else None: of requests, how many steps all parts together have made
+    # (encoded, accepted, delivered); and how many parts have been routed.
+    steps_of_parts: Int[Array, " rows"] | None = None
+    num_dealt: Int[Array, ""] | None = None
 
 
 def _zeros(cls, **fields):
@@ -375,10 +384,12 @@ def empty_counts(dims: Dims) -> Counts:
     rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, cache=cache,
                   forming_batch=zero if is_pipeline else None,
                   **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_roles else None),
-                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None))
+                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None),
+                  **dict.fromkeys(("cached_tiles", "waiting_tiles"), zero if dims.has_parts else None))
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
-                   taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None)
+                   taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None,
+                   tiles=zero if dims.has_parts or dims.has_encoder else None)
     return Counts(executor, rank, batch)
 
 
@@ -458,6 +469,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         clients = dict(timers=ints(timers.num_rows(dims.num_requests), 3), clients=ints(rows, 2),
                        slot_of=ints(rows, value=dims.null_slot), previous_waiting=ints(rows), num_outstanding=ints(),
                        routed=ints(rows, value=-1))
+    if dims.has_parts:
+        roles |= dict(steps_of_parts=ints(rows), num_dealt=ints())
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),

@@ -221,7 +221,7 @@ class Lanes:
             lower.check_transfers(scenario, system, workload)
             lower.make_patience(scenario, system, workload)
             last_s = max(last_s, float(workload.unit_times[-1]) if _is_stretched(scenario) else 0.0)
-            most = max(most, len(workload))
+            most = max(most, lower.num_rows(scenario, system, workload))
             longest = max(longest, int((workload.input_tokens + workload.output_tokens).max()))
             output = max(output, int(workload.output_tokens.max()))
             requests += len(workload)
@@ -275,7 +275,8 @@ class Lanes:
     def _runs(self, scenario: Scenario, slots: int, tokens: int, longest: int) -> tuple[Dims, list[Run]]:
         system = self.system(scenario)
         workloads = [self.workload(scenario, seed) for seed in scenario.seeds]
-        dims = dataclasses.replace(simulate.dims_of(scenario, system, max(map(len, workloads))), num_slots=slots)
+        dims = dataclasses.replace(simulate.dims_of(scenario, system, max(
+            lower.num_rows(scenario, system, workload) for workload in workloads)), num_slots=slots)
         prefixes: list[lower.Prefixes | None] = [None] * len(workloads)
         if scenario.engine.enable_prefix_caching:
             block = system.scheduler.block_size
@@ -284,14 +285,14 @@ class Lanes:
                         for seed, w in zip(scenario.seeds, workloads, strict=True)]
             dims = simulate.with_prefixes(dims, prefixes)
         lower.check_counters(dims, workloads)
-        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cluster.pools, scenario.cost,
-                     stamps(scenario)), (
+        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cluster.pools, scenario.cluster.encode,
+                     scenario.cost, stamps(scenario)), (
             slots, tokens, longest)
         cost = self._costs.get(key, lambda: jax.device_get(
             lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
         w = scenario.workload
         closed = (w.concurrency, w.think_s) if w.kind == "closed-loop" else None
-        key = *key, _bytes(scenario.cluster, closed, w.has_sessions, w.client, w.has_deadlines)
+        key = *key, _bytes(scenario.cluster, closed, w.has_sessions, w.client, w.has_deadlines, w.images)
         params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
         front_end_s = lower.front_end_s(scenario, system)
         return dims, [Run(scenario, system, params, workload, prefix, workload.arrival_s,
@@ -304,7 +305,8 @@ def _of_roles(scenario: Scenario, system: lower.System) -> Hashable:
     """What pools choose of the program: how many kinds there are, and the router of the decode engines."""
     transfer = scenario.cluster.transfer or TransferSection()
     return (len(lower.kinds_of_pools(system)), system.has_roles, transfer.router,
-            tuple(sorted(transfer.router_weights))) if system.pools else None
+            tuple(sorted(transfer.router_weights)),
+            scenario.cluster.encode and scenario.cluster.encode.router) if system.pools else None
 
 
 def ladder(slots: list[int]) -> list[int]:

@@ -74,12 +74,12 @@ def together(dims: Dims, runs: Sequence[Run]) -> tuple[Params, Requests]:
     """Parameters and requests with a leading axis of runs; what runs share is stacked once."""
     params = _gathered([run.params for run in runs])
     params = eqx.tree_at(lambda p: p.max_steps, params, np.array([run.max_steps for run in runs], np.int32))
-    packed: dict[tuple[int, int], Requests] = {}
-    for run in runs:
-        key = id(run.workload), id(run.patience)
+    packed: dict[tuple[int, int, bool], Requests] = {}
+    keys = [(id(run.workload), id(run.patience), lower.is_split(run.scenario)) for run in runs]
+    for key, run in zip(keys, runs, strict=True):
         if key not in packed:
-            packed[key] = lower.make_requests(run.workload, dims, run.prefixes, run.patience)
-    requests = _gathered([packed[id(run.workload), id(run.patience)] for run in runs])
+            packed[key] = lower.make_requests(run.workload, dims, run.prefixes, run.patience, key[-1])
+    requests = _gathered([packed[key] for key in keys])
     rows = dims.num_requests + 1
     seconds = np.full((len(runs), rows + 1), np.inf)
     for row, run in zip(seconds, runs, strict=True):

@@ -78,6 +78,19 @@ class TransferRecord:
 
 
 @dataclass(frozen=True)
+class PartRecord:
+    """Some images of a request: where and when they were encoded, and their embeddings' way."""
+
+    request: int
+    owner: int
+    tiles: int
+    started_s: float
+    encoded_s: float
+    accepted_s: float
+    delivered_s: float
+
+
+@dataclass(frozen=True)
 class ReferenceResult:
     """Requests in the order given, iterations in the order started, and how close arrivals came to ties.
 
@@ -95,6 +108,9 @@ class ReferenceResult:
     margins: list[tuple[float, float]]
     transfers: list[TransferRecord] = field(default_factory=list)
     merges_left_out: int = 0
+    parts: list[PartRecord] = field(default_factory=list)
+    encode_iterations: dict[int, tuple[int, float]] = field(default_factory=dict)  # number and busy seconds
+    encode_waits: int = 0  # requests whose embeddings were not accepted at once
 
     @property
     def smallest_margin_s(self) -> float:

@@ -11,7 +11,8 @@ With `Request.after` a request waits for the answer to another: a turn of a sess
 
 With `Clients` requests may end without an answer, and be sent again.
 
-With `Disaggregation` prompts are computed on some instances and outputs on others.
+With `Disaggregation` prompts are computed on some instances and outputs on others; with `Encoding` images on others
+again, with `encoder` by the instances that compute the prompts.
 
 Order of events at one instant: (time, phase, index), phases: deliveries of KV in the order of acceptance,
 iteration ends by instance, arrivals by request, scheduling passes by instance. What an event causes at the same instant
@@ -40,17 +41,26 @@ from .checks import check_batch, check_between_iterations, check_cluster, check_
 from .clients import PHASE_TIMEOUT, Clients
 from .clock import ARRIVAL_GRID_TICKS, Clock
 from .disaggregation import Disaggregation, HandOver
+from .encoding import Encoders, Encoding
 from .flags import PRESETS, UNLIMITED, Flags, preset
 from .memory import release
 from .passes import enqueue, scheduling_pass
-from .results import IterationRecord, ReferenceResult, RequestResult, TransferRecord, arrival_margins, neighbour_margins
+from .results import (
+    IterationRecord,
+    PartRecord,
+    ReferenceResult,
+    RequestResult,
+    TransferRecord,
+    arrival_margins,
+    neighbour_margins,
+)
 from .routing import ROUTERS, Router, fewest_prefills, fewest_queued_decodes
 from .state import BatchStatsRef, Instance, Job, Request, batch_stats
 from .transfers import Transfer
 
 __all__ = [
-    "PRESETS", "ROUTERS", "UNLIMITED", "BatchStatsRef", "Disaggregation", "Flags", "IterationRecord", "ReferenceResult",
-    "Request", "RequestResult", "Router", "TransferRecord", "arrival_margins", "fewest_prefills",
+    "PRESETS", "ROUTERS", "UNLIMITED", "BatchStatsRef", "Disaggregation", "Encoding", "Flags", "IterationRecord",
+    "ReferenceResult", "Request", "RequestResult", "Router", "TransferRecord", "arrival_margins", "fewest_prefills",
     "fewest_queued_decodes", "preset", "simulate",
 ]
 
@@ -72,6 +82,8 @@ def simulate(
     stage_cost: StageCost | Sequence[StageCost | None] | None = None,
     disaggregation: Disaggregation | None = None,
     clients: Clients | None = None,
+    encoding: Encoding | None = None,
+    encoder: Sequence[tuple[float, float]] | None = None,
 ) -> ReferenceResult:
     """Serves all requests to the end.
 
@@ -86,6 +98,9 @@ def simulate(
       engine, and `cost` in equal parts.
     - clients: what they and the cluster do where an answer takes too long; by default all wait for ever.
     - disaggregation: roles of the instances and what is between them; by default all are mixed.
+    - encoding: rules of the instances whose role is to encode images.
+    - encoder: of each instance the seconds (base, a tile) by which an iteration is longer that has the first tokens of
+      requests with images, where these are not encoded elsewhere.
 
     Raises ValueError for a request that can never be served, AssertionError where a law is broken.
     """
@@ -106,11 +121,11 @@ def simulate(
         for one, role in set(zip(all_flags, roles, strict=True)):
             if role == "prefill":
                 refuse_impossible(replace(request, output=1), one)
-            elif role == "mixed" or request.output > 1:
+            elif role == "mixed" or (role == "decode" and request.output > 1):
                 refuse_impossible(request, one)
     instances = [Instance(i, one, role) for i, (one, role) in enumerate(zip(all_flags, roles, strict=True))]
     simulation = Simulation(requests, instances, router, of_each(cost), of_each(stage_cost), Clock(round_times), ranks,
-                            disaggregation, clients)
+                            disaggregation, clients, encoding, encoder)
     simulation.run()
     simulation.check_end()
     return simulation.result()
@@ -121,7 +136,8 @@ class Simulation:
 
     def __init__(self, requests: Sequence[Request], instances: list[Instance], router: str | Router, costs: list[Cost],
                  stage_costs: list[StageCost | None], clock: Clock, ranks: int, rules: Disaggregation | None,
-                 clients: Clients | None = None):
+                 clients: Clients | None = None, encoding: Encoding | None = None,
+                 encoder: Sequence[tuple[float, float]] | None = None):
         self.instances, self.costs, self.clock, self.ranks = instances, costs, clock, ranks
         self.route = ROUTERS[router] if isinstance(router, str) else router
         self.prefilling = [instance for instance in instances if instance.can_prefill]
@@ -138,6 +154,13 @@ class Simulation:
                 self.followers.setdefault(request.after, []).append(number)
         self.rules = rules
         self.hand_over = None if rules is None else HandOver(rules, instances, clock, self.expect_delivery)
+        self.encoder = encoder
+        self.encoders = None
+        if encoding is not None:
+            self.encoders = Encoders(
+                encoding, rules.roles, self.jobs, clock, self.hand_over, self.choose,
+                lambda index, end: heapq.heappush(self.events, (end, PHASE_ITERATION_END, index)),
+                lambda index: heapq.heappush(self.events, (self.now, PHASE_PASS, index)), self.enter)
         self.transfers: dict[tuple, Transfer] = {}  # on the way
         self.iterations: list[IterationRecord] = []
         self.iteration_ends: list[list[float]] = [[] for _ in instances]
@@ -163,6 +186,10 @@ class Simulation:
             self.now = time
             if phase == PHASE_DELIVERY:
                 self.deliver(self.transfers.pop(index))
+            elif phase == PHASE_ITERATION_END and self.instances[index].role == "encode":
+                self.encoders.end(index, self.now)
+            elif phase == PHASE_PASS and self.instances[index].role == "encode":
+                self.encoders.start(index, self.now)
             elif phase == PHASE_ITERATION_END:
                 for instance in self.together(self.instances[index]):
                     if instance.flights:
@@ -202,7 +229,21 @@ class Simulation:
         self.transfers[transfer.key] = transfer
         heapq.heappush(self.events, (transfer.due, PHASE_DELIVERY, transfer.key))
 
+    def choose(self, job: Job) -> Instance:
+        """Who computes the prompt."""
+        instance = self.prefilling[self.route(job.request, self.prefilling, self.num_routed)]
+        job.instance = instance.index
+        self.num_routed += 1
+        return instance
+
+    def enter(self, instance: Instance, job: Job) -> None:
+        enqueue(instance, job, instance.flags, at_front=False)
+        self.ask_for_pass(instance)
+
     def deliver(self, transfer: Transfer) -> None:
+        if self.instances[transfer.source].role == "encode":
+            self.encoders.deliver(transfer, self.instances[transfer.destination], self.now)
+            return
         self.hand_over.deliver(transfer, self.now)
         for index in (transfer.source, transfer.destination):
             self.ask_for_pass(self.instances[index])
@@ -247,15 +288,15 @@ class Simulation:
         if limits is not None and sum(i.outstanding for i in self.instances) >= limits.max_outstanding:
             self.fail(self.jobs.index(job), "rejected")
             return
-        instance = self.prefilling[self.route(job.request, self.prefilling, self.num_routed)]
-        job.instance = instance.index
-        self.num_routed += 1
+        if self.encoders is not None and job.request.tiles:
+            self.encoders.arrive(job)
+            return
+        instance = self.choose(job)
         if limits is not None and len(instance.waiting) >= limits.max_waiting:
             job.instance = None
             self.fail(self.jobs.index(job), "rejected")
             return
-        enqueue(instance, job, instance.flags, at_front=False)
-        self.ask_for_pass(instance)
+        self.enter(instance, job)
 
     def end_iteration(self, instance: Instance) -> None:
         flags = instance.flags
@@ -278,6 +319,8 @@ class Simulation:
             job.is_prefilled = True
             if job.first_token is None:
                 job.first_token = self.now
+                if self.encoders is not None:
+                    self.encoders.release(instance, job)
             if job.emitted == job.request.output:
                 job.finish = job.ended = self.now
                 job.status = "finished"
@@ -298,6 +341,8 @@ class Simulation:
                 instance.new_token_ratio = flags.new_token_ratio_init
         if instance.role == "decode":
             self.hand_over.accept(instance, self.now)
+        elif self.encoders is not None:
+            self.encoders.accept(instance, self.now)
 
     def start_iterations(self, leader: Instance) -> None:
         """What one scheduling event starts: a batch on every rank, or as many as the pipeline takes."""
@@ -334,11 +379,19 @@ class Simulation:
                 return self.start_iteration(instance)
             assert instance.leaving or instance.in_transfer, "an idle instance with work is stuck"
             return None
+        tiles = 0
         for job, _ in plan.entries:
             if job.scheduled is None:
                 job.scheduled = self.now
+                tiles += sum(job.request.tiles)
+                if self.encoders is not None:
+                    self.encoders.taken(instance, job)
         stats = batch_stats(plan.entries)
-        end = self._end_of(instance, stats)
+        encoding_s = 0.0
+        if self.encoder is not None and tiles:
+            base_s, tile_s = self.encoder[instance.index]
+            encoding_s = base_s + tile_s * tiles
+        end = self._end_of(instance, stats, encoding_s)
         for job, tokens in plan.entries:
             job.pending += tokens
             job.iteration = end - self.now
@@ -361,11 +414,11 @@ class Simulation:
             heapq.heappush(self.events, (end, PHASE_ITERATION_END, instance.index))
         return end
 
-    def _end_of(self, instance: Instance, stats: BatchStatsRef) -> float:
+    def _end_of(self, instance: Instance, stats: BatchStatsRef, encoding_s: float = 0.0) -> float:
         """The batch goes through the engine and the stages, each of which is first done with what it has."""
         flags = instance.flags
         if flags.stages == 1:
-            seconds = [self.costs[instance.index](stats)]
+            seconds = [self.costs[instance.index](stats) + encoding_s]
         else:
             seconds = self.stage_costs[instance.index](stats)
         assert all(math.isfinite(x) and x >= 0 for x in seconds)
@@ -405,9 +458,12 @@ class Simulation:
         assert processed == sum(job.computed + job.lost_tokens - job.hit_tokens for job in everybody)
         assert sum(len(record.preempted) for record in self.iterations) == sum(job.preemptions for job in everybody)
         if self.hand_over is not None:
-            moved = [transfer.job for transfer in self.hand_over.transfers]
+            moved = [transfer.job for transfer in self.hand_over.transfers if isinstance(transfer.job, Job)]
             assert len(set(map(id, moved))) == len(moved) == sum(job.delivered is not None for job in self.jobs)
             check_links(self.hand_over.transfers, self.rules.links, self.rules.discipline, self.hand_over.latency)
+
+        if self.encoders is not None:
+            self.encoders.check_end()
 
     def result(self) -> ReferenceResult:
         seconds = self.clock.seconds
@@ -450,6 +506,13 @@ class Simulation:
                 for job, arrival in zip(self.jobs, arrivals, strict=True)
             ],
             iterations=self.iterations,
+            parts=[] if self.encoders is None else [
+                PartRecord(name, part.owner, part.tiles, *map(seconds, (part.started, part.encoded, part.accepted,
+                                                                        part.delivered)))
+                for name, parts in self.encoders.parts.items() for part in parts],
+            encode_iterations={} if self.encoders is None else {
+                i: (one.num_iterations, seconds(one.busy)) for i, one in self.encoders.instances.items()},
+            encode_waits=0 if self.encoders is None else self.encoders.waits,
             margins=margins,
             transfers=[
                 TransferRecord(transfer.job.request.id, transfer.source, transfer.destination, transfer.num_bytes,

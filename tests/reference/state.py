@@ -15,6 +15,8 @@ class Request:
     blocks behind the last hash are nobody else's. They may go on through the output, which the next turn of a session
     finds.
 
+    tiles: of each of its images, whose tokens are part of the prompt.
+
     after: id of the request whose answer brings this one about, `think_s` after its last token, whatever `arrival_s`.
 
     deadline_s, first_token_deadline_s: how long its client waits, from each sending, for the last and the first token.
@@ -32,6 +34,7 @@ class Request:
     think_s: float = 0.0
     deadline_s: float = float("inf")
     first_token_deadline_s: float = float("inf")
+    tiles: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.max_tokens is None:
@@ -127,6 +130,7 @@ class Instance:
     in_transfer: list[Job] = field(default_factory=list)
     ready: list[Job] = field(default_factory=list)
     swapped: list[Job] = field(default_factory=list)
+    embedding: list[Job] = field(default_factory=list)  # chosen to compute it, its embeddings are not here yet
     flights: list[list[tuple[Job, int]]] = field(default_factory=list)
     on_first_stage: list[tuple[Job, int]] = field(default_factory=list)  # the batch there
     stage_free: list[float] = field(init=False)  # when the engine, and each stage, is free
@@ -151,7 +155,7 @@ class Instance:
 
     @property
     def can_prefill(self) -> bool:
-        return self.role != "decode"
+        return self.role not in ("decode", "encode")
 
     @property
     def has_work(self) -> bool:
@@ -161,7 +165,8 @@ class Instance:
     @property
     def outstanding(self) -> int:
         """Requests whose next token comes from here."""
-        queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped)
+        queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped,
+                  self.embedding)
         return sum(not job.is_given_up for queue in queues for job in queue)
 
 
