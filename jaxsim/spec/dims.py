@@ -16,7 +16,10 @@ class Dims:
     block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records: iterations
     kept on the tape (0: no tape); num_ranks: of an executor; num_batches: of a rank; num_stages: of a pipeline, with as
     many batches in flight; num_segments: of shared prompts, 0 without prefix caching; path_width: segments of a prompt;
-    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors.
+    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors;
+    tracks_prefill, tracks_sent, has_noise: what routers read (`jaxsim.engine.caches`): prompt tokens on their way to a
+    first token, what was sent where, random numbers of each request and instance; route_by: what a request's home
+    among the instances is a hash of, "prefix" or "session" ("": it has none).
     """
 
     num_requests: int
@@ -32,6 +35,10 @@ class Dims:
     path_width: int = 0
     log_size: int = 0
     has_roles: bool = False
+    tracks_prefill: bool = False
+    tracks_sent: bool = False
+    has_noise: bool = False
+    route_by: str = ""
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:

@@ -44,6 +44,7 @@ FIELDS_OF_KIND = {
     "output": _GENERATED,
     "lengths_from": _GENERATED,
     "sessions": _OPEN,
+    "prefix_groups": tuple(kind for kind in _GENERATED if kind not in SESSION_KINDS),
 }
 
 
@@ -283,6 +284,22 @@ class SessionsSection(_Section, frozen=True):
     context_limit: Tokens | None = None
 
 
+class PrefixGroupsSection(_Section, frozen=True):
+    """Prompts that begin alike in groups, as with system prompts, tools or documents that many ask about.
+
+        number: of groups.
+        tokens: that the prompts of a group begin with, before those of workload.input; whole KV blocks where prefixes
+            are cached.
+        distribution: of requests over groups: uniform, or zipf, the k-th in proportion to k^-exponent.
+        exponent: of zipf.
+    """
+
+    number: Annotated[int, Meta(ge=1, le=1 << 24)]
+    tokens: Annotated[int, Meta(ge=1, le=1 << 24)]
+    distribution: Literal["uniform", "zipf"] = "uniform"
+    exponent: Annotated[float, Meta(ge=0, le=16)] = 1.0
+
+
 class TenantSection(_Section, frozen=True):
     """A class of requests.
 
@@ -344,6 +361,7 @@ class WorkloadSection(_Section, frozen=True):
             it is told the exact output length, as in benchmarks that ignore the end-of-sequence token.
         tenants: classes of requests, or of sessions.
         sessions: turns of conversations or agentic loops, instead of single requests.
+        prefix_groups: prompts begin alike in groups, with tokens on top of input.
     """
 
     kind: ArrivalKind
@@ -369,6 +387,7 @@ class WorkloadSection(_Section, frozen=True):
     output_limit: Tokens | None = None
     tenants: tuple[TenantSection, ...] = ()
     sessions: SessionsSection | None = None
+    prefix_groups: PrefixGroupsSection | None = None
 
     @property
     def has_sessions(self) -> bool:
@@ -386,8 +405,9 @@ class WorkloadSection(_Section, frozen=True):
             **dict.fromkeys(WITHOUT_RATE, ("deterministic", math.inf)), "mmpp": ("mmpp2", self.rate_rps)}.get(
             self.kind, (self.kind, self.rate_rps))
         given = {**numbers, **laws, "output_limit": self.output_limit, "rate_rps": rate_rps}
-        if self.sessions is not None:
-            given["sessions"] = plain(self.sessions)
+        for name in ("sessions", "prefix_groups"):
+            if getattr(self, name) is not None:
+                given[name] = plain(getattr(self, name))
         return {"kind": kind, "spearman": self.spearman, **{k: v for k, v in given.items() if v is not None}}
 
     def trace_options(self) -> dict[str, Any]:

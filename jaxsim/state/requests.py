@@ -23,7 +23,8 @@ class Requests(eqx.Module):
     from its start on (then the null segment), and in blocks where they begin and the last one ends.
     successor, think: of sessions, the turn that follows each answer (-1: none), and the time from the answer before it
     to each turn, in whole seconds (-1 for a first turn, which has its own arrival) and ticks of the clock's grid;
-    `paths` then go on through the answers.
+    `paths` then go on through the answers. home, noise: for routers that ask, the instance that a hash of each request
+    falls to, and a draw from Gumbel's law for every instance.
     """
 
     table: Int[Array, "rows 4"]
@@ -35,6 +36,8 @@ class Requests(eqx.Module):
     bounds: Int[Array, "rows path+1"] | None = None
     successor: Int[Array, " rows"] | None = None
     think: Int[Array, "rows 2"] | None = None
+    home: Int[Array, " rows"] | None = None
+    noise: Float[Array, "rows instances"] | None = None
 
     def stretched(self, factor: Float[Array, ""]) -> "Requests":
         """With every arrival time multiplied by a factor, and rounded to the arrival grid."""
@@ -60,13 +63,15 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
                   paths: Int[np.ndarray, "requests path"] | None = None,
                   bounds: Int[np.ndarray, "requests path+1"] | None = None, num_segments: int = 0,
                   successor: Int[np.ndarray, " requests"] | None = None,
-                  think_s: Float[np.ndarray, " requests"] | None = None) -> Requests:
+                  think_s: Float[np.ndarray, " requests"] | None = None,
+                  home: Int[np.ndarray, " requests"] | None = None,
+                  noise: Float[np.ndarray, "requests instances"] | None = None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.
     priority: smaller is more urgent. paths, bounds: of prompts through shared segments (-1: none), of which there is
     room for `num_segments`. successor, think_s: of sessions, the turn behind each (-1: none), and the time between the
-    answer before it and each, on the arrival grid.
+    answer before it and each, on the arrival grid. home, noise: as in `Requests`.
     """
     count = len(arrival_s)
     rows = (num_requests or count) + 1
@@ -97,5 +102,9 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
         think[:count] = np.stack(np.divmod(ticks, round(1 / clock.GRID_S)), axis=1)
         think[:count][~np.isin(np.arange(count), successor)] = -1, 0
         successor = np.pad(successor, (0, rows - count), constant_values=-1).astype(np.int32)
-    return Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think)
+    if home is not None:
+        home = np.pad(home, (0, rows - count)).astype(np.int32)
+    if noise is not None:
+        noise = np.pad(noise, ((0, rows - count), (0, 0))).astype(np.float32)
+    return Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think, home, noise)
 

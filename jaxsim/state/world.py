@@ -45,7 +45,7 @@ at admission (SINCE); under `order="priority"` the request's PLACE in that order
 
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
-           "references", "log", "newest")
+           "references", "log", "newest", "sent")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -82,7 +82,9 @@ class Rank(eqx.Module):
     belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other, all
     `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`). With roles: whose KV is on
     the way here and who has it here and does not run, how many of these a pass may see, the blocks that both hold, and
-    those kept for who has left and is not delivered yet.
+    those kept for who has left and is not delivered yet. For routers that ask (`jaxsim.engine.caches`): prompt tokens
+    of requests sent here whose first token is not out, less those found in the cache then; tokens of the tree of what
+    was sent here.
     """
 
     queue: Queue
@@ -105,6 +107,8 @@ class Rank(eqx.Module):
     visible_ready: Int[Array, "*shape"] | None
     held_blocks: Int[Array, "*shape"] | None
     kept_blocks: Int[Array, "*shape"] | None
+    prefill_tokens: Int[Array, "*shape"] | None
+    tree_tokens: Int[Array, "*shape"] | None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -123,7 +127,8 @@ class Batch(eqx.Module):
     was applied; `gap_count` sequences whose next token prompt-only iterations delay; `log_row` where the time of its
     first tokens goes; `record` its place on the tape, if there is one; `taken` in a pipeline, how many of the `extra`
     have taken their blocks, those of all before the jump ends if others may be admitted beside it; with roles that too,
-    and `entering`, how many of `count` came with their KV.
+    and `entering`, how many of `count` came with their KV. `joining_prefill`: of those whose first token the iteration
+    computes, their part of the rank's `prefill_tokens`.
     """
 
     counter: Int[Array, "*shape"]
@@ -148,6 +153,7 @@ class Batch(eqx.Module):
     record: Int[Array, "*shape"] | None
     taken: Int[Array, "*shape"] | None
     entering: Int[Array, "*shape"] | None
+    joining_prefill: Int[Array, "*shape"] | None
 
 
 class Counts(eqx.Module):
@@ -348,6 +354,10 @@ class World(eqx.Module):
     transfers: Float[Array, "rows 9"] | None = None
     num_handed_over: Int[Array, ""] | None = None
     num_accepted: Int[Array, ""] | None = None
+    # What routers keep (`jaxsim.engine.caches`), else None: each request's part of `Rank.prefill_tokens`; of segments,
+    # blocks that were sent to each rank.
+    charged: Int[Array, " rows"] | None = None
+    sent: Int[Array, "ranks segments"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -363,10 +373,12 @@ def empty_counts(dims: Dims) -> Counts:
     rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, cache=cache,
                   forming_batch=zero if is_pipeline else None,
                   **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_roles else None),
-                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None))
+                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None),
+                  prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
-                   taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None)
+                   taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None,
+                   joining_prefill=zero if dims.tracks_prefill else None)
     return Counts(executor, rank, batch)
 
 
@@ -440,6 +452,11 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
             unaccepted=ints(doors, 3), returned=ints(doors), links=floats(2 * doors, 2), ready_before=ints(rows),
             transfers=jnp.broadcast_to(-jnp.ones(9, jnp.float32), (rows, 9)), num_handed_over=ints(),
             num_accepted=ints())
+    kept = {}
+    if dims.tracks_prefill:
+        kept["charged"] = ints(rows)
+    if dims.tracks_sent:
+        kept["sent"] = ints(ranks, dims.num_segments + 1)
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
@@ -454,4 +471,4 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(histogram.NUM_BINS),
-        **tape, **cached, **roles)
+        **tape, **cached, **roles, **kept)

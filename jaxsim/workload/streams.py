@@ -31,6 +31,7 @@ class Stream(enum.IntEnum):
     DITHER = 7
     TURNS = 8
     THINKING = 9
+    PREFIX_GROUPS = 10
 
 
 def as_key(seed: int | PRNGKeyArray) -> PRNGKeyArray:
