@@ -80,12 +80,15 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         num_chunks=jnp.int32(0), chunk_tokens=jnp.int32(0), chunk_context=jnp.int32(0),
         is_committed=jnp.int32(1), extra=jnp.int32(0), gap_count=gap_count,
         taken=None if batch.taken is None else jnp.int32(0),
-        entering=None if batch.entering is None else jnp.int32(0))
+        entering=None if batch.entering is None else jnp.int32(0),
+        joining_prefill=None if batch.joining_prefill is None else jnp.int32(0))
     settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used))
     if batch.tiles is not None:
         settled_batch = replace(settled_batch, tiles=jnp.int32(0))
         if rank.cached_tiles is not None:
             settled_rank = replace(settled_rank, cached_tiles=rank.cached_tiles - batch.tiles)
+    if batch.joining_prefill is not None:
+        settled_rank = replace(settled_rank, prefill_tokens=rank.prefill_tokens - batch.joining_prefill)
     integrals = replace(
         times.rank, running=clock.add(times.rank.running, spent_s * rank.running),
         held=clock.add(times.rank.held, spent_s * (0.5 * (rank.used_blocks + used))))

@@ -146,6 +146,8 @@ class Environment:
         if scenario.workload.images is not None:
             raise InputError("workload.images", True, "are not part of an environment yet", "leave them out")
         (lane, *_) = engine.prepare(0, scenario, record_steps=False)
+        if routing is not None:
+            lower.check_routing(lane.dims, routing)
         # For any request that the engine takes, not only those of these seeds.
         cost = jax.device_get(lower.make_cost(scenario, lane.system, lane.dims.num_slots, lane.system.max_model_len))
         # Limits may be tight and workloads longer than the one at hand: as many steps again, several times over.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxsim.engine import caches
 from jaxsim.engine.common import Context, Params, iterations_to_reach, span, take
 from jaxsim.kernels import clock, packed, residues, timers
 from jaxsim.kernels.clock import Time
@@ -27,8 +28,8 @@ class Event(NamedTuple):
 
     With clients: `is_timeout`, a client has waited for long enough; `is_again`, the arrival is not the first of its
     request; `is_refused`, nobody takes it, and `is_routed`, if by the instance it was routed to. With roles: `is_door`,
-    a door opens. With roles, or where ends bring arrivals about: `is_met`, a door opens or an
-    iteration ends elsewhere at this instant.
+    a door opens. With roles, or where ends bring arrivals about: `is_met`, a door opens or an iteration ends elsewhere
+    at this instant. `met`: with routers that know caches, what the request meets.
 
     An arrival may bring the end of an iteration along: where the executor it meets stops before the following
     arrival, both are one step, and `now` is the time of the later one.
@@ -49,6 +50,7 @@ class Event(NamedTuple):
     is_again: Bool[Array, ""] | None = None
     is_refused: Bool[Array, ""] | None = None
     is_routed: Bool[Array, ""] | None = None
+    met: caches.Met | None = None
 
     @property
     def is_tied(self) -> Bool[Array, ""]:
@@ -156,7 +158,16 @@ def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]
     return counts.rank.used_blocks.ravel() + jnp.sum(blocks, axis=1)
 
 
-def route(context: Context, request: Int[Array, ""], now: Time) -> Int[Array, ""]:
+def used_blocks(context: Context, now: Time) -> Int[Array, " ranks"]:
+    """Blocks every rank holds at `now`."""
+    dims, params, _, world, _ = context
+    if params.flags.grows:
+        return used_blocks_now(dims, world, now)
+    return w.count_rows(dims).everything(world.counts).rank.used_blocks.ravel()
+
+
+def route(context: Context, request: Int[Array, ""], now: Time, known: caches.Caches | None = None
+          ) -> Int[Array, ""]:
     """The rank, among those of all executors, for the request that arrives now."""
     dims, params, _, world, _ = context
     if dims.all_ranks == 1:
@@ -170,17 +181,18 @@ def route(context: Context, request: Int[Array, ""], now: Time) -> Int[Array, ""
         dealt = chosen_by(context, request, now, encoding.dealing, world.num_dealt, encoding.encodes)
         prompt = chosen_by(context, request, now, params.routing, world.num_routed, is_active & ~encoding.encodes)
         return jnp.where(take(context.requests.images, request)[PARENT] >= 0, dealt, prompt)
-    return chosen_by(context, request, now, params.routing, world.num_routed, is_active)
+    return chosen_by(context, request, now, params.routing, world.num_routed, is_active, known)
 
 
 def chosen_by(context: Context, request: Int[Array, ""], now: Time, routing: AbstractRouting,
-              num_routed: Int[Array, ""], is_active: Bool[Array, " ranks"] | None) -> Int[Array, ""]:
-    """The rank that a router chooses for a request, among the active ones."""
+              num_routed: Int[Array, ""], is_active: Bool[Array, " ranks"] | None,
+              known: caches.Caches | None = None) -> Int[Array, ""]:
+    """The rank that a router chooses for a request, among the active ones; known: of caches, what it reads."""
     dims, params, requests, world, _ = context
     ranks = w.count_rows(dims).everything(world.counts).rank
     used = num_blocks = None
     if routing.reads_kv:
-        used = used_blocks_now(dims, world, now) if params.flags.grows else ranks.used_blocks.ravel()
+        used = used_blocks(context, now) if known is None else known.used_blocks
         if dims.has_roles:
             # Blocks that came back are taken at the next step there.
             used = used - world.returned[:-1]
@@ -188,8 +200,16 @@ def chosen_by(context: Context, request: Int[Array, ""], now: Time, routing: Abs
         num_blocks = jnp.repeat(jnp.broadcast_to(num_blocks, dims.num_executors), dims.num_ranks)
     waiting = ranks.waiting.ravel() if routing.reads_waiting else None
     prompt_tokens = take(requests.table, request)[PROMPT] if routing.reads_prompt else None
+    more = {}
+    if known is not None:
+        more = {name: getattr(known, name)
+                for name in ("cached_tokens", "matched_tokens", "tree_tokens", "prefill_tokens")}
+    if routing.route_by:
+        more["home"] = take(requests.home, request)
+    if routing.reads_noise:
+        more["noise"] = take(requests.noise, request)
     view = View(world.outstanding, waiting, used, num_blocks, num_routed, take(requests.uniforms, request),
-                prompt_tokens, is_active)
+                prompt_tokens, is_active, block_size=dims.block_size, **more)
     chosen = routing.choose(view)
     if is_active is not None:
         behind = (jnp.arange(dims.all_ranks) - chosen) % dims.all_ranks
@@ -219,11 +239,19 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     if dims.has_roles:
         is_door, is_wake = is_door & is_live, is_wake & ~is_door
         executor = jnp.where(is_door, its_executor, executor)
-    target, rank = route(context, request, now), jnp.int32(0)
+    known = caches.look(context, request, now, used_blocks(context, now)) if caches.are_read(context) else None
+    target, rank, is_settling = route(context, request, now, known), jnp.int32(0), None
+    if known is not None and known.is_owing is not None:
+        # Evictions elsewhere first, until the router can see what is left.
+        is_settling = is_arrival & jnp.any(known.is_owing)
+        is_arrival = is_arrival & ~is_settling
+        target = jnp.where(is_settling, jnp.argmax(known.is_owing).astype(jnp.int32), target)
+    met = None if known is None else caches.at_rank(context, known, request, target, is_settling)
+    is_there = is_arrival if is_settling is None else is_arrival | is_settling
     if dims.num_ranks > 1:
-        rank = jnp.where(is_arrival, target % dims.num_ranks, rank)
+        rank = jnp.where(is_there, target % dims.num_ranks, rank)
         target = target // dims.num_ranks
-    executor = jnp.where(is_arrival, target, executor)
+    executor = jnp.where(is_there, target, executor)
     following = clock.select(is_arrival, after_it, arrival)
     more = {}
     if dims.has_clients:
@@ -236,7 +264,7 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         executor = jnp.where(is_timeout, take(world.routed, request), executor)
         more = dict(is_timeout=is_timeout, is_again=is_again, is_refused=is_full | is_routed, is_routed=is_routed)
     event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
-                  is_wake & (phase == w.PASSING), is_door, **more)
+                  is_wake & (phase == w.PASSING), is_door, met=met, **more)
     if dims.has_roles or (params.source.answers and dims.num_executors > 1):
         event = event._replace(is_met=_is_met(dims, world, now, executor))
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)

@@ -19,10 +19,11 @@ from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.kernels import clock
 from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, PartArrivals, Sessions, SortedArrivals
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.cache_routing import PREFIX_TOKENS
 from jaxsim.policy.clients import UNBOUNDED, Clients, backoffs, patience
 from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.policy.hand_over import HandOver
-from jaxsim.policy.routing import DataParallel, router
+from jaxsim.policy.routing import AbstractRouting, DataParallel, router
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
@@ -34,6 +35,7 @@ from jaxsim.spec.sections import AdmissionSection, ClientSection, TransferSectio
 from jaxsim.spec.vision import EMBEDDING_BYTES
 from jaxsim.state.requests import Images, Requests, pack_requests
 from jaxsim.traces import read_lengths, read_trace
+from jaxsim.workload import ring
 from jaxsim.workload.generator import Tenant
 from jaxsim.workload.lengths import Paired
 from jaxsim.workload.named import generator
@@ -126,6 +128,7 @@ def resolve_system(scenario: Scenario) -> System:
     first = next(pool for pool in pools if pool.role != "encode")
     system = dataclasses.replace(first.system, pools=tuple(pools))
     _check_pools(system, scenario)
+    _check_caches(scenario, system)
     return system
 
 
@@ -203,7 +206,73 @@ def _resolve_alone(scenario: Scenario) -> System:
         raise InputError("engine.pipeline_parallel_size", scheduler.num_stages,
                          "with data-parallel ranks that iterate together is not there yet",
                          "use 1, or engine.data_parallel_size = 1")
+    _check_caches(scenario, system)
     return system
+
+
+def _check_caches(scenario: Scenario, system: System) -> None:
+    """Refuse routers that read what is not there. Raises `InputError`."""
+    if scenario.cluster.router is None:
+        return
+    routing = router(scenario.cluster.router, scenario.cluster.router_weights)
+    wants_prompts = routing.reads_cache or routing.reads_sent or routing.route_by == "prefix"
+    if wants_prompts and not scenario.engine.enable_prefix_caching:
+        raise InputError("cluster.router", scenario.cluster.router,
+                         "routes by what prompts have in common, which nobody keeps without prefix caching",
+                         "set engine.enable_prefix_caching = true (vLLM V1 presets), or use 'least_outstanding'")
+    reads_caches = routing.reads_cache or routing.reads_sent or routing.reads_prefill
+    if reads_caches and (system.num_ranks > 1 or system.scheduler.num_stages > 1):
+        what = "data-parallel ranks that iterate together" if system.num_ranks > 1 else "pipeline stages"
+        raise InputError("cluster.router", scenario.cluster.router, f"is not simulated with {what} yet",
+                         "use 'prefix_hash', or 'least_outstanding'")
+
+
+def _knows(routing: AbstractRouting) -> bool:
+    """Whether a router reads anything of `jaxsim.engine.caches`, or random numbers or hashes of its own."""
+    return bool(routing.reads_cache or routing.reads_sent or routing.reads_prefill or routing.reads_noise
+                or routing.route_by)
+
+
+def routing_dims(routing: AbstractRouting | None, dims: Dims) -> Dims:
+    """Sizes with what a router reads, where there is anything to choose."""
+    if routing is None or dims.all_ranks == 1:
+        return dims
+    return dataclasses.replace(dims, tracks_prefill=bool(routing.reads_prefill), tracks_sent=bool(routing.reads_sent),
+                               has_noise=bool(routing.reads_noise), route_by=routing.route_by)
+
+
+def check_routing(dims: Dims, routing: AbstractRouting) -> None:
+    """Refuse a router that reads what a run made for another does not keep. Raises `InputError`."""
+    is_there = (dims.num_segments or not routing.reads_cache) and routing_dims(routing, dims) == dims
+    if dims.all_ranks > 1 and not is_there:
+        raise InputError("routing", type(routing).__name__, "reads what this scenario does not keep",
+                         "give the scenario that router, or one that reads no caches, sessions or noise")
+
+
+TREE_TOKENS = 1 << 24
+"""Tokens that the tree of `cache_aware` holds of an instance: SGLang's 2^26 characters, at four a token."""
+
+
+def check_tracked(dims: Dims, workloads: list[Workload]) -> None:
+    """Refuse workloads that a router cannot follow. Raises `InputError`."""
+    for workload in workloads:
+        if dims.route_by == "session" and workload.session is None:
+            raise InputError("cluster.router", "session_affinity", "needs sessions, and the workload has none",
+                             "give workload.sessions, or use 'prefix_hash'")
+        tokens = int(workload.input_tokens.astype(np.int64).sum())
+        if dims.tracks_sent and tokens > TREE_TOKENS * dims.all_ranks and _distinct_tokens(workload) > TREE_TOKENS:
+            raise InputError("workload.num_requests", len(workload),
+                             f"has prompts of more than the {TREE_TOKENS:,} distinct tokens that the router's tree of"
+                             " an instance holds before it forgets, which is not simulated", "simulate fewer")
+
+
+def _distinct_tokens(workload: Workload) -> int:
+    """Of all prompts, at most: blocks that several have in common count once."""
+    tokens = int(workload.input_tokens.astype(np.int64).sum())
+    if workload.prefix_hashes is None:
+        return tokens
+    repeated = len(workload.prefix_hashes) - len(np.unique(workload.prefix_hashes))
+    return tokens - repeated * workload.prefix_block_size
 
 
 def make_workload(scenario: Scenario, seed: int) -> Workload:
@@ -315,6 +384,7 @@ def check_counters(dims: Dims, workloads: list[Workload]) -> None:
     """Refuse outputs that the packed completion keys cannot hold. Raises `InputError`."""
     room = counter_room(dims)
     longest = max(int(workload.output_tokens.max()) for workload in workloads)
+    check_tracked(dims, workloads)
     if longest > room:
         raise InputError("workload.output", longest,
                          f"output tokens are more than the {max(room, 0)} that {dims.num_slots}"
@@ -523,6 +593,10 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
     except InputError as error:
         field = error.field.replace("cluster.", "cluster.transfer.")
         raise InputError(field, error.value, error.problem, error.remedy) from None
+    if _knows(routing):
+        raise InputError("cluster.transfer.router", given.router,
+                         "chooses by prompts, which decode engines do not keep",
+                         "use 'least_outstanding', or another that reads loads only")
     return HandOver(
         computes_prompts=(roles == "prefill") | (roles == "encode"), decodes=roles == "decode", routing=routing,
         most_held=np.repeat(np.array(most, np.int32), replicas),
@@ -602,6 +676,13 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
         shared |= dict(paths=np.pad(prefixes.paths, ((0, 0), (0, more)), constant_values=-1),
                       bounds=np.pad(prefixes.bounds, ((0, 0), (0, more)), mode="edge"),
                       num_segments=dims.num_segments)
+    if dims.route_by == "prefix":
+        shared["home"] = ring.homes(ring.prefix_keys(prefixes.paths, prefixes.bounds, workload.input_tokens,
+                                                     PREFIX_TOKENS, dims.block_size), dims.all_ranks)
+    if dims.route_by == "session":
+        shared["home"] = ring.homes(workload.session, dims.all_ranks)
+    if dims.has_noise:
+        shared["noise"] = ring.gumbels(workload.uniforms, dims.all_ranks)
     if workload.think_s is not None:
         shared |= dict(successor=workload.successors(), think_s=workload.think_s)
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,

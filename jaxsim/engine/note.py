@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsim.engine import clients, hand_over, prefix, tape
+from jaxsim.engine import caches, clients, hand_over, prefix, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
 from jaxsim.engine.parts import is_part
 from jaxsim.engine.touched import Touched
@@ -22,6 +22,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     epoch = world.epoch.astype(jnp.float32)
     stamp = jnp.stack([epoch, now.hi, now.lo])
     is_active = event.is_arrival | event.is_ending | event.is_passing
+    if event.met is not None and event.met.is_settling is not None:
+        is_active = is_active | event.met.is_settling
     is_finished = retired.is_any
     if t.left is not None:
         is_active, is_finished = is_active | event.is_door, is_finished & ~t.left.is_any
@@ -98,6 +100,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         is_placed = placed.slot != null
         writes |= prefix.writes(context, t.rank, t.found, t.released, t.candidate, is_placed, placed.is_admitted,
                                 is_new, computed)
+    if event.met is not None:
+        writes |= caches.writes(context, event.met, event.request, event.is_arrival, t.rank)
     if t.due is not None:
         writes["due"] = Put((t.due[0],), t.due[1])
     if dims.num_records:

@@ -10,6 +10,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from jaxsim.engine import (
+    caches,
     clients,
     ending,
     events,
@@ -41,7 +42,10 @@ def look(context: Context, _) -> Touched:
     rank = e
     if dims.num_ranks > 1:
         turn = w.count_rows(dims).everything(count_row).executor.turn
-        event = event._replace(rank=jnp.where(event.is_arrival, event.rank, turn))
+        is_there = event.is_arrival
+        if event.met is not None and event.met.is_settling is not None:
+            is_there = is_there | event.met.is_settling
+        event = event._replace(rank=jnp.where(is_there, event.rank, turn))
         rank = e * dims.num_ranks + event.rank
     flying = None
     if dims.num_stages > 1:
@@ -113,6 +117,8 @@ def receive(context: Context, t: Touched) -> Touched:
     if context.dims.has_clients:
         is_delivered = (event.is_arrival | event.is_refused) & ~event.is_again
     source = params.source.delivered(world.source, arriving, is_delivered)
+    if event.met is not None:
+        counts = caches.receive(event.met, event.is_arrival, counts)
     return replace(t, event=event, counts=counts, times=times, wake=wake, source=source, link=link, places=places,
                    cut_extra=cut_extra)
 
@@ -301,10 +307,13 @@ def look_up(context: Context, t: Touched) -> Touched:
     rank = replace(rank, used_blocks=rank.used_blocks - victims.freed)
     released = choose(t.is_preempting, victims, t.released)
     is_forming = (rank.forming_slot != dims.null_slot) & ~has(counts, w.FORMED)
-    is_trying = t.is_placing & ~is_forming & (rank.waiting > 0)
+    is_trying, used = t.is_placing & ~is_forming & (rank.waiting > 0), None
+    if t.event.met is not None and t.event.met.is_settling is not None:
+        is_trying = is_trying | t.event.met.is_settling
+        used = jnp.where(t.event.met.is_settling, t.event.met.used, rank.used_blocks)
     rank, found, is_settled = prefix.look_up(
         context, t.rank, rank, is_trying, t.candidate, t.lengths[PROMPT] + t.emitted, batch.budget, t.preemptions,
-        released)
+        released, used)
     return replace(t, counts=replace(counts, rank=rank), released=released, found=found,
                    is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
 
@@ -328,6 +337,10 @@ def fill(context: Context, t: Touched) -> Touched:
         is_forming = (placed.slot != null) & ~placed.is_completing
         rank = replace(rank, forming_batch=jnp.where(is_forming, t.event.batch, rank.forming_batch))
     batch = replace(counts.batch, tail=tail, log_row=jnp.where(opens_log, world.num_logged, counts.batch.log_row))
+    if dims.tracks_prefill:
+        arriving = jnp.where(t.event.is_arrival, t.event.request, dims.num_requests)
+        charge = caches.charge_of(context, t.event.met, arriving, t.candidate)
+        batch = replace(batch, joining_prefill=batch.joining_prefill + jnp.where(placed.is_first_token, charge, 0))
     if rules.grows:
         is_resuming = placed.is_completing & (t.emitted > 0)
         batch = replace(batch, resuming=batch.resuming + is_resuming)

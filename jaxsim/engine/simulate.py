@@ -15,6 +15,7 @@ from jaxsim.engine import hand_over, loop, lower, measured, tape
 from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock
 from jaxsim.metrics import FINISHED, UNFINISHED, LaneResult, Result
+from jaxsim.policy.routing import router
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import ProfiledCost, Scenario
 from jaxsim.state import world as w
@@ -222,7 +223,8 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
     # Padded by up to an eighth, for the same reason.
     step = 1 << max(num_requests.bit_length() - 4, 0)
     num_requests = -(-num_requests // step) * step
-    return Dims(num_requests=num_requests, has_clients=scenario.has_clients,
+    routing = scenario.cluster.router and router(scenario.cluster.router, scenario.cluster.router_weights)
+    dims = Dims(num_requests=num_requests, has_clients=scenario.has_clients,
                 num_more_logs=(sendings(scenario) - 1) * num_requests,
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
                 num_ranks=system.num_ranks, has_roles=system.has_roles, has_parts=system.has_parts,
@@ -231,6 +233,7 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                              and system.scheduler.num_stages == 1),
                 num_stages=system.scheduler.num_stages, num_batches=system.scheduler.num_stages,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
+    return lower.routing_dims(routing, dims)
 
 
 def sendings(scenario: Scenario) -> int:

@@ -20,6 +20,9 @@ class Dims:
     has_clients: requests may end without an answer, and be sent again; num_more_logs: rows for first tokens beyond one
     a request.
     has_parts: images are encoded on executors of their own; has_encoder: some that compute prompts encode them too.
+    tracks_prefill, tracks_sent, has_noise: what routers read (`jaxsim.engine.caches`): prompt tokens on their way to a
+    first token, what was sent where, random numbers of each request and instance; route_by: what a request's home
+    among the instances is a hash of, "prefix" or "session" ("": it has none).
     """
 
     num_requests: int
@@ -39,6 +42,10 @@ class Dims:
     num_more_logs: int = 0
     has_parts: bool = False
     has_encoder: bool = False
+    tracks_prefill: bool = False
+    tracks_sent: bool = False
+    has_noise: bool = False
+    route_by: str = ""
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:

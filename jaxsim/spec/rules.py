@@ -175,6 +175,8 @@ def _check_workload(s: "Scenario") -> None:
         _check_length(f"workload.{field}", getattr(w, field))
     if w.has_sessions:
         _check_sessions(s)
+    if w.prefix_groups is not None:
+        _check_prefix_groups(s)
     names = [t.name for t in w.tenants]
     if len(set(names)) < len(names):
         raise InputError("workload.tenants", names, "two have the same name", "give each its own")
@@ -221,6 +223,21 @@ def _check_images(s: "Scenario") -> None:
     if encoders and s.model is None and encode.embedding_width is None:
         raise InputError("cluster.encode.embedding_width", None, "missing, and without [model] it is not known",
                          "give the width of an embedding")
+
+
+def _check_prefix_groups(s: "Scenario") -> None:
+    groups, size = s.workload.prefix_groups, _scheduler(s.engine).block_size
+    if s.workload.sessions is not None:
+        raise InputError("workload.prefix_groups", plain(groups), "given together with workload.sessions",
+                         "leave one of them out; workload.sessions.shared_tokens is what all sessions share")
+    if s.engine.enable_prefix_caching and groups.tokens % size:
+        low = groups.tokens // size * size
+        raise InputError("workload.prefix_groups.tokens", groups.tokens,
+                         f"are not whole KV blocks of {size} tokens, and only those are shared",
+                         f"give {low or size} or {low + size}")
+    if groups.distribution == "uniform" and groups.exponent != 1.0:
+        raise InputError("workload.prefix_groups.exponent", groups.exponent, "has no effect with 'uniform'",
+                         "leave it out, or use distribution = 'zipf'")
 
 
 def _check_sessions(s: "Scenario") -> None:
@@ -362,6 +379,8 @@ def _check_sizes(s: "Scenario") -> None:
     scheduler = _scheduler(engine)
     model = _known_model(s)
     prompt, output = _longest(w.input), _longest(w.output)
+    if prompt is not None and w.prefix_groups is not None:
+        prompt += w.prefix_groups.tokens
     if isinstance(s.cost, FittedCost):
         limit = engine.max_model_len or (model.max_position if model else None)
         most = prompt and prompt + (output or limit or 0)

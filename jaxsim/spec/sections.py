@@ -46,6 +46,7 @@ FIELDS_OF_KIND = {
     "output": _GENERATED,
     "lengths_from": _GENERATED,
     "sessions": _OPEN,
+    "prefix_groups": tuple(kind for kind in _GENERATED if kind not in SESSION_KINDS),
 }
 
 
@@ -353,6 +354,22 @@ class ImagesSection(_Section, frozen=True):
         return (n, n) if isinstance(n, int) else (n.least, n.most)
 
 
+class PrefixGroupsSection(_Section, frozen=True):
+    """Prompts that begin alike in groups, as with system prompts, tools or documents that many ask about.
+
+        number: of groups.
+        tokens: that the prompts of a group begin with, before those of workload.input; whole KV blocks where prefixes
+            are cached.
+        distribution: of requests over groups: uniform, or zipf, the k-th in proportion to k^-exponent.
+        exponent: of zipf.
+    """
+
+    number: Annotated[int, Meta(ge=1, le=1 << 24)]
+    tokens: Annotated[int, Meta(ge=1, le=1 << 24)]
+    distribution: Literal["uniform", "zipf"] = "uniform"
+    exponent: Annotated[float, Meta(ge=0, le=16)] = 1.0
+
+
 class TenantSection(_Section, frozen=True):
     """A class of requests.
 
@@ -437,6 +454,7 @@ class WorkloadSection(_Section, frozen=True):
         sessions: turns of conversations or agentic loops, instead of single requests.
         client: how long clients wait, and what they do then; for ever if left out.
         images: of requests, which have to be encoded first; none if left out.
+        prefix_groups: prompts begin alike in groups, with tokens on top of input.
     """
 
     kind: ArrivalKind
@@ -471,6 +489,7 @@ class WorkloadSection(_Section, frozen=True):
         return any(one is not None and (one.deadline_s is not None or one.first_token_deadline_s is not None)
                    for one in waits)
     images: ImagesSection | None = None
+    prefix_groups: PrefixGroupsSection | None = None
 
     @property
     def has_sessions(self) -> bool:
@@ -488,8 +507,9 @@ class WorkloadSection(_Section, frozen=True):
             **dict.fromkeys(WITHOUT_RATE, ("deterministic", math.inf)), "mmpp": ("mmpp2", self.rate_rps)}.get(
             self.kind, (self.kind, self.rate_rps))
         given = {**numbers, **laws, "output_limit": self.output_limit, "rate_rps": rate_rps}
-        if self.sessions is not None:
-            given["sessions"] = plain(self.sessions)
+        for name in ("sessions", "prefix_groups"):
+            if getattr(self, name) is not None:
+                given[name] = plain(getattr(self, name))
         return {"kind": kind, "spearman": self.spearman, **{k: v for k, v in given.items() if v is not None}}
 
     def trace_options(self) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Requests(eqx.Module):
     images: of requests with images (0 of all others but for the first column) whose part it is (-1: a request of its
     own), its first part and their number where others encode them, tiles; a part is a row behind all requests, of as
     many blocks as tiles. order: rows in the order they arrive, then the scratch row; a request with parts does not.
+    home, noise: for routers that ask, the instance that a hash of each request falls to, and a draw from Gumbel's law
+    for every instance.
     """
 
     table: Int[Array, "rows 4"]
@@ -47,6 +49,8 @@ class Requests(eqx.Module):
     patience: Int[Array, "rows 4"] | None = None
     images: Int[Array, "rows 4"] | None = None
     order: Int[Array, " rows+1"] | None = None
+    home: Int[Array, " rows"] | None = None
+    noise: Float[Array, "rows instances"] | None = None
 
     def stretched(self, factor: Float[Array, ""]) -> "Requests":
         """With every arrival time multiplied by a factor, and rounded to the arrival grid."""
@@ -74,14 +78,16 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
                   successor: Int[np.ndarray, " requests"] | None = None,
                   think_s: Float[np.ndarray, " requests"] | None = None,
                   patience: Int[np.ndarray, "requests 4"] | None = None,
-                  images: "Images | None" = None) -> Requests:
+                  images: "Images | None" = None,
+                  home: Int[np.ndarray, " requests"] | None = None,
+                  noise: Float[np.ndarray, "requests instances"] | None = None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.
     priority: smaller is more urgent. paths, bounds: of prompts through shared segments (-1: none), of which there is
     room for `num_segments`. successor, think_s: of sessions, the turn behind each (-1: none), and the time between the
     answer before it and each, on the arrival grid. patience: as `jaxsim.policy.clients.patience` makes it. images: of
-    requests with images; their parts are rows behind.
+    requests with images; their parts are rows behind. home, noise: as in `Requests`.
     """
     count = len(arrival_s)
     rows = (num_requests or count) + 1
@@ -114,7 +120,12 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
         successor = np.pad(successor, (0, rows - count), constant_values=-1).astype(np.int32)
     if patience is not None:
         patience = np.pad(patience, ((0, rows - count), (0, 0)), constant_values=NEVER.seconds).astype(np.int32)
-    packed = Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think, patience)
+    if home is not None:
+        home = np.pad(home, (0, rows - count)).astype(np.int32)
+    if noise is not None:
+        noise = np.pad(noise, ((0, rows - count), (0, 0))).astype(np.float32)
+    packed = Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think, patience,
+                      home=home, noise=noise)
     return packed if images is None else images.put_in(packed)
 
 

@@ -45,7 +45,7 @@ at admission (SINCE); under `order="priority"` the request's PLACE in that order
 
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
-           "references", "log", "newest")
+           "references", "log", "newest", "sent_blocks")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -83,7 +83,9 @@ class Rank(eqx.Module):
     `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`). With roles: whose KV is on
     the way here and who has it here and does not run, how many of these a pass may see, the blocks that both hold, and
     those kept for who has left and is not delivered yet. Where others encode images: tiles in the multimodal cache, and
-    those of requests that no pass has taken yet.
+    those of requests that no pass has taken yet. For routers that ask (`jaxsim.engine.caches`): prompt tokens
+    of requests sent here whose first token is not out, less those found in the cache then; tokens of the tree of what
+    was sent here.
     """
 
     queue: Queue
@@ -108,6 +110,8 @@ class Rank(eqx.Module):
     kept_blocks: Int[Array, "*shape"] | None
     cached_tiles: Int[Array, "*shape"] | None
     waiting_tiles: Int[Array, "*shape"] | None
+    prefill_tokens: Int[Array, "*shape"] | None
+    tree_tokens: Int[Array, "*shape"] | None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -127,7 +131,8 @@ class Batch(eqx.Module):
     first tokens goes; `record` its place on the tape, if there is one; `taken` in a pipeline, how many of the `extra`
     have taken their blocks, those of all before the jump ends if others may be admitted beside it; with roles that too,
     and `entering`, how many of `count` came with their KV. tiles: of images that the iteration encodes, or where others
-    do, whose prompts it completes.
+    do, whose prompts it completes. `joining_prefill`: of those whose first token the iteration
+    computes, their part of the rank's `prefill_tokens`.
     """
 
     counter: Int[Array, "*shape"]
@@ -153,6 +158,7 @@ class Batch(eqx.Module):
     taken: Int[Array, "*shape"] | None
     entering: Int[Array, "*shape"] | None
     tiles: Int[Array, "*shape"] | None
+    joining_prefill: Int[Array, "*shape"] | None
 
 
 class Counts(eqx.Module):
@@ -369,6 +375,10 @@ class World(eqx.Module):
     # (encoded, accepted, delivered); and how many parts have been routed.
     steps_of_parts: Int[Array, " rows"] | None = None
     num_dealt: Int[Array, ""] | None = None
+    # What routers keep (`jaxsim.engine.caches`), else None: each request's part of `Rank.prefill_tokens`; of segments,
+    # blocks that were sent to each rank.
+    charged: Int[Array, " rows"] | None = None
+    sent_blocks: Int[Array, "ranks segments"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -385,11 +395,13 @@ def empty_counts(dims: Dims) -> Counts:
                   forming_batch=zero if is_pipeline else None,
                   **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_roles else None),
                   **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None),
-                  **dict.fromkeys(("cached_tiles", "waiting_tiles"), zero if dims.has_parts else None))
+                  **dict.fromkeys(("cached_tiles", "waiting_tiles"), zero if dims.has_parts else None),
+                  prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
                    taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None,
-                   tiles=zero if dims.has_parts or dims.has_encoder else None)
+                   tiles=zero if dims.has_parts or dims.has_encoder else None,
+                   joining_prefill=zero if dims.tracks_prefill else None)
     return Counts(executor, rank, batch)
 
 
@@ -471,6 +483,11 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
                        routed=ints(rows, value=-1))
     if dims.has_parts:
         roles |= dict(steps_of_parts=ints(rows), num_dealt=ints())
+    kept = {}
+    if dims.tracks_prefill:
+        kept["charged"] = ints(rows)
+    if dims.tracks_sent:
+        kept["sent_blocks"] = ints(ranks, dims.num_segments + 1)
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
@@ -485,4 +502,4 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
         first_tokens=floats(rows + dims.num_more_logs, 3), itl=ints(histogram.NUM_BINS),
-        **tape, **cached, **roles, **clients)
+        **tape, **cached, **roles, **clients, **kept)

@@ -32,6 +32,7 @@ class Stream(enum.IntEnum):
     TURNS = 8
     THINKING = 9
     IMAGES = 10
+    PREFIX_GROUPS = 11
 
 
 def as_key(seed: int | PRNGKeyArray) -> PRNGKeyArray:

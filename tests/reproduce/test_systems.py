@@ -36,7 +36,7 @@ def test_every_point_of_a_study_can_be_simulated(name):
 
 @pytest.mark.parametrize("name", command.SYSTEMS)
 def test_a_system_has_a_module_and_a_page(name):
-    module = importlib.import_module(f"jaxsim.reproduce.{name}")
+    module = importlib.import_module(f"jaxsim.reproduce.{name.replace('-', '_')}")
     page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert module.DESCRIPTION in page and f"{name}.png" in page and f"jaxsim reproduce {name}" in page
 
