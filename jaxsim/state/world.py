@@ -33,9 +33,14 @@ all; the forming prompt's chunk is settled; the walk over running sequences ende
 more."""
 
 STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL, NO_NUMBER = 1, 2, 4, 8, 16, 32
+WINDOW_FULL = 64
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
 takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen; more
-releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN."""
+releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN; more requests
+in line than `Dims.swap_window`."""
+
+DRAWN = 1 << 10
+"""Further progress: somebody was swapped out for a draw of priorities, or called in."""
 
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 LIMIT, PLACE, SINCE = RESERVED, PROMPT, STAMP
@@ -45,7 +50,7 @@ at admission (SINCE); under `order="priority"` the request's PLACE in that order
 
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
-           "references", "log", "newest")
+           "references", "log", "newest", "window", "copies")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -71,6 +76,19 @@ class Cache(eqx.Module):
     head: Int[Array, "*shape"]
     end: Int[Array, "*shape"]
     shared: Int[Array, "*shape"]
+
+
+class SwapCounts(eqx.Module):
+    """Requests swapped out (or on the way), and on the way in; blocks of copies out that are not through, which are in
+    use; blocks of host memory in use; blocks copied out so far, and those spared since host memory had them. See
+    `jaxsim.engine.swapping`."""
+
+    out: Int[Array, "*shape"]
+    coming: Int[Array, "*shape"]
+    leaving_blocks: Int[Array, "*shape"]
+    host_blocks: Int[Array, "*shape"]
+    copied_blocks: Int[Array, "*shape"]
+    spared_blocks: Int[Array, "*shape"]
 
 
 class Rank(eqx.Module):
@@ -105,6 +123,7 @@ class Rank(eqx.Module):
     visible_ready: Int[Array, "*shape"] | None
     held_blocks: Int[Array, "*shape"] | None
     kept_blocks: Int[Array, "*shape"] | None
+    swap: SwapCounts | None = None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -169,6 +188,16 @@ class ExecutorTimes(eqx.Module):
     alone: Time | None
 
 
+class SwapTimes(eqx.Module):
+    """When the links to host memory and back are free; seconds of copies that come before the next iteration, and of
+    all that came before iterations so far (two-float)."""
+
+    link_out: Time
+    link_in: Time
+    delay: Time
+    stood: Time
+
+
 class RankTimes(eqx.Module):
     """Integrals over time: `running` sequence-seconds, `held` block-seconds (two-float). `ratio` of expected outputs
     that admission reserves for."""
@@ -176,6 +205,7 @@ class RankTimes(eqx.Module):
     ratio: Float[Array, "*shape"]
     running: Time
     held: Time
+    swap: SwapTimes | None = None
 
 
 class BatchTimes(eqx.Module):
@@ -348,6 +378,11 @@ class World(eqx.Module):
     transfers: Float[Array, "rows 9"] | None = None
     num_handed_over: Int[Array, ""] | None = None
     num_accepted: Int[Array, ""] | None = None
+    # Swapping to host memory, else None: who is in line, when copies are through (hi, lo), and of requests what swaps
+    # came to (columns of both as in `swapping`).
+    window: Int[Array, "ranks places 5"] | None = None
+    copies: Float[Array, "ranks places 2"] | None = None
+    swaps: Int[Array, "rows 5"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -363,10 +398,12 @@ def empty_counts(dims: Dims) -> Counts:
     rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, cache=cache,
                   forming_batch=zero if is_pipeline else None,
                   **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_roles else None),
-                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None))
+                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None),
+                  swap=_zeros(SwapCounts) if dims.has_swap else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
-                   taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None)
+                   taken=zero if is_pipeline or dims.has_roles else None,
+                   entering=zero if dims.has_roles or dims.has_swap else None)
     return Counts(executor, rank, batch)
 
 
@@ -376,7 +413,8 @@ def empty_clocks(dims: Dims) -> Clocks:
     at_zero, free, counted, alone, end = Time(zero, zero), None, None, None, None
     if dims.num_stages > 1:
         free, counted, alone, end = (at_zero,) * (dims.num_stages + 1), at_zero, at_zero, clock.never()
-    return Clocks(ExecutorTimes(at_zero, free, counted, alone), RankTimes(zero, at_zero, at_zero),
+    return Clocks(ExecutorTimes(at_zero, free, counted, alone), RankTimes(
+        zero, at_zero, at_zero, SwapTimes(at_zero, at_zero, at_zero, at_zero) if dims.has_swap else None),
                   BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero, end))
 
 
@@ -440,6 +478,10 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
             unaccepted=ints(doors, 3), returned=ints(doors), links=floats(2 * doors, 2), ready_before=ints(rows),
             transfers=jnp.broadcast_to(-jnp.ones(9, jnp.float32), (rows, 9)), num_handed_over=ints(),
             num_accepted=ints())
+    swapping = {}
+    if dims.has_swap:
+        places = dims.swap_window + 1
+        swapping = dict(window=ints(ranks, places, 5), copies=floats(ranks, places, 2), swaps=ints(rows, 5))
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
@@ -454,4 +496,4 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
         first_tokens=floats(rows, 3), itl=ints(histogram.NUM_BINS),
-        **tape, **cached, **roles)
+        **tape, **cached, **roles, **swapping)

@@ -97,6 +97,15 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         found["transfers.mean_ms"] = _ratio(np.nansum(waits, axis=1), found["transfers.requests"]) * 1e3
         found["transfers.p99_ms"] = np.array([np.nan if np.isnan(w).all() else 1e3 * np.nanpercentile(w, 99)
                                               for w in waits])
+    if runs.swaps is not None:
+        own, lost_s = np.where(is_measured, runs.swaps, 0), np.where(is_measured, runs.swap_s, 0.0).sum(axis=1)
+        found["swaps.total"] = own.sum(axis=1)
+        found["swaps.requests_share"] = _ratio((own > 0).sum(axis=1), measured)
+        found["swaps.mean_ms"] = _ratio(lost_s, measured) * 1e3
+        found["swaps.e2e_share"] = _ratio(lost_s, np.where(is_measured, np.nan_to_num(e2e), 0.0).sum(axis=1))
+        found["swaps.delay_share"] = _ratio(runs.swap_delay_s.sum(axis=1), runs.busy_s.sum(axis=1))
+        found["swaps.copied_blocks"] = runs.swapped_blocks[:, 0]
+        found["swaps.spared_share"] = _ratio(runs.swapped_blocks[:, 1], runs.swapped_blocks.sum(axis=1))
     if runs.cached_tokens is not None:
         found["cached_share"] = _ratio(np.where(is_measured, runs.cached_tokens, 0).sum(axis=1),
                                        np.where(is_measured, runs.input_tokens, 0).sum(axis=1))
@@ -114,8 +123,8 @@ def requests(runs: Runs) -> Columns:
     cached = np.zeros(runs.is_real.shape, np.int64) if runs.cached_tokens is None else runs.cached_tokens
     whole = {"arrival_s": runs.arrival_s, "input_tokens": runs.input_tokens, "output_tokens": runs.output_tokens,
              "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": runs.scheduled_s - runs.arrival_s,
-             "stall_s": runs.stall_s, **_moves(runs), "cached_tokens": cached, "preemptions": runs.preemptions,
-             "status": status}
+             "stall_s": runs.stall_s, **_moves(runs), **_swaps(runs), "cached_tokens": cached,
+             "preemptions": runs.preemptions, "status": status}
     return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
 
 
@@ -124,6 +133,10 @@ def _moves(runs: Runs) -> Columns:
         return {}
     return {"transfer_s": np.nan_to_num(runs.delivered_s - runs.first_token_s, nan=0.0),
             "decode_instance": runs.decode_instance}
+
+
+def _swaps(runs: Runs) -> Columns:
+    return {} if runs.swaps is None else {"swaps": runs.swaps, "swap_s": runs.swap_s}
 
 
 def _unstable(runs: Runs) -> Float[np.ndarray, " runs"]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS, blocks_of, handed_over
+from jaxsim.engine.simulate import FAULTS, blocks_of, handed_over, swapped
 from jaxsim.kernels import clock
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
@@ -50,6 +50,10 @@ class Runs:
     num_iterations: Int[np.ndarray, " runs"]
     front_end_s: Float[np.ndarray, " runs"]
     fault: tuple[str, ...]
+    swaps: Int[np.ndarray, "runs requests"] | None = None
+    swap_s: Float[np.ndarray, "runs requests"] | None = None
+    swap_delay_s: Float[np.ndarray, "runs instances"] | None = None
+    swapped_blocks: Int[np.ndarray, "runs 2"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -155,4 +159,5 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         num_blocks=np.stack([np.broadcast_to(blocks_of(run.system), dims.all_ranks) for run in runs]),
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
-        fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault))
+        fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault),
+        **swapped(dims, world, np.s_[:, rows], slice(None)))

@@ -14,7 +14,8 @@ class RequestResult:
 
     cached_tokens: tokens found in the prefix cache at the first admission; hit_tokens: at all admissions.
     decode_instance, accepted_s, delivered_s: who decoded, and when the transfer to it was accepted and over; None where
-    `instance` did it all.
+    `instance` did it all. swaps: to host memory; swap_s: seconds between arrival and end by which copies delayed
+    iterations of the instance, and those in which this one's own copy was on the way in.
     """
 
     id: int
@@ -30,6 +31,8 @@ class RequestResult:
     decode_instance: int | None = None
     accepted_s: float | None = None
     delivered_s: float | None = None
+    swaps: int = 0
+    swap_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -91,6 +94,7 @@ class ReferenceResult:
     margins: list[tuple[float, float]]
     transfers: list[TransferRecord] = field(default_factory=list)
     merges_left_out: int = 0
+    swapping: list = field(default_factory=list)
 
     @property
     def smallest_margin_s(self) -> float:
