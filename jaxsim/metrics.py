@@ -81,6 +81,10 @@ class LaneResult:
         in the prefix cache when it was first admitted; None without one.
     decode_instance, accepted_s, delivered_s: of requests that another instance decodes than computed the prompt: which,
         when it took the request, when it had its KV; -1 and NaN for others, None without roles.
+    swaps, swap_s: of requests, to host memory, and seconds lost to copies: those by which copies delayed iterations of
+        its instance, and those in which its own was on the way in; swap_delay_s: of instances, the former, part of
+        `busy_s`; swapped_blocks: of all instances, blocks copied out, and those that were in host memory already. None
+        without host memory.
     extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs. lost_steps: rows that it had no room for.
@@ -135,6 +139,10 @@ class LaneResult:
     num_images: Int[np.ndarray, " requests"] | None = None
     encoded_s: Float[np.ndarray, " requests"] | None = None
     embedded_s: Float[np.ndarray, " requests"] | None = None
+    swaps: Int[np.ndarray, " requests"] | None = None
+    swap_s: Float[np.ndarray, " requests"] | None = None
+    swap_delay_s: Float[np.ndarray, " instances"] | None = None
+    swapped_blocks: Int[np.ndarray, " 2"] | None = None
 
     @property
     def num_requests(self) -> int:
@@ -211,6 +219,8 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "cached_tokens": np.zeros(lane.num_requests, np.int64) if lane.cached_tokens is None else
         np.asarray(lane.cached_tokens, np.int64),
         "preemptions": np.asarray(lane.preemptions, np.int64),
+        **({} if lane.swaps is None else {"swaps": np.asarray(lane.swaps, np.int64),
+                                          "swap_s": np.asarray(lane.swap_s, np.float64)}),
         "instance": np.asarray(lane.instance, np.int64),
         **({} if lane.decode_instance is None else {"decode_instance": np.asarray(lane.decode_instance, np.int64)}),
         "tenant": np.asarray(lane.tenant_names, object)[np.asarray(lane.tenant)],
@@ -389,6 +399,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "unstable": is_unstable(lane),
         "fault": lane.fault or None,
     } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(lane, is_mine)}) | (
+        {} if lane.swaps is None else {"swaps": _swaps_group(lane, measured)}) | (
         {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)})
 
 
@@ -465,6 +476,20 @@ def _preemption_group(frame: pd.DataFrame) -> dict[str, Any]:
     return {"total": int(frame["preemptions"].sum()),
             "requests_share": len(hit) / len(frame) if len(frame) else None,
             "mean_stall_ms": float(hit["stall_s"].mean() * 1e3) if len(hit) else None}
+
+
+def _swaps_group(lane: LaneResult, frame: pd.DataFrame) -> dict[str, Any]:
+    """e2e_share: of the latencies of requests, that lost to copies; delay_share: of the time with an iteration in
+    flight, that of copies before it; spared_share: of the blocks that left the device, those not copied."""
+    busy_s, e2e_s = float(np.sum(lane.busy_s)), frame["e2e_s"].sum()
+    return {"total": int(frame["swaps"].sum()),
+            "requests_share": float((frame["swaps"] > 0).mean()) if len(frame) else None,
+            "mean_ms": float(frame["swap_s"].mean() * 1e3) if len(frame) else None,
+            "e2e_share": float(frame["swap_s"].sum() / e2e_s) if e2e_s else None,
+            "delay_share": float(np.sum(lane.swap_delay_s)) / busy_s if busy_s else None,
+            "copied_blocks": int(lane.swapped_blocks[0]),
+            "spared_share": float(lane.swapped_blocks[1] / lane.swapped_blocks.sum())
+            if lane.swapped_blocks.any() else None}
 
 
 def _tenants_group(lane: LaneResult, frame: pd.DataFrame, met: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -57,13 +57,16 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
     else:
         # Sequences kept waiting by prompt-only iterations see the whole gap as one time between tokens, at the
         # next decode iteration: this one, or the first of the jump behind a prompt-only one.
+        known = batch.count - batch.stalled
+        if dims.has_swap:
+            known = known - batch.entering
         is_decoding = batch.advance == 1
-        late = jnp.where(own.gap_s > 0, jnp.minimum(batch.gap_count, batch.count - batch.stalled),
+        late = jnp.where(own.gap_s > 0, jnp.minimum(batch.gap_count, known),
                          jnp.where(is_decoding, 0, batch.count))
         gap_s = own.gap_s + own.first.hi
         is_open = ~is_decoding & (batch.extra == 0)
         samples_s = jnp.stack([gap_s + jnp.where(is_decoding, 0.0, own.pace.hi), own.first.hi, mean_s])
-        weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, batch.count - batch.stalled - late, 0),
+        weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, known - late, 0),
                              decoding * batch.extra - jnp.where(is_decoding | is_open, 0, late)])
         gap_s, gap_count = jnp.where(is_open, gap_s, 0.0), jnp.where(is_open, late, 0)
     if group.batching.grows:

@@ -39,6 +39,7 @@ from jaxsim.policy.arrivals import relative_to
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
+from jaxsim.spec.sections import plain
 from jaxsim.state import world as w
 from jaxsim.state.requests import OUTPUT, PROMPT, Requests
 from jaxsim.state.world import World
@@ -137,6 +138,9 @@ class Environment:
         if scenario.engine.pipeline_parallel_size > 1:
             raise InputError("engine.pipeline_parallel_size", scenario.engine.pipeline_parallel_size,
                              "is not part of an environment yet", "use 1")
+        if scenario.engine.swap is not None:
+            raise InputError("engine.swap", plain(scenario.engine.swap), "is not part of an environment yet",
+                             "leave it out")
         if scenario.cluster.pools:
             raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools],
                              "are not part of an environment yet", "use cluster.replicas")

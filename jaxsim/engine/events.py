@@ -227,6 +227,10 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     wake, phase, executor = earliest_wake(world)
     is_arrival = (arrival < wake) | (arrival.equals(wake) & (phase == w.PASSING))
     now = clock.select(is_arrival, arrival, wake)
+    if dims.has_swap:
+        # Somebody may rest until a copy is through.
+        is_arrival = is_arrival | (arrival.equals(wake) & (phase == w.RESTING))
+        now = clock.select(is_arrival, arrival, wake)
     is_door = None
     if dims.has_roles:
         door, its_executor = earliest_door(world)
@@ -265,6 +269,8 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         more = dict(is_timeout=is_timeout, is_again=is_again, is_refused=is_full | is_routed, is_routed=is_routed)
     event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
                   is_wake & (phase == w.PASSING), is_door, met=met, **more)
+    if dims.has_swap:
+        event = event._replace(is_passing=event.is_passing | (is_wake & (phase == w.RESTING)))
     if dims.has_roles or (params.source.answers and dims.num_executors > 1):
         event = event._replace(is_met=_is_met(dims, world, now, executor))
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from jaxsim.engine import clients, events, hand_over, pipeline
+from jaxsim.engine import clients, events, hand_over, pipeline, swapping
 from jaxsim.engine.common import Params
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
@@ -68,6 +68,9 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
     wake = clock.shift(Time(world.wake_hi, world.wake_lo), jnp.broadcast_to(back, world.wake_hi.shape))
     if dims.has_roles:
         world = hand_over.shifted(world, back)
+    if dims.has_swap:
+        world = swapping.shifted(world, back)
+        times = replace(times, rank=replace(times.rank, swap=swapping.links_shifted(times.rank.swap, back)))
     return replace(
         world, counts=w.count_rows(dims).row(replace(counts, batch=batch)), clocks=w.clock_rows(dims).row(times),
         slot_keys=keys, slot_entries=entries,
@@ -92,6 +95,7 @@ def start(dims: Dims, params: Params, requests: Requests, is_stepped: bool = Fal
     """
     rules = params.flags
     fields = 5 if rules.stamps_slots or dims.has_roles else 3
+    fields = 6 if dims.has_swap else fields
     words = bitmap.num_words(dims.num_requests) if rules.order == "priority" else 1
     ratio = params.of_executors(lambda batching: batching.ratio_start)
     num_blocks = params.of_executors(lambda batching: batching.num_blocks)

@@ -24,8 +24,10 @@ from jaxsim.policy.clients import UNBOUNDED, Clients, backoffs, patience
 from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.routing import AbstractRouting, DataParallel, router
+from jaxsim.policy.swap import DRAWN_BITS, Swap
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.dims import Dims
+from jaxsim.spec.engine import SwapSection
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, kv_cache_bytes
@@ -52,7 +54,7 @@ class System:
     """A scenario resolved, except for its workload.
 
     num_blocks: KV blocks of an instance; `memory` their arithmetic where they were derived. pools: where a cluster has
-    any, all of them; the rest is then the first's.
+    any, all of them; the rest is then the first's. swap: host memory that victims move to, if they do.
     """
 
     scheduler: Scheduler
@@ -63,6 +65,7 @@ class System:
     num_blocks: int
     max_model_len: int
     pools: tuple["Pool", ...] = ()
+    swap: SwapSection | None = None
 
     @property
     def num_executors(self) -> int:
@@ -197,7 +200,8 @@ def _resolve_alone(scenario: Scenario) -> System:
             max_num_batched_tokens=min(scheduler.max_num_batched_tokens, max_model_len),
             max_num_seqs=scheduler.max_batch_seqs, max_model_len=max_model_len, rule=scheduler.kv_rule)
         num_blocks = memory.num_blocks
-    system = System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len)
+    system = System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len, swap=engine.swap)
+    _check_swap(scenario, system)
     if system.num_ranks > 1 and scenario.has_clients:
         raise InputError("engine.data_parallel_size", plan.data_parallel_size,
                          "with ranks that iterate together is not simulated where requests end without an answer",
@@ -273,6 +277,54 @@ def _distinct_tokens(workload: Workload) -> int:
         return tokens
     repeated = len(workload.prefix_hashes) - len(np.unique(workload.prefix_hashes))
     return tokens - repeated * workload.prefix_block_size
+def _check_swap(scenario: Scenario, system: System) -> None:
+    """Refuse what is not simulated with host memory, or none of it. Raises `InputError`."""
+    if system.swap is None:
+        return
+    if system.num_ranks > 1:
+        raise InputError("engine.data_parallel_size", system.plan.data_parallel_size,
+                         "with ranks that iterate together is not simulated with engine.swap", "use 1")
+    if system.model.is_mla:
+        raise InputError("engine.swap", system.model.name,
+                         "has one latent a token in place of K and V, whose copies are not simulated",
+                         "use a model without MLA, or leave it out")
+    if system.swap.pcie_gb_per_s is None and system.device.host_link_bytes_per_s is None:
+        raise InputError("engine.swap.pcie_gb_per_s", None,
+                         f"missing, and the link of {system.device.name} to the host is not known", "give it")
+    if host_blocks(scenario, system) < 1:
+        raise InputError("engine.swap.space_gb", system.swap.space_gb,
+                         f"holds not one KV block of {_swap_block_bytes(scenario, system):,.0f} bytes",
+                         "raise it, or leave engine.swap out: preempted requests are recomputed")
+
+
+def _swap_block_bytes(scenario: Scenario, system: System) -> float:
+    """Of a KV block on one device."""
+    width = kv_cache_bytes(scenario.kv_dtype, scenario.dtype, system.model)
+    per_token = system.model.kv_bytes_per_token(width, system.plan.tensor_parallel_size)
+    return system.scheduler.block_size * per_token
+
+
+def host_blocks(scenario: Scenario, system: System) -> int:
+    """KV blocks of host memory."""
+    return min(int(1e9 * system.swap.space_gb / _swap_block_bytes(scenario, system)), 1 << 30)
+
+
+def make_swap(scenario: Scenario, system: System) -> Swap | None:
+    """Host memory, copies and draws of an instance, as the loop takes them."""
+    given, integer, real = system.swap, np.int32, np.float32
+    if given is None:
+        return None
+    drawn, layers = {}, system.model.layers
+    if given.redraw is not None:
+        drawn = dict(period=integer(given.redraw.period_iterations), levels=integer(given.redraw.levels),
+                     locality=integer(round((given.redraw.locality or 0.0) * (1 << DRAWN_BITS))))
+    link = system.device.host_link_bytes_per_s if given.pcie_gb_per_s is None else 1e9 * given.pcie_gb_per_s
+    return Swap(
+        host_blocks=integer(host_blocks(scenario, system)), layers=integer(layers),
+        block_copy_bytes=real(_swap_block_bytes(scenario, system) / (2 * layers)), bytes_per_s=real(link),
+        dispatch_s=real(1e-6 * given.dispatch_us), launch_s=real(1e-6 * given.launch_us),
+        run_blocks=integer(given.run_blocks), is_async=np.bool_(given.asynchronous), reuse=np.bool_(given.reuse),
+        **drawn)
 
 
 def make_workload(scenario: Scenario, seed: int) -> Workload:
@@ -363,12 +415,19 @@ def check_requests(system: System, workload: Workload) -> None:
         return
     held = {"max_tokens": prompt + limit, "max_model_len": np.full_like(prompt, system.max_model_len),
             "expected": prompt + limit + s.retract_free_tokens}.get(s.reserve, prompt + output - 1)
-    blocks = -(-held // s.block_size)
+    # Who comes back from host memory wants a block beyond its own.
+    blocks = -(-held // s.block_size) + (system.swap is not None)
+    if system.swap is not None and system.swap.redraw is not None and len(prompt) >= MOST_DRAWN:
+        raise InputError("engine.swap.redraw", len(prompt), f"requests are more than the {MOST_DRAWN - 1} whose"
+                         " priorities can be drawn", "leave it out, or simulate in parts")
     room = system.num_blocks - s.watermark_blocks(system.num_blocks)
     refuse(blocks > room, blocks,
            lambda n: f"needs {n} KV blocks of {s.block_size} tokens, the pool has {room}",
            "raise engine.gpu_memory_utilization or engine.num_gpu_blocks_override, or leave such requests out")
 
+
+MOST_DRAWN = 1 << 18
+"""Requests whose priority and order of arrival are one word."""
 
 MAX_ARRIVAL_S = 1e9
 """Thirty years."""
@@ -504,6 +563,8 @@ def make_batching(scenario: Scenario, system: System) -> Batching:
         async_scheduling=s.async_scheduling, kv_accounting=s.kv_accounting,
         has_context_limit=s.decode_context_limit is not None,
         prefix_caching=scenario.engine.enable_prefix_caching)
+    if system.swap is not None:
+        batching = dataclasses.replace(batching, swap=make_swap(scenario, system))
     if s.gathers:
         batching = dataclasses.replace(batching, batch_wait_timeout_iters=integer(s.batch_wait_timeout_iters),
                                        batch_wait_tokens=integer(s.batch_wait_tokens))

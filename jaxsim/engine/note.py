@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsim.engine import caches, clients, hand_over, prefix, tape
+from jaxsim.engine import caches, clients, hand_over, prefix, swapping, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
 from jaxsim.engine.parts import is_part
 from jaxsim.engine.touched import Touched
@@ -130,6 +130,9 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     }
     if t.cut_off is not None:
         writes |= clients.writes(context, t, writes, stamp, own)
+    if t.sight is not None:
+        writes |= swapping.writes(context, event, t.rank, jnp.where(retired.is_any, retired.request, scratch), placed,
+                                  t.moved, t.sight, jnp.where(t.is_passing, t.candidate, scratch))
     if dims.all_ranks > 1:
         change = event.is_arrival.astype(jnp.int32) - (retired.is_any if t.cut_off is None else is_finished)
         if t.cut_off is not None:
@@ -166,6 +169,9 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
                                                w.LOG_FULL, 0))
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=t.is_frozen.astype(jnp.int32))
+    if t.sight is not None:
+        is_full = t.sight.overflows | t.moved.overflows
+        progress["fault"] = progress["fault"] | jnp.where(is_full, w.WINDOW_FULL, 0)
     if t.left is not None:
         progress |= dict(num_handed_over=world.num_handed_over + t.left.is_kv,
                          num_accepted=world.num_accepted + (t.opened.accepted != scratch))

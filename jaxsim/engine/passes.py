@@ -145,6 +145,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         "none": blocks_for(chunk, dims), "prompt": blocks_for(known, dims),
         "expected": blocks_for(known, dims), "max_tokens": blocks_for(prompt + max_tokens, dims),
         "max_model_len": blocks_for(rules.max_model_len, dims)}[rules.reserve]
+    if rank.swap is not None:
+        # Who is on the way in has a place too.
+        running = running + rank.swap.coming
     if not rules.kv_accounting:
         reserved = jnp.int32(0)
     if found is not None:
@@ -347,6 +350,8 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     slowest_s = jnp.maximum(pace.first_s + pace.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / slowest_s, 1e9).astype(jnp.int32))
     has_others = rank.waiting > 0
+    if rank.swap is not None:
+        has_others = has_others | (rank.swap.out > 0)
     if dims.has_roles:
         has_others = has_others | (rank.ready.length > 0)
         # Who is ready and was not seen goes first when it is, whoever is held now.

@@ -21,6 +21,7 @@ from jaxsim.engine import (
     passes,
     pipeline,
     prefix,
+    swapping,
     tape,
 )
 from jaxsim.engine.common import Context, choose, has, mark, take
@@ -74,6 +75,8 @@ def receive(context: Context, t: Touched) -> Touched:
         best = bitmap.smallest(lambda word: take(world.waiting_set, t.rank, word), context.dims.num_requests)
         is_first_in_line = is_first_in_line | (place < best)
         places = (place, jnp.where(event.is_arrival & is_first_in_line, place, best))
+    if context.dims.has_swap:
+        is_first_in_line = swapping.is_first(rules.swap, counts, is_first_in_line)
     is_running = event.is_arrival & (t.phase == w.ENDING)
     is_cut = (is_running & (counts.batch.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
@@ -168,6 +171,10 @@ def retire(context: Context, t: Touched) -> Touched:
         counts = replace(counts, batch=replace(counts.batch, tail=tail))
     if group.batching.scans_slots:
         slots = Slots(keys, take(world.slot_entries, t.rank), retired.slot)
+    if dims.has_swap:
+        kept = jnp.where(retired.is_any, take(world.slot_entries, t.rank, retired.slot)[swapping.CLEAN], 0)
+        host = replace(counts.rank.swap, host_blocks=counts.rank.swap.host_blocks - kept)
+        counts = replace(counts, rank=replace(counts.rank, swap=host))
     longest = None
     if group.cost.reads_longest:
         is_in = (keys != packed.EMPTY) & (jnp.arange(dims.slot_width) != retired.slot)
@@ -209,6 +216,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
     has_work = (counts.rank.running > 0) | (counts.rank.waiting > 0)
     if dims.has_roles:
         has_work = has_work | (counts.rank.ready.length > 0)
+    if dims.has_swap:
+        has_work = has_work | (counts.rank.swap.out + counts.rank.swap.coming > 0)
     is_due = (has_ended & has_work) | (event.is_arrival & (t.phase >= w.IDLE))
     is_passing = event.is_passing | (is_due & ~event.is_tied)
     if dims.num_ranks > 1:
@@ -231,7 +240,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
 
     is_short, is_placing = jnp.bool_(False), is_passing
     slots, residue_row = t.slots, t.residue_row
-    victim = is_preempting = is_empty = None
+    victim = is_preempting = is_empty = sight = None
     if rules.grows:
         wants_decode = is_passing & ~has(counts, w.DECODED)
         # One sequence may leave or one link may change in a step.
@@ -254,6 +263,10 @@ def open_pass(context: Context, t: Touched) -> Touched:
                 slot = slots.fewest_outputs(dims, counts)
                 victim = (slot, *take(world.slot_entries, t.rank, slot)[:2])
             is_preempting = is_passing & was_closed
+            if dims.has_swap:
+                counts, sight = swapping.look(
+                    context, event, t.rank, is_passing, was_closed, counts, t.times, slots)
+                victim, candidate, is_preempting = sight.victim, sight.candidate, sight.is_leaving & may_preempt
             if rules.is_unified:
                 crossing, need, grown = passes.decode_need(dims, group, counts, residue_row, tail_offset)
                 free = rules.num_blocks - counts.rank.used_blocks
@@ -274,6 +287,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
         is_placing = is_passing & ~is_short
         if not rules.is_unified:
             is_placing = is_placing & ~was_closed
+        if sight is not None:
+            is_placing = is_placing & sight.may_place
         candidate = jnp.where(is_preempting, victim[1], candidate)
     candidate = jnp.where(is_passing, candidate, scratch)
     lengths = take(requests.table, candidate)
@@ -288,7 +303,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         t, counts=counts, residue_row=residue_row, slots=slots, is_due=is_due, is_ready=is_ready,
         has_ended=has_ended, has_work=has_work, is_passing=is_passing, is_placing=is_placing, is_short=is_short,
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
-        candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
+        sight=sight, candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
         preempted_s=preempted_s,
         # The link behind the candidate may be the one the arrival has just made.
         next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
@@ -353,8 +368,11 @@ def fill(context: Context, t: Touched) -> Touched:
         counts = parts.placed(context, counts, t.candidate, is_new, placed.is_first_token)
 
     is_short, is_preempting, slots, link, victim = t.is_short, t.is_preempting, t.slots, t.link, t.victim
+    moved = None
     if not rules.is_unified:
         wants_decode = t.is_passing & ~can_go_on & ~has(counts, w.FILLED)
+        if t.sight is not None:
+            wants_decode = wants_decode & ~t.sight.is_leaving & ~t.sight.is_decoded
         if rules.grows:
             crossing, need, _ = passes.decode_need(dims, group, counts, residue_row, victim[2])
             is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
@@ -363,6 +381,11 @@ def fill(context: Context, t: Touched) -> Touched:
             counts = mark(counts, is_short, w.CLOSED)
             is_preempting = is_short & t.was_closed & ~t.retired.is_any & ~t.event.is_arrival
             counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
+        if t.sight is not None:
+            is_preempting = is_preempting | t.is_preempting
+            comes_next = t.sight.has_coming | swapping.may_return(context, counts, t.sight)
+            can_go_on = can_go_on | (wants_decode & ~is_short & comes_next)
+            is_short = is_short | (t.is_passing & t.sight.is_leaving)
         if rules.reserve == "expected":
             ratio = times.rank.ratio
             ratio = jnp.where(wants_decode & ~is_short, next_ratio(rules, counts, slots, ratio), ratio)
@@ -370,27 +393,45 @@ def fill(context: Context, t: Touched) -> Touched:
         if rules.has_context_limit:
             counts, slots = limit_context(dims, rules, wants_decode, counts, slots)
     victim_emitted = None
+    if t.sight is not None:
+        is_preempting, is_swapped, donor, counts = swapping.make_room(context, is_preempting, counts, slots, t.sight)
     if rules.grows:
         victim = (jnp.where(is_preempting, victim[0], null), *victim[1:])
-        counts = mark(counts, is_preempting, w.PREEMPTED)
+        if t.sight is None:
+            counts = mark(counts, is_preempting, w.PREEMPTED)
+        else:
+            counts = mark(counts, is_preempting & t.sight.is_leaving, w.DRAWN)
+            counts = mark(counts, is_preempting & ~t.sight.is_leaving, w.PREEMPTED)
         gives_way = None if t.is_ready is None else is_preempting & (victim[0] == null)
         if rules.waiting_blocked_after_preempt:
-            is_closing = is_preempting
+            is_closing = is_preempting if t.sight is None else is_preempting & ~t.sight.is_leaving
             if gives_way is not None:
                 # Who is ready goes on while the last of them make room.
                 is_closing = is_closing & (~gives_way | (counts.rank.ready.length == 1))
             counts = mark(counts, is_closing, w.CLOSED)
         before_tail = take(world.slot_previous, t.rank, t.tail) if rules.keeps_running_list else null
+        before = counts
         counts, residue_row, victim_emitted, own_link = passes.preempt(
             dims, group, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT],
             t.released, gives_way)
         if gives_way is not None:
             counts = hand_over.without_last_ready(context, gives_way, counts, t.lengths[PROMPT])
-        link = choose(is_preempting, own_link, link)
+        if t.sight is not None:
+            counts, times, link, moved = swapping.move_out(
+                context, t.event, is_preempting, is_swapped, donor, before, counts, times, slots, t.sight, link,
+                own_link)
+            counts, times, residue_row, placed, moved, goes_on = swapping.bring_in(
+                context, t.event, t.is_passing, counts, times, residue_row, placed, moved, t.sight, t.lengths,
+                t.emitted, t.preempted_s, free_slot)
+            can_go_on = can_go_on | goes_on
+            is_unknown = placed.is_admitted | t.was_closed
+            is_held = swapping.is_held(context, counts, t.sight, is_unknown, t.lengths[PROMPT] + t.emitted)
+        else:
+            link = choose(is_preempting, own_link, link)
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
-        victim=victim, victim_emitted=victim_emitted)
+        victim=victim, victim_emitted=victim_emitted, moved=moved)
 
 
 def price(context: Context, t: Touched) -> Touched:
@@ -414,6 +455,10 @@ def price(context: Context, t: Touched) -> Touched:
         is_stuck = is_stuck & ~is_resting
         if rules.async_scheduling:
             counts = passes.seeing_all(is_resting, counts, begins_anew=True)
+    if context.dims.has_swap:
+        is_stuck = is_stuck & ~has(t.counts, w.DRAWN)
+        is_resting = is_stuck & (t.sight.due.hi < swapping.FAR_S)
+        is_stuck = is_stuck & ~is_resting
     if t.flying is not None:
         is_stuck = is_stuck & ~t.flying.without(t.event.batch)
     counts = replace(counts, rank=replace(counts.rank, progress=progress))
@@ -441,6 +486,8 @@ def launch(context: Context, t: Touched) -> Touched:
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
         jnp.minimum(t.next_key, own_key), t.is_held, *t.price,
         is_alone=~t.flying.without(event.batch) if t.flying is not None else ~fits if context.dims.has_roles else True)
+    if t.sight is not None:
+        counts, times, plan = swapping.begin(context, t.is_starting, counts, times, plan, t.sight)
     if context.dims.num_ranks > 1:
         is_skipped = event.is_passing & ~t.has_work
         counts, times = lockstep.runs_along(context.dims, is_skipped, counts, times)
@@ -479,4 +526,6 @@ def launch(context: Context, t: Touched) -> Touched:
     phase = jnp.where(is_resting, w.IDLE, phase)
     if t.is_resting is not None:
         phase = jnp.where(t.is_resting, w.RESTING, phase)
+    if t.sight is not None:
+        wake = clock.select(t.is_resting, t.sight.due, wake)
     return replace(t, counts=counts, times=times, plan=plan, wake=wake, phase=phase)

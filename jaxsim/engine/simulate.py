@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.engine import hand_over, loop, lower, measured, tape
+from jaxsim.engine import hand_over, loop, lower, measured, swapping, tape
 from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock
 from jaxsim.metrics import FINISHED, UNFINISHED, LaneResult, Result
@@ -40,6 +40,7 @@ FAULTS = {
     w.STARVED: "requests are left that nothing will bring: the source of arrivals has stopped",
     w.LOG_FULL: "more releases of cached blocks than were foreseen: sequences are preempted over and over",
     w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
+    w.WINDOW_FULL: "more requests wait for a place at once than engine.swap.window: raise it, or lower the load",
     w.NO_NUMBER: "an action gave a router a weight that is not a number",
 }
 
@@ -232,7 +233,8 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 has_encoder=(scenario.workload.images is not None and not system.has_parts and system.num_ranks == 1
                              and system.scheduler.num_stages == 1),
                 num_stages=system.scheduler.num_stages, num_batches=system.scheduler.num_stages,
-                num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
+                num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
+                swap_window=system.swap.window if system.swap is not None else 0)
     return lower.routing_dims(routing, dims)
 
 
@@ -292,6 +294,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
         **handed_over(world, np.s_[lane, :count]), **clients, **_images(world, lane, made),
+        **swapped(dims, world, np.s_[lane, :count], lane),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
         session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)
@@ -351,6 +354,20 @@ def embedded(world: World, lane: int, rows: slice) -> dict[str, np.ndarray]:
             "encoded_s": seconds(world.first_tokens[lane, log_row], log_row >= 0),
             "accepted_s": seconds(transfers[:, hand_over.ACCEPTED:hand_over.ACCEPTED + 3], is_sent),
             "delivered_s": seconds(transfers[:, hand_over.DUE:hand_over.DUE + 3], is_sent)}
+
+
+def swapped(dims: Dims, world: World, rows: tuple, lanes: int | slice) -> dict[str, np.ndarray]:
+    """With host memory: `swaps` and `swap_s` of these requests, `swap_delay_s` and `swapped_blocks` of these runs."""
+    if world.swaps is None:
+        return {}
+    records = world.swaps[rows]
+    seconds = clock.from_integers_reference(records[..., swapping.SECONDS:swapping.SECONDS + 3])
+    stood = w.clock_rows(dims).everything(world.clocks[lanes]).rank.swap.stood
+    counts = w.count_rows(dims).everything(world.counts[lanes]).rank.swap
+    delay = stood.hi.astype(np.float64) + stood.lo
+    return {"swaps": records[..., swapping.SWAPS], "swap_s": seconds,
+            "swap_delay_s": delay.reshape(*delay.shape[:-2], -1),
+            "swapped_blocks": np.stack([counts.copied_blocks.sum((-2, -1)), counts.spared_blocks.sum((-2, -1))], -1)}
 
 
 def blocks_of(system: lower.System) -> int | np.ndarray:

@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import clients, hand_over, lockstep, pipeline, prefix, tape
+from jaxsim.engine import clients, hand_over, lockstep, pipeline, prefix, swapping, tape
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
@@ -71,7 +71,9 @@ class Touched(eqx.Module):
     # open_pass: whether a pass is due, under way, free to place a prompt, short of blocks, closed before this step,
     # about to preempt, without anybody who goes ahead; the victim (slot, request, offset); the candidate: its lengths,
     # tokens emitted, preemptions, seconds since the last of these, and who waits behind it; whether it has its KV here.
+    # Where victims are swapped: the line as it is.
     is_ready: Bool[Array, ""] | None = None
+    sight: swapping.Sight | None = None
     is_due: Bool[Array, ""] | None = None
     has_ended: Bool[Array, ""] | None = None
     has_work: Bool[Array, ""] | None = None
@@ -99,6 +101,9 @@ class Touched(eqx.Module):
     is_held: Bool[Array, ""] | None = None
     can_go_on: Bool[Array, ""] | None = None
     victim_emitted: Int[Array, ""] | None = None
+
+    # Where victims are swapped: what changes in the line.
+    moved: swapping.Moved | None = None
 
     # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
     # behind it; whether it starts.

@@ -23,6 +23,7 @@ class Dims:
     tracks_prefill, tracks_sent, has_noise: what routers read (`jaxsim.engine.caches`): prompt tokens on their way to a
     first token, what was sent where, random numbers of each request and instance; route_by: what a request's home
     among the instances is a hash of, "prefix" or "session" ("": it has none).
+    swap_window: requests in line that are looked at together, 0 without swapping to host memory.
     """
 
     num_requests: int
@@ -46,6 +47,7 @@ class Dims:
     tracks_sent: bool = False
     has_noise: bool = False
     route_by: str = ""
+    swap_window: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -62,6 +64,13 @@ class Dims:
             raise ValueError("has_parts: only with has_roles")
         if self.has_encoder and (self.num_ranks > 1 or self.num_batches > 1 or self.has_parts):
             raise ValueError("has_encoder: executors of one rank and one stage, without others that encode")
+        if self.has_swap and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
+            raise ValueError("swap_window: executors of one rank and one stage, without roles and prefix caching")
+
+    @property
+    def has_swap(self) -> bool:
+        """Who is preempted moves to host memory."""
+        return self.swap_window > 0
 
     @property
     def all_ranks(self) -> int:

@@ -63,11 +63,40 @@ def _check_engine(s: "Scenario") -> None:
         raise InputError("engine.enable_prefix_caching", True,
                          f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
                          "use a preset 'vllm-v1', or leave it out")
+    if engine.swap is not None:
+        _check_swap(s, scheduler)
     for ours, theirs in (("dtype", "dtype"), ("kv_dtype", "kv_cache_dtype")):
         given, other = s.model and getattr(s.model, ours), getattr(engine, theirs)
         if {given, other}.isdisjoint((None, "auto")) and given != other:
             raise InputError(f"engine.{theirs}", other, f"differs from model.{ours} = {given!r}",
                              "give one of them")
+
+
+def _check_swap(s: "Scenario", scheduler: Scheduler) -> None:
+    engine, field = s.engine, "engine.swap"
+    if (scheduler.phase_mix != "prefill_first" or scheduler.chunked_prefill or scheduler.reserve != "prompt"
+            or scheduler.decode_needs_free_block != "always" or scheduler.order != "fcfs" or scheduler.async_scheduling
+            or scheduler.admit != "any_time" or not scheduler.kv_accounting
+            or not scheduler.waiting_blocked_after_preempt or scheduler.decode_context_limit is not None):
+        raise InputError(field, plain(engine.swap), f"is simulated as vLLM V0 does it, which {scheduler.preset} is not"
+                         " as set here", "use preset = 'vllm-v0', or leave it out: preempted requests are recomputed")
+    if engine.pipeline_parallel_size > 1:
+        raise InputError("engine.pipeline_parallel_size", engine.pipeline_parallel_size,
+                         "is not simulated with engine.swap", "use 1, or leave engine.swap out")
+    if s.cluster.pools:
+        raise InputError("cluster.pools", [pool.role for pool in s.cluster.pools], "are not simulated with engine.swap",
+                         "use cluster.replicas, or leave engine.swap out")
+    if s.model is None:
+        raise InputError("model", None, "missing, and the bytes of a KV block cannot be known without it",
+                         "name a model, also beside a fitted cost, or leave engine.swap out")
+    if s.device is None and engine.swap.pcie_gb_per_s is None:
+        raise InputError(f"{field}.pcie_gb_per_s", None, "missing, and without [device] it cannot be derived",
+                         "give the bandwidth to host memory")
+    redraw = engine.swap.redraw
+    if redraw is not None and (redraw.pattern == "markov") != (redraw.locality is not None):
+        problem = "missing, and 'markov' needs it" if redraw.locality is None else "has no effect with 'random'"
+        raise InputError(f"{field}.redraw.locality", redraw.locality, problem,
+                         "give a probability" if redraw.locality is None else "leave it out, or use 'markov'")
 
 
 def _check_system(s: "Scenario") -> None:

@@ -33,9 +33,14 @@ all; the forming prompt's chunk is settled; the walk over running sequences ende
 more."""
 
 STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL, NO_NUMBER = 1, 2, 4, 8, 16, 32
+WINDOW_FULL = 64
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
 takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen; more
-releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN."""
+releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN; more requests
+in line than `Dims.swap_window`."""
+
+DRAWN = 1 << 10
+"""Further progress: somebody was swapped out for a draw of priorities, or called in."""
 
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 LIMIT, PLACE, SINCE = RESERVED, PROMPT, STAMP
@@ -45,7 +50,7 @@ at admission (SINCE); under `order="priority"` the request's PLACE in that order
 
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
-           "references", "log", "newest", "sent_blocks")
+           "references", "log", "newest", "sent_blocks", "window", "copies")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -71,6 +76,19 @@ class Cache(eqx.Module):
     head: Int[Array, "*shape"]
     end: Int[Array, "*shape"]
     shared: Int[Array, "*shape"]
+
+
+class SwapCounts(eqx.Module):
+    """Requests swapped out (or on the way), and on the way in; blocks of copies out that are not through, which are in
+    use; blocks of host memory in use; blocks copied out so far, and those spared since host memory had them. See
+    `jaxsim.engine.swapping`."""
+
+    out: Int[Array, "*shape"]
+    coming: Int[Array, "*shape"]
+    leaving_blocks: Int[Array, "*shape"]
+    host_blocks: Int[Array, "*shape"]
+    copied_blocks: Int[Array, "*shape"]
+    spared_blocks: Int[Array, "*shape"]
 
 
 class Rank(eqx.Module):
@@ -112,6 +130,7 @@ class Rank(eqx.Module):
     waiting_tiles: Int[Array, "*shape"] | None
     prefill_tokens: Int[Array, "*shape"] | None
     tree_tokens: Int[Array, "*shape"] | None
+    swap: SwapCounts | None = None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -180,6 +199,16 @@ class ExecutorTimes(eqx.Module):
     alone: Time | None
 
 
+class SwapTimes(eqx.Module):
+    """When the links to host memory and back are free; seconds of copies that come before the next iteration, and of
+    all that came before iterations so far (two-float)."""
+
+    link_out: Time
+    link_in: Time
+    delay: Time
+    stood: Time
+
+
 class RankTimes(eqx.Module):
     """Integrals over time: `running` sequence-seconds, `held` block-seconds (two-float). `ratio` of expected outputs
     that admission reserves for."""
@@ -187,6 +216,7 @@ class RankTimes(eqx.Module):
     ratio: Float[Array, "*shape"]
     running: Time
     held: Time
+    swap: SwapTimes | None = None
 
 
 class BatchTimes(eqx.Module):
@@ -379,6 +409,11 @@ class World(eqx.Module):
     # blocks that were sent to each rank.
     charged: Int[Array, " rows"] | None = None
     sent_blocks: Int[Array, "ranks segments"] | None = None
+    # Swapping to host memory, else None: who is in line, when copies are through (hi, lo), and of requests what swaps
+    # came to (columns of both as in `swapping`).
+    window: Int[Array, "ranks places 5"] | None = None
+    copies: Float[Array, "ranks places 2"] | None = None
+    swaps: Int[Array, "rows 5"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -396,10 +431,12 @@ def empty_counts(dims: Dims) -> Counts:
                   **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_roles else None),
                   **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None),
                   **dict.fromkeys(("cached_tiles", "waiting_tiles"), zero if dims.has_parts else None),
-                  prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None)
+                  prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None,
+                  swap=_zeros(SwapCounts) if dims.has_swap else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
-                   taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None,
+                   taken=zero if is_pipeline or dims.has_roles else None,
+                   entering=zero if dims.has_roles or dims.has_swap else None,
                    tiles=zero if dims.has_parts or dims.has_encoder else None,
                    joining_prefill=zero if dims.tracks_prefill else None)
     return Counts(executor, rank, batch)
@@ -411,7 +448,8 @@ def empty_clocks(dims: Dims) -> Clocks:
     at_zero, free, counted, alone, end = Time(zero, zero), None, None, None, None
     if dims.num_stages > 1:
         free, counted, alone, end = (at_zero,) * (dims.num_stages + 1), at_zero, at_zero, clock.never()
-    return Clocks(ExecutorTimes(at_zero, free, counted, alone), RankTimes(zero, at_zero, at_zero),
+    return Clocks(ExecutorTimes(at_zero, free, counted, alone), RankTimes(
+        zero, at_zero, at_zero, SwapTimes(at_zero, at_zero, at_zero, at_zero) if dims.has_swap else None),
                   BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero, end))
 
 
@@ -488,6 +526,10 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         kept["charged"] = ints(rows)
     if dims.tracks_sent:
         kept["sent_blocks"] = ints(ranks, dims.num_segments + 1)
+    swapping = {}
+    if dims.has_swap:
+        places = dims.swap_window + 1
+        swapping = dict(window=ints(ranks, places, 5), copies=floats(ranks, places, 2), swaps=ints(rows, 5))
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
@@ -502,4 +544,4 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
         first_tokens=floats(rows + dims.num_more_logs, 3), itl=ints(histogram.NUM_BINS),
-        **tape, **cached, **roles, **clients, **kept)
+        **tape, **cached, **roles, **clients, **kept, **swapping)

@@ -233,7 +233,7 @@ class Lanes:
         key = (statics, s.decode_context_limit is not None, scenario.cluster.router,
                tuple(sorted(scenario.cluster.router_weights)), scenario.workload.kind == "closed-loop",
                scenario.workload.has_sessions, _of_roles(scenario, system), self._cost_kind(scenario, system),
-               scenario.engine.enable_prefix_caching,
+               scenario.engine.enable_prefix_caching, bool(scenario.engine.swap and scenario.engine.swap.redraw),
                dataclasses.replace(dims, num_slots=0))
         schedulers = tuple(pool.system.scheduler for pool in system.pools) or (s,)
         return Shape(key, dims.num_requests, dims.num_slots, schedulers, longest, output, work, requests, dims, last_s)

@@ -110,6 +110,15 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
                                               for w in waits])
     if runs.session is not None:
         found |= _sessions(runs, is_measured)
+    if runs.swaps is not None:
+        own, lost_s = np.where(is_measured, runs.swaps, 0), np.where(is_measured, runs.swap_s, 0.0).sum(axis=1)
+        found["swaps.total"] = own.sum(axis=1)
+        found["swaps.requests_share"] = _ratio((own > 0).sum(axis=1), measured)
+        found["swaps.mean_ms"] = _ratio(lost_s, measured) * 1e3
+        found["swaps.e2e_share"] = _ratio(lost_s, np.where(is_measured, np.nan_to_num(e2e), 0.0).sum(axis=1))
+        found["swaps.delay_share"] = _ratio(runs.swap_delay_s.sum(axis=1), runs.busy_s.sum(axis=1))
+        found["swaps.copied_blocks"] = runs.swapped_blocks[:, 0]
+        found["swaps.spared_share"] = _ratio(runs.swapped_blocks[:, 1], runs.swapped_blocks.sum(axis=1))
     if runs.cached_tokens is not None:
         found["cached_share"] = _ratio(np.where(is_measured, runs.cached_tokens, 0).sum(axis=1),
                                        np.where(is_measured, runs.input_tokens, 0).sum(axis=1))
@@ -136,8 +145,9 @@ def requests(runs: Runs) -> Columns:
     cached = np.zeros(runs.is_real.shape, np.int64) if runs.cached_tokens is None else runs.cached_tokens
     whole = {"arrival_s": runs.arrival_s, "input_tokens": runs.input_tokens, "output_tokens": runs.output_tokens,
              "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": runs.scheduled_s - runs.arrival_s,
-             "stall_s": runs.stall_s, **_moves(runs), "cached_tokens": cached, "preemptions": runs.preemptions,
-             "status": status, **({} if runs.attempts is None else {"attempts": runs.attempts})}
+             "stall_s": runs.stall_s, **_moves(runs), **_swaps(runs), "cached_tokens": cached,
+             "preemptions": runs.preemptions, "status": status,
+             **({} if runs.attempts is None else {"attempts": runs.attempts})}
     return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
 
 
@@ -171,6 +181,10 @@ def _sessions(runs: Runs, is_measured: Bool[np.ndarray, "runs requests"]) -> Col
         if done.any():
             found[4:, row] = duration_s.mean(), *np.percentile(duration_s, PERCENTILES)
     return {f"sessions.{name}": values for name, values in zip(names, found, strict=True)}
+
+
+def _swaps(runs: Runs) -> Columns:
+    return {} if runs.swaps is None else {"swaps": runs.swaps, "swap_s": runs.swap_s}
 
 
 def _unstable(runs: Runs) -> Float[np.ndarray, " runs"]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over
+from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over, swapped
 from jaxsim.kernels import clock
 from jaxsim.metrics import FINISHED
 from jaxsim.spec.dims import Dims
@@ -57,6 +57,10 @@ class Runs:
     status: Int[np.ndarray, "runs requests"] | None = None
     attempts: Int[np.ndarray, "runs requests"] | None = None
     ended_s: Float[np.ndarray, "runs requests"] | None = None
+    swaps: Int[np.ndarray, "runs requests"] | None = None
+    swap_s: Float[np.ndarray, "runs requests"] | None = None
+    swap_delay_s: Float[np.ndarray, "runs instances"] | None = None
+    swapped_blocks: Int[np.ndarray, "runs 2"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -171,7 +175,7 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
         fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault),
-        **clients)
+        **clients, **swapped(dims, world, np.s_[:, rows], slice(None)))
 
 
 def _labels(runs: Sequence[Run], name: str, rows: slice) -> Int[np.ndarray, "runs requests"] | None:

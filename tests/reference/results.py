@@ -16,6 +16,8 @@ class RequestResult:
     decode_instance, accepted_s, delivered_s: who decoded, and when the transfer to it was accepted and over; None where
     `instance` did it all. With clients, of the last of so many sendings, at last_sent_s, but for arrival_s; status is
     then also timed_out or rejected, and ended_s when that was.
+    `instance` did it all. swaps: to host memory; swap_s: seconds between arrival and end by which copies delayed
+    iterations of the instance, and those in which this one's own copy was on the way in.
     """
 
     id: int
@@ -34,6 +36,8 @@ class RequestResult:
     ended_s: float | None = None
     sendings: int = 1
     last_sent_s: float | None = None
+    swaps: int = 0
+    swap_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -111,6 +115,7 @@ class ReferenceResult:
     parts: list[PartRecord] = field(default_factory=list)
     encode_iterations: dict[int, tuple[int, float]] = field(default_factory=dict)  # number and busy seconds
     encode_waits: int = 0  # requests whose embeddings were not accepted at once
+    swapping: list = field(default_factory=list)
 
     @property
     def smallest_margin_s(self) -> float:

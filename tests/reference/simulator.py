@@ -56,6 +56,7 @@ from .results import (
 )
 from .routing import ROUTERS, Router, fewest_prefills, fewest_queued_decodes
 from .state import BatchStatsRef, Instance, Job, Request, batch_stats
+from .swapping import SwapState, swapping_pass
 from .transfers import Transfer
 
 __all__ = [
@@ -164,6 +165,9 @@ class Simulation:
         self.transfers: dict[tuple, Transfer] = {}  # on the way
         self.iterations: list[IterationRecord] = []
         self.iteration_ends: list[list[float]] = [[] for _ in instances]
+        for instance in instances:
+            if instance.flags.swapping is not None:
+                instance.swap = SwapState()
         self.num_routed = self.num_finished = 0
         self.clients = clients
         self.earlier_jobs: list[Job] = []  # sendings behind which there was another
@@ -232,7 +236,7 @@ class Simulation:
     def choose(self, job: Job) -> Instance:
         """Who computes the prompt."""
         instance = self.prefilling[self.route(job.request, self.prefilling, self.num_routed)]
-        job.instance = instance.index
+        job.instance, job.sequence = instance.index, self.num_routed
         self.num_routed += 1
         return instance
 
@@ -296,6 +300,8 @@ class Simulation:
             job.instance = None
             self.fail(self.jobs.index(job), "rejected")
             return
+        if instance.swap is not None:
+            instance.swap.at_arrival[job.request.id] = instance.swap.stood
         self.enter(instance, job)
 
     def end_iteration(self, instance: Instance) -> None:
@@ -324,6 +330,10 @@ class Simulation:
             if job.emitted == job.request.output:
                 job.finish = job.ended = self.now
                 job.status = "finished"
+                if instance.swap is not None:
+                    instance.swap.host_used -= instance.swap.on_host.pop(job, 0)
+                    gone = instance.swap.stood - instance.swap.at_arrival[job.request.id]
+                    instance.swap.waited[job.request.id] = instance.swap.waited.get(job.request.id, 0) + gone
                 self.num_finished += 1
                 for number in self.followers.get(job.request.id, ()):
                     self.expect_follower(number)
@@ -347,6 +357,8 @@ class Simulation:
     def start_iterations(self, leader: Instance) -> None:
         """What one scheduling event starts: a batch on every rank, or as many as the pipeline takes."""
         leader.is_pass_due = False
+        if leader.swap is not None and leader.flights:
+            return  # a copy is through, but somebody came first
         if leader.flags.pass_when_stage_free:
             leader.on_first_stage = []
             if leader.has_work and self.start_iteration(leader) is not None:
@@ -366,17 +378,26 @@ class Simulation:
         """Returns its end, None if nothing can be scheduled until a batch or blocks return."""
         flags = instance.flags
         visible = instance.waiting_at_start if flags.async_scheduling else None
-        plan = scheduling_pass(instance, flags, visible)
+        if instance.swap is None:
+            plan = scheduling_pass(instance, flags, visible)
+        else:
+            instance.swap.now, instance.swap.iterations = self.now, len(self.iteration_ends[instance.index])
+            plan = swapping_pass(instance, self.clock.ticks)
+            instance.swap.peak = max(instance.swap.peak, flags.num_blocks - instance.free_blocks)
         check_batch(instance, plan, flags)
         check_instance(instance, flags)
         instance.preempted_before += [job.request.id for job in plan.preempted]
         if not plan.entries and instance.flights:
             return None
         if not plan.entries:
-            if plan.preempted or visible is not None:
+            has_called = instance.swap is not None and instance.swap.has_called
+            if plan.preempted or visible is not None or has_called:
                 # Nothing runs and something waits: the engine's loop comes round at once, seeing everybody.
                 instance.waiting_at_start = None
                 return self.start_iteration(instance)
+            if instance.swap is not None and instance.swap.next_due() is not None:
+                heapq.heappush(self.events, (instance.swap.next_due(), PHASE_PASS, instance.index))
+                return None
             assert instance.leaving or instance.in_transfer, "an idle instance with work is stuck"
             return None
         tiles = 0
@@ -425,6 +446,9 @@ class Simulation:
         swapped_s = instance.swapped_tokens * flags.kv_bytes_per_token / flags.swap_bandwidth
         instance.swapped_tokens = 0
         end = self.now + self.clock.ticks(swapped_s)
+        if instance.swap is not None:
+            end += instance.swap.delay
+            instance.swap.stood, instance.swap.delay = instance.swap.stood + instance.swap.delay, 0
         for stage, part in enumerate(seconds):
             start = max(end, instance.stage_free[stage])
             if flags.pass_when_stage_free and stats.num_decode and stage:
@@ -502,6 +526,8 @@ class Simulation:
                     decode_instance=job.decode_instance,
                     accepted_s=if_any(job.accepted),
                     delivered_s=if_any(job.delivered),
+                    swaps=self._swaps(job, "swaps"),
+                    swap_s=seconds(self._swaps(job, "waited")),
                 )
                 for job, arrival in zip(self.jobs, arrivals, strict=True)
             ],
@@ -520,4 +546,9 @@ class Simulation:
                 for transfer in transfers
             ],
             merges_left_out=sum(instance.merges_left_out for instance in self.instances),
+            swapping=[instance.swap for instance in self.instances if instance.swap is not None],
         )
+
+    def _swaps(self, job: Job, name: str) -> float:
+        swap = self.instances[job.instance].swap
+        return 0 if swap is None else getattr(swap, name).get(job.request.id, 0)

@@ -85,6 +85,7 @@ class Job:
     source_blocks: int = 0
     accepted: float | None = None
     delivered: float | None = None
+    sequence: int = 0  # arrivals before it
 
     @property
     def known(self) -> int:
@@ -144,6 +145,7 @@ class Instance:
     swapped_tokens: int = 0  # moved out of the pool and into it since the last iteration
     cache: prefix_cache.PrefixCache | None = None
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
+    swap: object = None  # `swapping.SwapState`
 
     def __post_init__(self):
         self.free_blocks = self.flags.num_blocks
@@ -160,7 +162,8 @@ class Instance:
     @property
     def has_work(self) -> bool:
         """Somebody is here that a pass could schedule, now or when blocks are free."""
-        return bool(self.waiting or self.running or self.ready or self.swapped)
+        is_coming = self.swap is not None and self.in_transfer
+        return bool(self.waiting or self.running or self.ready or self.swapped or is_coming)
 
     @property
     def outstanding(self) -> int:
