@@ -243,6 +243,8 @@ def _check_images(s: "Scenario") -> None:
         raise InputError("workload.images.number.least", least, f"above most = {most}", "swap them")
     if s.engine.enable_prefix_caching:
         raise InputError("engine.enable_prefix_caching", True, "is not simulated with images", "leave it out")
+    if s.engine.swap is not None:
+        raise InputError("engine.swap", plain(s.engine.swap), "is not simulated with images", "leave it out")
     if isinstance(s.cost, FittedCost) and s.cost.exact and not encoders:
         raise InputError("cost.exact", True, "is not there for iterations that encode images", "leave it out")
     tiles = most * w.images.tiles_per_image
@@ -338,6 +340,7 @@ def _check_clients(s: "Scenario") -> None:
             ("workload.sessions", plain(w.sessions), w.has_sessions, "use single requests"),
             ("engine.scheduling_policy", scheduler.order, scheduler.order != "fcfs", "use 'fcfs'"),
             ("engine.enable_prefix_caching", True, s.engine.enable_prefix_caching, "leave it out"),
+            ("workload.images", w.images and plain(w.images), w.images is not None, "leave them out"),
             ("engine.pipeline_parallel_size", scheduler.num_stages, scheduler.num_stages > 1, "use 1"),
             ("engine.preset", scheduler.preset, scheduler.phase_mix != "unified" or scheduler.gathers
              or scheduler.reserve == "expected" or scheduler.decode_context_limit is not None,
