@@ -14,7 +14,8 @@ Definitions (all seconds inside, milliseconds in keys that end in `_ms`):
   whatever arrived when: requests that end in it, prompts whose first token comes in it, and output tokens, of a request
   spread evenly from its first to its last, over the length of the window.
 * energy: each device draws `power.busy_w` while its instance has an iteration in flight and `power.idle_w` in between
-  (`jaxsim.spec.device.ServingPower`). A first form: power does not follow the batch, prompts are charged as decodes.
+  (`jaxsim.spec.device.ServingPower`), pools that of their own devices. A first form: power does not follow the batch,
+  prompts are charged as decodes.
 
 Known gaps: percentiles and deviation of ITL come from a histogram with bins at most 1.6 % wide, which
 cannot leave out a warm-up; the mean of ITL is exact.
@@ -24,7 +25,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,11 +34,12 @@ from scipy.special import stdtrit
 
 from jaxsim._core.errors import InputError
 from jaxsim.kernels import histogram
-from jaxsim.spec.device import ServingPower
+from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.scenario import Scenario, SloSection
+from jaxsim.spec.sections import DeviceSection
 
-FINISHED, UNFINISHED = 0, 1
-STATUS_NAMES = ("finished", "unfinished")
+FINISHED, UNFINISHED, TIMED_OUT, REJECTED = range(4)
+STATUS_NAMES = ("finished", "unfinished", "timed_out", "rejected")
 
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
@@ -66,7 +68,8 @@ class LaneResult:
         part of the prompt, end of the one that completes it, end of the last.
     stall_s: time between tokens in which the request was not computed (preempted and waiting again).
     prefill_stall_s: the part of `stall_s` before the first token; None where the engine does not tell.
-    max_tokens: the limit the engine knew. tenant: index into tenant_names. status: FINISHED or UNFINISHED.
+    max_tokens: the limit the engine knew. tenant: index into tenant_names. status: FINISHED, UNFINISHED (when a bound
+        stopped the run), TIMED_OUT or REJECTED.
     itl_counts: tokens after the first, by gap, in the bins of `jaxsim.kernels.histogram`; the outer bins take
         what lies beyond.
     busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
@@ -85,11 +88,21 @@ class LaneResult:
         that, and where it ended; aborted_migrations: those given up, in the order of `ABORTS`; all None without.
     instance_s, starts, drains: with scaling, seconds for which instances were on, starting or draining, summed over
         them up to the last completion; instances started and drained. None without.
+    swaps, swap_s: of requests, to host memory, and seconds lost to copies: those by which copies delayed iterations of
+        its instance, and those in which its own was on the way in; swap_delay_s: of instances, the former, part of
+        `busy_s`; swapped_blocks: of all instances, blocks copied out, and those that were in host memory already. None
+        without host memory.
     extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs. lost_steps: rows that it had no room for.
+    attempts, ended_s: with clients that give up or clusters that refuse, how often a request was sent, and when the
+        last of these sendings ended, answered or not; None where every request is answered. All times but the arrival,
+        `instance` (-1: refused) and `preemptions` are of the last sending.
     session, turn: whose turn a request is, and which; None without sessions. num_context_limited: sessions that ended
         at a context limit.
+    num_images: of requests, None without images. encoded_s, embedded_s: of requests with images that other instances
+        encode: when the last of them was encoded, and when the embeddings were with the instance that computes the
+        prompt; NaN for others, None where there are no such instances.
     """
 
     arrival_s: Float[np.ndarray, " requests"]
@@ -135,6 +148,15 @@ class LaneResult:
     session: Int[np.ndarray, " requests"] | None = None
     turn: Int[np.ndarray, " requests"] | None = None
     num_context_limited: int = 0
+    attempts: Int[np.ndarray, " requests"] | None = None
+    ended_s: Float[np.ndarray, " requests"] | None = None
+    num_images: Int[np.ndarray, " requests"] | None = None
+    encoded_s: Float[np.ndarray, " requests"] | None = None
+    embedded_s: Float[np.ndarray, " requests"] | None = None
+    swaps: Int[np.ndarray, " requests"] | None = None
+    swap_s: Float[np.ndarray, " requests"] | None = None
+    swap_delay_s: Float[np.ndarray, " instances"] | None = None
+    swapped_blocks: Int[np.ndarray, " 2"] | None = None
 
     @property
     def num_requests(self) -> int:
@@ -153,14 +175,23 @@ class LaneResult:
             return None
         return float(self.finish_s[self.is_finished].max() - self.arrival_s[0])
 
+    @property
+    def span_s(self) -> float | None:
+        """The same, to the last end of any kind; None if nothing ended."""
+        if self.ended_s is None or np.isnan(self.ended_s).all():
+            return self.duration_s
+        return float(np.nanmax(self.ended_s) - self.arrival_s[0])
+
 
 def request_frame(lane: LaneResult) -> pd.DataFrame:
     """One row a request, in the published columns of `requests.parquet`; a value that does not exist is
     missing.
 
-    front_end_s + queue_s + prefill_s + transfer_s + decode_s + stall_s = e2e_s; `transfer_s` is from the first token to
-    where the KV is with the instance that decodes, its wait to be taken included. Where the engine does not say which
-    stalls came before the first token, stalls are taken out of the decode phase first.
+    front_end_s + encode_s + embedding_s + queue_s + prefill_s + transfer_s + decode_s + stall_s = e2e_s; encode_s (from
+    arrival) and embedding_s (from there, its wait to be taken included) only where other instances encode images;
+    `transfer_s` is from the first token to where the KV is with the instance that decodes, its wait to be taken
+    included. Where the engine does not say which stalls came before the first token, stalls are taken out of the decode
+    phase first.
     """
     ttft = lane.first_token_s - lane.arrival_s + lane.front_end_s
     after_first = lane.finish_s - lane.first_token_s
@@ -172,6 +203,14 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
     transfer = np.zeros(lane.num_requests)
     if lane.delivered_s is not None:
         transfer = np.nan_to_num(lane.delivered_s - lane.first_token_s, nan=0.0)
+    images, before_queue = {}, 0.0
+    if lane.num_images is not None:
+        images = {"images": np.asarray(lane.num_images, np.int64)}
+    if lane.encoded_s is not None:
+        has_any = np.asarray(lane.num_images) > 0
+        images["encode_s"] = np.where(has_any, lane.encoded_s - lane.arrival_s, 0.0)
+        images["embedding_s"] = np.where(has_any, lane.embedded_s - lane.encoded_s, 0.0)
+        before_queue = images["encode_s"] + images["embedding_s"]
     gaps = np.asarray(lane.output_tokens) - 1
     tpot = np.full(lane.num_requests, np.nan)
     np.divide(after_first, gaps, out=tpot, where=gaps > 0)
@@ -185,7 +224,7 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "ttft_s": ttft,
         "tpot_s": tpot,
         "e2e_s": lane.finish_s - lane.arrival_s + lane.front_end_s,
-        "queue_s": lane.scheduled_s - lane.arrival_s,
+        "queue_s": lane.scheduled_s - lane.arrival_s - before_queue,
         "prefill_s": lane.first_token_s - lane.scheduled_s - early,
         "decode_s": after_first - (lane.stall_s - early) - transfer,
         "stall_s": np.asarray(lane.stall_s, np.float64),
@@ -194,6 +233,8 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "cached_tokens": np.zeros(lane.num_requests, np.int64) if lane.cached_tokens is None else
         np.asarray(lane.cached_tokens, np.int64),
         "preemptions": np.asarray(lane.preemptions, np.int64),
+        **({} if lane.swaps is None else {"swaps": np.asarray(lane.swaps, np.int64),
+                                          "swap_s": np.asarray(lane.swap_s, np.float64)}),
         "instance": np.asarray(lane.instance, np.int64),
         **({} if lane.decode_instance is None else {"decode_instance": np.asarray(lane.decode_instance, np.int64)}),
         **({} if lane.migrations is None else {
@@ -202,7 +243,9 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "tenant": np.asarray(lane.tenant_names, object)[np.asarray(lane.tenant)],
         "priority": np.asarray(lane.priority, np.int64),
         "status": np.asarray(STATUS_NAMES, object)[np.asarray(lane.status)],
+        **({} if lane.attempts is None else {"attempts": np.asarray(lane.attempts, np.int64)}),
         **sessions,
+        **images,
     })
 
 
@@ -236,7 +279,13 @@ def is_unstable(lane: LaneResult) -> bool | None:
     them at loads 0.8, 0.9, 1, 1.1, 1.2 and 1.5; over several seeds the majority decides (`combine`).
     Known gaps: preempted requests that wait again are not counted, only those that wait behind them.
     """
-    return unstable(lane.arrival_s, lane.scheduled_s, lane.finish_s)
+    return unstable(lane.arrival_s, *waiting_and_running_until(lane.scheduled_s, lane.finish_s, lane.ended_s))
+
+
+def waiting_and_running_until(scheduled_s: np.ndarray, finish_s: np.ndarray, ended_s: np.ndarray | None
+                              ) -> tuple[np.ndarray, np.ndarray]:
+    """Until when requests waited and ran, of those too that ended without an answer."""
+    return (scheduled_s, finish_s) if ended_s is None else (np.fmin(scheduled_s, ended_s), ended_s)
 
 
 def unstable(arrival_s: Float[np.ndarray, " requests"], scheduled_s: Float[np.ndarray, " requests"],
@@ -304,10 +353,10 @@ def share_inside(first_s: Any, last_s: Any, start_s: Any, end_s: Any) -> Any:
 
 
 def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float = 0.0, cooldown_s: float = 0.0,
-                 power: ServingPower | None = None, num_devices: int = 1) -> dict[str, Any]:
+                 devices: "Devices | None" = None) -> dict[str, Any]:
     """All metrics of one run: flat keys of vLLM's benchmark client, nested groups. None, never NaN.
 
-    power: of one of the `num_devices` devices; None where it is not known.
+    devices: of the instances (`devices_of`); None where their power is not known.
     """
     frame = request_frame(lane)
     is_mine = is_measured(lane, warmup_s, cooldown_s)
@@ -344,12 +393,15 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "request_goodput": per_second((met_by_all["all"] & is_good).sum()) if met else None,
         "output_throughput": per_second(outputs),
         "total_token_throughput": per_second(inputs + outputs),
-        **_energy_of(power, num_devices, utilisation["device_busy_share"], window_s,
-                     per_second(outputs)),
+        **_energy_of(lane, devices, window_s, per_second(outputs)),
     }
     for name, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("itl", None), ("e2el", "e2e_s")):
         summary = _gaps(lane, done) if column is None else _distribution(done[column].to_numpy())
         result |= {f"{statistic}_{name}_ms": value for statistic, value in summary.items()}
+    if lane.attempts is not None:
+        result["outcomes"] = outcomes(*(np.asarray(x)[None] for x in (is_mine, lane.status, lane.attempts)))
+        result["outcomes"] = {name: None if np.isnan(value[0]) else value[0].item()
+                              for name, value in result["outcomes"].items()}
     return result | {
         "slo": _slo_group(measured, slo, met),
         "queueing": _milliseconds(measured["queue_s"].to_numpy()),
@@ -363,10 +415,27 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "num_cooldown_requests": num_cooldown,
         "unstable": is_unstable(lane),
         "fault": lane.fault or None,
-    } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(measured)}) | (
+    } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(lane, is_mine)}) | (
         {} if lane.migrations is None else {"migrations": _migration_group(lane, measured)}) | (
         {} if lane.instance_s is None else {"scaling": _scaling_group(lane)}) | (
+        {} if lane.swaps is None else {"swaps": _swaps_group(lane, measured)}) | (
         {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)})
+
+
+def outcomes(is_measured: Bool[np.ndarray, "runs requests"], status: Int8[np.ndarray, "runs requests"],
+             attempts: Int[np.ndarray, "runs requests"]) -> dict[str, np.ndarray]:
+    """How measured requests ended: counts and shares of those that arrived, an entry a run; NaN if nobody did."""
+    count = is_measured.sum(axis=1)
+
+    def share(amount):
+        return np.divide(amount, count, out=np.full(len(count), np.nan), where=count > 0)
+
+    found = {}
+    for code in (TIMED_OUT, REJECTED):
+        number = (is_measured & (status == code)).sum(axis=1)
+        found |= {STATUS_NAMES[code]: number, f"{STATUS_NAMES[code]}_share": share(number)}
+    return found | {"failed_share": share((is_measured & (status != FINISHED)).sum(axis=1)),
+                    "mean_attempts": share(np.where(is_measured, attempts, 0).sum(axis=1))}
 
 
 def _distribution(seconds: Float[np.ndarray, " values"]) -> dict[str, float | None]:
@@ -414,9 +483,9 @@ def _slo_group(frame: pd.DataFrame, slo: SloSection, met: Mapping[str, np.ndarra
     return group
 
 
-def _transfer_group(measured: pd.DataFrame) -> dict[str, Any]:
-    """Of requests that another instance decodes than computed the prompt."""
-    seconds = measured.loc[measured["decode_instance"] >= 0, "transfer_s"].to_numpy()
+def _transfer_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) -> dict[str, Any]:
+    """Of requests that another instance decodes than computed the prompt, and whose KV is there."""
+    seconds = (lane.delivered_s - lane.first_token_s)[is_mine & ~np.isnan(lane.delivered_s)]
     summary = _milliseconds(seconds)
     return {"requests": len(seconds), "mean_ms": summary["mean_ms"], "p99_ms": summary["p99_ms"]}
 
@@ -443,6 +512,20 @@ def _preemption_group(frame: pd.DataFrame) -> dict[str, Any]:
     return {"total": int(frame["preemptions"].sum()),
             "requests_share": len(hit) / len(frame) if len(frame) else None,
             "mean_stall_ms": float(hit["stall_s"].mean() * 1e3) if len(hit) else None}
+
+
+def _swaps_group(lane: LaneResult, frame: pd.DataFrame) -> dict[str, Any]:
+    """e2e_share: of the latencies of requests, that lost to copies; delay_share: of the time with an iteration in
+    flight, that of copies before it; spared_share: of the blocks that left the device, those not copied."""
+    busy_s, e2e_s = float(np.sum(lane.busy_s)), frame["e2e_s"].sum()
+    return {"total": int(frame["swaps"].sum()),
+            "requests_share": float((frame["swaps"] > 0).mean()) if len(frame) else None,
+            "mean_ms": float(frame["swap_s"].mean() * 1e3) if len(frame) else None,
+            "e2e_share": float(frame["swap_s"].sum() / e2e_s) if e2e_s else None,
+            "delay_share": float(np.sum(lane.swap_delay_s)) / busy_s if busy_s else None,
+            "copied_blocks": int(lane.swapped_blocks[0]),
+            "spared_share": float(lane.swapped_blocks[1] / lane.swapped_blocks.sum())
+            if lane.swapped_blocks.any() else None}
 
 
 def _tenants_group(lane: LaneResult, frame: pd.DataFrame, met: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -479,7 +562,7 @@ def _sessions_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) ->
 
 
 def _kv_group(lane: LaneResult) -> dict[str, Any]:
-    capacity, duration_s = np.asarray(lane.num_blocks), lane.duration_s
+    capacity, duration_s = np.asarray(lane.num_blocks), lane.span_s
     if not capacity.any():
         return {"num_blocks": None, "mean_share": None, "peak_share": None}
     mean = float(np.mean(lane.kv_block_s / capacity)) / duration_s if duration_s else None
@@ -487,9 +570,8 @@ def _kv_group(lane: LaneResult) -> dict[str, Any]:
             "peak_share": float(np.max(lane.kv_peak_blocks / capacity))}
 
 
-
 def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
-    duration_s = lane.duration_s
+    duration_s = lane.span_s
     busy = np.asarray(lane.busy_s) / duration_s if duration_s else None
     at_work = lane.busy_s if lane.device_busy_s is None else lane.device_busy_s
     return {"busy_share": float(busy.mean()) if duration_s else None,
@@ -500,34 +582,63 @@ def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
             "num_iterations": int(lane.num_iterations)}
 
 
-def energy(idle_w: Any, busy_w: Any, num_devices: Any, busy_share: Any, window_s: Any, output_throughput: Any
-           ) -> dict[str, Any]:
-    """Energy of runs, numbers or arrays with an entry a run; NaN where the power of the device is not known.
+class Devices(NamedTuple):
+    """Of every instance, how many devices it has, and what one draws (watts; NaN where not known) and costs a second.
 
-    idle_w, busy_w: of a device, watts. busy_share: of the time that devices work on an iteration, mean over them.
-    window_s: seconds that the energy is of. mean_power_w = devices x (idle + (busy - idle) x busy_share), energy =
-    mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps: power does not follow
-    the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in it.
+    Instances of one rank after the other where ranks iterate together.
     """
-    mean_power_w = num_devices * (idle_w + (busy_w - idle_w) * busy_share)
+
+    count: Float[np.ndarray, " instances"]
+    idle_w: Float[np.ndarray, " instances"]
+    busy_w: Float[np.ndarray, " instances"]
+    usd_per_s: Float[np.ndarray, " instances"]
+
+
+def devices_of(scenario: Scenario, num_instances: int) -> Devices:
+    """The devices of the instances of a run, of pools that may differ."""
+    rows = []
+    pools = scenario.devices_of_pools
+    # Data-parallel ranks are instances by themselves.
+    ranks = num_instances / sum(replicas for *_, replicas in pools)
+    for section, devices, replicas in pools:
+        spec = _spec(section)
+        power = (spec.power.idle_w, spec.power.busy_w) if spec is not None and spec.power else (math.nan, math.nan)
+        usd_per_s = (spec.usd_per_h or math.nan) / 3600 if spec is not None else math.nan
+        rows += [(devices / ranks, *power, usd_per_s)] * round(replicas * ranks)
+    return Devices(*np.array(rows, np.float64).T)
+
+
+def energy(devices: Devices, busy_share: Float[np.ndarray, "*runs instances"], window_s: Any, output_throughput: Any
+           ) -> dict[str, Any]:
+    """Energy of a run, or of runs with an entry a run; NaN where the power of a device is not known.
+
+    devices: arrays as `busy_share`, which is of the time that the devices of an instance work on an iteration.
+    window_s: seconds that the energy is of. mean_power_w = sum over instances of devices x (idle + (busy - idle) x
+    busy_share), energy = mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps:
+    power does not follow the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in
+    it.
+    """
+    mean_power_w = np.sum(devices.count * (devices.idle_w + (devices.busy_w - devices.idle_w) * busy_share), axis=-1)
     energy_j = mean_power_w * window_s
     tokens = np.where(np.asarray(output_throughput) > 0, output_throughput, np.nan)
     return {"mean_power_w": mean_power_w, "energy_j": energy_j, "energy_wh": energy_j / 3600,
             "energy_j_per_output_token": mean_power_w / tokens}
 
 
-def _energy_of(power: ServingPower | None, num_devices: int, busy_share: float | None, window_s: float | None,
-               output_throughput: float | None) -> dict[str, float | None]:
+def _energy_of(lane: LaneResult, devices: Devices | None, window_s: float | None, output_throughput: float | None
+               ) -> dict[str, float | None]:
     nan = math.nan
-    watts = (nan, nan) if power is None else (power.idle_w, power.busy_w)
-    rest = (nan if value is None else value for value in (busy_share, window_s, output_throughput))
-    found = {name: float(value) for name, value in energy(*watts, num_devices, *rest).items()}
+    nothing = Devices(*(np.full(len(lane.busy_s), nan) for _ in Devices._fields))
+    at_work = lane.busy_s if lane.device_busy_s is None else lane.device_busy_s
+    share = np.asarray(at_work) / (lane.span_s or nan)
+    rest = (nan if value is None else value for value in (window_s, output_throughput))
+    found = {name: float(value) for name, value in energy(devices or nothing, share, *rest).items()}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
-def _power(scenario: Scenario) -> ServingPower | None:
+def _spec(device: DeviceSection | None) -> DeviceSpec | None:
     try:
-        return scenario.device.spec().power if scenario.device else None
+        return device.spec() if device else None
     except InputError:
         # A fitted cost needs no device, so the one named may be in no catalogue.
         return None
@@ -599,7 +710,7 @@ class Result:
     @functools.cached_property
     def runs(self) -> tuple[tuple[dict[str, Any], ...], ...]:
         """Metrics of every seed of every scenario (`lane_metrics`)."""
-        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s, s.cooldown_s, _power(s), s.num_devices)
+        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s, s.cooldown_s, devices_of(s, len(lane.busy_s)))
                            for lane in lanes) for s, lanes in zip(self.scenarios, self.lanes, strict=True))
 
     @functools.cached_property

@@ -14,6 +14,8 @@ from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.arrivals import AbstractSource, SortedArrivals
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.clients import Clients
+from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
 from jaxsim.policy.routing import AbstractRouting
@@ -43,6 +45,8 @@ class Params(eqx.Module):
     instances get any, at least one; None if all do. hand_over: with roles, who computes prompts and who outputs.
     migration: of running requests, None without; scaling: of executors, None where all are on. headroom_blocks: what
     freeness keeps for urgent requests where any run, None where nobody is.
+    clients: where requests may end without an answer, who sends them again and who refuses them.
+    encoding, encoder: images that others encode, or those that compute the prompts.
     """
 
     groups: tuple[Group, ...]
@@ -55,6 +59,9 @@ class Params(eqx.Module):
     migration: Migration | None = None
     scaling: Scaling | None = None
     headroom_blocks: Int[Array, ""] | None = None
+    clients: Clients | None = None
+    encoding: Encoding | None = None
+    encoder: Encoder | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

@@ -57,13 +57,16 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
     else:
         # Sequences kept waiting by prompt-only iterations see the whole gap as one time between tokens, at the
         # next decode iteration: this one, or the first of the jump behind a prompt-only one.
+        known = batch.count - batch.stalled
+        if dims.has_swap:
+            known = known - batch.entering
         is_decoding = batch.advance == 1
-        late = jnp.where(own.gap_s > 0, jnp.minimum(batch.gap_count, batch.count - batch.stalled),
+        late = jnp.where(own.gap_s > 0, jnp.minimum(batch.gap_count, known),
                          jnp.where(is_decoding, 0, batch.count))
         gap_s = own.gap_s + own.first.hi
         is_open = ~is_decoding & (batch.extra == 0)
         samples_s = jnp.stack([gap_s + jnp.where(is_decoding, 0.0, own.pace.hi), own.first.hi, mean_s])
-        weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, batch.count - batch.stalled - late, 0),
+        weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, known - late, 0),
                              decoding * batch.extra - jnp.where(is_decoding | is_open, 0, late)])
         gap_s, gap_count = jnp.where(is_open, gap_s, 0.0), jnp.where(is_open, late, 0)
     if group.batching.grows:
@@ -80,8 +83,15 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         num_chunks=jnp.int32(0), chunk_tokens=jnp.int32(0), chunk_context=jnp.int32(0),
         is_committed=jnp.int32(1), extra=jnp.int32(0), gap_count=gap_count,
         taken=None if batch.taken is None else jnp.int32(0),
-        entering=None if batch.entering is None else jnp.int32(0))
+        entering=None if batch.entering is None else jnp.int32(0),
+        joining_prefill=None if batch.joining_prefill is None else jnp.int32(0))
     settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used))
+    if batch.tiles is not None:
+        settled_batch = replace(settled_batch, tiles=jnp.int32(0))
+        if rank.cached_tiles is not None:
+            settled_rank = replace(settled_rank, cached_tiles=rank.cached_tiles - batch.tiles)
+    if batch.joining_prefill is not None:
+        settled_rank = replace(settled_rank, prefill_tokens=rank.prefill_tokens - batch.joining_prefill)
     integrals = replace(
         times.rank, running=clock.add(times.rank.running, spent_s * rank.running),
         held=clock.add(times.rank.held, spent_s * (0.5 * (rank.used_blocks + used))))

@@ -39,6 +39,7 @@ from jaxsim.policy.arrivals import relative_to
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
+from jaxsim.spec.sections import plain
 from jaxsim.state import world as w
 from jaxsim.state.requests import OUTPUT, PROMPT, Requests
 from jaxsim.state.world import World
@@ -137,6 +138,9 @@ class Environment:
         if scenario.engine.pipeline_parallel_size > 1:
             raise InputError("engine.pipeline_parallel_size", scenario.engine.pipeline_parallel_size,
                              "is not part of an environment yet", "use 1")
+        if scenario.engine.swap is not None:
+            raise InputError("engine.swap", plain(scenario.engine.swap), "is not part of an environment yet",
+                             "leave it out")
         if scenario.cluster.pools:
             raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools],
                              "are not part of an environment yet", "use cluster.replicas")
@@ -144,7 +148,14 @@ class Environment:
             if getattr(scenario.cluster, name) is not None:
                 raise InputError(f"cluster.{name}", getattr(scenario.cluster, name),
                                  "is not part of an environment yet", "leave it out")
+        if scenario.has_clients:
+            raise InputError("workload.client", None, "requests that end without an answer are not part of an"
+                             " environment yet", "leave out workload.client and cluster.admission")
+        if scenario.workload.images is not None:
+            raise InputError("workload.images", True, "are not part of an environment yet", "leave them out")
         (lane, *_) = engine.prepare(0, scenario, record_steps=False)
+        if routing is not None:
+            lower.check_routing(lane.dims, routing)
         if routing is not None and routing.reads_loads and not lane.dims.has_demands:
             raise InputError("routing", type(routing).__name__, "reads loads, which this scenario does not keep",
                              "give it cluster.router = 'llumnix_load'")

@@ -145,6 +145,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         "none": blocks_for(chunk, dims), "prompt": blocks_for(known, dims),
         "expected": blocks_for(known, dims), "max_tokens": blocks_for(prompt + max_tokens, dims),
         "max_model_len": blocks_for(rules.max_model_len, dims)}[rules.reserve]
+    if rank.swap is not None:
+        # Who is on the way in has a place too.
+        running = running + rank.swap.coming
     if not rules.kv_accounting:
         reserved = jnp.int32(0)
     if found is not None:
@@ -279,7 +282,8 @@ def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest:
                ) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
     """What the iteration that was formed does; then the sequences that decode behind it, and their context.
 
-    longest: the largest offset among the sequences, where the cost reads it.
+    longest: the largest offset among the sequences, where the cost reads it. Approximated: beside decodes a prompt that
+    completes counts among these from this iteration on.
     """
     rules, batch = group.batching, counts.batch
     is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
@@ -291,7 +295,8 @@ def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest:
     if rules.prefix_caching:
         stats = replace(stats, decode_shared=shared_tokens(dims, counts, stats.decode_context))
     if longest is not None:
-        stats = replace(stats, longest_context=jnp.maximum(longest + batch.counter + 1, 0))
+        at_most = jnp.maximum(longest + batch.counter + 1, 0)
+        stats = replace(stats, longest_context=jnp.where(decodes > 0, at_most, 0))
     after_first = batch.counter + jnp.where(is_prompt_only, 0, 1)
     followers = batch.count + batch.joining
     return stats, followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1)
@@ -312,7 +317,7 @@ def price(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[
     stats, followers, context = statistics(dims, group, counts, times, longest)
     shared = shared_tokens(dims, counts, context) if group.batching.prefix_caching else 0
     # One more than in the first iteration, if that moved the clock; where it did not, a token is nothing.
-    after = 0 if longest is None else stats.longest_context + 1
+    after = 0 if longest is None else jnp.maximum(longest + counts.batch.counter + 1, 0) + 1
     return group.cost.iteration(stats), group.cost.decode(followers, context, shared, after)
 
 
@@ -346,6 +351,8 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     slowest_s = jnp.maximum(pace.first_s + pace.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / slowest_s, 1e9).astype(jnp.int32))
     has_others = rank.waiting > 0
+    if rank.swap is not None:
+        has_others = has_others | (rank.swap.out > 0)
     if dims.has_moves:
         has_others = has_others | (rank.ready.length > 0)
         # Who is ready and was not seen goes first when it is, whoever is held now.

@@ -9,7 +9,22 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxsim.engine import ending, events, gathering, hand_over, lockstep, migration, passes, pipeline, prefix, tape
+from jaxsim.engine import (
+    caches,
+    clients,
+    ending,
+    events,
+    gathering,
+    hand_over,
+    lockstep,
+    migration,
+    parts,
+    passes,
+    pipeline,
+    prefix,
+    swapping,
+    tape,
+)
 from jaxsim.engine.common import Context, blocks_for, choose, has, mark, take
 from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
 from jaxsim.engine.touched import Touched
@@ -29,7 +44,10 @@ def look(context: Context, _) -> Touched:
     rank = e
     if dims.num_ranks > 1:
         turn = w.count_rows(dims).everything(count_row).executor.turn
-        event = event._replace(rank=jnp.where(event.is_arrival, event.rank, turn))
+        is_there = event.is_arrival
+        if event.met is not None and event.met.is_settling is not None:
+            is_there = is_there | event.met.is_settling
+        event = event._replace(rank=jnp.where(is_there, event.rank, turn))
         rank = e * dims.num_ranks + event.rank
     flying = None
     if dims.num_stages > 1:
@@ -58,9 +76,14 @@ def receive(context: Context, t: Touched) -> Touched:
         best = bitmap.smallest(lambda word: take(world.waiting_set, t.rank, word), context.dims.num_requests)
         is_first_in_line = is_first_in_line | (place < best)
         places = (place, jnp.where(event.is_arrival & is_first_in_line, place, best))
+    if context.dims.has_swap:
+        is_first_in_line = swapping.is_first(rules.swap, counts, is_first_in_line)
     is_running = event.is_arrival & (t.phase == w.ENDING)
     is_cut = (is_running & (counts.batch.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
+    if context.dims.has_clients and rules.async_scheduling:
+        # Who has come since the iteration in flight began is then who has since the jump did.
+        is_cut = is_running & (counts.batch.extra > 0)
     counts = replace(counts, rank=replace(counts.rank, queue=queue))
     if context.dims.has_demands:
         blocks = blocks_for(take(requests.table, arriving)[PROMPT], context.dims)
@@ -98,7 +121,12 @@ def receive(context: Context, t: Touched) -> Touched:
         if rules.pass_on_arrival and t.flying is not None:
             goes_on = goes_on & ~t.flying.free[0]
         event = event._replace(now=clock.select(goes_on, wake, event.now), is_ending=event.is_ending | goes_on)
-    source = params.source.delivered(world.source, arriving, event.is_arrival)
+    is_delivered = event.is_arrival
+    if context.dims.has_clients:
+        is_delivered = (event.is_arrival | event.is_refused) & ~event.is_again
+    source = params.source.delivered(world.source, arriving, is_delivered)
+    if event.met is not None:
+        counts = caches.receive(event.met, event.is_arrival, counts)
     return replace(t, event=event, counts=counts, times=times, wake=wake, source=source, link=link, places=places,
                    cut_extra=cut_extra)
 
@@ -115,6 +143,15 @@ def open_door(context: Context, t: Touched) -> Touched:
     counts, wake, phase, opened = hand_over.open_door(
         context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row)
     return replace(t, counts=counts, wake=wake, phase=phase, opened=opened)
+
+
+def give_up(context: Context, t: Touched) -> Touched:
+    """A client has waited for long enough: its request leaves the queue, or its slot at the end of the iteration."""
+    if not context.dims.has_clients:
+        return t
+    counts, wake, phase, residue_row, link, cut_off = clients.give_up(
+        context, t.event, t.rank, t.counts, t.times, t.wake, t.phase, t.residue_row, t.link)
+    return replace(t, counts=counts, wake=wake, phase=phase, residue_row=residue_row, link=link, cut_off=cut_off)
 
 
 def settle(context: Context, t: Touched) -> Touched:
@@ -147,6 +184,10 @@ def retire(context: Context, t: Touched) -> Touched:
         counts = replace(counts, batch=replace(counts.batch, tail=tail))
     if group.batching.scans_slots:
         slots = Slots(keys, take(world.slot_entries, t.rank), retired.slot)
+    if dims.has_swap:
+        kept = jnp.where(retired.is_any, take(world.slot_entries, t.rank, retired.slot)[swapping.CLEAN], 0)
+        host = replace(counts.rank.swap, host_blocks=counts.rank.swap.host_blocks - kept)
+        counts = replace(counts, rank=replace(counts.rank, swap=host))
     longest = None
     if group.cost.reads_longest:
         is_in = (keys != packed.EMPTY) & (jnp.arange(dims.slot_width) != retired.slot)
@@ -192,6 +233,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
     has_work = (counts.rank.running > 0) | (counts.rank.waiting > 0)
     if dims.has_moves:
         has_work = has_work | (counts.rank.ready.length > 0)
+    if dims.has_swap:
+        has_work = has_work | (counts.rank.swap.out + counts.rank.swap.coming > 0)
     is_due = (has_ended & has_work) | (event.is_arrival & (t.phase >= w.IDLE))
     is_passing = event.is_passing | (is_due & ~event.is_tied)
     if dims.num_ranks > 1:
@@ -218,7 +261,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
 
     is_short, is_placing = jnp.bool_(False), is_passing
     slots, residue_row = t.slots, t.residue_row
-    victim = is_preempting = is_empty = None
+    victim = is_preempting = is_empty = sight = None
     if rules.grows:
         wants_decode = is_passing & ~has(counts, w.DECODED)
         # One sequence may leave or one link may change in a step.
@@ -241,6 +284,10 @@ def open_pass(context: Context, t: Touched) -> Touched:
                 slot = slots.fewest_outputs(dims, counts)
                 victim = (slot, *take(world.slot_entries, t.rank, slot)[:2])
             is_preempting = is_passing & was_closed
+            if dims.has_swap:
+                counts, sight = swapping.look(
+                    context, event, t.rank, is_passing, was_closed, counts, t.times, slots)
+                victim, candidate, is_preempting = sight.victim, sight.candidate, sight.is_leaving & may_preempt
             if rules.is_unified:
                 crossing, need, grown = passes.decode_need(dims, group, counts, residue_row, tail_offset)
                 free = rules.num_blocks - counts.rank.used_blocks
@@ -261,6 +308,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
         is_placing = is_passing & ~is_short
         if not rules.is_unified:
             is_placing = is_placing & ~was_closed
+        if sight is not None:
+            is_placing = is_placing & sight.may_place
         candidate = jnp.where(is_preempting, victim[1], candidate)
     candidate = jnp.where(is_passing, candidate, scratch)
     lengths = take(requests.table, candidate)
@@ -275,7 +324,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         t, counts=counts, residue_row=residue_row, slots=slots, is_due=is_due, is_ready=is_ready,
         has_ended=has_ended, has_work=has_work, is_passing=is_passing, is_placing=is_placing, is_short=is_short,
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
-        candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
+        sight=sight, candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
         preempted_s=preempted_s,
         # The link behind the candidate may be the one the arrival has just made.
         next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
@@ -294,10 +343,13 @@ def look_up(context: Context, t: Touched) -> Touched:
     rank = replace(rank, used_blocks=rank.used_blocks - victims.freed)
     released = choose(t.is_preempting, victims, t.released)
     is_forming = (rank.forming_slot != dims.null_slot) & ~has(counts, w.FORMED)
-    is_trying = t.is_placing & ~is_forming & (rank.waiting > 0)
+    is_trying, used = t.is_placing & ~is_forming & (rank.waiting > 0), None
+    if t.event.met is not None and t.event.met.is_settling is not None:
+        is_trying = is_trying | t.event.met.is_settling
+        used = jnp.where(t.event.met.is_settling, t.event.met.used, rank.used_blocks)
     rank, found, is_settled = prefix.look_up(
         context, t.rank, rank, is_trying, t.candidate, t.lengths[PROMPT] + t.emitted, batch.budget, t.preemptions,
-        released)
+        released, used)
     return replace(t, counts=replace(counts, rank=rank), released=released, found=found,
                    is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
 
@@ -321,16 +373,27 @@ def fill(context: Context, t: Touched) -> Touched:
         is_forming = (placed.slot != null) & ~placed.is_completing
         rank = replace(rank, forming_batch=jnp.where(is_forming, t.event.batch, rank.forming_batch))
     batch = replace(counts.batch, tail=tail, log_row=jnp.where(opens_log, world.num_logged, counts.batch.log_row))
+    if dims.tracks_prefill:
+        arriving = jnp.where(t.event.is_arrival, t.event.request, dims.num_requests)
+        charge = caches.charge_of(context, t.event.met, arriving, t.candidate)
+        batch = replace(batch, joining_prefill=batch.joining_prefill + jnp.where(placed.is_first_token, charge, 0))
     if rules.grows:
         is_resuming = placed.is_completing & (t.emitted > 0)
         batch = replace(batch, resuming=batch.resuming + is_resuming)
         resume_s = times.batch.resume_s + jnp.where(is_resuming, t.preempted_s, 0.0)
         times = replace(times, batch=replace(times.batch, resume_s=resume_s))
     counts = Counts(counts.executor, rank, batch)
+    if dims.has_parts or dims.has_encoder:
+        is_new = placed.is_admitted & (t.preemptions == 0)
+        is_new = is_new if t.is_ready is None else is_new & ~t.is_ready
+        counts = parts.placed(context, counts, t.candidate, is_new, placed.is_first_token)
 
     is_short, is_preempting, slots, link, victim = t.is_short, t.is_preempting, t.slots, t.link, t.victim
+    moved = None
     if not rules.is_unified:
         wants_decode = t.is_passing & ~can_go_on & ~has(counts, w.FILLED)
+        if t.sight is not None:
+            wants_decode = wants_decode & ~t.sight.is_leaving & ~t.sight.is_decoded
         if rules.grows:
             crossing, need, _ = passes.decode_need(dims, group, counts, residue_row, victim[2])
             is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
@@ -339,6 +402,11 @@ def fill(context: Context, t: Touched) -> Touched:
             counts = mark(counts, is_short, w.CLOSED)
             is_preempting = is_short & t.was_closed & ~t.retired.is_any & ~t.event.is_arrival
             counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
+        if t.sight is not None:
+            is_preempting = is_preempting | t.is_preempting
+            comes_next = t.sight.has_coming | swapping.may_return(context, counts, t.sight)
+            can_go_on = can_go_on | (wants_decode & ~is_short & comes_next)
+            is_short = is_short | (t.is_passing & t.sight.is_leaving)
         if rules.reserve == "expected":
             ratio = times.rank.ratio
             ratio = jnp.where(wants_decode & ~is_short, next_ratio(rules, counts, slots, ratio), ratio)
@@ -346,23 +414,41 @@ def fill(context: Context, t: Touched) -> Touched:
         if rules.has_context_limit:
             counts, slots = limit_context(dims, rules, wants_decode, counts, slots)
     victim_emitted = None
+    if t.sight is not None:
+        is_preempting, is_swapped, donor, counts = swapping.make_room(context, is_preempting, counts, slots, t.sight)
     if rules.grows:
         victim = (jnp.where(is_preempting, victim[0], null), *victim[1:])
-        counts = mark(counts, is_preempting, w.PREEMPTED)
+        if t.sight is None:
+            counts = mark(counts, is_preempting, w.PREEMPTED)
+        else:
+            counts = mark(counts, is_preempting & t.sight.is_leaving, w.DRAWN)
+            counts = mark(counts, is_preempting & ~t.sight.is_leaving, w.PREEMPTED)
         gives_way = None if t.is_ready is None else is_preempting & (victim[0] == null)
         if rules.waiting_blocked_after_preempt:
-            is_closing = is_preempting
+            is_closing = is_preempting if t.sight is None else is_preempting & ~t.sight.is_leaving
             if gives_way is not None:
                 # Who is ready goes on while the last of them make room.
                 is_closing = is_closing & (~gives_way | (counts.rank.ready.length == 1))
             counts = mark(counts, is_closing, w.CLOSED)
         before_tail = take(world.slot_previous, t.rank, t.tail) if rules.keeps_running_list else null
+        before = counts
         counts, residue_row, victim_emitted, own_link = passes.preempt(
             dims, group, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT],
             t.released, gives_way)
         if gives_way is not None:
             counts = hand_over.without_last_ready(context, gives_way, counts, t.lengths[PROMPT])
-        link = choose(is_preempting, own_link, link)
+        if t.sight is not None:
+            counts, times, link, moved = swapping.move_out(
+                context, t.event, is_preempting, is_swapped, donor, before, counts, times, slots, t.sight, link,
+                own_link)
+            counts, times, residue_row, placed, moved, goes_on = swapping.bring_in(
+                context, t.event, t.is_passing, counts, times, residue_row, placed, moved, t.sight, t.lengths,
+                t.emitted, t.preempted_s, free_slot)
+            can_go_on = can_go_on | goes_on
+            is_unknown = placed.is_admitted | t.was_closed
+            is_held = swapping.is_held(context, counts, t.sight, is_unknown, t.lengths[PROMPT] + t.emitted)
+        else:
+            link = choose(is_preempting, own_link, link)
     if dims.has_demands:
         rank, is_from_queue = counts.rank, placed.is_admitted
         if t.is_ready is not None:
@@ -383,7 +469,7 @@ def fill(context: Context, t: Touched) -> Touched:
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
-        victim=victim, victim_emitted=victim_emitted)
+        victim=victim, victim_emitted=victim_emitted, moved=moved)
 
 
 def price(context: Context, t: Touched) -> Touched:
@@ -408,15 +494,21 @@ def price(context: Context, t: Touched) -> Touched:
         is_stuck = is_stuck & ~is_resting
         if rules.async_scheduling:
             counts = passes.seeing_all(is_resting, counts, begins_anew=True)
+    if context.dims.has_swap:
+        is_stuck = is_stuck & ~has(t.counts, w.DRAWN)
+        is_resting = is_stuck & (t.sight.due.hi < swapping.FAR_S)
+        is_stuck = is_stuck & ~is_resting
     if t.flying is not None:
         is_stuck = is_stuck & ~t.flying.without(t.event.batch)
     counts = replace(counts, rank=replace(counts.rank, progress=progress))
     longest = t.longest
     if longest is not None:
         longest = jnp.maximum(longest, jnp.where(t.placed.is_completing, t.placed.entry[w.OFFSET], longest))
+    priced = passes.price(context.dims, context.group, t.counts, t.times, longest)
+    if context.dims.has_encoder:
+        priced = priced[0] + parts.encoding_s(context, t.event, t.counts), priced[1]
     return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_idle=is_idle,
-                   is_stuck=is_stuck, is_resting=is_resting,
-                   price=passes.price(context.dims, context.group, t.counts, t.times, longest))
+                   is_stuck=is_stuck, is_resting=is_resting, price=priced)
 
 
 def launch(context: Context, t: Touched) -> Touched:
@@ -425,11 +517,16 @@ def launch(context: Context, t: Touched) -> Touched:
     if context.dims.has_roles:
         # At its end somebody may be accepted.
         fits = hand_over.fits(context, event, t.counts, t.opened.front)
+        if context.dims.has_parts:
+            # Then tiles are given back, too.
+            fits = fits | (t.counts.batch.tiles > 0)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     counts, times, plan = passes.start(
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
         jnp.minimum(t.next_key, own_key), t.is_held, *t.price,
         is_alone=~t.flying.without(event.batch) if t.flying is not None else ~fits if context.dims.has_roles else True)
+    if t.sight is not None:
+        counts, times, plan = swapping.begin(context, t.is_starting, counts, times, plan, t.sight)
     if context.dims.num_ranks > 1:
         is_skipped = event.is_passing & ~t.has_work
         counts, times = lockstep.runs_along(context.dims, is_skipped, counts, times)
@@ -468,4 +565,6 @@ def launch(context: Context, t: Touched) -> Touched:
     phase = jnp.where(is_resting, w.IDLE, phase)
     if t.is_resting is not None:
         phase = jnp.where(t.is_resting, w.RESTING, phase)
+    if t.sight is not None:
+        wake = clock.select(t.is_resting, t.sight.due, wake)
     return replace(t, counts=counts, times=times, plan=plan, wake=wake, phase=phase)

@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import hand_over, lockstep, migration, pipeline, prefix, tape
+from jaxsim.engine import clients, hand_over, lockstep, migration, pipeline, prefix, swapping, tape
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
@@ -48,6 +48,9 @@ class Touched(eqx.Module):
     acted: migration.Acted | None = None
     opened: hand_over.Opened | None = None
 
+    # give_up: with clients, whose request was cut off.
+    cut_off: clients.CutOff | None = None
+
     # settle: samples of the time between tokens, and how many tokens each stands for; what the tape is told.
     itl_s: Float[Array, " samples"] | None = None
     itl_weights: Int[Array, " samples"] | None = None
@@ -72,7 +75,9 @@ class Touched(eqx.Module):
     # open_pass: whether a pass is due, under way, free to place a prompt, short of blocks, closed before this step,
     # about to preempt, without anybody who goes ahead; the victim (slot, request, offset); the candidate: its lengths,
     # tokens emitted, preemptions, seconds since the last of these, and who waits behind it; whether it has its KV here.
+    # Where victims are swapped: the line as it is.
     is_ready: Bool[Array, ""] | None = None
+    sight: swapping.Sight | None = None
     is_due: Bool[Array, ""] | None = None
     has_ended: Bool[Array, ""] | None = None
     has_work: Bool[Array, ""] | None = None
@@ -100,6 +105,9 @@ class Touched(eqx.Module):
     is_held: Bool[Array, ""] | None = None
     can_go_on: Bool[Array, ""] | None = None
     victim_emitted: Int[Array, ""] | None = None
+
+    # Where victims are swapped: what changes in the line.
+    moved: swapping.Moved | None = None
 
     # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
     # behind it; whether it starts.

@@ -175,6 +175,11 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
         ("throughput", f"{flat('request_throughput')} requests/s, {flat('output_throughput')} output"
                        f" tokens/s, {flat('total_token_throughput')} tokens/s"),
     ]
+    if "outcomes" in m:
+        ends = m["outcomes"]
+        facts.append(("without an answer", f"{share(ends['failed_share'])} of requests:"
+                      f" {share(ends['timed_out_share'])} timed out, {share(ends['rejected_share'])} refused;"
+                      f" sent {number(ends['mean_attempts'])} times on average"))
     slo = m["slo"]
     if slo["attainment"] is not None:
         limits = ", ".join(f"{label} <= {slo[f'{name}_ms']:,.10g} ms: {share(slo[f'{name}_attainment'])}"

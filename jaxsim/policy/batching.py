@@ -8,6 +8,8 @@ each flag does, in the order of a scheduling pass, is stated in docs/design.md; 
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
+from jaxsim.policy.swap import Swap
+
 PHASE_MIXES = ("unified", "prefill_first")
 RESERVES = ("none", "prompt", "max_tokens", "max_model_len", "expected")
 BLOCK_RULES = ("crossing", "always")
@@ -42,7 +44,8 @@ class Batching(eqx.Module):
         decode_context_limit (tokens); ratio_start, ratio_floor, ratio_decay, reserve_clip_tokens and
         retract_free_tokens belong to `reserve="expected"`. batch_wait_timeout_iters, batch_wait_tokens: prompts that
         could join running decodes wait for so many iterations, unless together with them they are so many tokens; None
-        where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one.
+        where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one. swap: host memory
+        that victims move to; None where they are recomputed.
 
     Source: the schedulers named in docs/schedulers.md.
     """
@@ -75,6 +78,7 @@ class Batching(eqx.Module):
     batch_wait_tokens: Int[Array, ""] | None = None
     max_batch_seqs: Int[Array, ""] | None = None
     pass_on_arrival: bool = eqx.field(static=True, default=False)
+    swap: Swap | None = None
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),
@@ -83,6 +87,11 @@ class Batching(eqx.Module):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: not one of {', '.join(allowed)}")
         if self.prefix_caching and not (self.is_unified and self.reserve == "none" and self.kv_accounting):
             raise ValueError("prefix_caching: only with phase_mix = 'unified' and reserve = 'none'")
+        if self.swap is not None and (self.is_unified or self.chunked_prefill or self.reserve != "prompt"
+                                      or self.decode_needs_free_block != "always" or not self.kv_accounting
+                                      or self.async_scheduling or self.admit != "any_time" or self.order != "fcfs"
+                                      or not self.waiting_blocked_after_preempt or self.has_context_limit):
+            raise ValueError("swap: only with the flags of vLLM V0")
         if self.gathers and (self.grows or self.chunked_prefill or self.stalls or not self.is_unified
                              or self.admit != "any_time"):
             raise ValueError("batch_wait_timeout_iters: only for whole prompts, first come first served, beside decodes"
@@ -106,7 +115,7 @@ class Batching(eqx.Module):
     @property
     def keeps_running_list(self) -> bool:
         """The engine must know who was admitted last."""
-        return self.grows and self.victim == "last_admitted"
+        return self.grows and self.victim == "last_admitted" and self.swap is None
 
     @property
     def stalls(self) -> bool:
@@ -121,4 +130,5 @@ class Batching(eqx.Module):
     @property
     def scans_slots(self) -> bool:
         """A pass looks at every running sequence of an instance, not only at their sums."""
-        return self.reserve == "expected" or self.order == "priority" or self.has_context_limit
+        return (self.reserve == "expected" or self.order == "priority" or self.has_context_limit
+                or self.swap is not None)

@@ -25,6 +25,11 @@ class View(eqx.Module):
     request's own random numbers; prompt_tokens: of the request, only for routers with `reads_prompt`; is_active: which
     instances take requests, None if all do; loads: only for routers with `reads_loads`.
 
+    Of caches, each only for routers that read it: cached_tokens, of the prompt at each instance; matched_tokens, of it
+    sent to each before, and tree_tokens, of all that was; prefill_tokens, of prompts sent to each whose first token is
+    not out, less what was cached of them when they were sent; home, the instance that a hash of the request falls to;
+    noise, the request's own draws from Gumbel's law. block_size: tokens of a KV block.
+
     A router that picks with `count`, `nth` and `least` keeps to the active ones; the choice of another that does not
     moves on to the next active one.
     """
@@ -38,6 +43,13 @@ class View(eqx.Module):
     prompt_tokens: Int[Array, ""] | None = None
     is_active: Bool[Array, " instances"] | None = None
     loads: Loads | None = None
+    cached_tokens: Int[Array, " instances"] | None = None
+    matched_tokens: Int[Array, " instances"] | None = None
+    tree_tokens: Int[Array, " instances"] | None = None
+    prefill_tokens: Int[Array, " instances"] | None = None
+    home: Int[Array, ""] | None = None
+    noise: Float[Array, " instances"] | None = None
+    block_size: int = eqx.field(static=True, default=1)
 
     @property
     def count(self) -> Int[Array, ""] | int:
@@ -57,15 +69,33 @@ class View(eqx.Module):
             score = jnp.where(self.is_active, score, highest)
         return jnp.argmin(score).astype(jnp.int32)
 
+    def any_least(self, score: Shaped[Array, " instances"]) -> Int[Array, ""]:
+        """The same with ties broken by the request's first uniform."""
+        is_least = score == score[self.least(score)]
+        if self.is_active is not None:
+            is_least = is_least & self.is_active
+        index = _draw(self.uniforms[0], jnp.sum(is_least, dtype=jnp.int32))
+        return jnp.argmax(jnp.cumsum(is_least) > index).astype(jnp.int32)
+
 
 class AbstractRouting(eqx.Module):
     """Chooses an instance. `reads_kv`, `reads_waiting`, `reads_prompt` and `reads_loads` say which parts of the view it
     wants."""
+    """Chooses an instance. `reads_kv` and the others say which parts of the view it wants.
+
+    reads_cache, reads_sent, reads_prefill, reads_noise: cached_tokens; matched_tokens and tree_tokens; prefill_tokens;
+    noise. route_by: what `home` is a hash of, the first 256 tokens of the prompt ("prefix") or the session ("session").
+    """
 
     reads_kv = False
     reads_waiting = False
     reads_prompt = False
     reads_loads = False
+    reads_cache = False
+    reads_sent = False
+    reads_prefill = False
+    reads_noise = False
+    route_by = ""
 
     @abc.abstractmethod
     def choose(self, view: View) -> Int[Array, ""]:
@@ -245,9 +275,9 @@ class RemainingSteps(AbstractRouting):
 
 
 def routers() -> dict[str, type[AbstractRouting]]:
-    """Routers by name: the final classes of this module, in snake case."""
+    """Routers by name: the final classes of this package, in snake case."""
     return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower(): cls
-            for cls in AbstractRouting.__subclasses__() if cls.__module__ == __name__}
+            for cls in AbstractRouting.__subclasses__() if cls.__module__.startswith(__package__ + ".")}
 
 
 def router(name: str, numbers: dict[str, float] | None = None) -> AbstractRouting:

@@ -23,6 +23,49 @@ AllToAll = Literal["allgather_reducescatter", "naive", "pplx", "deepep_high_thro
 MoeBackend = Literal["auto", "marlin"]
 
 
+class RedrawSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Priorities that are drawn anew while requests are served, so that all of them get their turn.
+
+        period_iterations: of an instance, between draws.
+        pattern: random (each draw by itself), or markov (who was on the device at a draw is likelier to stay urgent).
+        locality: of markov, how likely such a request is to have its place from the front halved.
+        levels: of priority; equal ones go by arrival.
+    """
+
+    period_iterations: Annotated[int, Meta(ge=1, le=1 << 20)]
+    pattern: Literal["random", "markov"] = "random"
+    locality: Annotated[float, Meta(ge=0, le=1)] | None = None
+    levels: Annotated[int, Meta(ge=2, le=4096)] = 4096
+
+
+class SwapSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Host memory that preempted requests move to, with the rules of vLLM V0. Without room they are recomputed.
+
+        space_gb: of each device, 10^9 bytes.
+        dispatch_us: that the CPU takes to issue one copy: K or V of one layer, of run_blocks blocks. Published for no
+            engine; fit it.
+        launch_us: that the link takes for a copy beside its bytes.
+        pcie_gb_per_s: of the link to the host, each way; the device's own if left out.
+        run_blocks: blocks that lie in a row and go in one copy: 1 in vLLM, the mean length of its block groups in
+            FastSwitch.
+        asynchronous: iterations go on during copies; otherwise these come first in the iteration.
+        reuse: who comes back keeps its full blocks in host memory, and does not copy them out again.
+        redraw: priorities that are drawn anew; first come first served if left out.
+        window: requests that wait for a place at once, of which the run keeps track; beyond, it stops with a fault.
+            With redraw all that wait count, else those in host memory.
+    """
+
+    space_gb: Annotated[float, Meta(gt=0, le=1e6)]
+    dispatch_us: Annotated[float, Meta(ge=0, le=1e6)]
+    launch_us: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    pcie_gb_per_s: Annotated[float, Meta(gt=0)] | None = None
+    run_blocks: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    asynchronous: bool = False
+    reuse: bool = False
+    redraw: RedrawSection | None = None
+    window: Annotated[int, Meta(ge=8, le=8192)] = 256
+
+
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One serving engine, as its command line describes it. A field left out is what the preset says.
 
@@ -59,6 +102,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         dtype: weights and activations, the same as model.dtype.
         kv_cache_dtype: KV cache, the same as model.kv_dtype.
         enforce_eager: no CUDA graphs, so that every launch is paid by the host.
+        swap: host memory that preempted requests move to (presets 'vllm-v0'); recomputed if left out.
 
     Flags of the scheduler itself (docs/schedulers.md):
         phase_mix: decodes and prompt chunks share an iteration, or prompts go first and alone.
@@ -95,6 +139,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     dtype: Text | None = None
     kv_cache_dtype: Text | None = None
     enforce_eager: bool = False
+    swap: SwapSection | None = None
 
     phase_mix: PhaseMix | None = None
     reserve: Reserve | None = None

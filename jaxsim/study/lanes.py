@@ -79,6 +79,7 @@ class Run:
     arrival_s: np.ndarray
     max_steps: int
     front_end_s: float
+    patience: np.ndarray | None = None
 
 
 class Store:
@@ -217,8 +218,10 @@ class Lanes:
         for seed in scenario.seeds:
             workload = self.workload(scenario, seed)
             lower.check_requests(system, workload)
+            lower.check_transfers(scenario, system, workload)
+            lower.make_patience(scenario, system, workload)
             last_s = max(last_s, float(workload.unit_times[-1]) if _is_stretched(scenario) else 0.0)
-            most = max(most, len(workload))
+            most = max(most, lower.num_rows(scenario, system, workload))
             longest = max(longest, int((workload.input_tokens + workload.output_tokens).max()))
             output = max(output, int(workload.output_tokens.max()))
             requests += len(workload)
@@ -231,7 +234,7 @@ class Lanes:
                tuple(sorted(scenario.cluster.router_weights)), scenario.workload.kind == "closed-loop",
                scenario.workload.has_sessions, _of_roles(scenario, system), _of_migration(scenario),
                self._cost_kind(scenario, system),
-               scenario.engine.enable_prefix_caching,
+               scenario.engine.enable_prefix_caching, bool(scenario.engine.swap and scenario.engine.swap.redraw),
                dataclasses.replace(dims, num_slots=0))
         schedulers = tuple(pool.system.scheduler for pool in system.pools) or (s,)
         return Shape(key, dims.num_requests, dims.num_slots, schedulers, longest, output, work, requests, dims, last_s)
@@ -273,7 +276,8 @@ class Lanes:
     def _runs(self, scenario: Scenario, slots: int, tokens: int, longest: int) -> tuple[Dims, list[Run]]:
         system = self.system(scenario)
         workloads = [self.workload(scenario, seed) for seed in scenario.seeds]
-        dims = dataclasses.replace(simulate.dims_of(scenario, system, max(map(len, workloads))), num_slots=slots)
+        dims = dataclasses.replace(simulate.dims_of(scenario, system, max(
+            lower.num_rows(scenario, system, workload) for workload in workloads)), num_slots=slots)
         prefixes: list[lower.Prefixes | None] = [None] * len(workloads)
         if scenario.engine.enable_prefix_caching:
             block = system.scheduler.block_size
@@ -282,18 +286,19 @@ class Lanes:
                         for seed, w in zip(scenario.seeds, workloads, strict=True)]
             dims = simulate.with_prefixes(dims, prefixes)
         lower.check_counters(dims, workloads)
-        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cluster.pools, scenario.cost,
-                     stamps(scenario)), (
+        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cluster.pools, scenario.cluster.encode,
+                     scenario.cost, stamps(scenario)), (
             slots, tokens, longest)
         cost = self._costs.get(key, lambda: jax.device_get(
             lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
         w = scenario.workload
         closed = (w.concurrency, w.think_s) if w.kind == "closed-loop" else None
-        key = *key, _bytes(scenario.cluster, closed, w.has_sessions)
+        key = *key, _bytes(scenario.cluster, closed, w.has_sessions, w.client, w.has_deadlines, w.images)
         params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
         front_end_s = lower.front_end_s(scenario, system)
         return dims, [Run(scenario, system, params, workload, prefix, workload.arrival_s,
-                          lower.step_limit(workload, simulate.turns(dims)), front_end_s)
+                          simulate.most_steps(scenario, dims, workload), front_end_s,
+                          lower.make_patience(scenario, system, workload))
                       for workload, prefix in zip(workloads, prefixes, strict=True)]
 
 
@@ -301,7 +306,8 @@ def _of_roles(scenario: Scenario, system: lower.System) -> Hashable:
     """What pools choose of the program: how many kinds there are, and the router of the decode engines."""
     transfer = scenario.cluster.transfer or TransferSection()
     return (len(lower.kinds_of_pools(system)), system.has_roles, transfer.router,
-            tuple(sorted(transfer.router_weights))) if system.pools else None
+            tuple(sorted(transfer.router_weights)),
+            scenario.cluster.encode and scenario.cluster.encode.router) if system.pools else None
 
 
 def _of_migration(scenario: Scenario) -> Hashable:

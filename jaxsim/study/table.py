@@ -10,7 +10,17 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxsim.kernels import histogram
-from jaxsim.metrics import ABORTS, FINISHED, PERCENTILES, STATUS_NAMES, UNFINISHED, share_inside, unstable_rows
+from jaxsim.metrics import (
+    ABORTS,
+    FINISHED,
+    PERCENTILES,
+    STATUS_NAMES,
+    UNFINISHED,
+    outcomes,
+    share_inside,
+    unstable_rows,
+    waiting_and_running_until,
+)
 from jaxsim.spec.scenario import SloSection
 from jaxsim.study.tile import Runs
 
@@ -75,8 +85,7 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     found["preemptions.requests_share"] = _ratio(hit.sum(axis=1), measured)
     found["preemptions.mean_stall_ms"] = _ratio(np.where(hit, runs.stall_s, 0).sum(axis=1), hit.sum(axis=1)) * 1e3
     # Of instances, whatever the warm-up.
-    whole = np.where(runs.is_finished, runs.finish_s, -np.inf).max(axis=1) - arrival_s[:, 0]
-    whole = _or_nan(whole, runs.is_finished.any(axis=1))
+    whole = whole_s(runs)
     capacity = np.where(runs.num_blocks > 0, runs.num_blocks, np.nan)
     found |= {
         "kv.num_blocks": capacity.min(axis=1), "kv.mean_share": (runs.kv_block_s / capacity).mean(axis=1) / whole,
@@ -91,6 +100,9 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         "num_cooldown_requests": (real & (arrival_s > end_s[:, None])).sum(axis=1),
         "unstable": _unstable(runs),
         "fault": np.array([text or None for text in runs.fault], object)}
+    if runs.attempts is not None:
+        ends = outcomes(is_measured, runs.status, runs.attempts)
+        found |= {f"outcomes.{name}": value for name, value in ends.items()}
     if runs.delivered_s is not None:
         waits = np.where(is_measured & (runs.decode_instance >= 0), runs.delivered_s - runs.first_token_s, np.nan)
         found["transfers.requests"] = (~np.isnan(waits)).sum(axis=1)
@@ -109,10 +121,29 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         last_s = np.where(runs.is_finished, runs.finish_s, -np.inf).max(axis=1)
         found |= {"scaling.instance_s": runs.instance_s, "scaling.mean_instances": runs.instance_s / last_s,
                   "scaling.starts": runs.starts, "scaling.drains": runs.drains}
+    if runs.session is not None:
+        found |= _sessions(runs, is_measured)
+    if runs.swaps is not None:
+        own, lost_s = np.where(is_measured, runs.swaps, 0), np.where(is_measured, runs.swap_s, 0.0).sum(axis=1)
+        found["swaps.total"] = own.sum(axis=1)
+        found["swaps.requests_share"] = _ratio((own > 0).sum(axis=1), measured)
+        found["swaps.mean_ms"] = _ratio(lost_s, measured) * 1e3
+        found["swaps.e2e_share"] = _ratio(lost_s, np.where(is_measured, np.nan_to_num(e2e), 0.0).sum(axis=1))
+        found["swaps.delay_share"] = _ratio(runs.swap_delay_s.sum(axis=1), runs.busy_s.sum(axis=1))
+        found["swaps.copied_blocks"] = runs.swapped_blocks[:, 0]
+        found["swaps.spared_share"] = _ratio(runs.swapped_blocks[:, 1], runs.swapped_blocks.sum(axis=1))
     if runs.cached_tokens is not None:
         found["cached_share"] = _ratio(np.where(is_measured, runs.cached_tokens, 0).sum(axis=1),
                                        np.where(is_measured, runs.input_tokens, 0).sum(axis=1))
     return found
+
+
+def whole_s(runs: Runs) -> Float[np.ndarray, " runs"]:
+    """Seconds from the first arrival to the last answer, or end without one, whatever the warm-up."""
+    is_over, over_s = (runs.is_finished, runs.finish_s) if runs.ended_s is None else (
+        ~np.isnan(runs.ended_s), runs.ended_s)
+    last = np.where(is_over, over_s, -np.inf).max(axis=1)
+    return _or_nan(last - runs.arrival_s[:, 0], is_over.any(axis=1))
 
 
 def requests(runs: Runs) -> Columns:
@@ -122,29 +153,61 @@ def requests(runs: Runs) -> Columns:
     gaps = runs.output_tokens - 1
     tpot = np.where(gaps > 0, (runs.finish_s - runs.first_token_s) / np.maximum(gaps, 1), np.nan)
     run, request = np.nonzero(runs.is_real)
-    status = np.asarray(STATUS_NAMES, object)[np.where(runs.is_finished, FINISHED, UNFINISHED)]
+    status = np.where(runs.is_finished, FINISHED, UNFINISHED) if runs.status is None else runs.status
+    status = np.asarray(STATUS_NAMES, object)[status]
     cached = np.zeros(runs.is_real.shape, np.int64) if runs.cached_tokens is None else runs.cached_tokens
     whole = {"arrival_s": runs.arrival_s, "input_tokens": runs.input_tokens, "output_tokens": runs.output_tokens,
              "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": runs.scheduled_s - runs.arrival_s,
-             "stall_s": runs.stall_s, **_moves(runs), "cached_tokens": cached, "preemptions": runs.preemptions,
-             "status": status}
+             "stall_s": runs.stall_s, **_moves(runs), **_swaps(runs), "cached_tokens": cached,
+             "preemptions": runs.preemptions, "status": status,
+             **({} if runs.attempts is None else {"attempts": runs.attempts})}
     return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
 
 
 def _moves(runs: Runs) -> Columns:
     if runs.migrations is not None:
         return {"migrations": runs.migrations, "downtime_s": runs.downtime_s, "last_instance": runs.last_instance}
+    turns = {} if runs.session is None else {"session": runs.session, "turn": runs.turn}
     if runs.delivered_s is None:
-        return {}
+        return turns
     return {"transfer_s": np.nan_to_num(runs.delivered_s - runs.first_token_s, nan=0.0),
-            "decode_instance": runs.decode_instance}
+            "decode_instance": runs.decode_instance, **turns}
+
+
+def _sessions(runs: Runs, is_measured: Bool[np.ndarray, "runs requests"]) -> Columns:
+    """What `jaxsim.metrics` says of sessions, those whose first turn is measured; NaN for runs without any."""
+    names = ("completed", "failed", "context_limited", "mean_turns", "mean_duration_s",
+             *(f"p{p}_duration_s" for p in PERCENTILES))
+    found = np.full((len(names), len(runs.is_real)), np.nan)
+    for row, session in enumerate(runs.session):
+        mine = np.flatnonzero(session >= 0)
+        if not len(mine):
+            continue
+        # The turns of a session stand in order.
+        _, first, of, turns = np.unique(session[mine], return_index=True, return_inverse=True, return_counts=True)
+        is_out = np.bincount(of, ~runs.is_finished[row, mine]) > 0
+        last_s = np.full(len(turns), -np.inf)
+        np.maximum.at(last_s, of, np.where(runs.is_finished[row, mine], runs.finish_s[row, mine], -np.inf))
+        is_mine = is_measured[row, mine[first]]
+        done = is_mine & ~is_out
+        duration_s = (last_s - runs.arrival_s[row, mine[first]])[done] + runs.front_end_s[row]
+        found[:3, row] = done.sum(), (is_mine & is_out).sum(), runs.num_context_limited[row]
+        found[3, row] = turns[is_mine].mean() if is_mine.any() else np.nan
+        if done.any():
+            found[4:, row] = duration_s.mean(), *np.percentile(duration_s, PERCENTILES)
+    return {f"sessions.{name}": values for name, values in zip(names, found, strict=True)}
+
+
+def _swaps(runs: Runs) -> Columns:
+    return {} if runs.swaps is None else {"swaps": runs.swaps, "swap_s": runs.swap_s}
 
 
 def _unstable(runs: Runs) -> Float[np.ndarray, " runs"]:
     found, lengths = np.empty(len(runs.is_real)), runs.is_real.sum(axis=1)
     for length in np.unique(lengths):
         rows = lengths == length
-        found[rows] = unstable_rows(*(x[rows, :length] for x in (runs.arrival_s, runs.scheduled_s, runs.finish_s)))
+        until = waiting_and_running_until(runs.scheduled_s, runs.finish_s, runs.ended_s)
+        found[rows] = unstable_rows(*(x[rows, :length] for x in (runs.arrival_s, *until)))
     return found
 
 

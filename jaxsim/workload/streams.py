@@ -31,6 +31,8 @@ class Stream(enum.IntEnum):
     DITHER = 7
     TURNS = 8
     THINKING = 9
+    IMAGES = 10
+    PREFIX_GROUPS = 11
 
 
 def as_key(seed: int | PRNGKeyArray) -> PRNGKeyArray:

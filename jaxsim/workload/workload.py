@@ -36,6 +36,7 @@ class Workload:
     it came).
     shared_tokens: prompt tokens that all sessions begin with. num_context_limited: sessions that ended at a context
     limit.
+    num_images: of each request, of tiles_per_image each, whose tokens are part of the prompt; None without any.
     uniforms: two random numbers per request for routers (default: those of seed 0).
     unit_times: unrounded positions at unit mean rate and rate_rps their scale, when the workload was
     generated, so that `with_rate` does not accumulate rounding. provenance: where it came from, for reports.
@@ -56,6 +57,8 @@ class Workload:
     think_s: Float[np.ndarray, " requests"] | None = None
     shared_tokens: int = 0
     num_context_limited: int = 0
+    num_images: Int[np.ndarray, " requests"] | None = None
+    tiles_per_image: int = 0
     uniforms: Float[np.ndarray, "requests 2"] | None = None
     unit_times: Float[np.ndarray, " requests"] | None = None
     rate_rps: float | None = None
@@ -138,6 +141,8 @@ class Workload:
         )
         fields.update(self._checked_prefixes(count, tokens["input_tokens"]))
         fields.update(self._checked_sessions(count))
+        if self.num_images is not None:
+            fields["num_images"] = _integers("num_images", self.num_images, count, low=0)
         for name, value in fields.items():
             if isinstance(value, np.ndarray):
                 value = np.array(value)
@@ -277,7 +282,7 @@ class Workload:
                 "uniforms",
             )
         }
-        for name in ("unit_times", "session", "turn", "think_s"):
+        for name in ("unit_times", "session", "turn", "think_s", "num_images"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)[index]
         if self.prefix_hashes is not None:

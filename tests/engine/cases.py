@@ -313,13 +313,17 @@ def score_reference(num_blocks: int, weights: tuple) -> simulator.Router:
 
 
 def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
-              cost: Callable[[simulator.BatchStatsRef], float] | None = None, **options) -> simulator.ReferenceResult:
+              cost: Callable[[simulator.BatchStatsRef], float] | None = None, *, deadline_s: np.ndarray | None = None,
+              first_token_deadline_s: np.ndarray | None = None, **options) -> simulator.ReferenceResult:
     """The reference's answer; more `options` as of `simulator.simulate`. Raises ValueError where a request can never be
     served."""
     requests = [simulator.Request(i, float(case.arrival_s[i]), int(case.prompt[i]), int(case.output[i]),
                                   int(case.max_tokens[i]), int(case.priority[i]),
                                   tuple(float(u) for u in case.uniforms[i]),
                                   tuple(case.prefixes[i]) if case.prefixes else ()) for i in range(len(case))]
+    if deadline_s is not None:
+        requests = [replace(one, deadline_s=float(last), first_token_deadline_s=float(first)) for one, last, first
+                    in zip(requests, deadline_s, first_token_deadline_s, strict=True)]
     flags = replace(flags, **case.limits, block_size=dims.block_size)
     if router == "mixed":
         router = MIXED[case.router]

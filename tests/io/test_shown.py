@@ -197,6 +197,32 @@ def test_plots_do_without_tape_limits_and_memory(tmp_path):
         assert ink(path) > 0.01
 
 
+def test_instances_at_rest_run_nothing():
+    """By hand: one at work from 0 to 1 and from 3 to 4 s, the other from 0 to 2 in two steps."""
+    steps = {"time_s": np.array([0.0, 0.0, 1.0, 3.0]), "duration_s": np.ones(4), "instance": np.array([0, 1, 1, 0]),
+             "running": np.array([2, 3, 1, 5])}
+    lane = dataclasses.replace(blank_lane([0.0], [4.0], busy_s=np.ones(2)), steps=steps)
+    times, total, low, high = plots._over_time(lane, steps["running"])
+    at = np.searchsorted(times, [0.5, 1.5, 2.5, 3.5, 4.5], side="right") - 1
+    assert total[at].tolist() == [5, 1, 0, 5, 0] and low[at].tolist() == [2, 0, 0, 0, 0]
+    assert high[at].tolist() == [3, 1, 0, 5, 0]
+    kept = plots._over_time(lane, steps["running"], is_empty_at_rest=False)
+    assert kept[1][np.searchsorted(kept[0], [1.5, 2.5], side="right") - 1].tolist() == [3, 2]
+
+
+def test_bars_of_requests_show_transfers(tmp_path, monkeypatch):
+    """A bar is as long as the request: 1 s to the first token, 2 s of transfer, 3 s of decode."""
+    lane = dataclasses.replace(
+        blank_lane([0.0], [6.0], first_token_s=np.array([1.0])), decode_instance=np.array([1]),
+        accepted_s=np.array([1.5]), delivered_s=np.array([3.0]))
+    from matplotlib.axes import Axes
+    ends, barh = {}, Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda self, y, width, left, label, **rest: (
+        ends.update({label: float((left + width)[0])}), barh(self, y, width, left=left, label=label, **rest))[1])
+    plots.plot_requests(Result([scenario(num_seeds=1)], [[lane]]), tmp_path / "requests.png")
+    assert ends == {"queue": 0.0, "prefill": 1.0, "transfer": 3.0, "decode": 6.0}
+
+
 def test_curves_that_end_before_the_last_arrival_keep_their_place(tmp_path):
     """A tape that was too short ends before the run, and the plot with it."""
     lane, _ = simulated(0, num_requests=30, num_instances=1)

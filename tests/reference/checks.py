@@ -34,7 +34,8 @@ def refuse_impossible(request: Request, flags: Flags) -> None:
             fits = ceil_div(last_context, flags.block_size) <= flags.num_blocks
             fits = fits and ceil_div(first_chunk, flags.block_size) <= room
         elif flags.reserve in ("prompt", "expected"):
-            fits = ceil_div(last_context, flags.block_size) <= room
+            # Who comes back from host memory wants a block beyond its own.
+            fits = ceil_div(last_context, flags.block_size) + (flags.swapping is not None) <= room
         else:
             fits = blocks_at_admission(Job(request, 0), request.prompt, flags) <= room
         if flags.reserve == "expected":
@@ -68,8 +69,11 @@ def check_instance(instance: Instance, flags: Flags) -> None:
     else:
         held_here = sum(job.blocks for job in running + coming + ready) + sum(job.source_blocks for job in leaving)
         held_here += sum(job.blocks for job in instance.stopped) + instance.inbound_blocks
+        held_here += 0 if instance.swap is None else instance.swap.leaving_blocks
         assert instance.free_blocks + held_here == flags.num_blocks
     assert all(job.blocks == 0 and job.is_prefilled for job in swapped)
+    if instance.swap is not None:
+        assert instance.swap.host_used == sum(instance.swap.on_host.values()) <= flags.swapping.host_blocks
     if flags.track_blocks:
         assert all(job.blocks * flags.block_size >= job.scheduled_tokens for job in running + ready)
     flying = {id(job) for flight in instance.flights for job, _ in flight}

@@ -40,6 +40,8 @@ class Flags:
     - preemption: `recompute`, or `swap`: who decodes keeps what it computed in host memory, first in line to come back
       (DistServe). The bytes that a pass moves out and in at swap_bandwidth (bytes/s, kv_bytes_per_token each) lengthen
       the iteration it composes, as where the copies go before the kernels in one stream (vLLM V0).
+    - swapping: `swapping.Swapping`, of an engine with the rules of vLLM V0: host memory with its copies, and
+      priorities that are drawn anew.
     """
 
     phase_mix: str = "unified"
@@ -79,6 +81,7 @@ class Flags:
     swap_bandwidth: float = math.inf
     kv_bytes_per_token: float = 0.0
     headroom_blocks: int = 0  # counted as used by freeness (Llumnix) where a request of a priority below 0 runs
+    swapping: object = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -126,6 +129,12 @@ class Flags:
             or self.victim != "last_admitted"
         ):
             raise ValueError("preemption=swap: last_admitted, reserve none or prompt, one stage, no prefix_caching")
+        if self.swapping is not None and (
+            self.phase_mix != "prefill_first" or self.chunked_prefill or self.reserve != "prompt" or self.stages > 1
+            or self.order != "fcfs" or self.victim != "last_admitted" or self.decode_needs_free_block != "always"
+            or self.async_scheduling or self.preemption != "recompute" or not self.waiting_blocked_after_preempt
+        ):
+            raise ValueError("swapping needs the rules of vLLM V0")
         if self.stages > 1 and not self.pass_when_stage_free and (
             self.phase_mix != "unified" or self.order != "fcfs" or self.admit != "any_time"
             or self.async_scheduling or self.batch_wait_timeout_iters

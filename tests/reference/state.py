@@ -15,7 +15,11 @@ class Request:
     blocks behind the last hash are nobody else's. They may go on through the output, which the next turn of a session
     finds.
 
+    tiles: of each of its images, whose tokens are part of the prompt.
+
     after: id of the request whose answer brings this one about, `think_s` after its last token, whatever `arrival_s`.
+
+    deadline_s, first_token_deadline_s: how long its client waits, from each sending, for the last and the first token.
     """
 
     id: int
@@ -28,6 +32,9 @@ class Request:
     prefix_hashes: tuple[Hashable, ...] = ()
     after: int | None = None
     think_s: float = 0.0
+    deadline_s: float = float("inf")
+    first_token_deadline_s: float = float("inf")
+    tiles: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.max_tokens is None:
@@ -70,11 +77,16 @@ class Job:
     finish: float | None = None
     iteration: float = 0  # duration of the last one it was in
     is_newcomer: bool = False  # it migrated and has computed nothing since
+    sending: int = 1  # the first, second, ... of its request
+    status: str = "sent"
+    ended: float | None = None
+    is_given_up: bool = False  # its client is gone
     # Disaggregated: who decodes, blocks still held by who prefilled, when the transfer was accepted and over.
     decode_instance: int | None = None
     source_blocks: int = 0
     accepted: float | None = None
     delivered: float | None = None
+    sequence: int = 0  # arrivals before it
 
     @property
     def known(self) -> int:
@@ -122,6 +134,7 @@ class Instance:
     swapped: list[Job] = field(default_factory=list)
     stopped: list[Job] = field(default_factory=list)  # for the last stage of a migration
     inbound_blocks: int = 0  # taken for a request that migrates here
+    embedding: list[Job] = field(default_factory=list)  # chosen to compute it, its embeddings are not here yet
     flights: list[list[tuple[Job, int]]] = field(default_factory=list)
     on_first_stage: list[tuple[Job, int]] = field(default_factory=list)  # the batch there
     stage_free: list[float] = field(init=False)  # when the engine, and each stage, is free
@@ -135,6 +148,7 @@ class Instance:
     swapped_tokens: int = 0  # moved out of the pool and into it since the last iteration
     cache: prefix_cache.PrefixCache | None = None
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
+    swap: object = None  # `swapping.SwapState`
 
     def __post_init__(self):
         self.free_blocks = self.flags.num_blocks
@@ -146,19 +160,20 @@ class Instance:
 
     @property
     def can_prefill(self) -> bool:
-        return self.role != "decode"
+        return self.role not in ("decode", "encode")
 
     @property
     def has_work(self) -> bool:
         """Somebody is here that a pass could schedule, now or when blocks are free."""
-        return bool(self.waiting or self.running or self.ready or self.swapped)
+        is_coming = self.swap is not None and self.in_transfer
+        return bool(self.waiting or self.running or self.ready or self.swapped or is_coming)
 
     @property
     def outstanding(self) -> int:
         """Requests whose next token comes from here."""
         queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped,
-                  self.stopped)
-        return sum(map(len, queues))
+                  self.stopped, self.embedding)
+        return sum(not job.is_given_up for queue in queues for job in queue)
 
 
 @dataclass(eq=False)

@@ -12,8 +12,8 @@ import pytest
 
 from jaxsim import cli
 from jaxsim._core.errors import InputError
-from jaxsim.reproduce import burstgpt, command, distserve, llumnix, runs
-from jaxsim.reproduce.claim import NOT_REPRODUCED, REPRODUCED
+from jaxsim.reproduce import burstgpt, command, distserve, epd, llumnix, runs
+from jaxsim.reproduce.claim import NO_GATE, NOT_REPRODUCED, REPRODUCED
 from jaxsim.spec.scenario import Scenario
 
 pytestmark = pytest.mark.unoptimised
@@ -36,7 +36,7 @@ def test_every_point_of_a_study_can_be_simulated(name):
 
 @pytest.mark.parametrize("name", command.SYSTEMS)
 def test_a_system_has_a_module_and_a_page(name):
-    module = importlib.import_module(f"jaxsim.reproduce.{name}")
+    module = importlib.import_module(f"jaxsim.reproduce.{name.replace('-', '_')}")
     page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert module.DESCRIPTION in page and f"{name}.png" in page and f"jaxsim reproduce {name}" in page
 
@@ -94,12 +94,28 @@ def test_bursts_must_raise_every_step(values, verdict):
     assert len(claims) == 2 and {claim.verdict for claim in claims} == {verdict}
 
 
-def test_no_failures_are_made_up():
-    trend, releases = burstgpt._failure_claims(rows_of((1, 2, 3, 4)))
-    assert trend.ours == (0, 0, 0, 0) and releases.ours is None
-    assert trend.verdict == releases.verdict == NOT_REPRODUCED
-    failing = rows_of((1, 2, 3, 4)).assign(failed=lambda rows: (10 / rows["alpha"] + rows["seed"]).astype(int))
-    assert burstgpt._failure_claims(failing)[0].verdict == REPRODUCED
+def failures_of(shares: dict[float, tuple[float, ...]]) -> pd.DataFrame:
+    """Runs of 4 seeds with these failed shares, by rate and alpha."""
+    return pd.DataFrame([
+        {"seed": seed, "alpha": alpha, "workload.rate_rps": rate, burstgpt.FAILED: share * (1 + 0.01 * seed)}
+        for rate, row in shares.items() for seed in range(4)
+        for alpha, share in zip(burstgpt.ALPHAS, row, strict=True)])
+
+
+def test_failures_must_rise_below_saturation():
+    rising, falling = (0.001, 0.002, 0.01, 0.04), (0.1, 0.09, 0.08, 0.07)
+    below, beyond, loads, releases = burstgpt._failure_claims(failures_of({5.0: rising, 7.0: falling}), 1.0)
+    assert below.verdict == REPRODUCED and beyond.verdict == loads.verdict == NO_GATE
+    assert releases.verdict == NOT_REPRODUCED and releases.ours is None
+    assert burstgpt._failure_claims(failures_of({5.0: falling}), 1.0)[0].verdict == NOT_REPRODUCED
+    assert burstgpt._failure_claims(failures_of({5.0: (0.0,) * 4}), 1.0)[0].verdict == NOT_REPRODUCED
+
+
+def test_releases_lie_between_loads():
+    shares = pd.Series([0.001, 0.0185, 0.05], index=[4.0, 5.0, 6.0])
+    assert burstgpt.bracketed(shares) == (
+        "1.78 % lies between 4 and 5 requests/s, 1.92 % lies between 5 and 6 requests/s, "
+        "7.26 % lies outside of these loads")
 
 
 # ---- DistServe
@@ -257,3 +273,41 @@ def test_scenarios_are_untouched_by_the_number_of_seeds():
     first, second = few.scenario_at(point), many.scenario_at(point)
     assert second.seeds[:2] == first.seeds
     assert msgspec.structs.replace(second, num_seeds=2) == first and isinstance(first, Scenario)
+
+
+# ---- EPD
+
+
+def test_memory_ratios_are_those_of_the_parts():
+    """By hand: bytes of 8.099e9 and 0.486e9 parameters, and two images of 640 tokens."""
+    ratios = epd.memory_ratios(epd.MODEL)
+    kv, embedding = 640 * 28 * 2 * 4 * 128 * 2, 640 * 3584 * 2
+    together, apart = 2 * 8.099e9 + 2 * (kv + embedding), 2 * 0.4864e9 + 2 * embedding
+    assert ratios["memory"] == pytest.approx(together / apart, rel=1e-3)
+    assert ratios["kv"] == pytest.approx((40e9 - 2 * 7.613e9) / (40e9 - 2 * 8.099e9), rel=1e-3)
+    # A model that half of the memory does not hold has no ratio.
+    large = epd.memory_ratios("internvl2-26b")
+    assert np.isnan(large["batch"]) and np.isnan(large["kv"]) and large["memory"] > 1
+
+
+def made_up_runs(apart_ms: float) -> pd.DataFrame:
+    return pd.DataFrame([
+        {"system": system, "workload.rate_rps": rate, "cluster.encode.tile_ms": tile, "seed": seed,
+         "mean_ttft_ms": (apart_ms if system == "epd-encode" else 1000.0) + 7 * seed, "slo.attainment": 0.5}
+        for system in epd.SYSTEMS for rate in (0.25, 1, 2) for tile in (15, 30, 60) for seed in range(3)])
+
+
+def test_orders_can_be_missed():
+    for apart_ms, verdict in ((600.0, REPRODUCED), (1000.0, NOT_REPRODUCED), (1200.0, NOT_REPRODUCED)):
+        claims = [claim for claim in epd.order_claims(made_up_runs(apart_ms)) if claim.is_gate]
+        assert len(claims) == 12 and {claim.verdict for claim in claims} == {verdict}
+
+
+def test_dealing_is_held_against_the_closed_form():
+    """Alone: 0.1 s of prompt behind n images of 0.3 s."""
+    rows = pd.DataFrame([{"workload.images.number": n, "cluster.encode.split_images": split, "seed": seed,
+                          "mean_ttft_ms": 1e3 * (0.1 + 0.3 * (1 if split else n))}
+                         for n in (2, 6) for split in (True, False) for seed in range(2)])
+    assert {claim.verdict for claim in epd.split_claims(rows)} == {REPRODUCED}
+    rows.loc[rows["cluster.encode.split_images"], "mean_ttft_ms"] *= 1.1
+    assert {claim.verdict for claim in epd.split_claims(rows)} == {NOT_REPRODUCED}
