@@ -14,6 +14,7 @@ from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.arrivals import AbstractSource, SortedArrivals
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.fairness import TokenCounters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
@@ -39,6 +40,7 @@ class Params(eqx.Module):
     groups: kinds of executors. Their batching has the same flags, their costs may be of different classes;
     group_of: index of each executor's, None if there is one group. source: how requests arrive. is_active: which
     instances get any, at least one; None if all do. hand_over: with roles, who computes prompts and who outputs.
+    counters: with virtual token counters, what tokens cost every tenant.
     """
 
     groups: tuple[Group, ...]
@@ -48,6 +50,7 @@ class Params(eqx.Module):
     group_of: Int[Array, " executors"] | None = None
     is_active: Bool[Array, " ranks"] | None = None
     hand_over: HandOver | None = None
+    counters: TokenCounters | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

@@ -66,7 +66,7 @@ def inputs(scenario: Scenario, seed: int | None = None) -> tuple[Dims, Params, R
     if seed is not None:
         scenario = msgspec.structs.replace(scenario, workload=msgspec.structs.replace(scenario.workload, seed=seed))
     (lane,) = prepare(0, scenario, record_steps=False)
-    requests = lower.make_requests(lane.workload, lane.dims, lane.prefixes)
+    requests = lower.make_requests(lane.workload, lane.dims, lane.prefixes, lane.params.flags.order)
     return lane.dims, *jax.tree.map(jnp.asarray, (lane.params, requests))
 
 

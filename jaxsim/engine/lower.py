@@ -18,6 +18,7 @@ from jaxsim.engine.common import Group, Params
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, Sessions, SortedArrivals
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.fairness import OUTPUT_PRICE, PROMPT_PRICE, TokenCounters, most_ahead, token_counters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.routing import DataParallel, router
 from jaxsim.spec.device import DeviceSpec
@@ -33,6 +34,7 @@ from jaxsim.traces import read_lengths, read_trace
 from jaxsim.workload.generator import Tenant
 from jaxsim.workload.lengths import Paired
 from jaxsim.workload.named import generator
+from jaxsim.workload.predictions import with_predictions
 from jaxsim.workload.segments import radix_segments
 from jaxsim.workload.workload import Workload
 
@@ -136,6 +138,8 @@ def _check_pools(system: System, scenario: Scenario) -> None:
                  or not s.kv_accounting or s.gathers or s.admit != "any_time", "use a preset 'vllm-v1', or 'sarathi'")):
             if is_wrong and system.has_roles:
                 raise InputError(where + name, value, "is not simulated with prefill and decode engines", remedy)
+        if s.order == "vtc":
+            raise InputError(where + "scheduling_policy", s.order, "is not simulated in pools", "use cluster.replicas")
 
 
 def _resolve_alone(scenario: Scenario) -> System:
@@ -154,9 +158,10 @@ def _resolve_alone(scenario: Scenario) -> System:
         engine, device_name=device.name if device else "",
         memory_bytes=device.memory_bytes if device else 0.0,
         max_model_len=model.max_position if model else None)
-    if scheduler.order == "priority" and (scheduler.async_scheduling or scheduler.phase_mix != "unified"
-                                          or scheduler.reserve != "none" or not scheduler.kv_accounting):
-        raise InputError("engine.scheduling_policy", "priority",
+    if scheduler.order != "fcfs" and (scheduler.async_scheduling or scheduler.phase_mix != "unified"
+                                      or scheduler.reserve != "none" or not scheduler.kv_accounting
+                                      or (scheduler.order != "priority" and scheduler.admit != "any_time")):
+        raise InputError("engine.scheduling_policy", scheduler.order,
                          f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
                          "use preset = 'vllm-v1@0.9' with async_scheduling = false, or 'fcfs'")
     if not scheduler.kv_accounting and scenario.cluster.router in ("least_kv", "score", "linear"):
@@ -180,11 +185,38 @@ def _resolve_alone(scenario: Scenario) -> System:
         raise InputError("engine.pipeline_parallel_size", scheduler.num_stages,
                          "with data-parallel ranks that iterate together is not there yet",
                          "use 1, or engine.data_parallel_size = 1")
+    if system.num_ranks > 1 and scheduler.order == "vtc":
+        raise InputError("engine.scheduling_policy", "vtc",
+                         "is not simulated with data-parallel ranks that iterate together",
+                         "use 'fcfs', or engine.data_parallel_size = 1")
     return system
 
 
 def make_workload(scenario: Scenario, seed: int) -> Workload:
     """Draw or read the requests of one run."""
+    return ordered(scenario, _make_workload(scenario, seed), seed)
+
+
+def ordered(scenario: Scenario, workload: Workload, seed: int) -> Workload:
+    """With what the order of the waiting queue goes by: predicted outputs, limits. Raises `InputError`."""
+    order, prediction, slo = scenario.engine.scheduling_policy, scenario.workload.prediction, scenario.slo
+    if prediction is not None:
+        workload = with_predictions(workload, prediction.sigma, seed)
+    if order == "sjf" and workload.predicted_tokens is None:
+        raise InputError("workload.prediction", None, "missing, and the trace has no predicted_tokens for 'sjf'",
+                         "give e.g. { sigma = 0.0 } for exact predictions of output lengths")
+    if order != "edf":
+        return workload
+    own = {t.name: t.deadline_ms or t.ttft_ms for t in scenario.workload.tenants}
+    limits_ms = [own.get(name) or slo.e2e_ms or slo.ttft_ms for name in workload.tenant_names]
+    if None in limits_ms:
+        raise InputError("workload.tenants", workload.tenant_names[limits_ms.index(None)],
+                         "has no limit, and scheduling_policy = 'edf' goes by deadlines",
+                         "give its deadline_ms or ttft_ms, or those of [slo]")
+    return dataclasses.replace(workload, limit_s=np.array(limits_ms)[workload.tenant] / 1e3)
+
+
+def _make_workload(scenario: Scenario, seed: int) -> Workload:
     w = scenario.workload
     tenants = tuple(Tenant(t.name, t.share, t.priority) for t in w.tenants)
     if w.kind == "trace":
@@ -362,6 +394,26 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
                   hand_over=make_hand_over(scenario, system) if system.has_roles else None)
 
 
+def with_counters(params: Params, scenario: Scenario, system: System, workload: Workload, dims: Dims) -> Params:
+    """With what tokens cost the tenants of the workload, where these have virtual token counters. Raises
+    `InputError`."""
+    if not dims.num_tenants:
+        return params
+    s, engine = system.scheduler, scenario.engine
+    given = {t.name: t.weight for t in scenario.workload.tenants}
+    weights = [given.get(name, 1.0) for name in workload.tenant_names]
+    ahead = most_ahead(system.max_model_len, system.num_blocks * s.block_size, s.max_num_seqs, system.max_model_len)
+    prices = [default if weight is None else weight for weight, default in (
+        (engine.input_token_weight, PROMPT_PRICE), (engine.output_token_weight, OUTPUT_PRICE))]
+    counters = token_counters(*prices, weights, ahead)
+    if counters is None:
+        raise InputError("workload.tenants", weights, "are weights so far apart that counters of 32 bits do not do",
+                         "bring them closer together, or lower engine.max_num_seqs or engine.max_model_len")
+    more = dims.num_tenants - len(weights)
+    return dataclasses.replace(params, counters=TokenCounters(
+        np.pad(counters.prompt_price, (0, more)), np.pad(counters.output_price, (0, more))))
+
+
 def make_hand_over(scenario: Scenario, system: System) -> HandOver:
     """Who computes prompts and who outputs, and the links between them."""
     given = scenario.cluster.transfer or TransferSection()
@@ -422,8 +474,8 @@ class Prefixes(NamedTuple):
         return int((self.paths >= 0).sum()) + len(self.paths)
 
 
-def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None) -> Requests:
-    """The workload as the loop reads it, padded."""
+def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None, order: str = "fcfs") -> Requests:
+    """The workload as the loop reads it, padded; order: of the waiting queue, as of `Batching`."""
     shared = {}
     if prefixes is not None:
         more = dims.path_width - prefixes.paths.shape[1]
@@ -432,8 +484,15 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
                       num_segments=dims.num_segments)
     if workload.think_s is not None:
         shared |= dict(successor=workload.successors(), think_s=workload.think_s)
+    key = workload.priority
+    if order == "sjf":
+        key = workload.predicted_tokens
+    if order == "edf":
+        key = workload.arrival_s + workload.limit_s
+    if dims.num_tenants:
+        shared["tenant"] = workload.tenant
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,
-                         workload.uniforms, dims.num_requests, workload.priority, **shared)
+                         workload.uniforms, dims.num_requests, key, **shared)
 
 
 def shared_prefixes(workload: Workload, block_size: int) -> Prefixes:

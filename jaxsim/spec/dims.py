@@ -16,7 +16,8 @@ class Dims:
     block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records: iterations
     kept on the tape (0: no tape); num_ranks: of an executor; num_batches: of a rank; num_stages: of a pipeline, with as
     many batches in flight; num_segments: of shared prompts, 0 without prefix caching; path_width: segments of a prompt;
-    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors.
+    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors;
+    num_tenants: that an engine shares itself among by virtual token counters, 0 without these.
     """
 
     num_requests: int
@@ -32,6 +33,7 @@ class Dims:
     path_width: int = 0
     log_size: int = 0
     has_roles: bool = False
+    num_tenants: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -42,6 +44,8 @@ class Dims:
             raise ValueError(f"num_stages = {self.num_stages}: a pipeline is one rank with as many batches")
         if self.has_roles and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments):
             raise ValueError("has_roles: executors of one rank and one stage, without prefix caching")
+        if self.num_tenants and (self.num_ranks > 1 or self.num_batches > 1 or self.has_roles):
+            raise ValueError("num_tenants: executors of one rank and one stage, without roles")
 
     @property
     def all_ranks(self) -> int:

@@ -17,13 +17,13 @@ PROMPT, OUTPUT, MAX_TOKENS, PLACE = range(4)
 class Requests(eqx.Module):
     """Requests sorted by arrival, padded, with one scratch row at the end.
 
-    table: prompt, output, max_tokens and place in the order of (priority, arrival); by_place: requests in that
-    order; arrival: epoch, hi and lo of this request's arrival, then of the next one's; uniforms: the routers'
-    random numbers; count: requests that are real. paths, bounds: of each prompt, the segments it shares with others
-    from its start on (then the null segment), and in blocks where they begin and the last one ends.
+    table: prompt, output, max_tokens and place in the order of (key, arrival) that a sorted waiting queue goes by;
+    by_place: requests in that order; arrival: epoch, hi and lo of this request's arrival, then of the next one's;
+    uniforms: the routers' random numbers; count: requests that are real. paths, bounds: of each prompt, the segments
+    it shares with others from its start on (then the null segment), and in blocks where they begin and the last ends.
     successor, think: of sessions, the turn that follows each answer (-1: none), and the time from the answer before it
     to each turn, in whole seconds (-1 for a first turn, which has its own arrival) and ticks of the clock's grid;
-    `paths` then go on through the answers.
+    `paths` then go on through the answers. tenant: of each, with virtual token counters.
     """
 
     table: Int[Array, "rows 4"]
@@ -35,6 +35,7 @@ class Requests(eqx.Module):
     bounds: Int[Array, "rows path+1"] | None = None
     successor: Int[Array, " rows"] | None = None
     think: Int[Array, "rows 2"] | None = None
+    tenant: Int[Array, " rows"] | None = None
 
     def stretched(self, factor: Float[Array, ""]) -> "Requests":
         """With every arrival time multiplied by a factor, and rounded to the arrival grid."""
@@ -60,13 +61,15 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
                   paths: Int[np.ndarray, "requests path"] | None = None,
                   bounds: Int[np.ndarray, "requests path+1"] | None = None, num_segments: int = 0,
                   successor: Int[np.ndarray, " requests"] | None = None,
-                  think_s: Float[np.ndarray, " requests"] | None = None) -> Requests:
+                  think_s: Float[np.ndarray, " requests"] | None = None,
+                  tenant: Int[np.ndarray, " requests"] | None = None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.
-    priority: smaller is more urgent. paths, bounds: of prompts through shared segments (-1: none), of which there is
-    room for `num_segments`. successor, think_s: of sessions, the turn behind each (-1: none), and the time between the
-    answer before it and each, on the arrival grid.
+    priority: the key of a sorted waiting queue, smaller is more urgent. tenant: with virtual token counters. paths,
+    bounds: of prompts through shared segments (-1: none), of which there is room for `num_segments`. successor,
+    think_s: of sessions, the turn behind each (-1: none), and the time between the answer before it and each, on the
+    arrival grid.
     """
     count = len(arrival_s)
     rows = (num_requests or count) + 1
@@ -97,5 +100,7 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
         think[:count] = np.stack(np.divmod(ticks, round(1 / clock.GRID_S)), axis=1)
         think[:count][~np.isin(np.arange(count), successor)] = -1, 0
         successor = np.pad(successor, (0, rows - count), constant_values=-1).astype(np.int32)
-    return Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think)
+    if tenant is not None:
+        tenant = np.pad(tenant, (0, rows - count)).astype(np.int32)
+    return Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think, tenant)
 

@@ -70,7 +70,7 @@ def together(dims: Dims, runs: Sequence[Run]) -> tuple[Params, Requests]:
     packed: dict[int, Requests] = {}
     for run in runs:
         if id(run.workload) not in packed:
-            packed[id(run.workload)] = lower.make_requests(run.workload, dims, run.prefixes)
+            packed[id(run.workload)] = lower.make_requests(run.workload, dims, run.prefixes, run.params.flags.order)
     requests = _gathered([packed[id(run.workload)] for run in runs])
     rows = dims.num_requests + 1
     seconds = np.full((len(runs), rows + 1), np.inf)

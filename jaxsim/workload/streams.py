@@ -31,6 +31,7 @@ class Stream(enum.IntEnum):
     DITHER = 7
     TURNS = 8
     THINKING = 9
+    PREDICTIONS = 16
 
 
 def as_key(seed: int | PRNGKeyArray) -> PRNGKeyArray:

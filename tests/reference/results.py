@@ -78,7 +78,8 @@ class ReferenceResult:
     """Requests in the order given, iterations in the order started, and how close arrivals came to ties.
 
     `transfers` are in the order accepted. `merges_left_out`: times when simdistserve would have put two batches of
-    decodes into one before a stage.
+    decodes into one before a stage. `lifts`: of virtual token counters that were raised as a request came in;
+    `lifts_of_empty`: of these into an empty queue. `turns`: when another request was next only as counters went up.
 
     `margins` pairs each arrival with the iteration ends (of any instance) next to it, one before, one after
     and one at the same instant if there are: (the earlier of the two times, their distance), in seconds. With
@@ -91,6 +92,9 @@ class ReferenceResult:
     margins: list[tuple[float, float]]
     transfers: list[TransferRecord] = field(default_factory=list)
     merges_left_out: int = 0
+    lifts: int = 0
+    lifts_of_empty: int = 0
+    turns: int = 0
 
     @property
     def smallest_margin_s(self) -> float:

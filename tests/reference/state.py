@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from . import prefix_cache
+from . import fairness, prefix_cache
 from .flags import Flags
 
 
@@ -16,6 +16,8 @@ class Request:
     finds.
 
     after: id of the request whose answer brings this one about, `think_s` after its last token, whatever `arrival_s`.
+
+    tenant, predicted (output tokens), limit_s (from the arrival): what orders of the queue go by.
     """
 
     id: int
@@ -28,6 +30,9 @@ class Request:
     prefix_hashes: tuple[Hashable, ...] = ()
     after: int | None = None
     think_s: float = 0.0
+    tenant: int = 0
+    predicted: int = 0
+    limit_s: float = 0.0
 
     def __post_init__(self):
         if self.max_tokens is None:
@@ -132,12 +137,15 @@ class Instance:
     swapped_tokens: int = 0  # moved out of the pool and into it since the last iteration
     cache: prefix_cache.PrefixCache | None = None
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
+    counters: "fairness.VirtualTokenCounters | None" = None
 
     def __post_init__(self):
         self.free_blocks = self.flags.num_blocks
         self.new_token_ratio = self.flags.new_token_ratio_init
         self.stage_free = [0] * (self.flags.stages + 1)
         self.stage_start = [0] * (self.flags.stages + 1)
+        if self.flags.order == "vtc":
+            self.counters = fairness.VirtualTokenCounters(self.flags.prices)
         if self.flags.prefix_caching:
             self.cache = prefix_cache.PrefixCache(self.flags.num_blocks, self.flags.block_size)
 
