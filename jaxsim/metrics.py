@@ -36,7 +36,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.kernels import histogram
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.scenario import Scenario, SloSection
-from jaxsim.spec.sections import DeviceSection
+from jaxsim.spec.sections import DeviceSection, TenantSection
 
 FINISHED, UNFINISHED, TIMED_OUT, REJECTED = range(4)
 STATUS_NAMES = ("finished", "unfinished", "timed_out", "rejected")
@@ -55,6 +55,9 @@ Interval = tuple[float, float] | None
 _TREND_BATCHES = 8
 _TREND_SCORE = 18
 _GROWING_SHARE = 0.05
+FAIRNESS_WINDOWS = 10
+TOKEN_WEIGHTS = (1.0, 2.0)
+"""Service of a prompt token and of an output token, as in the experiments of Sheng et al., OSDI 2024."""
 FEWEST_FOR_TREND = 64
 """Requests below which nothing is said about stability."""
 
@@ -103,6 +106,7 @@ class LaneResult:
     num_images: of requests, None without images. encoded_s, embedded_s: of requests with images that other instances
         encode: when the last of them was encoded, and when the embeddings were with the instance that computes the
         prompt; NaN for others, None where there are no such instances.
+    predicted_tokens: output tokens as the scheduler was told; None where it was not.
     """
 
     arrival_s: Float[np.ndarray, " requests"]
@@ -157,6 +161,7 @@ class LaneResult:
     swap_s: Float[np.ndarray, " requests"] | None = None
     swap_delay_s: Float[np.ndarray, " instances"] | None = None
     swapped_blocks: Int[np.ndarray, " 2"] | None = None
+    predicted_tokens: Int[np.ndarray, " requests"] | None = None
 
     @property
     def num_requests(self) -> int:
@@ -244,17 +249,40 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "priority": np.asarray(lane.priority, np.int64),
         "status": np.asarray(STATUS_NAMES, object)[np.asarray(lane.status)],
         **({} if lane.attempts is None else {"attempts": np.asarray(lane.attempts, np.int64)}),
+        **({} if lane.predicted_tokens is None else
+           {"predicted_tokens": np.asarray(lane.predicted_tokens, np.int64)}),
         **sessions,
         **images,
     })
 
 
-def meets(frame: pd.DataFrame, slo: SloSection) -> dict[str, Bool[np.ndarray, " requests"]]:
-    """Which requests meet each limit that is given, and `all` of them. An unfinished request meets none."""
+def limits_ms(slo: SloSection, tenants: Sequence[TenantSection] = (), names: Sequence[str] = (),
+              tenant: Int[np.ndarray, " requests"] | None = None) -> dict[str, Any]:
+    """Limits of ttft, tpot and e2e: a number, or one a request where tenants have their own (infinite for none), None
+    where nobody has one. tenant: of each request, an index into `names`."""
+    found: dict[str, Any] = {}
+    for name, own, usual in (("ttft", "ttft_ms", slo.ttft_ms), ("tpot", "tpot_ms", slo.tpot_ms),
+                             ("e2e", "deadline_ms", slo.e2e_ms)):
+        given = {t.name: getattr(t, own) for t in tenants if getattr(t, own) is not None}
+        found[name] = usual
+        if given:
+            missing = math.inf if usual is None else usual
+            found[name] = np.array([given.get(label, missing) for label in names])[tenant]
+    return found
+
+
+def meets(frame: pd.DataFrame, slo: SloSection, tenants: Sequence[TenantSection] = ()
+          ) -> dict[str, Bool[np.ndarray, " requests"]]:
+    """Which requests meet each limit that is given, and `all` of them. An unfinished request meets none.
+
+    tenants: classes of requests that may have limits of their own.
+    """
     finished = (frame["status"] == STATUS_NAMES[FINISHED]).to_numpy()
     met = {}
-    for name, limit_ms, column in (("ttft", slo.ttft_ms, "ttft_s"), ("tpot", slo.tpot_ms, "tpot_s"),
-                                   ("e2e", slo.e2e_ms, "e2e_s")):
+    names, tenant = np.unique(frame["tenant"].to_numpy().astype(str), return_inverse=True) if tenants else ((), None)
+    limits = limits_ms(slo, tenants, names, tenant)
+    for name, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("e2e", "e2e_s")):
+        limit_ms = limits[name]
         if limit_ms is not None:
             value = frame[column].to_numpy()
             # Only a one-token output is finished and without a value.
@@ -353,16 +381,18 @@ def share_inside(first_s: Any, last_s: Any, start_s: Any, end_s: Any) -> Any:
 
 
 def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float = 0.0, cooldown_s: float = 0.0,
-                 devices: "Devices | None" = None) -> dict[str, Any]:
+                 devices: "Devices | None" = None, tenants: Sequence[TenantSection] = (),
+                 token_weights: tuple[float, float] = TOKEN_WEIGHTS) -> dict[str, Any]:
     """All metrics of one run: flat keys of vLLM's benchmark client, nested groups. None, never NaN.
 
-    devices: of the instances (`devices_of`); None where their power is not known.
+    devices: of the instances (`devices_of`); None where their power is not known. tenants: their limits and weights,
+    where these are not the usual ones. token_weights: service of a prompt token and of an output token.
     """
     frame = request_frame(lane)
     is_mine = is_measured(lane, warmup_s, cooldown_s)
     is_done = is_mine & lane.is_finished
     measured, done = frame[is_mine], frame[is_done]
-    met_by_all = meets(frame, slo)
+    met_by_all = meets(frame, slo, tenants)
     met = {name: mask[is_mine] for name, mask in met_by_all.items()}
     duration_s = None
     if is_done.any():
@@ -406,7 +436,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "slo": _slo_group(measured, slo, met),
         "queueing": _milliseconds(measured["queue_s"].to_numpy()),
         "preemptions": _preemption_group(measured),
-        "tenants": _tenants_group(lane, measured, met),
+        "tenants": _tenants_group(lane, measured, met, token_weights),
         "kv": _kv_group(lane),
         "utilisation": utilisation,
         "cost": {"extrapolated_share": lane.extrapolated_share},
@@ -419,7 +449,8 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         {} if lane.migrations is None else {"migrations": _migration_group(lane, measured)}) | (
         {} if lane.instance_s is None else {"scaling": _scaling_group(lane)}) | (
         {} if lane.swaps is None else {"swaps": _swaps_group(lane, measured)}) | (
-        {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)})
+        {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)}) | (
+        {} if len(lane.tenant_names) < 2 else {"fairness": fairness_of(lane, tenants, token_weights)})
 
 
 def outcomes(is_measured: Bool[np.ndarray, "runs requests"], status: Int8[np.ndarray, "runs requests"],
@@ -528,20 +559,88 @@ def _swaps_group(lane: LaneResult, frame: pd.DataFrame) -> dict[str, Any]:
             if lane.swapped_blocks.any() else None}
 
 
-def _tenants_group(lane: LaneResult, frame: pd.DataFrame, met: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _tenants_group(lane: LaneResult, frame: pd.DataFrame, met: Mapping[str, np.ndarray],
+                   token_weights: tuple[float, float]) -> dict[str, Any]:
     """The main figures of every class of requests, where there are several."""
     if len(lane.tenant_names) < 2:
         return {}
     group: dict[str, Any] = {}
-    for name in lane.tenant_names:
+    served = service(lane, np.nanmin(lane.arrival_s), np.nanmax(lane.arrival_s), token_weights)
+    for name, own in zip(lane.tenant_names, served, strict=True):
         is_mine = (frame["tenant"] == name).to_numpy()
         mine = frame[is_mine & (frame["status"] == STATUS_NAMES[FINISHED]).to_numpy()]
-        group[name] = {"completed": len(mine), "failed": int(is_mine.sum()) - len(mine),
+        group[name] = {"requests": int(is_mine.sum()),
+                       "completed": len(mine), "failed": int(is_mine.sum()) - len(mine),
+                       "service_share": float(own / served.sum()) if served.sum() > 0 else None,
                        "attainment": float(met["all"][is_mine].mean()) if met and is_mine.any() else None}
         for latency, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("e2el", "e2e_s")):
             summary = _distribution(mine[column].to_numpy())
             group[name] |= {f"{s}_{latency}_ms": summary[s] for s in ("mean", "p50", "p99")}
     return group
+
+
+def service(lane: LaneResult | Any, start_s: float, end_s: float, token_weights: tuple[float, float] = TOKEN_WEIGHTS
+            ) -> Float[np.ndarray, " tenants"]:
+    """What every tenant got between two times, in weighted tokens: those of a prompt spread evenly from its first
+    iteration to its first token, those of an output from there to its end. Of an unfinished request only what it has
+    both ends of counts.
+    """
+    inside = [np.nan_to_num(share_inside(first, last, start_s, end_s), nan=0.0) for first, last in (
+        (lane.scheduled_s, lane.first_token_s), (lane.first_token_s, lane.finish_s))]
+    tokens = (token_weights[0] * inside[0] * lane.input_tokens + token_weights[1] * inside[1] * lane.output_tokens)
+    return np.bincount(lane.tenant, tokens, len(lane.tenant_names))
+
+
+def fairness_of(lane: LaneResult | Any, tenants: Sequence[TenantSection] = (),
+                token_weights: tuple[float, float] = TOKEN_WEIGHTS) -> dict[str, float | None]:
+    """How evenly tenants were served while requests arrived, each by its weight.
+
+    jain_index: Jain's (sum x)^2 / (n sum x^2) of x = service / fair share, which is the weighted max-min share of all
+    that was served (`fair_shares`): 1 where everybody got theirs, 1/n where one got all. max_service_gap: over
+    `FAIRNESS_WINDOWS` equal windows from the first arrival to the last, the largest difference of service / weight
+    between two tenants that both have somebody waiting all through a window; None where there are no two such.
+
+    Source: Jain, Chiu, Hawe, DEC-TR-301, 1984; Sheng et al., OSDI 2024 (arXiv 2401.00588), for the gap.
+    """
+    given = {t.name: t.weight for t in tenants}
+    weight = np.array([given.get(name, 1.0) for name in lane.tenant_names])
+    start_s, end_s = float(np.nanmin(lane.arrival_s)), float(np.nanmax(lane.arrival_s))
+    served = service(lane, start_s, end_s, token_weights)
+    is_there = ~np.isnan(lane.arrival_s)
+    demand = np.bincount(lane.tenant[is_there], (token_weights[0] * lane.input_tokens + token_weights[1]
+                                                 * lane.output_tokens)[is_there], len(weight))
+    due = fair_shares(served.sum(), demand, weight)
+    each = served[due > 0] / due[due > 0]
+    index = float(each.sum() ** 2 / (len(each) * (each**2).sum())) if each.any() else None
+    gap, edges = None, np.linspace(start_s, end_s, FAIRNESS_WINDOWS + 1)
+    until_s = np.where(np.isnan(lane.scheduled_s), np.inf, lane.scheduled_s)
+    spells = [_spells(lane.arrival_s[lane.tenant == k], until_s[lane.tenant == k]) for k in range(len(weight))]
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        is_backlogged = np.array([bool(np.any((begin <= low) & (end >= high))) for begin, end in spells])
+        if is_backlogged.sum() > 1 and high > low:
+            among = (service(lane, low, high, token_weights) / weight)[is_backlogged]
+            gap = max(gap or 0.0, float(among.max() - among.min()))
+    return {"jain_index": index, "max_service_gap": gap}
+
+
+def fair_shares(total: float, demand: Float[np.ndarray, " tenants"], weight: Float[np.ndarray, " tenants"]
+                ) -> Float[np.ndarray, " tenants"]:
+    """Weighted max-min shares: in parts by weight, but to nobody more than it asks for, which goes to the others."""
+    shares, left, weights = np.zeros(len(demand)), float(total), float(weight.sum())
+    for k in np.argsort(demand / weight, kind="stable"):
+        shares[k] = min(demand[k], left * weight[k] / weights)
+        left, weights = left - shares[k], weights - weight[k]
+    return shares
+
+
+def _spells(begin_s: Float[np.ndarray, " requests"], end_s: Float[np.ndarray, " requests"]
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Begins and ends of the times in which at least one of these waits."""
+    is_there = ~np.isnan(begin_s)
+    order = np.argsort(begin_s[is_there], kind="stable")
+    begin_s, end_s = begin_s[is_there][order], np.maximum.accumulate(end_s[is_there][order])
+    is_new = np.concatenate([np.ones(min(len(begin_s), 1), bool), begin_s[1:] > end_s[:-1]])
+    return begin_s[is_new], end_s[np.concatenate([is_new[1:], np.ones(min(len(begin_s), 1), bool)])]
 
 
 def _sessions_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) -> dict[str, Any]:
@@ -644,6 +743,12 @@ def _spec(device: DeviceSection | None) -> DeviceSpec | None:
         return None
 
 
+def token_weights(scenario: Scenario) -> tuple[float, float]:
+    """Service of a prompt token and of an output token, as the scenario counts it."""
+    given = scenario.engine.input_token_weight, scenario.engine.output_token_weight
+    return tuple(usual if own is None else own for own, usual in zip(given, TOKEN_WEIGHTS, strict=True))
+
+
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested groups as dotted keys."""
     flat: dict[str, Any] = {}
@@ -710,7 +815,8 @@ class Result:
     @functools.cached_property
     def runs(self) -> tuple[tuple[dict[str, Any], ...], ...]:
         """Metrics of every seed of every scenario (`lane_metrics`)."""
-        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s, s.cooldown_s, devices_of(s, len(lane.busy_s)))
+        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s, s.cooldown_s, devices_of(s, len(lane.busy_s)),
+                                        s.workload.tenants, token_weights(s))
                            for lane in lanes) for s, lanes in zip(self.scenarios, self.lanes, strict=True))
 
     @functools.cached_property

@@ -16,6 +16,7 @@ from jaxsim.policy.arrivals import AbstractSource, SortedArrivals
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.clients import Clients
 from jaxsim.policy.encoding import Encoder, Encoding
+from jaxsim.policy.fairness import TokenCounters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
 from jaxsim.policy.routing import AbstractRouting
@@ -47,6 +48,7 @@ class Params(eqx.Module):
     freeness keeps for urgent requests where any run, None where nobody is.
     clients: where requests may end without an answer, who sends them again and who refuses them.
     encoding, encoder: images that others encode, or those that compute the prompts.
+    counters: with virtual token counters, what tokens cost every tenant.
     """
 
     groups: tuple[Group, ...]
@@ -62,6 +64,7 @@ class Params(eqx.Module):
     clients: Clients | None = None
     encoding: Encoding | None = None
     encoder: Encoder | None = None
+    counters: TokenCounters | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

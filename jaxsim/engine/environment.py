@@ -141,6 +141,8 @@ class Environment:
         if scenario.engine.swap is not None:
             raise InputError("engine.swap", plain(scenario.engine.swap), "is not part of an environment yet",
                              "leave it out")
+        if scenario.engine.scheduling_policy == "vtc":
+            raise InputError("engine.scheduling_policy", "vtc", "is not part of an environment yet", "use 'fcfs'")
         if scenario.cluster.pools:
             raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools],
                              "are not part of an environment yet", "use cluster.replicas")
@@ -194,7 +196,7 @@ class Environment:
         if len(workload) > self.dims.num_requests:
             raise InputError("seed", seed, f"has {len(workload)} requests, there is room for {self.dims.num_requests}",
                              "set workload.num_requests, or give the scenario the seeds with the most (num_seeds)")
-        return jax.tree.map(jnp.asarray, lower.make_requests(workload, self.dims))
+        return jax.tree.map(jnp.asarray, lower.make_requests(workload, self.dims, order=self.params.flags.order))
 
     def reset(self, requests: Requests | int, params: Params | None = None) -> tuple[State, Observation]:
         """Time zero, before any arrival. requests: those of an episode, or a seed (on the host).

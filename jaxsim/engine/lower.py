@@ -22,6 +22,7 @@ from jaxsim.policy.batching import Batching
 from jaxsim.policy.cache_routing import PREFIX_TOKENS
 from jaxsim.policy.clients import UNBOUNDED, Clients, backoffs, patience
 from jaxsim.policy.encoding import Encoder, Encoding
+from jaxsim.policy.fairness import OUTPUT_PRICE, PROMPT_PRICE, TokenCounters, most_ahead, token_counters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
 from jaxsim.policy.routing import AbstractRouting, DataParallel, router
@@ -43,6 +44,7 @@ from jaxsim.workload import ring
 from jaxsim.workload.generator import Tenant
 from jaxsim.workload.lengths import Paired
 from jaxsim.workload.named import generator
+from jaxsim.workload.predictions import with_predictions
 from jaxsim.workload.segments import radix_segments
 from jaxsim.workload.streams import Stream, stream_key, uniforms
 from jaxsim.workload.workload import Workload
@@ -163,6 +165,8 @@ def _check_pools(system: System, scenario: Scenario) -> None:
             if is_wrong and system.has_roles:
                 field = where + name if name in scenario.cluster.pools[index].engine else f"engine.{name}"
                 raise InputError(field, value, "is not simulated with prefill and decode engines", remedy)
+        if s.order == "vtc":
+            raise InputError(where + "scheduling_policy", s.order, "is not simulated in pools", "use cluster.replicas")
 
 
 def _resolve_alone(scenario: Scenario) -> System:
@@ -181,9 +185,10 @@ def _resolve_alone(scenario: Scenario) -> System:
         engine, device_name=device.name if device else "",
         memory_bytes=device.memory_bytes if device else 0.0,
         max_model_len=model.max_position if model else None)
-    if scheduler.order == "priority" and (scheduler.async_scheduling or scheduler.phase_mix != "unified"
-                                          or scheduler.reserve != "none" or not scheduler.kv_accounting):
-        raise InputError("engine.scheduling_policy", "priority",
+    if scheduler.order != "fcfs" and (scheduler.async_scheduling or scheduler.phase_mix != "unified"
+                                      or scheduler.reserve != "none" or not scheduler.kv_accounting
+                                      or (scheduler.order != "priority" and scheduler.admit != "any_time")):
+        raise InputError("engine.scheduling_policy", scheduler.order,
                          f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
                          "use preset = 'vllm-v1@0.9' with async_scheduling = false, or 'fcfs'")
     if not scheduler.kv_accounting and scenario.cluster.router in ("least_kv", "score", "linear"):
@@ -213,6 +218,10 @@ def _resolve_alone(scenario: Scenario) -> System:
                          "with data-parallel ranks that iterate together is not there yet",
                          "use 1, or engine.data_parallel_size = 1")
     _check_caches(scenario, system)
+    if system.num_ranks > 1 and scheduler.order == "vtc":
+        raise InputError("engine.scheduling_policy", "vtc",
+                         "is not simulated with data-parallel ranks that iterate together",
+                         "use 'fcfs', or engine.data_parallel_size = 1")
     return system
 
 
@@ -331,6 +340,29 @@ def make_swap(scenario: Scenario, system: System) -> Swap | None:
 
 def make_workload(scenario: Scenario, seed: int) -> Workload:
     """Draw or read the requests of one run."""
+    return ordered(scenario, _make_workload(scenario, seed), seed)
+
+
+def ordered(scenario: Scenario, workload: Workload, seed: int) -> Workload:
+    """With what the order of the waiting queue goes by: predicted outputs, limits. Raises `InputError`."""
+    order, prediction, slo = scenario.engine.scheduling_policy, scenario.workload.prediction, scenario.slo
+    if prediction is not None:
+        workload = with_predictions(workload, prediction.sigma, seed)
+    if order == "sjf" and workload.predicted_tokens is None:
+        raise InputError("workload.prediction", None, "missing, and the trace has no predicted_tokens for 'sjf'",
+                         "give e.g. { sigma = 0.0 } for exact predictions of output lengths")
+    if order != "edf":
+        return workload
+    own = {t.name: t.deadline_ms or t.ttft_ms for t in scenario.workload.tenants}
+    limits_ms = [own.get(name) or slo.e2e_ms or slo.ttft_ms for name in workload.tenant_names]
+    if None in limits_ms:
+        raise InputError("workload.tenants", workload.tenant_names[limits_ms.index(None)],
+                         "has no limit, and scheduling_policy = 'edf' goes by deadlines",
+                         "give its deadline_ms or ttft_ms, or those of [slo]")
+    return dataclasses.replace(workload, limit_s=np.array(limits_ms)[workload.tenant] / 1e3)
+
+
+def _make_workload(scenario: Scenario, seed: int) -> Workload:
     w = scenario.workload
     tenants = tuple(Tenant(t.name, t.share, t.priority) for t in w.tenants)
     if w.kind == "trace":
@@ -642,6 +674,26 @@ def make_encoder(scenario: Scenario, system: System) -> Encoder:
     return Encoder(np.full(count, 1e-3 * given.base_ms, np.float32), np.full(count, 1e-3 * given.tile_ms, np.float32))
 
 
+def with_counters(params: Params, scenario: Scenario, system: System, workload: Workload, dims: Dims) -> Params:
+    """With what tokens cost the tenants of the workload, where these have virtual token counters. Raises
+    `InputError`."""
+    if not dims.num_tenants:
+        return params
+    s, engine = system.scheduler, scenario.engine
+    given = {t.name: t.weight for t in scenario.workload.tenants}
+    weights = [given.get(name, 1.0) for name in workload.tenant_names]
+    ahead = most_ahead(system.max_model_len, system.num_blocks * s.block_size, s.max_num_seqs, system.max_model_len)
+    prices = [default if weight is None else weight for weight, default in (
+        (engine.input_token_weight, PROMPT_PRICE), (engine.output_token_weight, OUTPUT_PRICE))]
+    counters = token_counters(*prices, weights, ahead)
+    if counters is None:
+        raise InputError("workload.tenants", weights, "are weights so far apart that counters of 32 bits do not do",
+                         "bring them closer together, or lower engine.max_num_seqs or engine.max_model_len")
+    more = dims.num_tenants - len(weights)
+    return dataclasses.replace(params, counters=TokenCounters(
+        np.pad(counters.prompt_price, (0, more)), np.pad(counters.output_price, (0, more))))
+
+
 def make_hand_over(scenario: Scenario, system: System) -> HandOver:
     """Who computes prompts and who outputs, and the links between them."""
     given = scenario.cluster.transfer or TransferSection()
@@ -787,9 +839,10 @@ class Prefixes(NamedTuple):
 
 
 def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None,
-                  patience: Int[np.ndarray, "requests 4"] | None = None, is_split: bool = True) -> Requests:
+                  patience: Int[np.ndarray, "requests 4"] | None = None, is_split: bool = True,
+                  order: str = "fcfs") -> Requests:
     """The workload as the loop reads it, padded. patience: of `make_patience`; is_split: images of a request are
-    encoded apart."""
+    encoded apart; order: of the waiting queue, as of `Batching`."""
     shared = {} if patience is None else dict(patience=patience)
     if workload.num_images is not None and (dims.has_parts or dims.has_encoder):
         none = np.zeros(0, np.int64)
@@ -809,9 +862,15 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
         shared["noise"] = ring.gumbels(workload.uniforms, dims.all_ranks)
     if workload.think_s is not None:
         shared |= dict(successor=workload.successors(), think_s=workload.think_s)
+    key = workload.priority
+    if order == "sjf":
+        key = workload.predicted_tokens
+    if order == "edf":
+        key = workload.arrival_s + workload.limit_s
+    if dims.num_tenants:
+        shared["tenant"] = workload.tenant
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,
-                         workload.uniforms, dims.num_requests, workload.priority, has_urgent=dims.has_urgent,
-                         **shared)
+                         workload.uniforms, dims.num_requests, key, has_urgent=dims.has_urgent, **shared)
 
 
 def shared_prefixes(workload: Workload, block_size: int) -> Prefixes:

@@ -165,13 +165,15 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
             target = jnp.where(t.left.is_any, t.left.target, t.rank)
             both = jnp.stack([change, t.left.is_any.astype(jnp.int32)])
             writes["outstanding"] = Add((jnp.stack([t.rank, target]),), both)
-    if rules.order == "priority":
+    if rules.sorts:
         is_entering = t.is_preempting | (event.is_arrival & ~placed.is_admitted)
         is_leaving = placed.is_admitted & ~event.is_arrival
         member = jnp.where(event.is_arrival, t.places[0], t.lengths[PLACE])
         index, words = bitmap.change(lambda word: take(world.waiting_set, t.rank, word), dims.num_requests, member,
                                      is_entering, is_entering | is_leaving)
         writes["waiting_set"] = Put(own("waiting_set", index), words)
+    if t.tenants is not None:
+        writes["tenants"] = Put(own("tenants"), t.tenants.row)
     if rules.stalls:
         index = jnp.arange(dims.slot_width)
         keys = jnp.where(index == entering, own_key, t.slots.keys)

@@ -54,7 +54,7 @@ def begin_pass(group: Group, is_passing: Bool[Array, ""], counts: Counts) -> Cou
             is_blind = is_blind & (rank.visible_ready == 0)
             rank = replace(rank, visible_ready=jnp.where(is_blind, rank.ready.length, rank.visible_ready))
         rank = replace(rank, visible=jnp.where(is_blind, rank.waiting, rank.visible))
-    if group.batching.order == "priority":
+    if group.batching.walks:
         rank = replace(rank, cursor=jnp.where(is_fresh, -1, rank.cursor))
     counts = Counts(
         counts.executor, replace(rank, progress=jnp.where(is_fresh, w.PASS | was_empty, rank.progress)),
@@ -139,7 +139,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         computed, seen = jnp.where(is_ready, known - 1, computed), jnp.where(is_ready, 1, seen)
     rest = known - computed
     chunk = jnp.minimum(rest, batch.budget) if rules.chunked_prefill else rest
-    if rules.order == "priority":
+    if rules.walks:
         chunk = jnp.where(is_forming & has(counts, w.CHUNKED), rank.forming_chunk, chunk)
     reserved = {
         "none": blocks_for(chunk, dims), "prompt": blocks_for(known, dims),
@@ -270,7 +270,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
     if rules.stamps_slots or dims.has_moves:
         stamp = counts.executor.num_iterations if rules.reserve == "expected" else rank.next_stamp
-        entry += [lengths[PLACE] if rules.order == "priority" else prompt, stamp]
+        entry += [lengths[PLACE] if rules.sorts else prompt, stamp]
     placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
     is_held = (rank.running >= rules.max_num_seqs) | (is_head_tried & ~fits & is_held)
     if rules.gathers:
@@ -328,12 +328,13 @@ def shared_tokens(dims: Dims, counts: Counts, context: Int[Array, ""]) -> Int[Ar
 
 def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
           residue_row: Int[Array, " block_size"], next_key: Int[Array, ""], is_held: Bool[Array, ""],
-          first_s: Float[Array, ""], pace: DecodePace, is_alone: Bool[Array, ""] | bool = True
-          ) -> tuple[Counts, Clocks, Plan]:
+          first_s: Float[Array, ""], pace: DecodePace, is_alone: Bool[Array, ""] | bool = True,
+          most_extra: Int[Array, ""] | None = None) -> tuple[Counts, Clocks, Plan]:
     """Start the iteration that was formed, and the decode iterations that can follow it undisturbed.
 
     next_key: smallest completion key of the batch, the joining sequences included. is_held: the queue's head,
     if any, can join only after an event. first_s, pace: from `price`. is_alone: no other batch is in flight.
+    most_extra: of these, if the queue's head waits.
     """
     rules = group.batching
     rank, batch = counts.rank, counts.batch
@@ -358,6 +359,8 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
         # Who is ready and was not seen goes first when it is, whoever is held now.
         is_held = is_held & ((rank.ready.length == 0) | (ready_seen(rules, rank) > 0))
     may_follow = (followers > 0) & (~has_others | is_held) & (batch.stalled == 0) & is_alone
+    if most_extra is not None:
+        extra = jnp.where(has_others, jnp.minimum(extra, most_extra), extra)
     if rules.has_context_limit:
         room = rules.decode_context_limit - (batch.offsets + batch.joining_offsets + followers * after_first)
         extra = jnp.minimum(extra, jnp.floor(room / jnp.maximum(followers, 1)).astype(jnp.int32))

@@ -14,6 +14,7 @@ from jaxsim.engine import (
     clients,
     ending,
     events,
+    fair,
     gathering,
     hand_over,
     lockstep,
@@ -60,7 +61,7 @@ def look(context: Context, _) -> Touched:
         w.count_rows(dims).one(count_row, event.rank, event.batch),
         w.clock_rows(dims).one(clock_row, event.rank, event.batch),
         take(world.residues, batch), take(world.phase, e), Time(take(world.wake_hi, e), take(world.wake_lo, e)),
-        flying)
+        flying, fair.of_row(take(world.tenants, rank)) if dims.num_tenants else None)
 
 
 def receive(context: Context, t: Touched) -> Touched:
@@ -71,13 +72,17 @@ def receive(context: Context, t: Touched) -> Touched:
     is_first_in_line = counts.rank.waiting == 0
     queue, link = queues.push_back(counts.rank.queue, arriving, event.is_arrival, context.dims.num_requests)
     places = None
-    if rules.order == "priority":
+    if rules.sorts:
         place = take(requests.table, arriving)[PLACE]
         best = bitmap.smallest(lambda word: take(world.waiting_set, t.rank, word), context.dims.num_requests)
         is_first_in_line = is_first_in_line | (place < best)
         places = (place, jnp.where(event.is_arrival & is_first_in_line, place, best))
     if context.dims.has_swap:
         is_first_in_line = swapping.is_first(rules.swap, counts, is_first_in_line)
+    tenants = None
+    if t.tenants is not None:
+        # The first of a tenant may be next, whoever waits.
+        tenants, link, is_first_in_line = fair.arrive(context, t)
     is_running = event.is_arrival & (t.phase == w.ENDING)
     is_cut = (is_running & (counts.batch.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
@@ -115,7 +120,7 @@ def receive(context: Context, t: Touched) -> Touched:
         is_seen = event.is_arrival & ending.is_before_last(event, counts, t.times)
         counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
     # A sorted queue changes once a step, and the pass may change it too. An earlier end elsewhere may bring an arrival.
-    if (rules.order != "priority" and context.dims.num_ranks == 1 and not context.dims.has_moves
+    if (not rules.sorts and context.dims.num_ranks == 1 and not context.dims.has_moves
             and not (params.source.answers and context.dims.num_executors > 1)):
         goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S) & events.is_allowed(world, wake)
         if rules.pass_on_arrival and t.flying is not None:
@@ -128,7 +133,7 @@ def receive(context: Context, t: Touched) -> Touched:
     if event.met is not None:
         counts = caches.receive(event.met, event.is_arrival, counts)
     return replace(t, event=event, counts=counts, times=times, wake=wake, source=source, link=link, places=places,
-                   cut_extra=cut_extra)
+                   cut_extra=cut_extra, tenants=tenants)
 
 
 def open_door(context: Context, t: Touched) -> Touched:
@@ -162,7 +167,8 @@ def settle(context: Context, t: Touched) -> Touched:
     if context.dims.num_records:
         is_running = t.event.is_arrival & (t.phase == w.ENDING)
         taped = tape.known(context.dims, t.event.is_ending, is_running, t.counts)
-    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights, taped=taped)
+    tenants = None if t.tenants is None else fair.settle(context, t)
+    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights, taped=taped, tenants=tenants)
 
 
 def retire(context: Context, t: Touched) -> Touched:
@@ -210,6 +216,7 @@ def retire(context: Context, t: Touched) -> Touched:
     if dims.has_migration:
         left, control, opens = migration.leave(context, event, retired, control)
         event = event._replace(is_met=event.is_met | opens)
+    tenants = None if t.tenants is None else fair.retire(context, t.tenants, retired)
     source, due = t.source, None
     if params.source.answers:
         is_over = retired.is_any if left is None else retired.is_any & ~left.is_any
@@ -219,7 +226,8 @@ def retire(context: Context, t: Touched) -> Touched:
         event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
     return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, released=released,
                    left=left, is_looking=is_looking, retired=retired, has_more=has_more, next_key=next_key, tail=tail,
-                   longest=longest, unlinked=unlinked and tuple(unlinked), slots=slots, control=control)
+                   longest=longest, unlinked=unlinked and tuple(unlinked), slots=slots, control=control,
+                   tenants=tenants)
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
@@ -247,8 +255,10 @@ def open_pass(context: Context, t: Touched) -> Touched:
         counts = replace(counts, rank=replace(counts.rank, first_stamp=stamp))
     was_closed = has(counts, w.CLOSED)
     candidate = counts.rank.queue.front
-    if rules.order == "priority":
+    if rules.sorts:
         candidate = take(requests.by_place, jnp.where(counts.rank.waiting > 0, t.places[1], 0))
+    if t.tenants is not None:
+        candidate = t.tenants.head
     if rules.gathers:
         candidate = gathering.candidate(counts, world.next_waiting, t.link)
     is_forming = counts.rank.forming_slot != null
@@ -266,7 +276,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         wants_decode = is_passing & ~has(counts, w.DECODED)
         # One sequence may leave or one link may change in a step.
         may_preempt = ~t.retired.is_any & ~event.is_arrival
-        if rules.order == "priority":
+        if rules.walks:
             counts, residue_row, slots, walked = walk(
                 dims, group, wants_decode, may_preempt, counts, slots, residue_row)
             is_short, is_preempting, is_empty = walked.is_short, walked.is_preempting, walked.is_empty
@@ -364,6 +374,7 @@ def fill(context: Context, t: Touched) -> Touched:
     counts, times, residue_row, placed, is_held, can_go_on = passes.place(
         dims, group, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
         free_slot, t.slots, t.found, t.is_ready)
+    tenants = None if t.tenants is None else fair.place(context, t, placed)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     rank, tail = counts.rank, counts.batch.tail
@@ -435,6 +446,9 @@ def fill(context: Context, t: Touched) -> Touched:
         counts, residue_row, victim_emitted, own_link = passes.preempt(
             dims, group, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT],
             t.released, gives_way)
+        if tenants is not None:
+            is_forming = victim[0] == t.counts.rank.forming_slot
+            tenants, own_link = fair.preempt(context, tenants, is_preempting, victim[1], is_forming)
         if gives_way is not None:
             counts = hand_over.without_last_ready(context, gives_way, counts, t.lengths[PROMPT])
         if t.sight is not None:
@@ -469,7 +483,7 @@ def fill(context: Context, t: Touched) -> Touched:
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
-        victim=victim, victim_emitted=victim_emitted, moved=moved)
+        victim=victim, victim_emitted=victim_emitted, moved=moved, tenants=tenants)
 
 
 def price(context: Context, t: Touched) -> Touched:
@@ -477,7 +491,7 @@ def price(context: Context, t: Touched) -> Touched:
     rules, counts = context.group.batching, t.counts
     is_formed = t.is_passing & ~t.is_short & ~t.can_go_on
     has_batch = (counts.batch.count > counts.batch.stalled) | has(counts, w.FILLED)
-    if rules.order == "priority":
+    if rules.walks:
         has_batch = has_batch & ~t.is_empty
     # A pass that preempted all it had begins again; one that can place nothing never will.
     is_idle = is_formed & ~has_batch
@@ -524,7 +538,8 @@ def launch(context: Context, t: Touched) -> Touched:
     counts, times, plan = passes.start(
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
         jnp.minimum(t.next_key, own_key), t.is_held, *t.price,
-        is_alone=~t.flying.without(event.batch) if t.flying is not None else ~fits if context.dims.has_roles else True)
+        is_alone=~t.flying.without(event.batch) if t.flying is not None else ~fits if context.dims.has_roles else True,
+        most_extra=None if t.tenants is None else fair.iterations_alike(context, t.tenants, t.counts))
     if t.sight is not None:
         counts, times, plan = swapping.begin(context, t.is_starting, counts, times, plan, t.sight)
     if context.dims.num_ranks > 1:

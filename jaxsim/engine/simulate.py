@@ -96,7 +96,8 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     done = {}
     for (dims, *_), group in groups.items():
         params = _stack([lane.params for lane in group])
-        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, lane.patience, lane.is_split)
+        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, lane.patience, lane.is_split,
+                                               lane.params.flags.order)
                            for lane in group])
         world = jax.device_get(loop.run_on_one_device(dims, params, requests))
         done |= {id(lane): _unpack(dims, world, index, lane) for index, lane in enumerate(group)}
@@ -176,7 +177,8 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     if given is not None and (given.num_images is None) != (scenario.workload.images is None):
         raise InputError("workload", None, "and the scenario do not agree on images",
                          "leave [workload.images] out of the scenario, or give a workload with them")
-    workloads = [given or lower.make_workload(scenario, seed) for seed in scenario.seeds]
+    workloads = [lower.make_workload(scenario, seed) if given is None else lower.ordered(scenario, given, seed)
+                 for seed in scenario.seeds]
     for workload in workloads:
         lower.check_requests(system, workload)
         lower.check_transfers(scenario, system, workload)
@@ -195,10 +197,13 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     if scenario.engine.enable_prefix_caching:
         prefixes = [lower.shared_prefixes(workload, system.scheduler.block_size) for workload in workloads]
         dims = with_prefixes(dims, prefixes)
+    dims = with_tenants(dims, system, workloads)
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [Lane(index, system, workload, dims,
-                  lower.make_params(scenario, system, cost, most_steps(scenario, dims, workload), workload),
+                  lower.with_counters(
+                      lower.make_params(scenario, system, cost, most_steps(scenario, dims, workload), workload),
+                      scenario, system, workload, dims),
                   longest,
                   prefix, lower.front_end_s(scenario, system), lower.make_patience(scenario, system, workload),
                   lower.is_split(scenario))
@@ -220,6 +225,13 @@ def with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
         dims, num_segments=padded(max(p.num_segments for p in prefixes) + 1),
         path_width=padded(max(p.paths.shape[1] for p in prefixes)),
         log_size=padded(2 * max(p.num_releases for p in prefixes) + 4096))
+
+
+def with_tenants(dims: Dims, system: lower.System, workloads: list[Workload]) -> Dims:
+    """Sizes with room for the tenants of virtual token counters, where these are the order."""
+    if system.scheduler.order != "vtc":
+        return dims
+    return dataclasses.replace(dims, num_tenants=max(len(workload.tenant_names) for workload in workloads))
 
 
 def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims:
@@ -305,6 +317,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         **swapped(dims, world, np.s_[lane, :count], lane),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
+        predicted_tokens=workload.predicted_tokens,
         session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)
 
 

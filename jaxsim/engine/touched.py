@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import clients, hand_over, lockstep, migration, pipeline, prefix, swapping, tape
+from jaxsim.engine import clients, fair, hand_over, lockstep, migration, pipeline, prefix, swapping, tape
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
@@ -20,7 +20,7 @@ class Touched(eqx.Module):
 
     # look: the event; whether the next lies too far ahead; the executor's rows, in these one rank and batch, and
     # where these lie among those of all executors; its block residues; what woke it; of a
-    # pipeline, what is in flight.
+    # pipeline, what is in flight; with virtual token counters the tenants of the rank, which later phases change.
 
     event: Event
     is_frozen: Bool[Array, ""]
@@ -34,6 +34,7 @@ class Touched(eqx.Module):
     phase: Int[Array, ""]
     wake: Time
     flying: pipeline.Flights | None
+    tenants: fair.Tenants | None = None
 
     # receive: the source's state; the link of the queue that changes (and may again in `fill`); under a sorted queue
     # the arriving request's place and the first place that waits; what an arrival leaves of the jump of several ranks.

@@ -14,7 +14,9 @@ PHASE_MIXES = ("unified", "prefill_first")
 RESERVES = ("none", "prompt", "max_tokens", "max_model_len", "expected")
 BLOCK_RULES = ("crossing", "always")
 VICTIMS = ("last_admitted", "lowest_priority", "fewest_outputs")
-ORDERS = ("fcfs", "priority")
+ORDERS = ("fcfs", "priority", "sjf", "edf", "vtc")
+SORTED = ("priority", "sjf", "edf")
+"""Orders whose keys are known before the run: requests are ranked on the host."""
 ADMITS = ("any_time", "when_empty")
 
 
@@ -31,7 +33,9 @@ class Batching(eqx.Module):
             block `always`, as vLLM V0 does.
         victim: who is preempted when blocks run short.
         waiting_blocked_after_preempt: nothing is admitted in a pass that preempted.
-        order: the waiting queue is first come first served, or by (priority, arrival).
+        order: the waiting queue is first come first served, by (priority, arrival), by (predicted output tokens,
+            arrival) or by (deadline, arrival); or the next request is that of the tenant with the smallest virtual
+            token counter (`jaxsim.engine.fair`).
         admit: requests join at `any_time`, or only `when_empty` (static batching).
         async_scheduling: a pass sees only requests that waited when the previous iteration started.
         kv_accounting: blocks are tracked at all.
@@ -92,6 +96,10 @@ class Batching(eqx.Module):
                                       or self.async_scheduling or self.admit != "any_time" or self.order != "fcfs"
                                       or not self.waiting_blocked_after_preempt or self.has_context_limit):
             raise ValueError("swap: only with the flags of vLLM V0")
+        if self.order == "vtc" and not (
+                self.is_unified and self.reserve == "none" and self.kv_accounting and self.admit == "any_time"
+                and self.victim == "last_admitted" and not self.async_scheduling):
+            raise ValueError(f"order = {self.order!r}: only as vLLM V1 schedules, synchronously")
         if self.gathers and (self.grows or self.chunked_prefill or self.stalls or not self.is_unified
                              or self.admit != "any_time"):
             raise ValueError("batch_wait_timeout_iters: only for whole prompts, first come first served, beside decodes"
@@ -120,7 +128,17 @@ class Batching(eqx.Module):
     @property
     def stalls(self) -> bool:
         """A running sequence may sit out an iteration."""
-        return self.order == "priority" or self.has_context_limit
+        return self.walks or self.has_context_limit
+
+    @property
+    def sorts(self) -> bool:
+        """The waiting queue is a set of ranks."""
+        return self.order in SORTED
+
+    @property
+    def walks(self) -> bool:
+        """The victim is the running sequence that stands last in the order, found as vLLM V1's PRIORITY finds it."""
+        return self.sorts and self.victim == "lowest_priority"
 
     @property
     def stamps_slots(self) -> bool:
@@ -130,5 +148,5 @@ class Batching(eqx.Module):
     @property
     def scans_slots(self) -> bool:
         """A pass looks at every running sequence of an instance, not only at their sums."""
-        return (self.reserve == "expected" or self.order == "priority" or self.has_context_limit
+        return (self.reserve == "expected" or self.walks or self.has_context_limit
                 or self.swap is not None)

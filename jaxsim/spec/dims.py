@@ -26,6 +26,7 @@ class Dims:
     first token, what was sent where, random numbers of each request and instance; route_by: what a request's home
     among the instances is a hash of, "prefix" or "session" ("": it has none).
     swap_window: requests in line that are looked at together, 0 without swapping to host memory.
+    num_tenants: that an engine shares itself among by virtual token counters, 0 without these.
     """
 
     num_requests: int
@@ -54,6 +55,7 @@ class Dims:
     has_noise: bool = False
     route_by: str = ""
     swap_window: int = 0
+    num_tenants: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -82,6 +84,10 @@ class Dims:
             raise ValueError("has_encoder: executors of one rank and one stage, without others that encode")
         if self.has_swap and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
             raise ValueError("swap_window: executors of one rank and one stage, without roles and prefix caching")
+        if self.num_tenants and (self.num_ranks > 1 or self.num_batches > 1 or self.has_roles):
+            raise ValueError("num_tenants: executors of one rank and one stage, without roles")
+        if self.num_tenants and (self.has_migration or self.has_clients or self.has_encoder or self.has_swap):
+            raise ValueError("num_tenants: without migration, clients that give up, images and swapping")
 
     @property
     def has_moves(self) -> bool:

@@ -15,6 +15,9 @@ Reserve = Literal["none", "prompt", "max_tokens", "max_model_len", "expected"]
 BlockRule = Literal["crossing", "always"]
 Victim = Literal["last_admitted", "lowest_priority", "fewest_outputs"]
 Order = Literal["fcfs", "priority"]
+SchedulingPolicy = Literal["fcfs", "priority", "sjf", "edf", "vtc"]
+SORTED_POLICIES = ("priority", "sjf", "edf")
+"""Orders by a key that is known before the run."""
 Admit = Literal["any_time", "when_empty"]
 BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
 
@@ -90,7 +93,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         moe_backend: kernels of the experts: what vLLM takes unless told (for int4 weights that is Marlin's), or
             Marlin's, which multiply 4-bit weights in 16 bits (VLLM_MXFP4_USE_MARLIN).
         enable_chunked_prefill: a prompt may be split over iterations.
-        scheduling_policy: order of the waiting queue.
+        scheduling_policy: order of the waiting queue: of arrival, by priority, the shortest predicted output first
+            (sjf), the earliest deadline first (edf), or by virtual token counters of the tenants (vtc).
         async_scheduling: the next iteration is scheduled while this one runs.
         watermark: share of the KV blocks that admissions leave free.
         batch_wait_timeout_iters: iterations that prompts which could join running decodes wait for, unless they are
@@ -114,6 +118,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         kv_accounting: false where KV memory is no limit at all.
         decode_context_limit: context tokens that one decode iteration may hold.
         schedule_conservativeness: scales the expected-growth reserve (SGLang's flag).
+        input_token_weight: service of a prompt token under scheduling_policy = "vtc"; 1 if left out.
+        output_token_weight: service of an output token there; 2 if left out.
     """
 
     preset: Text = "vllm-v1"
@@ -130,7 +136,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     all2all_backend: AllToAll = "allgather_reducescatter"
     moe_backend: MoeBackend = "auto"
     enable_chunked_prefill: bool | None = None
-    scheduling_policy: Order | None = None
+    scheduling_policy: SchedulingPolicy | None = None
     async_scheduling: bool | None = None
     watermark: Annotated[float, Meta(ge=0, lt=1)] | None = None
     batch_wait_timeout_iters: Annotated[int, Meta(ge=0, le=1 << 30)] | None = None
@@ -150,3 +156,5 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     kv_accounting: bool | None = None
     decode_context_limit: Count | None = None
     schedule_conservativeness: Annotated[float, Meta(gt=0, le=10)] | None = None
+    input_token_weight: Annotated[float, Meta(ge=0, le=1_000)] | None = None
+    output_token_weight: Annotated[float, Meta(ge=0, le=1_000)] | None = None

@@ -5,7 +5,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from jaxsim._core.errors import InputError
-from jaxsim.spec.engine import EngineConfig
+from jaxsim.spec.engine import SORTED_POLICIES, EngineConfig
 from jaxsim.spec.messages import describe, hints
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.presets import Scheduler, resolve
@@ -66,6 +66,7 @@ def _check_engine(s: "Scenario") -> None:
                          "use a preset 'vllm-v1', or leave it out")
     if engine.swap is not None:
         _check_swap(s, scheduler)
+    _check_order(s, scheduler)
     for ours, theirs in (("dtype", "dtype"), ("kv_dtype", "kv_cache_dtype")):
         given, other = s.model and getattr(s.model, ours), getattr(engine, theirs)
         if {given, other}.isdisjoint((None, "auto")) and given != other:
@@ -98,6 +99,36 @@ def _check_swap(s: "Scenario", scheduler: Scheduler) -> None:
         problem = "missing, and 'markov' needs it" if redraw.locality is None else "has no effect with 'random'"
         raise InputError(f"{field}.redraw.locality", redraw.locality, problem,
                          "give a probability" if redraw.locality is None else "leave it out, or use 'markov'")
+
+
+def _check_order(s: "Scenario", scheduler: Scheduler) -> None:
+    order, w, field = scheduler.order, s.workload, "engine.scheduling_policy"
+    for name in ("input_token_weight", "output_token_weight"):
+        if getattr(s.engine, name) is not None and order != "vtc":
+            raise InputError(f"engine.{name}", getattr(s.engine, name),
+                             f"has no effect with scheduling_policy = {order!r}",
+                             "leave it out, or use scheduling_policy = 'vtc'")
+    if s.engine.input_token_weight == s.engine.output_token_weight == 0:
+        raise InputError("engine.output_token_weight", 0.0, "no token would count", "give one of the weights")
+    if s.engine.enable_prefix_caching and (order == "vtc" or order in SORTED_POLICIES
+                                           and scheduler.victim == "last_admitted"):
+        raise InputError(field, order, f"with victim = {scheduler.victim!r} is not simulated with prefix caching",
+                         "set engine.enable_prefix_caching = false")
+    if order == "sjf" and w.prediction is None and w.kind != "trace":
+        raise InputError("workload.prediction", None, "missing, and scheduling_policy = 'sjf' goes by it",
+                         "give e.g. { sigma = 0.0 } for exact predictions of output lengths")
+    if order == "vtc" and (w.kind == "closed-loop" or w.has_sessions):
+        raise InputError(field, order, "is not simulated yet where answers bring requests about",
+                         "use 'fcfs', or an open loop of single requests")
+    if order == "edf" and w.kind == "closed-loop":
+        raise InputError(field, order, "goes by arrivals, which are results with kind = 'closed-loop'",
+                         "use another policy, or an open loop")
+    if order == "edf" and w.kind != "trace":
+        own = [t.deadline_ms or t.ttft_ms for t in w.tenants] or [None]
+        if None in own and s.slo.e2e_ms is None and s.slo.ttft_ms is None:
+            which = f"workload.tenants[{own.index(None)}].deadline_ms" if w.tenants else "slo.e2e_ms"
+            raise InputError(which, None, "missing, and scheduling_policy = 'edf' goes by deadlines",
+                             "give it, or ttft_ms, there or in [slo]")
 
 
 def _check_system(s: "Scenario") -> None:
@@ -328,8 +359,8 @@ def _check_prefix_groups(s: "Scenario") -> None:
 
 def _check_sessions(s: "Scenario") -> None:
     w, given, field = s.workload, s.workload.sessions or SessionsSection(), "workload.sessions"
-    if _scheduler(s.engine).order == "priority":
-        raise InputError("engine.scheduling_policy", "priority",
+    if (order := _scheduler(s.engine).order) in SORTED_POLICIES:
+        raise InputError("engine.scheduling_policy", order,
                          "ranks requests by when they arrive, which is not known of sessions before the run",
                          "use 'fcfs', or single requests")
     if w.kind == "trace":

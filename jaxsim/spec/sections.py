@@ -429,6 +429,12 @@ class TenantSection(_Section, frozen=True):
         priority: smaller is more urgent; counts under engine.scheduling_policy = "priority".
         deadline_s: of its clients, instead of workload.client.deadline_s.
         first_token_deadline_s: and instead of workload.client.first_token_deadline_s.
+        weight: service that it is entitled to, relative to the others; counts under engine.scheduling_policy = "vtc",
+            and in the fairness of the results.
+        ttft_ms: its limit of the time to first token, instead of slo.ttft_ms.
+        tpot_ms: its limit of the time per output token, instead of slo.tpot_ms.
+        deadline_ms: its limit from arrival to last token, instead of slo.e2e_ms. Under engine.scheduling_policy = "edf"
+            a request is due at its arrival and the first given of deadline_ms, ttft_ms, slo.e2e_ms, slo.ttft_ms.
     """
 
     name: Text
@@ -436,6 +442,10 @@ class TenantSection(_Section, frozen=True):
     priority: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] = 0
     deadline_s: Patience | None = None
     first_token_deadline_s: Patience | None = None
+    weight: Annotated[float, Meta(ge=0.001, le=1_000)] = 1.0
+    ttft_ms: Positive | None = None
+    tpot_ms: Positive | None = None
+    deadline_ms: Positive | None = None
 
 
 class ClientSection(_Section, frozen=True):
@@ -453,6 +463,15 @@ class ClientSection(_Section, frozen=True):
     retries: Annotated[int, Meta(ge=0, le=64)] = 0
     backoff_s: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     backoff_factor: Annotated[float, Meta(ge=1, le=10)] = 1.0
+
+
+class PredictionSection(_Section, frozen=True):
+    """Output lengths as a scheduler is told them: the true ones with a log-normal error.
+
+        sigma: standard deviation of the logarithm of the error; 0 is exact. The median of predictions is the truth.
+    """
+
+    sigma: Annotated[float, Meta(ge=0, le=10)] = 0.0
 
 
 class TraceSlice(_Section, frozen=True):
@@ -501,7 +520,10 @@ class WorkloadSection(_Section, frozen=True):
         lengths_from: a trace whose pairs of lengths are drawn with replacement, instead of laws.
         output_limit: the max_tokens clients send: outputs are cut there, and the engine knows it. If left out
             it is told the exact output length, as in benchmarks that ignore the end-of-sequence token.
-        tenants: classes of requests, or of sessions.
+        tenants: classes of requests, or of sessions. Of a trace, which has its own, those whose limits or weights are
+            other than the rest's.
+        prediction: of output lengths, which engine.scheduling_policy = "sjf" goes by; instead of those that a trace may
+            have.
         sessions: turns of conversations or agentic loops, instead of single requests.
         client: how long clients wait, and what they do then; for ever if left out.
         images: of requests, which have to be encoded first; none if left out.
@@ -533,14 +555,16 @@ class WorkloadSection(_Section, frozen=True):
     sessions: SessionsSection | None = None
     client: ClientSection | None = None
 
+    images: ImagesSection | None = None
+    prefix_groups: PrefixGroupsSection | None = None
+    prediction: PredictionSection | None = None
+
     @property
     def has_deadlines(self) -> bool:
         """Whether clients give up."""
         waits = (self.client, *self.tenants)
         return any(one is not None and (one.deadline_s is not None or one.first_token_deadline_s is not None)
                    for one in waits)
-    images: ImagesSection | None = None
-    prefix_groups: PrefixGroupsSection | None = None
 
     @property
     def has_sessions(self) -> bool:

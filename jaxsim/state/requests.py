@@ -22,10 +22,10 @@ PARENT, FIRST_PART, PARTS, TILES = range(4)
 class Requests(eqx.Module):
     """Requests sorted by arrival, padded, with one scratch row at the end.
 
-    table: prompt, output, max_tokens and place in the order of (priority, arrival); by_place: requests in that
-    order; arrival: epoch, hi and lo of this request's arrival, then of the next one's; uniforms: the routers'
-    random numbers; count: requests that are real. paths, bounds: of each prompt, the segments it shares with others
-    from its start on (then the null segment), and in blocks where they begin and the last one ends.
+    table: prompt, output, max_tokens and place in the order of (key, arrival) that a sorted waiting queue goes by;
+    by_place: requests in that order; arrival: epoch, hi and lo of this request's arrival, then of the next one's;
+    uniforms: the routers' random numbers; count: requests that are real. paths, bounds: of each prompt, the segments
+    it shares with others from its start on (then the null segment), and in blocks where they begin and the last ends.
     successor, think: of sessions, the turn that follows each answer (-1: none), and the time from the answer before it
     to each turn, in whole seconds (-1 for a first turn, which has its own arrival) and ticks of the clock's grid;
     `paths` then go on through the answers. patience: of clients, how long they wait after every sending, in whole
@@ -34,7 +34,8 @@ class Requests(eqx.Module):
     own), its first part and their number where others encode them, tiles; a part is a row behind all requests, of as
     many blocks as tiles. order: rows in the order they arrive, then the scratch row; a request with parts does not.
     home, noise: for routers that ask, the instance that a hash of each request falls to, and a draw from Gumbel's law
-    for every instance. is_urgent: whether its priority is below 0, where that is asked.
+    for every instance. is_urgent: whether its priority is below 0, where that is asked. tenant: of each, with virtual
+    token counters.
     """
 
     table: Int[Array, "rows 4"]
@@ -52,6 +53,7 @@ class Requests(eqx.Module):
     order: Int[Array, " rows+1"] | None = None
     home: Int[Array, " rows"] | None = None
     noise: Float[Array, "rows instances"] | None = None
+    tenant: Int[Array, " rows"] | None = None
 
     def stretched(self, factor: Float[Array, ""]) -> "Requests":
         """With every arrival time multiplied by a factor, and rounded to the arrival grid."""
@@ -82,15 +84,16 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
                   images: "Images | None" = None,
                   home: Int[np.ndarray, " requests"] | None = None,
                   noise: Float[np.ndarray, "requests instances"] | None = None,
-                  has_urgent: bool = False) -> Requests:
+                  has_urgent: bool = False,
+                  tenant: Int[np.ndarray, " requests"] | None = None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.
-    priority: smaller is more urgent. paths, bounds: of prompts through shared segments (-1: none), of which there is
-    room for `num_segments`. successor, think_s: of sessions, the turn behind each (-1: none), and the time between the
-    answer before it and each, on the arrival grid. patience: as `jaxsim.policy.clients.patience` makes it. images: of
-    requests with images; their parts are rows behind. home, noise: as in `Requests`.
-    has_urgent: note who is.
+    priority: the key of a sorted waiting queue, smaller is more urgent. tenant: with virtual token counters. paths,
+    bounds: of prompts through shared segments (-1: none), of which there is room for `num_segments`. successor,
+    think_s: of sessions, the turn behind each (-1: none), and the time between the answer before it and each, on the
+    arrival grid. patience: as `jaxsim.policy.clients.patience` makes it. images: of requests with images; their parts
+    are rows behind. home, noise: as in `Requests`. has_urgent: note whose key is below 0.
     """
     count = len(arrival_s)
     rows = (num_requests or count) + 1
@@ -131,8 +134,10 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
         home = np.pad(home, (0, rows - count)).astype(np.int32)
     if noise is not None:
         noise = np.pad(noise, ((0, rows - count), (0, 0))).astype(np.float32)
-    packed = Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think, patience,
-                      home=home, noise=noise, is_urgent=is_urgent)
+    if tenant is not None:
+        tenant = np.pad(tenant, (0, rows - count)).astype(np.int32)
+    packed = Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think,
+                      patience=patience, home=home, noise=noise, is_urgent=is_urgent, tenant=tenant)
     return packed if images is None else images.put_in(packed)
 
 

@@ -49,14 +49,17 @@ LIMIT, PLACE, SINCE = RESERVED, PROMPT, STAMP
 the place in the running order (STAMP); under `reserve="expected"` max_tokens (LIMIT) and the iterations of the executor
 at admission (SINCE); under `order="priority"` the request's PLACE in that order."""
 
+TENANT_FIELDS = 5
+"""Of every tenant in a row of `World.tenants`; one more is of the rank."""
+
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
-           "references", "log", "newest", "sent_blocks", "window", "copies")
+           "references", "log", "newest", "sent_blocks", "window", "copies", "tenants")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
-WHOLE_ROWS = (*OF_EXECUTOR, "residues")
-"""Arrays of which a step writes the whole row of the executor or batch it works on."""
+WHOLE_ROWS = (*OF_EXECUTOR, "residues", "tenants")
+"""Arrays of which a step writes the whole row of the executor, rank or batch it works on."""
 
 
 class Executor(eqx.Module):
@@ -427,6 +430,8 @@ class World(eqx.Module):
     window: Int[Array, "ranks places 5"] | None = None
     copies: Float[Array, "ranks places 2"] | None = None
     swaps: Int[Array, "rows 5"] | None = None
+    # Virtual token counters, else None: the tenants' queues and counters (`jaxsim.engine.fair.Tenants`).
+    tenants: Int[Array, "ranks tenant_fields"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -522,6 +527,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
                     tape_ends=floats(records, 4), num_recorded=ints())
         tape |= {name: ints(rows, value=-1) for name in ("tape_met", "tape_joined", "tape_last")}
         tape |= dict(tape_first=ints(rows + dims.num_more_logs, value=-1))
+    if dims.num_tenants:
+        cached["tenants"] = ints(ranks, TENANT_FIELDS * dims.num_tenants + 1)
     roles, doors = {}, executors + 1
     if dims.has_roles:
         roles = dict(

@@ -110,7 +110,9 @@ class Store:
 
 def _is_stretched(scenario: Scenario) -> bool:
     w = scenario.workload
-    return w.kind in _STRETCHED and w.rate_rps is not None and not w.has_sessions
+    # The order of deadlines is another at every rate.
+    return (w.kind in _STRETCHED and w.rate_rps is not None and not w.has_sessions
+            and scenario.engine.scheduling_policy != "edf")
 
 
 def stamps(scenario: Scenario) -> list[str]:
@@ -146,6 +148,12 @@ def digest(path: str) -> str:
 def _content(path: str, *_: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _deadlines(scenario: Scenario) -> tuple:
+    """What else a workload depends on, where the order of the queue goes by it."""
+    policy = scenario.engine.scheduling_policy
+    return () if policy not in ("sjf", "edf") else (policy, scenario.slo) if policy == "edf" else (policy,)
 
 
 def _bytes(*parts: Any) -> bytes:
@@ -187,7 +195,7 @@ class Lanes:
         w = s.workload
         if _is_stretched(s):
             w = msgspec.structs.replace(w, rate_rps=1.0, seed=0)
-        return _bytes(w, seed, s.num_requests, stamps(s))
+        return _bytes(w, seed, s.num_requests, stamps(s), *_deadlines(s))
 
     def arrivals(self, scenario: Scenario, workload: Workload) -> np.ndarray:
         """Of a run with these draws."""
@@ -210,7 +218,7 @@ class Lanes:
     def _unit_key(self, s: Scenario) -> bytes:
         """Of scenarios that differ in a rate that only stretches, and in how they are judged."""
         w = msgspec.structs.replace(s.workload, rate_rps=1.0) if _is_stretched(s) else s.workload
-        return _bytes(s.model, s.device, s.engine, s.cluster, s.cost, w, s.num_seeds, stamps(s))
+        return _bytes(s.model, s.device, s.engine, s.cluster, s.cost, w, s.num_seeds, stamps(s), *_deadlines(s))
 
     def _shape(self, scenario: Scenario) -> Shape:
         system = self.system(scenario)
@@ -227,6 +235,7 @@ class Lanes:
             requests += len(workload)
             work += len(workload) * (2.0 + float(workload.output_tokens.mean()) / 64)
         dims = simulate.dims_of(scenario, system, most)
+        dims = simulate.with_tenants(dims, system, [self.workload(scenario, seed) for seed in scenario.seeds])
         lower.check_counters(dims, [self.workload(scenario, seed) for seed in scenario.seeds])
         statics = tuple(getattr(s, name) for name in s.__struct_fields__
                         if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS)
@@ -285,6 +294,7 @@ class Lanes:
                                            lambda w=w: lower.shared_prefixes(w, block))
                         for seed, w in zip(scenario.seeds, workloads, strict=True)]
             dims = simulate.with_prefixes(dims, prefixes)
+        dims = simulate.with_tenants(dims, system, workloads)
         lower.check_counters(dims, workloads)
         key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cluster.pools, scenario.cluster.encode,
                      scenario.cost, stamps(scenario)), (
@@ -296,10 +306,14 @@ class Lanes:
         key = *key, _bytes(scenario.cluster, closed, w.has_sessions, w.client, w.has_deadlines, w.images)
         params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
         front_end_s = lower.front_end_s(scenario, system)
+        if dims.num_tenants:
+            many = [lower.with_counters(params, scenario, system, workload, dims) for workload in workloads]
+        else:
+            many = [params] * len(workloads)
         return dims, [Run(scenario, system, params, workload, prefix, workload.arrival_s,
                           simulate.most_steps(scenario, dims, workload), front_end_s,
                           lower.make_patience(scenario, system, workload))
-                      for workload, prefix in zip(workloads, prefixes, strict=True)]
+                      for params, workload, prefix in zip(many, workloads, prefixes, strict=True)]
 
 
 def _of_roles(scenario: Scenario, system: lower.System) -> Hashable:

@@ -30,7 +30,7 @@ from jaxsim.study import results
 from jaxsim.study.lanes import Lanes, Run
 from jaxsim.study.plan import RUNS_A_TILE, Plan, Tile, plan, plan_of
 from jaxsim.study.study import Study
-from jaxsim.study.table import columns, requests, whole_s
+from jaxsim.study.table import columns, requests, tenants_of, whole_s
 from jaxsim.study.tile import Runs, simulate_runs
 
 LANES = Lanes()
@@ -64,7 +64,7 @@ def run_tile(tile: Tile, with_requests: bool = False) -> tuple[bytes, bytes | No
     with jax.default_device(getattr(_OWN, "device", None)):
         out = simulate_runs(dims, runs, tile.width)
     found = columns(out, [run.scenario.slo for run in runs], np.array([run.scenario.warmup_s for run in runs]),
-                    np.array([run.scenario.cooldown_s for run in runs]))
+                    np.array([run.scenario.cooldown_s for run in runs]), tenants_of(runs))
     found |= _per_device(runs, found, out)
     places = {"point": np.array(points, np.int64), "seed": np.array(seeds, np.int64)}
     rows = _parquet(places | found)

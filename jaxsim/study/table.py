@@ -5,9 +5,10 @@ without a value behind the rest.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jaxsim.kernels import histogram
 from jaxsim.metrics import (
@@ -16,20 +17,47 @@ from jaxsim.metrics import (
     PERCENTILES,
     STATUS_NAMES,
     UNFINISHED,
+    fairness_of,
+    limits_ms,
     outcomes,
     share_inside,
+    token_weights,
     unstable_rows,
     waiting_and_running_until,
 )
 from jaxsim.spec.scenario import SloSection
+from jaxsim.spec.sections import TenantSection
+from jaxsim.study.lanes import Run
 from jaxsim.study.tile import Runs
 
 Columns = dict[str, np.ndarray]
 
 
+class Tenants(NamedTuple):
+    """Whose the requests of a run are: the scenario's sections, names, of each request an index into these; service of
+    a prompt token and of an output token."""
+
+    sections: Sequence[TenantSection]
+    names: Sequence[str]
+    tenant: Int[np.ndarray, " requests"]
+    token_weights: tuple[float, float]
+
+    def limits_ms(self, slo: SloSection) -> dict[str, Any]:
+        """As of `jaxsim.metrics.limits_ms`."""
+        return limits_ms(slo, self.sections, self.names, self.tenant)
+
+
+def tenants_of(runs: Sequence[Run]) -> list[Tenants] | None:
+    """None where no run has several."""
+    if all(len(run.workload.tenant_names) < 2 and not run.scenario.workload.tenants for run in runs):
+        return None
+    return [Tenants(run.scenario.workload.tenants, run.workload.tenant_names, run.workload.tenant,
+                    token_weights(run.scenario)) for run in runs]
+
+
 def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, " runs"],
-            cooldown_s: Float[np.ndarray, " runs"]) -> Columns:
-    """All metrics, an entry a run. slos: limits of each run."""
+            cooldown_s: Float[np.ndarray, " runs"], tenants: Sequence[Tenants] | None = None) -> Columns:
+    """All metrics, an entry a run. slos: limits of each run; tenants: of each run, where any has several."""
     arrival_s, real = runs.arrival_s, runs.is_real
     start_s = arrival_s[:, 0] + warmup_s
     # Those that never arrived are NaN.
@@ -45,7 +73,7 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     last = np.where(is_done, runs.finish_s, -np.inf).max(axis=1)
     duration = np.where(completed > 0, last - first + runs.front_end_s, np.nan)
     duration = np.where(completed > 0, duration, np.nan)
-    met = _met(runs, slos, ttft, tpot, e2e)
+    met = _met(runs, slos, ttft, tpot, e2e, tenants)
     # With a cool-down, rates are of what ended in the window.
     has_end = np.isfinite(end_s)
     window = np.where(has_end, np.where(end_s > start_s, end_s - start_s, np.nan), duration)
@@ -63,6 +91,9 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     outputs = np.where(has_end, np.nansum(spread, axis=1), output_sum)
     good = (met["all"] & is_good).sum(axis=1) if met else None
     has_limits = np.array([_has_limits(slo) for slo in slos])
+    if tenants is not None:
+        has_limits = has_limits | [any(limit is not None for limit in t.limits_ms(slo).values())
+                                   for t, slo in zip(tenants, slos, strict=True)]
     found: Columns = {
         "duration": duration, "window_s": window, "completed": completed, "failed": measured - completed,
         "total_input_tokens": input_sum, "total_output_tokens": output_sum,
@@ -103,6 +134,8 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     if runs.attempts is not None:
         ends = outcomes(is_measured, runs.status, runs.attempts)
         found |= {f"outcomes.{name}": value for name, value in ends.items()}
+    if tenants is not None:
+        found |= _fairness(runs, tenants)
     if runs.delivered_s is not None:
         waits = np.where(is_measured & (runs.decode_instance >= 0), runs.delivered_s - runs.first_token_s, np.nan)
         found["transfers.requests"] = (~np.isnan(waits)).sum(axis=1)
@@ -202,6 +235,31 @@ def _swaps(runs: Runs) -> Columns:
     return {} if runs.swaps is None else {"swaps": runs.swaps, "swap_s": runs.swap_s}
 
 
+class _Served(NamedTuple):
+    """Of one run, what `fairness_of` reads."""
+
+    arrival_s: np.ndarray
+    scheduled_s: np.ndarray
+    first_token_s: np.ndarray
+    finish_s: np.ndarray
+    input_tokens: np.ndarray
+    output_tokens: np.ndarray
+    tenant: np.ndarray
+    tenant_names: Sequence[str]
+
+
+def _fairness(runs: Runs, tenants: Sequence[Tenants]) -> Columns:
+    """NaN where a run has one tenant."""
+    found = {f"fairness.{name}": np.full(len(tenants), np.nan) for name in ("jain_index", "max_service_gap")}
+    for k, t in enumerate(tenants):
+        if len(t.names) > 1:
+            columns = (getattr(runs, name)[k, :len(t.tenant)] for name in _Served._fields[:6])
+            values = fairness_of(_Served(*columns, t.tenant, t.names), t.sections, t.token_weights)
+            for name, value in values.items():
+                found[f"fairness.{name}"][k] = np.nan if value is None else value
+    return found
+
+
 def _unstable(runs: Runs) -> Float[np.ndarray, " runs"]:
     found, lengths = np.empty(len(runs.is_real)), runs.is_real.sum(axis=1)
     for length in np.unique(lengths):
@@ -223,18 +281,30 @@ def _ratio(above, below):
     return np.divide(above, below, out=np.full(len(below), np.nan), where=below > 0)
 
 
-def _met(runs: Runs, slos: Sequence[SloSection], ttft, tpot, e2e) -> dict[str, Bool[np.ndarray, "runs requests"]]:
+def _met(runs: Runs, slos: Sequence[SloSection], ttft, tpot, e2e, tenants=None
+         ) -> dict[str, Bool[np.ndarray, "runs requests"]]:
     met = {}
+    each = [limits_ms(slo) if tenants is None else tenants[k].limits_ms(slo) for k, slo in enumerate(slos)]
     for name, values in (("ttft", ttft), ("tpot", tpot), ("e2e", e2e)):
-        limits = [getattr(slo, f"{name}_ms") for slo in slos]
+        limits = [one[name] for one in each]
         if all(limit is None for limit in limits):
             continue
-        limit_s = np.array([np.inf if limit is None else limit * 1e-3 for limit in limits])
+        limit_s = np.array([[np.inf if limit is None else limit * 1e-3] for limit in limits]
+                           if tenants is None else [_padded(limit, values.shape[1]) for limit in limits])
         # Only a one-token output is finished and without a value.
-        met[name] = runs.is_finished & (np.isnan(values) | (values <= limit_s[:, None]))
+        met[name] = runs.is_finished & (np.isnan(values) | (values <= limit_s))
     if met:
         met["all"] = np.logical_and.reduce(list(met.values()))
     return met
+
+
+def _padded(limit_ms, width: int) -> Float[np.ndarray, " requests"]:
+    """Of a run's requests, in seconds."""
+    limit_s = np.full(width, np.inf)
+    if limit_ms is not None:
+        own = np.atleast_1d(limit_ms) * 1e-3
+        limit_s[:len(own) if len(own) > 1 else width] = own
+    return limit_s
 
 
 def _attainment(met, is_measured, has_limits) -> Columns:

@@ -89,7 +89,8 @@ def together(dims: Dims, runs: Sequence[Run]) -> tuple[Params, Requests]:
     keys = [(id(run.workload), id(run.patience), lower.is_split(run.scenario)) for run in runs]
     for key, run in zip(keys, runs, strict=True):
         if key not in packed:
-            packed[key] = lower.make_requests(run.workload, dims, run.prefixes, run.patience, key[-1])
+            packed[key] = lower.make_requests(run.workload, dims, run.prefixes, run.patience, key[-1],
+                                              run.params.flags.order)
     requests = _gathered([packed[key] for key in keys])
     rows = dims.num_requests + 1
     seconds = np.full((len(runs), rows + 1), np.inf)

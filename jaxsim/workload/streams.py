@@ -33,6 +33,7 @@ class Stream(enum.IntEnum):
     THINKING = 9
     IMAGES = 10
     PREFIX_GROUPS = 11
+    PREDICTIONS = 16
 
 
 def as_key(seed: int | PRNGKeyArray) -> PRNGKeyArray:

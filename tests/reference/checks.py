@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .flags import CAN_GROW, Flags
+from .fairness import queue_key
+from .flags import CAN_GROW, SORTED, Flags
 from .memory import blocks_at_admission, ceil_div, is_expected_to_fit
-from .passes import queue_key
 from .state import Instance, Job, Plan, Request
 from .transfers import Transfer
 
@@ -79,8 +79,8 @@ def check_instance(instance: Instance, flags: Flags) -> None:
     flying = {id(job) for flight in instance.flights for job, _ in flight}
     assert flying <= set(map(id, running))
     assert len(instance.flights) <= flags.stages or flags.pass_when_stage_free
-    if flags.order == "priority":
-        assert waiting == sorted(waiting, key=queue_key)
+    if flags.order in SORTED:
+        assert waiting == sorted(waiting, key=lambda job: queue_key(job, flags))
 
 
 def check_cluster(instances: Sequence[Instance], num_unfinished: int) -> None:

@@ -101,6 +101,8 @@ class ReferenceResult:
 
     `transfers` are in the order accepted. `merges_left_out`: times when simdistserve would have put two batches of
     decodes into one before a stage. `live`: the controller of migrations, as it was at the end.
+    `lifts`: of virtual token counters that were raised as a request came in;
+    `lifts_of_empty`: of these into an empty queue. `turns`: when another request was next only as counters went up.
 
     `margins` pairs each arrival with the iteration ends (of any instance) next to it, one before, one after
     and one at the same instant if there are: (the earlier of the two times, their distance), in seconds. With
@@ -118,6 +120,9 @@ class ReferenceResult:
     encode_iterations: dict[int, tuple[int, float]] = field(default_factory=dict)  # number and busy seconds
     encode_waits: int = 0  # requests whose embeddings were not accepted at once
     swapping: list = field(default_factory=list)
+    lifts: int = 0
+    lifts_of_empty: int = 0
+    turns: int = 0
 
     @property
     def smallest_margin_s(self) -> float:

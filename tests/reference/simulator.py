@@ -26,6 +26,8 @@ arrival to 2^-20 s, both half to even. With `round_times=False` times are float6
 Source: the schedulers of vLLM (V0 and V1), SGLang, TensorRT-LLM, Sarathi-Serve and Orca (the last two as in
 Vidur), DistServe, and LLMServe/DistServe `simdistserve` (`decode_context_limit`).
 
+Orders of the waiting queue (`fairness`): sorted by a key, or by virtual token counters.
+
 Prefix caching (`Flags.prefix_caching`, vLLM V1 only): the pool of an instance is a `PrefixCache`, block by block.
 
 Known gaps: no speculation, one chunked prefill at a time; a sequence in flight is never preempted; SGLang without its
@@ -375,6 +377,8 @@ class Simulation:
             if job.computed < job.known:
                 continue
             job.emitted += 1
+            if instance.counters is not None:
+                instance.counters.produce(job)
             job.is_prefilled = True
             job.is_newcomer = False
             if job.first_token is None:
@@ -606,6 +610,9 @@ class Simulation:
                 for transfer in transfers
             ],
             live=self.live,
+            lifts=sum(i.counters.lifts for i in self.instances if i.counters is not None),
+            lifts_of_empty=sum(i.counters.lifts_of_empty for i in self.instances if i.counters is not None),
+            turns=sum(i.counters.turns for i in self.instances if i.counters is not None),
             merges_left_out=sum(instance.merges_left_out for instance in self.instances),
             swapping=[instance.swap for instance in self.instances if instance.swap is not None],
         )

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from . import prefix_cache
+from . import fairness, prefix_cache
 from .flags import Flags
 
 
@@ -20,6 +20,7 @@ class Request:
     after: id of the request whose answer brings this one about, `think_s` after its last token, whatever `arrival_s`.
 
     deadline_s, first_token_deadline_s: how long its client waits, from each sending, for the last and the first token.
+    tenant, predicted (output tokens), limit_s (from the arrival): what orders of the queue go by.
     """
 
     id: int
@@ -35,6 +36,9 @@ class Request:
     deadline_s: float = float("inf")
     first_token_deadline_s: float = float("inf")
     tiles: tuple[int, ...] = ()
+    tenant: int = 0
+    predicted: int = 0
+    limit_s: float = 0.0
 
     def __post_init__(self):
         if self.max_tokens is None:
@@ -149,12 +153,15 @@ class Instance:
     cache: prefix_cache.PrefixCache | None = None
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
     swap: object = None  # `swapping.SwapState`
+    counters: "fairness.VirtualTokenCounters | None" = None
 
     def __post_init__(self):
         self.free_blocks = self.flags.num_blocks
         self.new_token_ratio = self.flags.new_token_ratio_init
         self.stage_free = [0] * (self.flags.stages + 1)
         self.stage_start = [0] * (self.flags.stages + 1)
+        if self.flags.order == "vtc":
+            self.counters = fairness.VirtualTokenCounters(self.flags.prices)
         if self.flags.prefix_caching:
             self.cache = prefix_cache.PrefixCache(self.flags.num_blocks, self.flags.block_size)
 
