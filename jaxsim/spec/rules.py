@@ -226,6 +226,12 @@ def _check_migration(s: "Scenario") -> None:
     if not scheduler.kv_accounting:
         raise InputError(where, value, f"reads KV memory, of which {scheduler.preset} keeps no account",
                          "use a preset 'vllm-v1'")
+    others = (("workload.images", workload.images), ("engine.swap", engine.swap),
+              ("workload.client", workload.client if workload.has_deadlines else None),
+              ("cluster.admission", cluster.admission))
+    for field, given in others:
+        if given is not None:
+            raise InputError(field, plain(given), f"is not simulated with {where}", "leave one of them out")
     if moving is None:
         return
     if cluster.pools:
@@ -331,6 +337,8 @@ def _check_images(s: "Scenario") -> None:
         raise InputError("engine.enable_prefix_caching", True, "is not simulated with images", "leave it out")
     if s.engine.swap is not None:
         raise InputError("engine.swap", plain(s.engine.swap), "is not simulated with images", "leave it out")
+    if _scheduler(s.engine).order == "vtc":
+        raise InputError("engine.scheduling_policy", "vtc", "is not simulated with images", "use 'fcfs'")
     if isinstance(s.cost, FittedCost) and s.cost.exact and not encoders:
         raise InputError("cost.exact", True, "is not there for iterations that encode images", "leave it out")
     tiles = most * w.images.tiles_per_image

@@ -457,12 +457,11 @@ class Simulation:
                 # Nothing runs and something waits: the engine's loop comes round at once, seeing everybody.
                 instance.waiting_at_start = None
                 return self.start_iteration(instance)
-            is_more_to_come = instance.stopped or instance.inbound_blocks
-            assert instance.leaving or instance.in_transfer or is_more_to_come, "an idle instance with work is stuck"
             if instance.swap is not None and instance.swap.next_due() is not None:
                 heapq.heappush(self.events, (instance.swap.next_due(), PHASE_PASS, instance.index))
                 return None
-            assert instance.leaving or instance.in_transfer, "an idle instance with work is stuck"
+            is_more_to_come = instance.stopped or instance.inbound_blocks
+            assert instance.leaving or instance.in_transfer or is_more_to_come, "an idle instance with work is stuck"
             return None
         tiles = 0
         for job, _ in plan.entries:
