@@ -229,8 +229,8 @@ def test_copies_take_what_the_link_takes():
 
 
 @pytest.mark.parametrize("words, says", [
-    ([], "is missing; give one of burstgpt, distserve, llumnix, all"),
-    (["burst"], "NAME = 'burst': cannot be reproduced; give one of burstgpt, distserve, llumnix, all"),
+    ([], "is missing; give one of burstgpt, distserve, epd, fastswitch, llumnix, prefix-routing, all"),
+    (["burst"], "NAME = 'burst': cannot be reproduced; give one of burstgpt, distserve, epd, fastswitch, llumnix, prefix-routing, all"),
     (["all", "--seeds", "1"], "--seeds = 1"), (["all", "--seeds", "-3"], "--seeds = -3"),
     (["distserve", "--out", ""], "--out")])
 def test_refusals(words, says, capsys, monkeypatch, tmp_path):
