@@ -18,6 +18,8 @@ from jaxsim.spec.scenario import Scenario
 
 pytestmark = pytest.mark.unoptimised
 
+KNOWN = ", ".join((*command.SYSTEMS, command.ALL))
+
 STUDIES = [file.name.removesuffix(".toml") for file in resources.files("jaxsim.scenarios").joinpath(
     "reproduce").iterdir() if file.name.endswith(".toml")]
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "reproduce"
@@ -229,8 +231,8 @@ def test_copies_take_what_the_link_takes():
 
 
 @pytest.mark.parametrize("words, says", [
-    ([], "is missing; give one of burstgpt, distserve, epd, fastswitch, llumnix, prefix-routing, all"),
-    (["burst"], "NAME = 'burst': cannot be reproduced; give one of burstgpt, distserve, epd, fastswitch, llumnix, prefix-routing, all"),
+    ([], f"is missing; give one of {KNOWN}"),
+    (["burst"], f"NAME = 'burst': cannot be reproduced; give one of {KNOWN}"),
     (["all", "--seeds", "1"], "--seeds = 1"), (["all", "--seeds", "-3"], "--seeds = -3"),
     (["distserve", "--out", ""], "--out")])
 def test_refusals(words, says, capsys, monkeypatch, tmp_path):
@@ -255,14 +257,15 @@ def test_all_are_run_whatever_the_verdicts(monkeypatch, tmp_path, capsys):
         claim = Claim(system=name, claim="x", source="y", paper=1.0, ours=2.0, tolerance=0.1)
         return lambda seeds: Reproduction((claim,), lambda path: path.write_bytes(b""))
 
-    for module in (burstgpt, distserve, llumnix):
-        monkeypatch.setattr(module, "reproduce", made_up(module.__name__.rpartition(".")[2]))
+    for name in command.SYSTEMS:
+        module = importlib.import_module(f"jaxsim.reproduce.{name.replace('-', '_')}")
+        monkeypatch.setattr(module, "reproduce", made_up(name))
     for words in (["--json"], []):
         assert cli.main(["reproduce", "all", "--out", str(tmp_path), *words]) == 0
     out = capsys.readouterr().out
     records, _ = json.JSONDecoder().raw_decode(out)
     assert [record["system"] for record in records] == list(command.SYSTEMS)
-    assert out.count("1 not reproduced") == 3
+    assert out.count("1 not reproduced") == len(command.SYSTEMS)
     assert {path.name for path in tmp_path.iterdir()} == {f for name in command.SYSTEMS for f in command.files(name)}
 
 
