@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsim.bench.engine import checksum
+from jaxsim.bench.cases import checksum
 
 SOURCES = Path(__file__).resolve().parent / "cpp"
 COMMON = ("-O3", "-std=c++17", "-ffp-contract=off")

@@ -14,7 +14,8 @@ Definitions (all seconds inside, milliseconds in keys that end in `_ms`):
   whatever arrived when: requests that end in it, prompts whose first token comes in it, and output tokens, of a request
   spread evenly from its first to its last, over the length of the window.
 * energy: each device draws `power.busy_w` while its instance has an iteration in flight and `power.idle_w` in between
-  (`jaxsim.spec.device.ServingPower`). A first form: power does not follow the batch, prompts are charged as decodes.
+  (`jaxsim.spec.device.ServingPower`), pools that of their own devices. A first form: power does not follow the batch,
+  prompts are charged as decodes.
 
 Known gaps: percentiles and deviation of ITL come from a histogram with bins at most 1.6 % wide, which
 cannot leave out a warm-up; the mean of ITL is exact.
@@ -24,7 +25,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,16 +34,20 @@ from scipy.special import stdtrit
 
 from jaxsim._core.errors import InputError
 from jaxsim.kernels import histogram
-from jaxsim.spec.device import ServingPower
+from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.scenario import Scenario, SloSection
+from jaxsim.spec.sections import DeviceSection, TenantSection
 
-FINISHED, UNFINISHED = 0, 1
-STATUS_NAMES = ("finished", "unfinished")
+FINISHED, UNFINISHED, TIMED_OUT, REJECTED = range(4)
+STATUS_NAMES = ("finished", "unfinished", "timed_out", "rejected")
 
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 NO_LIMITS = SloSection()
+
+ABORTS = ("finished", "preempted", "no_room", "too_many_stages")
+"""Why a migration is given up (`jaxsim.engine.migration`)."""
 
 Interval = tuple[float, float] | None
 """Ends of a confidence interval; None from too few runs."""
@@ -50,6 +55,9 @@ Interval = tuple[float, float] | None
 _TREND_BATCHES = 8
 _TREND_SCORE = 18
 _GROWING_SHARE = 0.05
+FAIRNESS_WINDOWS = 10
+TOKEN_WEIGHTS = (1.0, 2.0)
+"""Service of a prompt token and of an output token, as in the experiments of Sheng et al., OSDI 2024."""
 FEWEST_FOR_TREND = 64
 """Requests below which nothing is said about stability."""
 
@@ -63,7 +71,8 @@ class LaneResult:
         part of the prompt, end of the one that completes it, end of the last.
     stall_s: time between tokens in which the request was not computed (preempted and waiting again).
     prefill_stall_s: the part of `stall_s` before the first token; None where the engine does not tell.
-    max_tokens: the limit the engine knew. tenant: index into tenant_names. status: FINISHED or UNFINISHED.
+    max_tokens: the limit the engine knew. tenant: index into tenant_names. status: FINISHED, UNFINISHED (when a bound
+        stopped the run), TIMED_OUT or REJECTED.
     itl_counts: tokens after the first, by gap, in the bins of `jaxsim.kernels.histogram`; the outer bins take
         what lies beyond.
     busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
@@ -78,11 +87,26 @@ class LaneResult:
         in the prefix cache when it was first admitted; None without one.
     decode_instance, accepted_s, delivered_s: of requests that another instance decodes than computed the prompt: which,
         when it took the request, when it had its KV; -1 and NaN for others, None without roles.
+    migrations, downtime_s, last_instance: with migration, how often each request moved, for how long it stood still for
+        that, and where it ended; aborted_migrations: those given up, in the order of `ABORTS`; all None without.
+    instance_s, starts, drains: with scaling, seconds for which instances were on, starting or draining, summed over
+        them up to the last completion; instances started and drained. None without.
+    swaps, swap_s: of requests, to host memory, and seconds lost to copies: those by which copies delayed iterations of
+        its instance, and those in which its own was on the way in; swap_delay_s: of instances, the former, part of
+        `busy_s`; swapped_blocks: of all instances, blocks copied out, and those that were in host memory already. None
+        without host memory.
     extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs. lost_steps: rows that it had no room for.
+    attempts, ended_s: with clients that give up or clusters that refuse, how often a request was sent, and when the
+        last of these sendings ended, answered or not; None where every request is answered. All times but the arrival,
+        `instance` (-1: refused) and `preemptions` are of the last sending.
     session, turn: whose turn a request is, and which; None without sessions. num_context_limited: sessions that ended
         at a context limit.
+    num_images: of requests, None without images. encoded_s, embedded_s: of requests with images that other instances
+        encode: when the last of them was encoded, and when the embeddings were with the instance that computes the
+        prompt; NaN for others, None where there are no such instances.
+    predicted_tokens: output tokens as the scheduler was told; None where it was not.
     """
 
     arrival_s: Float[np.ndarray, " requests"]
@@ -115,12 +139,29 @@ class LaneResult:
     decode_instance: Int[np.ndarray, " requests"] | None = None
     accepted_s: Float[np.ndarray, " requests"] | None = None
     delivered_s: Float[np.ndarray, " requests"] | None = None
+    migrations: Int[np.ndarray, " requests"] | None = None
+    downtime_s: Float[np.ndarray, " requests"] | None = None
+    last_instance: Int[np.ndarray, " requests"] | None = None
+    aborted_migrations: Int[np.ndarray, " causes"] | None = None
+    instance_s: float | None = None
+    starts: int | None = None
+    drains: int | None = None
     extrapolated_share: float | None = None
     front_end_s: float = 0.0
     lost_steps: int = 0
     session: Int[np.ndarray, " requests"] | None = None
     turn: Int[np.ndarray, " requests"] | None = None
     num_context_limited: int = 0
+    attempts: Int[np.ndarray, " requests"] | None = None
+    ended_s: Float[np.ndarray, " requests"] | None = None
+    num_images: Int[np.ndarray, " requests"] | None = None
+    encoded_s: Float[np.ndarray, " requests"] | None = None
+    embedded_s: Float[np.ndarray, " requests"] | None = None
+    swaps: Int[np.ndarray, " requests"] | None = None
+    swap_s: Float[np.ndarray, " requests"] | None = None
+    swap_delay_s: Float[np.ndarray, " instances"] | None = None
+    swapped_blocks: Int[np.ndarray, " 2"] | None = None
+    predicted_tokens: Int[np.ndarray, " requests"] | None = None
 
     @property
     def num_requests(self) -> int:
@@ -139,14 +180,23 @@ class LaneResult:
             return None
         return float(self.finish_s[self.is_finished].max() - self.arrival_s[0])
 
+    @property
+    def span_s(self) -> float | None:
+        """The same, to the last end of any kind; None if nothing ended."""
+        if self.ended_s is None or np.isnan(self.ended_s).all():
+            return self.duration_s
+        return float(np.nanmax(self.ended_s) - self.arrival_s[0])
+
 
 def request_frame(lane: LaneResult) -> pd.DataFrame:
     """One row a request, in the published columns of `requests.parquet`; a value that does not exist is
     missing.
 
-    front_end_s + queue_s + prefill_s + transfer_s + decode_s + stall_s = e2e_s; `transfer_s` is from the first token to
-    where the KV is with the instance that decodes, its wait to be taken included. Where the engine does not say which
-    stalls came before the first token, stalls are taken out of the decode phase first.
+    front_end_s + encode_s + embedding_s + queue_s + prefill_s + transfer_s + decode_s + stall_s = e2e_s; encode_s (from
+    arrival) and embedding_s (from there, its wait to be taken included) only where other instances encode images;
+    `transfer_s` is from the first token to where the KV is with the instance that decodes, its wait to be taken
+    included. Where the engine does not say which stalls came before the first token, stalls are taken out of the decode
+    phase first.
     """
     ttft = lane.first_token_s - lane.arrival_s + lane.front_end_s
     after_first = lane.finish_s - lane.first_token_s
@@ -158,6 +208,14 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
     transfer = np.zeros(lane.num_requests)
     if lane.delivered_s is not None:
         transfer = np.nan_to_num(lane.delivered_s - lane.first_token_s, nan=0.0)
+    images, before_queue = {}, 0.0
+    if lane.num_images is not None:
+        images = {"images": np.asarray(lane.num_images, np.int64)}
+    if lane.encoded_s is not None:
+        has_any = np.asarray(lane.num_images) > 0
+        images["encode_s"] = np.where(has_any, lane.encoded_s - lane.arrival_s, 0.0)
+        images["embedding_s"] = np.where(has_any, lane.embedded_s - lane.encoded_s, 0.0)
+        before_queue = images["encode_s"] + images["embedding_s"]
     gaps = np.asarray(lane.output_tokens) - 1
     tpot = np.full(lane.num_requests, np.nan)
     np.divide(after_first, gaps, out=tpot, where=gaps > 0)
@@ -171,7 +229,7 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "ttft_s": ttft,
         "tpot_s": tpot,
         "e2e_s": lane.finish_s - lane.arrival_s + lane.front_end_s,
-        "queue_s": lane.scheduled_s - lane.arrival_s,
+        "queue_s": lane.scheduled_s - lane.arrival_s - before_queue,
         "prefill_s": lane.first_token_s - lane.scheduled_s - early,
         "decode_s": after_first - (lane.stall_s - early) - transfer,
         "stall_s": np.asarray(lane.stall_s, np.float64),
@@ -180,21 +238,51 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "cached_tokens": np.zeros(lane.num_requests, np.int64) if lane.cached_tokens is None else
         np.asarray(lane.cached_tokens, np.int64),
         "preemptions": np.asarray(lane.preemptions, np.int64),
+        **({} if lane.swaps is None else {"swaps": np.asarray(lane.swaps, np.int64),
+                                          "swap_s": np.asarray(lane.swap_s, np.float64)}),
         "instance": np.asarray(lane.instance, np.int64),
         **({} if lane.decode_instance is None else {"decode_instance": np.asarray(lane.decode_instance, np.int64)}),
+        **({} if lane.migrations is None else {
+            "migrations": np.asarray(lane.migrations, np.int64), "downtime_s": np.asarray(lane.downtime_s, np.float64),
+            "last_instance": np.asarray(lane.last_instance, np.int64)}),
         "tenant": np.asarray(lane.tenant_names, object)[np.asarray(lane.tenant)],
         "priority": np.asarray(lane.priority, np.int64),
         "status": np.asarray(STATUS_NAMES, object)[np.asarray(lane.status)],
+        **({} if lane.attempts is None else {"attempts": np.asarray(lane.attempts, np.int64)}),
+        **({} if lane.predicted_tokens is None else
+           {"predicted_tokens": np.asarray(lane.predicted_tokens, np.int64)}),
         **sessions,
+        **images,
     })
 
 
-def meets(frame: pd.DataFrame, slo: SloSection) -> dict[str, Bool[np.ndarray, " requests"]]:
-    """Which requests meet each limit that is given, and `all` of them. An unfinished request meets none."""
+def limits_ms(slo: SloSection, tenants: Sequence[TenantSection] = (), names: Sequence[str] = (),
+              tenant: Int[np.ndarray, " requests"] | None = None) -> dict[str, Any]:
+    """Limits of ttft, tpot and e2e: a number, or one a request where tenants have their own (infinite for none), None
+    where nobody has one. tenant: of each request, an index into `names`."""
+    found: dict[str, Any] = {}
+    for name, own, usual in (("ttft", "ttft_ms", slo.ttft_ms), ("tpot", "tpot_ms", slo.tpot_ms),
+                             ("e2e", "deadline_ms", slo.e2e_ms)):
+        given = {t.name: getattr(t, own) for t in tenants if getattr(t, own) is not None}
+        found[name] = usual
+        if given:
+            missing = math.inf if usual is None else usual
+            found[name] = np.array([given.get(label, missing) for label in names])[tenant]
+    return found
+
+
+def meets(frame: pd.DataFrame, slo: SloSection, tenants: Sequence[TenantSection] = ()
+          ) -> dict[str, Bool[np.ndarray, " requests"]]:
+    """Which requests meet each limit that is given, and `all` of them. An unfinished request meets none.
+
+    tenants: classes of requests that may have limits of their own.
+    """
     finished = (frame["status"] == STATUS_NAMES[FINISHED]).to_numpy()
     met = {}
-    for name, limit_ms, column in (("ttft", slo.ttft_ms, "ttft_s"), ("tpot", slo.tpot_ms, "tpot_s"),
-                                   ("e2e", slo.e2e_ms, "e2e_s")):
+    names, tenant = np.unique(frame["tenant"].to_numpy().astype(str), return_inverse=True) if tenants else ((), None)
+    limits = limits_ms(slo, tenants, names, tenant)
+    for name, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("e2e", "e2e_s")):
+        limit_ms = limits[name]
         if limit_ms is not None:
             value = frame[column].to_numpy()
             # Only a one-token output is finished and without a value.
@@ -219,7 +307,13 @@ def is_unstable(lane: LaneResult) -> bool | None:
     them at loads 0.8, 0.9, 1, 1.1, 1.2 and 1.5; over several seeds the majority decides (`combine`).
     Known gaps: preempted requests that wait again are not counted, only those that wait behind them.
     """
-    return unstable(lane.arrival_s, lane.scheduled_s, lane.finish_s)
+    return unstable(lane.arrival_s, *waiting_and_running_until(lane.scheduled_s, lane.finish_s, lane.ended_s))
+
+
+def waiting_and_running_until(scheduled_s: np.ndarray, finish_s: np.ndarray, ended_s: np.ndarray | None
+                              ) -> tuple[np.ndarray, np.ndarray]:
+    """Until when requests waited and ran, of those too that ended without an answer."""
+    return (scheduled_s, finish_s) if ended_s is None else (np.fmin(scheduled_s, ended_s), ended_s)
 
 
 def unstable(arrival_s: Float[np.ndarray, " requests"], scheduled_s: Float[np.ndarray, " requests"],
@@ -287,16 +381,18 @@ def share_inside(first_s: Any, last_s: Any, start_s: Any, end_s: Any) -> Any:
 
 
 def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float = 0.0, cooldown_s: float = 0.0,
-                 power: ServingPower | None = None, num_devices: int = 1) -> dict[str, Any]:
+                 devices: "Devices | None" = None, tenants: Sequence[TenantSection] = (),
+                 token_weights: tuple[float, float] = TOKEN_WEIGHTS) -> dict[str, Any]:
     """All metrics of one run: flat keys of vLLM's benchmark client, nested groups. None, never NaN.
 
-    power: of one of the `num_devices` devices; None where it is not known.
+    devices: of the instances (`devices_of`); None where their power is not known. tenants: their limits and weights,
+    where these are not the usual ones. token_weights: service of a prompt token and of an output token.
     """
     frame = request_frame(lane)
     is_mine = is_measured(lane, warmup_s, cooldown_s)
     is_done = is_mine & lane.is_finished
     measured, done = frame[is_mine], frame[is_done]
-    met_by_all = meets(frame, slo)
+    met_by_all = meets(frame, slo, tenants)
     met = {name: mask[is_mine] for name, mask in met_by_all.items()}
     duration_s = None
     if is_done.any():
@@ -327,17 +423,20 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "request_goodput": per_second((met_by_all["all"] & is_good).sum()) if met else None,
         "output_throughput": per_second(outputs),
         "total_token_throughput": per_second(inputs + outputs),
-        **_energy_of(power, num_devices, utilisation["device_busy_share"], window_s,
-                     per_second(outputs)),
+        **_energy_of(lane, devices, window_s, per_second(outputs)),
     }
     for name, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("itl", None), ("e2el", "e2e_s")):
         summary = _gaps(lane, done) if column is None else _distribution(done[column].to_numpy())
         result |= {f"{statistic}_{name}_ms": value for statistic, value in summary.items()}
+    if lane.attempts is not None:
+        result["outcomes"] = outcomes(*(np.asarray(x)[None] for x in (is_mine, lane.status, lane.attempts)))
+        result["outcomes"] = {name: None if np.isnan(value[0]) else value[0].item()
+                              for name, value in result["outcomes"].items()}
     return result | {
         "slo": _slo_group(measured, slo, met),
         "queueing": _milliseconds(measured["queue_s"].to_numpy()),
         "preemptions": _preemption_group(measured),
-        "tenants": _tenants_group(lane, measured, met),
+        "tenants": _tenants_group(lane, measured, met, token_weights),
         "kv": _kv_group(lane),
         "utilisation": utilisation,
         "cost": {"extrapolated_share": lane.extrapolated_share},
@@ -346,8 +445,28 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         "num_cooldown_requests": num_cooldown,
         "unstable": is_unstable(lane),
         "fault": lane.fault or None,
-    } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(measured)}) | (
-        {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)})
+    } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(lane, is_mine)}) | (
+        {} if lane.migrations is None else {"migrations": _migration_group(lane, measured)}) | (
+        {} if lane.instance_s is None else {"scaling": _scaling_group(lane)}) | (
+        {} if lane.swaps is None else {"swaps": _swaps_group(lane, measured)}) | (
+        {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)}) | (
+        {} if len(lane.tenant_names) < 2 else {"fairness": fairness_of(lane, tenants, token_weights)})
+
+
+def outcomes(is_measured: Bool[np.ndarray, "runs requests"], status: Int8[np.ndarray, "runs requests"],
+             attempts: Int[np.ndarray, "runs requests"]) -> dict[str, np.ndarray]:
+    """How measured requests ended: counts and shares of those that arrived, an entry a run; NaN if nobody did."""
+    count = is_measured.sum(axis=1)
+
+    def share(amount):
+        return np.divide(amount, count, out=np.full(len(count), np.nan), where=count > 0)
+
+    found = {}
+    for code in (TIMED_OUT, REJECTED):
+        number = (is_measured & (status == code)).sum(axis=1)
+        found |= {STATUS_NAMES[code]: number, f"{STATUS_NAMES[code]}_share": share(number)}
+    return found | {"failed_share": share((is_measured & (status != FINISHED)).sum(axis=1)),
+                    "mean_attempts": share(np.where(is_measured, attempts, 0).sum(axis=1))}
 
 
 def _distribution(seconds: Float[np.ndarray, " values"]) -> dict[str, float | None]:
@@ -395,11 +514,28 @@ def _slo_group(frame: pd.DataFrame, slo: SloSection, met: Mapping[str, np.ndarra
     return group
 
 
-def _transfer_group(measured: pd.DataFrame) -> dict[str, Any]:
-    """Of requests that another instance decodes than computed the prompt."""
-    seconds = measured.loc[measured["decode_instance"] >= 0, "transfer_s"].to_numpy()
+def _transfer_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) -> dict[str, Any]:
+    """Of requests that another instance decodes than computed the prompt, and whose KV is there."""
+    seconds = (lane.delivered_s - lane.first_token_s)[is_mine & ~np.isnan(lane.delivered_s)]
     summary = _milliseconds(seconds)
     return {"requests": len(seconds), "mean_ms": summary["mean_ms"], "p99_ms": summary["p99_ms"]}
+
+
+def _migration_group(lane: LaneResult, measured: pd.DataFrame) -> dict[str, Any]:
+    """Migrations of measured requests; of those that moved, the time that each move stopped them, on average if a
+    request moved more than once. Migrations given up are of the whole run."""
+    moved = measured[measured["migrations"] > 0]
+    summary = _distribution((moved["downtime_s"] / moved["migrations"]).to_numpy())
+    return {"total": int(measured["migrations"].sum()), "requests": len(moved),
+            **{f"{name}_downtime_ms": summary[name] for name in ("mean", "p50", "p99")},
+            **{f"aborted_{cause}": int(n) for cause, n in zip(ABORTS, lane.aborted_migrations, strict=True)}}
+
+
+def _scaling_group(lane: LaneResult) -> dict[str, Any]:
+    """Instances on, starting or draining: seconds, and their mean number up to the last completion."""
+    end_s = float(np.nanmax(lane.finish_s)) if lane.is_finished.any() else None
+    return {"instance_s": float(lane.instance_s), "mean_instances": float(lane.instance_s) / end_s if end_s else None,
+            "starts": int(lane.starts), "drains": int(lane.drains)}
 
 
 def _preemption_group(frame: pd.DataFrame) -> dict[str, Any]:
@@ -409,20 +545,102 @@ def _preemption_group(frame: pd.DataFrame) -> dict[str, Any]:
             "mean_stall_ms": float(hit["stall_s"].mean() * 1e3) if len(hit) else None}
 
 
-def _tenants_group(lane: LaneResult, frame: pd.DataFrame, met: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _swaps_group(lane: LaneResult, frame: pd.DataFrame) -> dict[str, Any]:
+    """e2e_share: of the latencies of requests, that lost to copies; delay_share: of the time with an iteration in
+    flight, that of copies before it; spared_share: of the blocks that left the device, those not copied."""
+    busy_s, e2e_s = float(np.sum(lane.busy_s)), frame["e2e_s"].sum()
+    return {"total": int(frame["swaps"].sum()),
+            "requests_share": float((frame["swaps"] > 0).mean()) if len(frame) else None,
+            "mean_ms": float(frame["swap_s"].mean() * 1e3) if len(frame) else None,
+            "e2e_share": float(frame["swap_s"].sum() / e2e_s) if e2e_s else None,
+            "delay_share": float(np.sum(lane.swap_delay_s)) / busy_s if busy_s else None,
+            "copied_blocks": int(lane.swapped_blocks[0]),
+            "spared_share": float(lane.swapped_blocks[1] / lane.swapped_blocks.sum())
+            if lane.swapped_blocks.any() else None}
+
+
+def _tenants_group(lane: LaneResult, frame: pd.DataFrame, met: Mapping[str, np.ndarray],
+                   token_weights: tuple[float, float]) -> dict[str, Any]:
     """The main figures of every class of requests, where there are several."""
     if len(lane.tenant_names) < 2:
         return {}
     group: dict[str, Any] = {}
-    for name in lane.tenant_names:
+    served = service(lane, np.nanmin(lane.arrival_s), np.nanmax(lane.arrival_s), token_weights)
+    for name, own in zip(lane.tenant_names, served, strict=True):
         is_mine = (frame["tenant"] == name).to_numpy()
         mine = frame[is_mine & (frame["status"] == STATUS_NAMES[FINISHED]).to_numpy()]
-        group[name] = {"completed": len(mine), "failed": int(is_mine.sum()) - len(mine),
+        group[name] = {"requests": int(is_mine.sum()),
+                       "completed": len(mine), "failed": int(is_mine.sum()) - len(mine),
+                       "service_share": float(own / served.sum()) if served.sum() > 0 else None,
                        "attainment": float(met["all"][is_mine].mean()) if met and is_mine.any() else None}
         for latency, column in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("e2el", "e2e_s")):
             summary = _distribution(mine[column].to_numpy())
             group[name] |= {f"{s}_{latency}_ms": summary[s] for s in ("mean", "p50", "p99")}
     return group
+
+
+def service(lane: LaneResult | Any, start_s: float, end_s: float, token_weights: tuple[float, float] = TOKEN_WEIGHTS
+            ) -> Float[np.ndarray, " tenants"]:
+    """What every tenant got between two times, in weighted tokens: those of a prompt spread evenly from its first
+    iteration to its first token, those of an output from there to its end. Of an unfinished request only what it has
+    both ends of counts.
+    """
+    inside = [np.nan_to_num(share_inside(first, last, start_s, end_s), nan=0.0) for first, last in (
+        (lane.scheduled_s, lane.first_token_s), (lane.first_token_s, lane.finish_s))]
+    tokens = (token_weights[0] * inside[0] * lane.input_tokens + token_weights[1] * inside[1] * lane.output_tokens)
+    return np.bincount(lane.tenant, tokens, len(lane.tenant_names))
+
+
+def fairness_of(lane: LaneResult | Any, tenants: Sequence[TenantSection] = (),
+                token_weights: tuple[float, float] = TOKEN_WEIGHTS) -> dict[str, float | None]:
+    """How evenly tenants were served while requests arrived, each by its weight.
+
+    jain_index: Jain's (sum x)^2 / (n sum x^2) of x = service / fair share, which is the weighted max-min share of all
+    that was served (`fair_shares`): 1 where everybody got theirs, 1/n where one got all. max_service_gap: over
+    `FAIRNESS_WINDOWS` equal windows from the first arrival to the last, the largest difference of service / weight
+    between two tenants that both have somebody waiting all through a window; None where there are no two such.
+
+    Source: Jain, Chiu, Hawe, DEC-TR-301, 1984; Sheng et al., OSDI 2024 (arXiv 2401.00588), for the gap.
+    """
+    given = {t.name: t.weight for t in tenants}
+    weight = np.array([given.get(name, 1.0) for name in lane.tenant_names])
+    start_s, end_s = float(np.nanmin(lane.arrival_s)), float(np.nanmax(lane.arrival_s))
+    served = service(lane, start_s, end_s, token_weights)
+    is_there = ~np.isnan(lane.arrival_s)
+    demand = np.bincount(lane.tenant[is_there], (token_weights[0] * lane.input_tokens + token_weights[1]
+                                                 * lane.output_tokens)[is_there], len(weight))
+    due = fair_shares(served.sum(), demand, weight)
+    each = served[due > 0] / due[due > 0]
+    index = float(each.sum() ** 2 / (len(each) * (each**2).sum())) if each.any() else None
+    gap, edges = None, np.linspace(start_s, end_s, FAIRNESS_WINDOWS + 1)
+    until_s = np.where(np.isnan(lane.scheduled_s), np.inf, lane.scheduled_s)
+    spells = [_spells(lane.arrival_s[lane.tenant == k], until_s[lane.tenant == k]) for k in range(len(weight))]
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        is_backlogged = np.array([bool(np.any((begin <= low) & (end >= high))) for begin, end in spells])
+        if is_backlogged.sum() > 1 and high > low:
+            among = (service(lane, low, high, token_weights) / weight)[is_backlogged]
+            gap = max(gap or 0.0, float(among.max() - among.min()))
+    return {"jain_index": index, "max_service_gap": gap}
+
+
+def fair_shares(total: float, demand: Float[np.ndarray, " tenants"], weight: Float[np.ndarray, " tenants"]
+                ) -> Float[np.ndarray, " tenants"]:
+    """Weighted max-min shares: in parts by weight, but to nobody more than it asks for, which goes to the others."""
+    shares, left, weights = np.zeros(len(demand)), float(total), float(weight.sum())
+    for k in np.argsort(demand / weight, kind="stable"):
+        shares[k] = min(demand[k], left * weight[k] / weights)
+        left, weights = left - shares[k], weights - weight[k]
+    return shares
+
+
+def _spells(begin_s: Float[np.ndarray, " requests"], end_s: Float[np.ndarray, " requests"]
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Begins and ends of the times in which at least one of these waits."""
+    is_there = ~np.isnan(begin_s)
+    order = np.argsort(begin_s[is_there], kind="stable")
+    begin_s, end_s = begin_s[is_there][order], np.maximum.accumulate(end_s[is_there][order])
+    is_new = np.concatenate([np.ones(min(len(begin_s), 1), bool), begin_s[1:] > end_s[:-1]])
+    return begin_s[is_new], end_s[np.concatenate([is_new[1:], np.ones(min(len(begin_s), 1), bool)])]
 
 
 def _sessions_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) -> dict[str, Any]:
@@ -443,7 +661,7 @@ def _sessions_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) ->
 
 
 def _kv_group(lane: LaneResult) -> dict[str, Any]:
-    capacity, duration_s = np.asarray(lane.num_blocks), lane.duration_s
+    capacity, duration_s = np.asarray(lane.num_blocks), lane.span_s
     if not capacity.any():
         return {"num_blocks": None, "mean_share": None, "peak_share": None}
     mean = float(np.mean(lane.kv_block_s / capacity)) / duration_s if duration_s else None
@@ -451,9 +669,8 @@ def _kv_group(lane: LaneResult) -> dict[str, Any]:
             "peak_share": float(np.max(lane.kv_peak_blocks / capacity))}
 
 
-
 def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
-    duration_s = lane.duration_s
+    duration_s = lane.span_s
     busy = np.asarray(lane.busy_s) / duration_s if duration_s else None
     at_work = lane.busy_s if lane.device_busy_s is None else lane.device_busy_s
     return {"busy_share": float(busy.mean()) if duration_s else None,
@@ -464,37 +681,72 @@ def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
             "num_iterations": int(lane.num_iterations)}
 
 
-def energy(idle_w: Any, busy_w: Any, num_devices: Any, busy_share: Any, window_s: Any, output_throughput: Any
-           ) -> dict[str, Any]:
-    """Energy of runs, numbers or arrays with an entry a run; NaN where the power of the device is not known.
+class Devices(NamedTuple):
+    """Of every instance, how many devices it has, and what one draws (watts; NaN where not known) and costs a second.
 
-    idle_w, busy_w: of a device, watts. busy_share: of the time that devices work on an iteration, mean over them.
-    window_s: seconds that the energy is of. mean_power_w = devices x (idle + (busy - idle) x busy_share), energy =
-    mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps: power does not follow
-    the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in it.
+    Instances of one rank after the other where ranks iterate together.
     """
-    mean_power_w = num_devices * (idle_w + (busy_w - idle_w) * busy_share)
+
+    count: Float[np.ndarray, " instances"]
+    idle_w: Float[np.ndarray, " instances"]
+    busy_w: Float[np.ndarray, " instances"]
+    usd_per_s: Float[np.ndarray, " instances"]
+
+
+def devices_of(scenario: Scenario, num_instances: int) -> Devices:
+    """The devices of the instances of a run, of pools that may differ."""
+    rows = []
+    pools = scenario.devices_of_pools
+    # Data-parallel ranks are instances by themselves.
+    ranks = num_instances / sum(replicas for *_, replicas in pools)
+    for section, devices, replicas in pools:
+        spec = _spec(section)
+        power = (spec.power.idle_w, spec.power.busy_w) if spec is not None and spec.power else (math.nan, math.nan)
+        usd_per_s = (spec.usd_per_h or math.nan) / 3600 if spec is not None else math.nan
+        rows += [(devices / ranks, *power, usd_per_s)] * round(replicas * ranks)
+    return Devices(*np.array(rows, np.float64).T)
+
+
+def energy(devices: Devices, busy_share: Float[np.ndarray, "*runs instances"], window_s: Any, output_throughput: Any
+           ) -> dict[str, Any]:
+    """Energy of a run, or of runs with an entry a run; NaN where the power of a device is not known.
+
+    devices: arrays as `busy_share`, which is of the time that the devices of an instance work on an iteration.
+    window_s: seconds that the energy is of. mean_power_w = sum over instances of devices x (idle + (busy - idle) x
+    busy_share), energy = mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps:
+    power does not follow the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in
+    it.
+    """
+    mean_power_w = np.sum(devices.count * (devices.idle_w + (devices.busy_w - devices.idle_w) * busy_share), axis=-1)
     energy_j = mean_power_w * window_s
     tokens = np.where(np.asarray(output_throughput) > 0, output_throughput, np.nan)
     return {"mean_power_w": mean_power_w, "energy_j": energy_j, "energy_wh": energy_j / 3600,
             "energy_j_per_output_token": mean_power_w / tokens}
 
 
-def _energy_of(power: ServingPower | None, num_devices: int, busy_share: float | None, window_s: float | None,
-               output_throughput: float | None) -> dict[str, float | None]:
+def _energy_of(lane: LaneResult, devices: Devices | None, window_s: float | None, output_throughput: float | None
+               ) -> dict[str, float | None]:
     nan = math.nan
-    watts = (nan, nan) if power is None else (power.idle_w, power.busy_w)
-    rest = (nan if value is None else value for value in (busy_share, window_s, output_throughput))
-    found = {name: float(value) for name, value in energy(*watts, num_devices, *rest).items()}
+    nothing = Devices(*(np.full(len(lane.busy_s), nan) for _ in Devices._fields))
+    at_work = lane.busy_s if lane.device_busy_s is None else lane.device_busy_s
+    share = np.asarray(at_work) / (lane.span_s or nan)
+    rest = (nan if value is None else value for value in (window_s, output_throughput))
+    found = {name: float(value) for name, value in energy(devices or nothing, share, *rest).items()}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
-def _power(scenario: Scenario) -> ServingPower | None:
+def _spec(device: DeviceSection | None) -> DeviceSpec | None:
     try:
-        return scenario.device.spec().power if scenario.device else None
+        return device.spec() if device else None
     except InputError:
         # A fitted cost needs no device, so the one named may be in no catalogue.
         return None
+
+
+def token_weights(scenario: Scenario) -> tuple[float, float]:
+    """Service of a prompt token and of an output token, as the scenario counts it."""
+    given = scenario.engine.input_token_weight, scenario.engine.output_token_weight
+    return tuple(usual if own is None else own for own, usual in zip(given, TOKEN_WEIGHTS, strict=True))
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -563,7 +815,8 @@ class Result:
     @functools.cached_property
     def runs(self) -> tuple[tuple[dict[str, Any], ...], ...]:
         """Metrics of every seed of every scenario (`lane_metrics`)."""
-        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s, s.cooldown_s, _power(s), s.num_devices)
+        return tuple(tuple(lane_metrics(lane, s.slo, s.warmup_s, s.cooldown_s, devices_of(s, len(lane.busy_s)),
+                                        s.workload.tenants, token_weights(s))
                            for lane in lanes) for s, lanes in zip(self.scenarios, self.lanes, strict=True))
 
     @functools.cached_property

@@ -42,6 +42,21 @@ def pop_front(queue: Queue, following: Int[Array, ""], is_meant: Bool[Array, ""]
     return Queue(jnp.where(is_meant, following, queue.front), queue.back, queue.length - is_meant)
 
 
+def remove(queue: Queue, item: Int[Array, ""], before: Int[Array, ""], after: Int[Array, ""],
+           is_meant: Bool[Array, ""], nowhere: int) -> tuple[Queue, Link]:
+    """Take an item out from anywhere, `before` and `after` its neighbours where it has any. Returns the forward link
+    that changes; the one back, where both are kept, is its mirror image (`mirrored`)."""
+    is_front, is_back = is_meant & (item == queue.front), is_meant & (item == queue.back)
+    link = jnp.where(is_meant & ~is_front & ~is_back, before, nowhere), after
+    return Queue(jnp.where(is_front, after, queue.front), jnp.where(is_back, before, queue.back),
+                 queue.length - is_meant), link
+
+
+def mirrored(link: Link, nowhere: int) -> Link:
+    """The link back of a forward link that changes."""
+    return jnp.where(link[0] == nowhere, nowhere, link[1]), link[0]
+
+
 def append(tail: Int[Array, ""], item: Int[Array, ""], is_meant: Bool[Array, ""], nowhere: int
            ) -> tuple[Int[Array, ""], Link, Link]:
     """Add an item to the end of a list linked both ways. Returns the tail, the `previous` and the `next` link."""

@@ -14,8 +14,13 @@ from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.arrivals import AbstractSource, SortedArrivals
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.clients import Clients
+from jaxsim.policy.encoding import Encoder, Encoding
+from jaxsim.policy.fairness import TokenCounters
 from jaxsim.policy.hand_over import HandOver
+from jaxsim.policy.migration import Migration
 from jaxsim.policy.routing import AbstractRouting
+from jaxsim.policy.scaling import Scaling
 from jaxsim.spec.dims import Dims
 from jaxsim.state.requests import Requests
 from jaxsim.state.world import Counts, World
@@ -39,6 +44,11 @@ class Params(eqx.Module):
     groups: kinds of executors. Their batching has the same flags, their costs may be of different classes;
     group_of: index of each executor's, None if there is one group. source: how requests arrive. is_active: which
     instances get any, at least one; None if all do. hand_over: with roles, who computes prompts and who outputs.
+    migration: of running requests, None without; scaling: of executors, None where all are on. headroom_blocks: what
+    freeness keeps for urgent requests where any run, None where nobody is.
+    clients: where requests may end without an answer, who sends them again and who refuses them.
+    encoding, encoder: images that others encode, or those that compute the prompts.
+    counters: with virtual token counters, what tokens cost every tenant.
     """
 
     groups: tuple[Group, ...]
@@ -48,6 +58,13 @@ class Params(eqx.Module):
     group_of: Int[Array, " executors"] | None = None
     is_active: Bool[Array, " ranks"] | None = None
     hand_over: HandOver | None = None
+    migration: Migration | None = None
+    scaling: Scaling | None = None
+    headroom_blocks: Int[Array, ""] | None = None
+    clients: Clients | None = None
+    encoding: Encoding | None = None
+    encoder: Encoder | None = None
+    counters: TokenCounters | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

@@ -51,19 +51,22 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         gap_s, gap_count = jnp.float32(0), jnp.int32(0)
         samples_s = jnp.stack([own.first.hi, mean_s])
         known = batch.count - batch.stalled
-        if dims.has_roles:
+        if dims.has_moves:
             known = known - batch.entering
         weights = jnp.stack([known, decoding * batch.extra])
     else:
         # Sequences kept waiting by prompt-only iterations see the whole gap as one time between tokens, at the
         # next decode iteration: this one, or the first of the jump behind a prompt-only one.
+        known = batch.count - batch.stalled
+        if dims.has_swap:
+            known = known - batch.entering
         is_decoding = batch.advance == 1
-        late = jnp.where(own.gap_s > 0, jnp.minimum(batch.gap_count, batch.count - batch.stalled),
+        late = jnp.where(own.gap_s > 0, jnp.minimum(batch.gap_count, known),
                          jnp.where(is_decoding, 0, batch.count))
         gap_s = own.gap_s + own.first.hi
         is_open = ~is_decoding & (batch.extra == 0)
         samples_s = jnp.stack([gap_s + jnp.where(is_decoding, 0.0, own.pace.hi), own.first.hi, mean_s])
-        weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, batch.count - batch.stalled - late, 0),
+        weights = jnp.stack([jnp.where(is_open, 0, late), jnp.where(is_decoding, known - late, 0),
                              decoding * batch.extra - jnp.where(is_decoding | is_open, 0, late)])
         gap_s, gap_count = jnp.where(is_open, gap_s, 0.0), jnp.where(is_open, late, 0)
         if dims.has_roles:
@@ -83,8 +86,15 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         num_chunks=jnp.int32(0), chunk_tokens=jnp.int32(0), chunk_context=jnp.int32(0),
         is_committed=jnp.int32(1), extra=jnp.int32(0), gap_count=gap_count,
         taken=None if batch.taken is None else jnp.int32(0),
-        entering=None if batch.entering is None else jnp.int32(0))
+        entering=None if batch.entering is None else jnp.int32(0),
+        joining_prefill=None if batch.joining_prefill is None else jnp.int32(0))
     settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used))
+    if batch.tiles is not None:
+        settled_batch = replace(settled_batch, tiles=jnp.int32(0))
+        if rank.cached_tiles is not None:
+            settled_rank = replace(settled_rank, cached_tiles=rank.cached_tiles - batch.tiles)
+    if batch.joining_prefill is not None:
+        settled_rank = replace(settled_rank, prefill_tokens=rank.prefill_tokens - batch.joining_prefill)
     integrals = replace(
         times.rank, running=clock.add(times.rank.running, spent_s * rank.running),
         held=clock.add(times.rank.held, spent_s * (0.5 * (rank.used_blocks + used))))
@@ -133,11 +143,12 @@ def take_blocks_of_jump(group: Group, condition: Bool[Array, ""], counts: Counts
 def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Array, " slot_width"],
            entry_of: Callable[[Int[Array, ""]], Int[Array, " entry_fields"]], residue_row: Int[Array, " block_size"],
            stamps: Int[Array, " slot_width"] | None = None,
-           is_kept: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None
+           is_kept: Callable[[Int[Array, ""], Int[Array, ""]], Bool[Array, ""]] | None = None
            ) -> tuple[Counts, Int[Array, " block_size"], Retired, Bool[Array, ""], Int[Array, ""]]:
     """Retire the lowest slot among those whose last token this iteration produced; by `stamps` the first to run.
 
-    keys: the batch's completion keys; entry_of: gives the entry of a slot; is_kept: whether blocks of a request stay.
+    keys: the batch's completion keys; entry_of: gives the entry of a slot; is_kept: whether blocks of a request
+    stay, by its computed tokens.
     Returns the new counts and residues, who
     retired, whether more do at this instant, and the smallest key among those that stay.
     """
@@ -160,7 +171,7 @@ def retire(dims: Dims, group: Group, event: Event, counts: Counts, keys: Int[Arr
     if group.batching.kv_accounting and not group.batching.prefix_caching:
         held = blocks_for(offset + batch.counter, dims) if group.batching.grows else reserved
         if is_kept is not None:
-            kept = one * is_kept(request) * held
+            kept = one * is_kept(request, offset + batch.counter) * held
             used, rank = used + kept, replace(rank, kept_blocks=rank.kept_blocks + kept)
         used = used - one * held
     if group.batching.grows:

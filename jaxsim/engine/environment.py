@@ -39,6 +39,7 @@ from jaxsim.policy.arrivals import relative_to
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
+from jaxsim.spec.sections import plain
 from jaxsim.state import world as w
 from jaxsim.state.requests import OUTPUT, PROMPT, Requests
 from jaxsim.state.world import World
@@ -137,10 +138,29 @@ class Environment:
         if scenario.engine.pipeline_parallel_size > 1:
             raise InputError("engine.pipeline_parallel_size", scenario.engine.pipeline_parallel_size,
                              "is not part of an environment yet", "use 1")
+        if scenario.engine.swap is not None:
+            raise InputError("engine.swap", plain(scenario.engine.swap), "is not part of an environment yet",
+                             "leave it out")
+        if scenario.engine.scheduling_policy == "vtc":
+            raise InputError("engine.scheduling_policy", "vtc", "is not part of an environment yet", "use 'fcfs'")
         if scenario.cluster.pools:
             raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools],
                              "are not part of an environment yet", "use cluster.replicas")
+        for name in ("migration", "scaling", "headroom_blocks"):
+            if getattr(scenario.cluster, name) is not None:
+                raise InputError(f"cluster.{name}", getattr(scenario.cluster, name),
+                                 "is not part of an environment yet", "leave it out")
+        if scenario.has_clients:
+            raise InputError("workload.client", None, "requests that end without an answer are not part of an"
+                             " environment yet", "leave out workload.client and cluster.admission")
+        if scenario.workload.images is not None:
+            raise InputError("workload.images", True, "are not part of an environment yet", "leave them out")
         (lane, *_) = engine.prepare(0, scenario, record_steps=False)
+        if routing is not None:
+            lower.check_routing(lane.dims, routing)
+        if routing is not None and routing.reads_loads and not lane.dims.has_demands:
+            raise InputError("routing", type(routing).__name__, "reads loads, which this scenario does not keep",
+                             "give it cluster.router = 'llumnix_load'")
         # For any request that the engine takes, not only those of these seeds.
         cost = jax.device_get(lower.make_cost(scenario, lane.system, lane.dims.num_slots, lane.system.max_model_len))
         # Limits may be tight and workloads longer than the one at hand: as many steps again, several times over.
@@ -176,7 +196,7 @@ class Environment:
         if len(workload) > self.dims.num_requests:
             raise InputError("seed", seed, f"has {len(workload)} requests, there is room for {self.dims.num_requests}",
                              "set workload.num_requests, or give the scenario the seeds with the most (num_seeds)")
-        return jax.tree.map(jnp.asarray, lower.make_requests(workload, self.dims))
+        return jax.tree.map(jnp.asarray, lower.make_requests(workload, self.dims, order=self.params.flags.order))
 
     def reset(self, requests: Requests | int, params: Params | None = None) -> tuple[State, Observation]:
         """Time zero, before any arrival. requests: those of an episode, or a seed (on the host).

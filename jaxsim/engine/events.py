@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxsim.engine import caches
 from jaxsim.engine.common import Context, Params, iterations_to_reach, span, take
-from jaxsim.kernels import clock, packed, residues
+from jaxsim.engine.loads import loads_of, pool_sizes
+from jaxsim.kernels import clock, packed, residues, timers
 from jaxsim.kernels.clock import Time
-from jaxsim.policy.arrivals import relative_to
+from jaxsim.policy.arrivals import Coming, relative_to
 from jaxsim.policy.routing import AbstractRouting, View
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
-from jaxsim.state.requests import PROMPT, Requests
+from jaxsim.state.control import DRAINING, ON, PARTNER, STARTING
+from jaxsim.state.requests import PARENT, PROMPT, Requests
 from jaxsim.state.world import Batch, BatchTimes, World
 
 FREEZE_S = 1.5 * clock.EPOCH_S
@@ -25,8 +28,13 @@ class Event(NamedTuple):
 
     `request` is the one that arrives, `following` the time of the arrival after it.
 
-    With roles: `is_door`, a door opens. With roles, or where ends bring arrivals about: `is_met`, a door opens or an
-    iteration ends elsewhere at this instant.
+    With roles or migration: `is_door`, a door opens. With these, or where ends bring arrivals about: `is_met`, a door
+    opens or an iteration ends elsewhere at this instant, or the controller looks. With migration: `is_tick`, it does
+    now, and `has_pair`, it has a pair to look at, of this executor and `partner`. With scaling: `scales`, whether it
+    looks at all instances instead, and wants one more, one less.
+    With clients: `is_timeout`, a client has waited for long enough; `is_again`, the arrival is not the first of its
+    request; `is_refused`, nobody takes it, and `is_routed`, if by the instance it was routed to. `met`: with routers
+    that know caches, what the request meets.
 
     An arrival may bring the end of an iteration along: where the executor it meets stops before the following
     arrival, both are one step, and `now` is the time of the later one.
@@ -43,6 +51,15 @@ class Event(NamedTuple):
     is_passing: Bool[Array, ""]
     is_door: Bool[Array, ""] | None = None
     is_met: Bool[Array, ""] | bool = False
+    is_tick: Bool[Array, ""] | None = None
+    has_pair: Bool[Array, ""] | None = None
+    scales: tuple[Bool[Array, ""], Bool[Array, ""], Bool[Array, ""]] | None = None
+    partner: Int[Array, ""] | None = None
+    is_timeout: Bool[Array, ""] | None = None
+    is_again: Bool[Array, ""] | None = None
+    is_refused: Bool[Array, ""] | None = None
+    is_routed: Bool[Array, ""] | None = None
+    met: caches.Met | None = None
 
     @property
     def is_tied(self) -> Bool[Array, ""]:
@@ -91,7 +108,48 @@ def next_time(params: Params, requests: Requests, world: World) -> Time:
     if world.doors is not None:
         door, _ = earliest_door(world)
         first = clock.select(door <= first, door, first)
+    if world.control is not None:
+        tick = next_tick(world)
+        first = clock.select(tick <= first, tick, first)
+    if world.timers is not None:
+        timer = first_timer(requests, world).time
+        first = clock.select(timer <= first, timer, first)
     return first
+
+
+def next_tick(world: World) -> Time:
+    """When the controller of migrations, or of how many executors are on, looks next."""
+    poll, fleet = world.control.poll, world.control.fleet
+    return poll if fleet is None else clock.select(fleet.check <= poll, fleet.check, poll)
+
+
+class Timer(NamedTuple):
+    """The first timer of a client: when it goes off, whose it is, and whether the request is sent again then."""
+
+    time: Time
+    request: Int[Array, ""]
+    is_again: Bool[Array, ""]
+
+
+def first_timer(requests: Requests, world: World) -> Timer:
+    """Of all clients. At one instant nobody is sent again before all those who give up have."""
+    instant, request = timers.earliest(lambda row: take(world.timers, row), requests.arrival.shape[0] - 1)
+    time = timers.time_of(world.epoch, timers.Instant(instant.seconds, instant.parts >> 1))
+    return Timer(time, request, (instant.parts & 1) == 1)
+
+
+def before(timer: Timer, coming: Coming) -> tuple[Coming, Bool[Array, ""], Bool[Array, ""]]:
+    """What comes next of arrivals and timers, and whether it is a timeout or an arrival that is not the first of its
+    request. Timeouts come before arrivals, and these in the order of their requests."""
+    is_tied = timer.time.equals(coming.time)
+    is_again = timer.is_again & ((timer.time < coming.time) | (is_tied & (timer.request < coming.request)))
+    is_timeout = ~timer.is_again & (timer.time <= coming.time)
+    is_first = is_again | is_timeout
+    # What a timer brings about is a step by itself, and so is what follows it.
+    is_before_next = is_first | (timer.time <= coming.following)
+    first = Coming(clock.select(is_first, timer.time, coming.time), jnp.where(is_first, timer.request, coming.request),
+                   clock.select(is_before_next, timer.time, coming.following))
+    return first, is_timeout, is_again
 
 
 def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]:
@@ -118,7 +176,16 @@ def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]
     return counts.rank.used_blocks.ravel() + jnp.sum(blocks, axis=1)
 
 
-def route(context: Context, request: Int[Array, ""], now: Time) -> Int[Array, ""]:
+def used_blocks(context: Context, now: Time) -> Int[Array, " ranks"]:
+    """Blocks every rank holds at `now`."""
+    dims, params, _, world, _ = context
+    if params.flags.grows:
+        return used_blocks_now(dims, world, now)
+    return w.count_rows(dims).everything(world.counts).rank.used_blocks.ravel()
+
+
+def route(context: Context, request: Int[Array, ""], now: Time, known: caches.Caches | None = None
+          ) -> Int[Array, ""]:
     """The rank, among those of all executors, for the request that arrives now."""
     dims, params, _, world, _ = context
     if dims.all_ranks == 1:
@@ -127,26 +194,44 @@ def route(context: Context, request: Int[Array, ""], now: Time) -> Int[Array, ""
     if dims.has_roles:
         takes_prompts = ~params.hand_over.decodes
         is_active = takes_prompts if is_active is None else takes_prompts & is_active
-    return chosen_by(context, request, now, params.routing, world.num_routed, is_active)
+    if dims.has_scaling:
+        is_on = world.control.fleet.is_on(now)
+        is_active = is_on if is_active is None else is_on & is_active
+    if dims.has_parts:
+        encoding = params.encoding
+        dealt = chosen_by(context, request, now, encoding.dealing, world.num_dealt, encoding.encodes)
+        prompt = chosen_by(context, request, now, params.routing, world.num_routed, is_active & ~encoding.encodes)
+        return jnp.where(take(context.requests.images, request)[PARENT] >= 0, dealt, prompt)
+    return chosen_by(context, request, now, params.routing, world.num_routed, is_active, known)
 
 
 def chosen_by(context: Context, request: Int[Array, ""], now: Time, routing: AbstractRouting,
-              num_routed: Int[Array, ""], is_active: Bool[Array, " ranks"] | None) -> Int[Array, ""]:
-    """The rank that a router chooses for a request, among the active ones."""
+              num_routed: Int[Array, ""], is_active: Bool[Array, " ranks"] | None,
+              known: caches.Caches | None = None) -> Int[Array, ""]:
+    """The rank that a router chooses for a request, among the active ones; known: of caches, what it reads."""
     dims, params, requests, world, _ = context
     ranks = w.count_rows(dims).everything(world.counts).rank
-    used = num_blocks = None
-    if routing.reads_kv:
-        used = used_blocks_now(dims, world, now) if params.flags.grows else ranks.used_blocks.ravel()
+    used = num_blocks = loads = None
+    if routing.reads_kv or routing.reads_loads:
+        used = used_blocks(context, now) if known is None else known.used_blocks
         if dims.has_roles:
             # Blocks that came back are taken at the next step there.
             used = used - world.returned[:-1]
-        num_blocks = params.of_executors(lambda batching: batching.num_blocks)
-        num_blocks = jnp.repeat(jnp.broadcast_to(num_blocks, dims.num_executors), dims.num_ranks)
+        num_blocks = pool_sizes(context)
+    if routing.reads_loads:
+        loads = loads_of(context, used)
     waiting = ranks.waiting.ravel() if routing.reads_waiting else None
     prompt_tokens = take(requests.table, request)[PROMPT] if routing.reads_prompt else None
+    more = {}
+    if known is not None:
+        more = {name: getattr(known, name)
+                for name in ("cached_tokens", "matched_tokens", "tree_tokens", "prefill_tokens")}
+    if routing.route_by:
+        more["home"] = take(requests.home, request)
+    if routing.reads_noise:
+        more["noise"] = take(requests.noise, request)
     view = View(world.outstanding, waiting, used, num_blocks, num_routed, take(requests.uniforms, request),
-                prompt_tokens, is_active)
+                prompt_tokens, is_active, loads, block_size=dims.block_size, **more)
     chosen = routing.choose(view)
     if is_active is not None:
         behind = (jnp.arange(dims.all_ranks) - chosen) % dims.all_ranks
@@ -157,12 +242,23 @@ def chosen_by(context: Context, request: Int[Array, ""], now: Time, routing: Abs
 def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     """The next event of a live scenario, and whether it lies too far ahead for now."""
     dims, params, requests, world, _ = context
-    arrival, request, after_it = params.source.coming(requests, world.source, world.due, world.epoch)
+    coming = params.source.coming(requests, world.source, world.due, world.epoch)
+    if dims.has_clients:
+        coming, is_timer_timeout, is_again = before(first_timer(requests, world), coming)
+    arrival, request, after_it = coming
     wake, phase, executor = earliest_wake(world)
     is_arrival = (arrival < wake) | (arrival.equals(wake) & (phase == w.PASSING))
     now = clock.select(is_arrival, arrival, wake)
-    is_door = None
-    if dims.has_roles:
+    if dims.has_swap:
+        # Somebody may rest until a copy is through.
+        is_arrival = is_arrival | (arrival.equals(wake) & (phase == w.RESTING))
+        now = clock.select(is_arrival, arrival, wake)
+    is_door = is_tick = None
+    if dims.has_migration:
+        poll = next_tick(world)
+        is_tick = (poll <= arrival) & ((poll < wake) | (poll.equals(wake) & (phase == w.PASSING)))
+        is_arrival, now = is_arrival & ~is_tick, clock.select(is_tick, poll, now)
+    if dims.has_moves:
         door, its_executor = earliest_door(world)
         is_door = door <= now
         is_arrival, now = is_arrival & ~is_door, clock.select(is_door, door, now)
@@ -170,18 +266,56 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     is_live = (world.num_finished < requests.count) & (world.fault == 0) & ~is_frozen
     is_arrival = is_arrival & is_live
     is_wake = ~is_arrival & is_live
-    if dims.has_roles:
+    has_pair = partner = scales = None
+    if dims.has_migration:
+        is_tick = is_tick & is_live & ~is_door
+        is_wake = is_wake & ~is_tick
+        used = used_blocks_now(dims, world, now)
+        loads, fleet, of_fleet = loads_of(context, used), world.control.fleet, ()
+        if fleet is not None:
+            is_check, is_empty = fleet.check <= world.control.poll, world.outstanding == 0
+            is_empty = is_empty & (world.control.moves[:, PARTNER] < 0)
+            status = fleet.settled(now, is_empty)
+            of_fleet = status == ON, status == DRAINING
+            scales = is_check, *params.scaling.decide(loads, status == ON, jnp.sum(status == STARTING))
+        has_pair, source, partner = params.migration.next_pair(loads, world.control.paired, *of_fleet)
+        if fleet is not None:
+            has_pair = has_pair & ~is_check
+    if dims.has_moves:
         is_door, is_wake = is_door & is_live, is_wake & ~is_door
         executor = jnp.where(is_door, its_executor, executor)
-    target, rank = route(context, request, now), jnp.int32(0)
+    if dims.has_migration:
+        executor = jnp.where(is_tick & has_pair, source, executor)
+    known = caches.look(context, request, now, used_blocks(context, now)) if caches.are_read(context) else None
+    target, rank, is_settling = route(context, request, now, known), jnp.int32(0), None
+    if known is not None and known.is_owing is not None:
+        # Evictions elsewhere first, until the router can see what is left.
+        is_settling = is_arrival & jnp.any(known.is_owing)
+        is_arrival = is_arrival & ~is_settling
+        target = jnp.where(is_settling, jnp.argmax(known.is_owing).astype(jnp.int32), target)
+    met = None if known is None else caches.at_rank(context, known, request, target, is_settling)
+    is_there = is_arrival if is_settling is None else is_arrival | is_settling
     if dims.num_ranks > 1:
-        rank = jnp.where(is_arrival, target % dims.num_ranks, rank)
+        rank = jnp.where(is_there, target % dims.num_ranks, rank)
         target = target // dims.num_ranks
-    executor = jnp.where(is_arrival, target, executor)
+    executor = jnp.where(is_there, target, executor)
     following = clock.select(is_arrival, after_it, arrival)
+    more = {}
+    if dims.has_clients:
+        is_timeout, is_arrival = is_arrival & is_timer_timeout, is_arrival & ~is_timer_timeout
+        clients = params.clients
+        waiting = take(w.count_rows(dims).everything(world.counts).rank.waiting.ravel(), target)
+        is_full = is_arrival & (world.num_outstanding >= clients.max_outstanding)
+        is_routed = is_arrival & ~is_full & (waiting >= clients.max_waiting)
+        is_arrival = is_arrival & ~is_full & ~is_routed
+        executor = jnp.where(is_timeout, take(world.routed, request), executor)
+        more = dict(is_timeout=is_timeout, is_again=is_again, is_refused=is_full | is_routed, is_routed=is_routed)
     event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
-                  is_wake & (phase == w.PASSING), is_door)
-    if dims.has_roles or (params.source.answers and dims.num_executors > 1):
+                  is_wake & (phase == w.PASSING), is_door, is_tick=is_tick, has_pair=has_pair, partner=partner,
+                  scales=scales, met=met, **more)
+    if dims.has_swap:
+        event = event._replace(is_passing=event.is_passing | (is_wake & (phase == w.RESTING)))
+    if dims.has_moves or (params.source.answers and dims.num_executors > 1):
         event = event._replace(is_met=_is_met(dims, world, now, executor))
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)
 
@@ -190,4 +324,6 @@ def _is_met(dims: Dims, world: World, now: Time, executor: Int[Array, ""]) -> Bo
     """Whether a door opens, or an iteration of another executor ends, at this very instant."""
     ends = (world.phase == w.ENDING) & (world.wake_hi == now.hi) & (world.wake_lo == now.lo)
     is_met = jnp.any(ends & (jnp.arange(ends.shape[0]) != executor))
-    return is_met | earliest_door(world)[0].equals(now) if dims.has_roles else is_met
+    if dims.has_migration:
+        is_met = is_met | next_tick(world).equals(now)
+    return is_met | earliest_door(world)[0].equals(now) if dims.has_moves else is_met

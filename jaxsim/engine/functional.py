@@ -29,6 +29,7 @@ import msgspec
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxsim._core.errors import InputError
 from jaxsim.engine import loop, lower, tape
 from jaxsim.engine.common import Params
 from jaxsim.engine.simulate import RECORDS_A_REQUEST, prepare
@@ -65,8 +66,11 @@ def inputs(scenario: Scenario, seed: int | None = None) -> tuple[Dims, Params, R
     scenario = msgspec.structs.replace(scenario.checked(), num_seeds=1)
     if seed is not None:
         scenario = msgspec.structs.replace(scenario, workload=msgspec.structs.replace(scenario.workload, seed=seed))
+    if scenario.has_clients:
+        raise InputError("workload.client", None, "requests that end without an answer have no derivatives here",
+                         "leave out workload.client and cluster.admission, or use jaxsim.simulate")
     (lane,) = prepare(0, scenario, record_steps=False)
-    requests = lower.make_requests(lane.workload, lane.dims, lane.prefixes)
+    requests = lower.make_requests(lane.workload, lane.dims, lane.prefixes, lane.params.flags.order)
     return lane.dims, *jax.tree.map(jnp.asarray, (lane.params, requests))
 
 
@@ -91,8 +95,10 @@ def simulate_recorded(dims: Dims, params: Params, requests: Requests, num_record
     """
     if dims.num_stages > 1:
         raise ValueError(f"num_stages = {dims.num_stages}: iterations overlap, and a tape is of one after the other")
-    if dims.has_roles:
-        raise ValueError("has_roles: a tape does not follow a request from one executor to another")
+    if dims.has_moves:
+        raise ValueError("has_roles, has_migration: a tape does not follow a request from one executor to another")
+    if dims.has_encoder:
+        raise ValueError("has_encoder: a tape does not say which images an iteration encodes")
     size = num_records or dims.num_records
     dims = replace(dims, num_records=size or dims.num_ranks * (RECORDS_A_REQUEST * dims.num_requests + 1000))
     params, requests = jax.lax.stop_gradient((params, requests))

@@ -17,12 +17,13 @@ it is shorter by the last iteration of its prompt, as if the link had been free 
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.engine import ending
+from jaxsim.engine import ending, parts
 from jaxsim.engine.common import Context, blocks_for, choose, has, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import AT_ONCE, Event, chosen_by
@@ -32,7 +33,7 @@ from jaxsim.kernels.clock import Time
 from jaxsim.kernels.queues import Link, Queue
 from jaxsim.policy.arrivals import relative_to
 from jaxsim.state import world as w
-from jaxsim.state.requests import OUTPUT, PROMPT
+from jaxsim.state.requests import OUTPUT, PROMPT, TILES
 from jaxsim.state.world import Clocks, Counts, World
 
 SECONDS, NUMBER, TARGET, ACCEPTED, DUE = 0, 1, 2, 3, 6
@@ -41,7 +42,8 @@ lo) it was accepted and is through."""
 
 
 class Front(NamedTuple):
-    """Who an executor has not accepted, and the blocks that the first of them needs."""
+    """Who an executor has not accepted, and the blocks that the first of them needs; tiles where it computes
+    prompts."""
 
     queue: Queue
     blocks: Int[Array, ""]
@@ -53,7 +55,8 @@ class Opened(NamedTuple):
     next_time, next_turn: when this one opens again, and for whom; front: who is not accepted then; link: the one that
     changes. accepted, due: the request, and when its transfer ends; links: the two that are busy until then. delivered:
     the request; ready_before: who was ready last before it; owed: to whom its blocks come back, and how many; woken:
-    the same, if it rests for want of them. returned: those taken back here. What there is none of is the scratch row.
+    the same, if it rests for want of them. returned: those taken back here. parent: of the part that was accepted or
+    delivered. What there is none of is the scratch row.
     """
 
     is_any: Bool[Array, ""]
@@ -69,11 +72,12 @@ class Opened(NamedTuple):
     owed: tuple[Int[Array, ""], Int[Array, ""]]
     woken: Int[Array, ""]
     returned: Int[Array, ""]
+    parent: Int[Array, ""] | None = None
 
 
 class Left(NamedTuple):
     """Who left for another executor in this step, if anybody: the request, where it goes, the queue there, the link
-    that changes, and the seconds of its transfer."""
+    that changes, and the seconds of its transfer; the part whose encoding has ended, maybe the last of the request."""
 
     is_any: Bool[Array, ""]
     request: Int[Array, ""]
@@ -81,6 +85,12 @@ class Left(NamedTuple):
     queue: Queue
     link: Link
     seconds: Float[Array, ""]
+    part: parts.Encoded | None = None
+
+    @property
+    def is_kv(self) -> Bool[Array, ""]:
+        """Whether who left has its first token; otherwise its images are encoded."""
+        return self.is_any if self.part is None else self.is_any & ~self.part.is_any
 
 
 def unaccepted_of(world: World, executor: Int[Array, ""]) -> Queue:
@@ -93,8 +103,13 @@ def fits(context: Context, event: Event, counts: Counts, front: Front) -> Bool[A
     """Whether there is a first one who would be accepted."""
     rules, rank = context.group.batching, counts.rank
     most = take(context.params.hand_over.most_held, event.executor)
-    return ((front.queue.length > 0) & (rank.held_blocks < most)
-            & (front.blocks <= rules.num_blocks - rank.used_blocks))
+    is_fitting = ((front.queue.length > 0) & (rank.held_blocks < most)
+                  & (front.blocks <= rules.num_blocks - rank.used_blocks))
+    if context.dims.has_parts:
+        is_kv = take(context.params.hand_over.decodes, event.executor)
+        fit_tiles = (front.queue.length > 0) & parts.fits(context, event, counts, front.blocks)
+        is_fitting = jnp.where(is_kv, is_fitting, fit_tiles)
+    return is_fitting
 
 
 def _blocks(context: Context, request: Int[Array, ""]) -> Int[Array, ""]:
@@ -103,14 +118,23 @@ def _blocks(context: Context, request: Int[Array, ""]) -> Int[Array, ""]:
     return blocks_for(take(context.requests.table, request)[PROMPT], context.dims)
 
 
+def _needed(context: Context, part: parts.Part | None, request: Int[Array, ""]) -> Int[Array, ""]:
+    """Blocks of the first one not accepted; tiles where it comes with embeddings."""
+    blocks = _blocks(context, request)
+    if part is None:
+        return blocks
+    return jnp.where(part.is_kv, blocks, take(context.requests.images, request)[TILES])
+
+
 def lengths_here(context: Context, event: Event, lengths: Int[Array, " 4"]) -> Int[Array, " 4"]:
     """What a request comes to on this executor: one token where only prompts are computed."""
     computes_prompts = take(context.params.hand_over.computes_prompts, event.executor)
     return jnp.where(computes_prompts & (jnp.arange(lengths.shape[0]) == OUTPUT), 1, lengths)
 
 
-def is_leaving(context: Context, event: Event, request: Int[Array, ""]) -> Bool[Array, ""]:
-    """Whether a request whose last token on this executor is out has more to come on another."""
+def is_leaving(context: Context, event: Event, request: Int[Array, ""], tokens: Int[Array, ""] | None = None
+               ) -> Bool[Array, ""]:
+    """Whether a request whose last token on this executor is out has more to come on another, whatever its tokens."""
     computes_prompts = take(context.params.hand_over.computes_prompts, event.executor)
     return computes_prompts & (take(context.requests.table, request)[OUTPUT] > 1)
 
@@ -125,15 +149,24 @@ def who_gives_way(context: Context, is_joining: Bool[Array, ""], counts: Counts,
     """
     dims, _, requests, _, group = context
     rank, batch = counts.rank, counts.batch
-    prompt = take(requests.table, candidate)[PROMPT]
+    context_of = partial(_computed, context)
+    prompt = context_of(candidate)
     need = blocks_for(prompt + 1, dims) - blocks_for(prompt, dims)
     if group.batching.decode_needs_free_block == "always":
         need = jnp.maximum(need, 1)
     gives_way = (is_joining & (rank.running == 0) & (rank.in_transfer.length == 0) & ~has(counts, w.CLOSED)
                  & (need > group.batching.num_blocks - rank.used_blocks))
+    if dims.has_migration:
+        gives_way = gives_way & (rank.kept_blocks == 0) & (rank.held_blocks == 0)
     last = jnp.where(gives_way, rank.ready.back, victim[1])
-    offset = jnp.where(gives_way, take(requests.table, last)[PROMPT] - batch.counter, victim[2])
+    offset = jnp.where(gives_way, context_of(last) - batch.counter, victim[2])
     return gives_way, (jnp.where(gives_way, dims.null_slot, victim[0]), last, offset)
+
+
+def _computed(context: Context, request: Int[Array, ""]) -> Int[Array, ""]:
+    """Tokens of a ready request whose KV is here: its prompt, and what it emitted before it came but the last."""
+    prompt = take(context.requests.table, request)[PROMPT]
+    return prompt + take(context.world.progress, request)[0] - 1 if context.dims.has_migration else prompt
 
 
 def without_last_ready(context: Context, is_gone: Bool[Array, ""], counts: Counts, prompt: Int[Array, ""]) -> Counts:
@@ -141,7 +174,9 @@ def without_last_ready(context: Context, is_gone: Bool[Array, ""], counts: Count
     rank = counts.rank
     before = take(context.world.ready_before, rank.ready.back)
     ready = Queue(rank.ready.front, jnp.where(is_gone, before, rank.ready.back), rank.ready.length - is_gone)
-    held = rank.held_blocks - jnp.where(is_gone, blocks_for(prompt, context.dims), 0)
+    held = rank.held_blocks
+    if context.dims.has_roles:
+        held = held - jnp.where(is_gone, blocks_for(prompt, context.dims), 0)
     visible = jnp.minimum(rank.visible_ready, ready.length)
     return replace(counts, rank=replace(rank, ready=ready, held_blocks=held, visible_ready=visible))
 
@@ -158,6 +193,7 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
     dims, params, requests, world, group = context
     e, now, nowhere, nobody = event.executor, event.now, dims.num_requests, dims.num_executors
     turn, returned, queue = take(world.doors, e)[2], take(world.returned, e), unaccepted_of(world, e)
+    part = None
     is_trying = event.is_door & (turn == AT_ONCE) & (queue.length > 0)
     is_delivering = event.is_door & (turn != AT_ONCE)
     rank = counts.rank
@@ -166,35 +202,59 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
 
     # The iterations of a jump that has begun have taken their blocks; it ends where somebody may join.
     may_join = (rank.ready.length == 0) & (rank.running < group.batching.max_num_seqs)
+    if dims.has_parts:
+        part = parts.at_door(context, event, queue.front, rank.in_transfer.front)
     is_running = (phase == w.ENDING) & (counts.batch.is_committed == 0) & (counts.batch.extra > 0)
     is_cut = is_running & (is_trying | (is_delivering & may_join))
     cut, cut_end = ending.cut_jump(now, counts, times)
     counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, cut_end, wake)
     counts = ending.take_blocks_of_jump(group, is_cut, counts, residue_row)
 
-    rank, front = counts.rank, Front(queue, _blocks(context, queue.front))
+    rank, front = counts.rank, Front(queue, _needed(context, part, queue.front))
     is_accepting = is_trying & fits(context, event, counts, front)
     accepted = jnp.where(is_accepting, queue.front, nowhere)
+    if part is not None:
+        is_accepting = is_accepting | (is_trying & ~part.is_kv & part.is_begun)
+        accepted = jnp.where(is_accepting, jnp.where(part.is_kv, queue.front, part.row), nowhere)
     delivered = jnp.where(is_delivering, rank.in_transfer.front, nowhere)
     # One of the two leaves a queue and joins another.
     moving = jnp.where(is_delivering, delivered, accepted)
     following, source = take(world.next_waiting, moving), jnp.maximum(take(world.placed, moving)[1], 0)
     in_transfer = queues.pop_front(rank.in_transfer, following, is_delivering)
-    queue = queues.pop_front(queue, following, is_accepting)
+    behind, is_gone = following, is_accepting
+    if part is not None:
+        # A request stays first until all of its parts are accepted.
+        behind = jnp.where(part.is_kv, following, take(world.next_waiting, queue.front))
+        is_gone = is_accepting & (part.is_kv | part.is_last)
+    queue = queues.pop_front(queue, behind, is_gone)
     in_transfer, joined = queues.push_back(in_transfer, accepted, is_accepting, nowhere)
     if group.batching.async_scheduling:
         is_seen = is_delivering & (phase == w.ENDING) & ending.is_before_last(event, counts, times)
         rank = replace(rank, visible_ready=rank.visible_ready + is_seen)
     last_ready = rank.ready.back
-    ready, became = queues.push_back(rank.ready, delivered, is_delivering, nowhere)
+    brings_kv = is_delivering if part is None else is_delivering & part.is_kv
+    ready, became = queues.push_back(rank.ready, delivered, brings_kv, nowhere)
+    if part is not None:
+        # With the last of its parts a request waits, as one that arrives.
+        is_whole = is_delivering & ~part.is_kv & part.is_whole
+        waiting, joined_waiting = queues.push_back(rank.queue, part.parent, is_whole, nowhere)
+        rank, became = replace(rank, queue=waiting), choose(part.is_kv, became, joined_waiting)
     link = jnp.where(is_delivering, became[0], joined[0]), moving
-    taken = jnp.where(is_accepting, front.blocks, 0)
+    if part is not None:
+        link = choose(is_delivering, became, joined)
+    taken = jnp.where(is_accepting if part is None else is_accepting & part.is_kv, front.blocks, 0)
     used = rank.used_blocks + taken
     counts = replace(counts, rank=replace(
         rank, in_transfer=in_transfer, ready=ready, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used),
         held_blocks=rank.held_blocks + taken))
+    if part is not None:
+        is_begun = is_accepting & ~part.is_kv & ~part.is_begun
+        counts = parts.with_tiles(counts, jnp.where(is_begun, part.tiles, 0))
+        rank = counts.rank
 
     work = take(world.transfers, accepted)[SECONDS]
+    if part is not None:
+        work = jnp.where(part.is_kv, work, parts.transfer_s(context, accepted))
     ends = source, nobody + 1 + e
     begin = now
     for end in ends:
@@ -216,12 +276,16 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
     is_linked, prompt_blocks = is_accepting & (work > 0), _blocks(context, moving)
     is_woken = is_delivering & (take(world.phase, source) == w.RESTING)
     # Of whoever is first now.
-    front = Front(queue, jnp.where(is_accepting, _blocks(context, queue.front), front.blocks))
+    front = Front(queue, jnp.where(is_accepting, _needed(context, part, queue.front), front.blocks))
+    parent = None
+    if part is not None:
+        moved = jnp.where(is_delivering, part.parent, unaccepted_of(world, e).front)
+        parent = jnp.where((is_accepting | is_delivering) & ~part.is_kv, moved, nowhere)
     opened = Opened(
         event.is_door, next_time, jnp.where(opens_again, AT_ONCE, first_turn), front, link, accepted, due,
         tuple(jnp.where(is_linked, end, nobody) for end in ends), delivered, last_ready,
         (jnp.where(is_delivering, source, nobody), jnp.where(is_delivering, prompt_blocks, 0)),
-        jnp.where(is_woken, source, nobody), returned)
+        jnp.where(is_woken, source, nobody), returned, parent)
     return counts, wake, phase, opened
 
 
@@ -251,13 +315,20 @@ def leave(context: Context, event: Event, retired: Retired, times: Clocks) -> Le
     lengths = take(requests.table, retired.request)
     is_any = retired.is_any & is_leaving(context, event, retired.request)
     target = chosen_by(context, retired.request, event.now, hand_over.routing, world.num_handed_over, hand_over.decodes)
+    leaver, part = retired.request, None
+    if dims.has_parts:
+        part = parts.encoded(context, event, retired.request, retired.is_any)
+        leaver, target = jnp.where(part.is_any, part.parent, leaver), jnp.where(part.is_any, part.target, target)
+        is_any = is_any & (~part.is_any | part.is_last)
     target = jnp.where(is_any, target, dims.num_executors)
-    queue, link = queues.push_back(unaccepted_of(world, target), retired.request, is_any, dims.num_requests)
+    queue, link = queues.push_back(unaccepted_of(world, target), leaver, is_any, dims.num_requests)
     seconds = lengths[PROMPT].astype(jnp.float32) * hand_over.seconds_per_token
     layer_s = seconds / jnp.maximum(hand_over.layers, 1)
     overlapped = jnp.maximum(clock.on_grid(seconds) - times.batch.first.hi, clock.on_grid(layer_s))
     seconds = jnp.where(hand_over.layers > 0, overlapped, clock.on_grid(seconds))
-    return Left(is_any, retired.request, target, queue, link, seconds)
+    if part is not None:
+        seconds = jnp.where(part.is_any, parts.transfer_s(context, retired.request), seconds)
+    return Left(is_any, leaver, target, queue, link, seconds, part)
 
 
 def writes(context: Context, event: Event, opened: Opened, left: Left, is_looking: Bool[Array, ""],
@@ -280,13 +351,17 @@ def writes(context: Context, event: Event, opened: Opened, left: Left, is_lookin
         jnp.concatenate([jnp.stack([jnp.float32(0), world.num_accepted.astype(jnp.float32), target]), stamp, stamp[:1],
                          due]),
         jnp.concatenate([jnp.stack([left.seconds, jnp.float32(-1), target]), nothing, nothing]))
-    return {
+    steps = {}
+    if left.part is not None:
+        row = jnp.where(opened.is_any, opened.parent, left.part.parent)
+        steps = {"steps_of_parts": Add((row,), jnp.int32(1))}
+    return steps | {
         "doors": Put((jnp.stack([own, other]),), jnp.stack([jnp.where(opened.is_any, mine, at_once), at_once])),
         "unaccepted": Put((jnp.where(opened.is_any, e, left.target),), jnp.stack(queue)),
         "links": Put((jnp.stack(opened.links),), jnp.stack([due, due])),
         "returned": Add((jnp.stack([opened.owed[0], e]),), jnp.stack([opened.owed[1], -opened.returned])),
         "ready_before": Put((opened.delivered,), opened.ready_before),
-        "transfers": Put((jnp.where(left.is_any, left.request, opened.accepted),), transfer),
+        "transfers": Put((jnp.where(left.is_kv, left.request, opened.accepted),), transfer),
     }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from jaxsim.engine import events, hand_over, pipeline
+from jaxsim.engine import clients, events, hand_over, migration, pipeline, swapping
 from jaxsim.engine.common import Params
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
@@ -52,8 +52,12 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
     # Clocks: so that the earliest wake-up or arrival lies in the first epoch.
     coming = params.source.coming(requests, world.source, world.due, world.epoch)
     ahead = jnp.minimum(coming.time.hi, jnp.min(world.wake_hi))
-    if dims.has_roles:
+    if dims.has_moves:
         ahead = jnp.minimum(ahead, jnp.min(world.doors[:-1, 0]))
+    if dims.has_migration:
+        ahead = jnp.minimum(ahead, events.next_tick(world).hi)
+    if dims.has_clients:
+        ahead = jnp.minimum(ahead, events.first_timer(requests, world).time.hi)
     is_starved = jnp.isinf(ahead) & (world.num_finished < requests.count)
     epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
     back = -epochs * clock.EPOCH_S
@@ -70,6 +74,11 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
         ends = Time(world.slot_ends[..., 0], world.slot_ends[..., 1])
         ends = clock.shift(ends, jnp.broadcast_to(back, ends.hi.shape))
         world = replace(world, slot_ends=jnp.stack(ends, axis=-1))
+    if dims.has_migration:
+        world = migration.shifted(world, back)
+    if dims.has_swap:
+        world = swapping.shifted(world, back)
+        times = replace(times, rank=replace(times.rank, swap=swapping.links_shifted(times.rank.swap, back)))
     return replace(
         world, counts=w.count_rows(dims).row(replace(counts, batch=batch)), clocks=w.clock_rows(dims).row(times),
         slot_keys=keys, slot_entries=entries,
@@ -93,11 +102,16 @@ def start(dims: Dims, params: Params, requests: Requests, is_stepped: bool = Fal
     is_stepped: with `until`, at time zero, and `routed`.
     """
     rules = params.flags
-    fields = 5 if rules.stamps_slots or dims.has_roles else 3
-    words = bitmap.num_words(dims.num_requests) if rules.order == "priority" else 1
+    fields = 5 if rules.stamps_slots or dims.has_moves else 3
+    fields = 6 if dims.has_swap else fields
+    words = bitmap.num_words(dims.num_requests) if rules.sorts else 1
     ratio = params.of_executors(lambda batching: batching.ratio_start)
     num_blocks = params.of_executors(lambda batching: batching.num_blocks)
     world = w.initial_world(dims, *params.source.start(requests), fields, words, ratio, num_blocks)
+    if dims.has_scaling:
+        world = migration.opened(world, params.scaling)
+    if dims.has_clients:
+        world = replace(world, **clients.start(requests, rules.async_scheduling))
     if is_stepped:
         world = replace(world, until=jnp.zeros(3, jnp.float32),
                         routed=jnp.full(dims.num_requests + 1, -1, jnp.int32))

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsim.engine import hand_over, prefix, tape
+from jaxsim.engine import caches, clients, hand_over, migration, prefix, swapping, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
+from jaxsim.engine.parts import is_part
 from jaxsim.engine.touched import Touched
 from jaxsim.engine.writes import Add, Put, Writes, at
 from jaxsim.kernels import bitmap, clock, histogram, packed, queues, stack
@@ -21,9 +22,18 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     epoch = world.epoch.astype(jnp.float32)
     stamp = jnp.stack([epoch, now.hi, now.lo])
     is_active = event.is_arrival | event.is_ending | event.is_passing
+    if event.met is not None and event.met.is_settling is not None:
+        is_active = is_active | event.met.is_settling
     is_finished = retired.is_any
     if t.left is not None:
         is_active, is_finished = is_active | event.is_door, is_finished & ~t.left.is_any
+        if getattr(t.left, "part", None) is not None:
+            is_finished = is_finished & ~t.left.part.is_any
+    if dims.has_migration:
+        is_active = is_active | event.is_tick
+    if t.cut_off is not None:
+        is_active = is_active | event.is_timeout | event.is_refused
+        is_finished = is_finished & (retired.request != scratch)
     logs = t.is_starting & (counts.batch.joining_first > 0)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     leaving = jnp.where(retired.is_any & (retired.slot != placed.slot), retired.slot, null)
@@ -45,12 +55,12 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
 
     if t.turn is None:
         rows = row(w.count_rows(dims), t.count_row, counts), row(w.clock_rows(dims), t.clock_row, t.times)
-        logged = jnp.where(logs, counts.batch.log_row, scratch)
+        logged = jnp.where(logs, counts.batch.log_row, dims.last_log)
         first_ends = jnp.stack([epoch, t.plan.first_end.hi, t.plan.first_end.lo])
     else:
         rows, started = (t.turn.counts, t.turn.clocks), t.turn.everything[0].batch
         first_end = t.turn.first_end
-        logged = jnp.where(t.turn.is_launching & (started.joining_first > 0), started.log_row, scratch).ravel()
+        logged = jnp.where(t.turn.is_launching & (started.joining_first > 0), started.log_row, dims.last_log).ravel()
         first_ends = jnp.broadcast_to(jnp.stack([epoch, first_end.hi, first_end.lo]), (*logged.shape, 3))
 
     if rules.grows:
@@ -60,17 +70,30 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         is_returning = placed.is_admitted & (t.preemptions > 0)
         if t.is_ready is not None:
             is_returning = is_returning & ~t.is_ready
+        is_stalling, stalled = t.is_preempting, t.candidate
+        if dims.has_migration:
+            # Who leaves stands still until it is placed again; a ready one who gives way does already.
+            is_returning = is_returning | (placed.is_admitted & t.is_ready)
+            is_stalling = (is_stalling & (t.victim[0] != null)) | t.left.is_any
+            stalled = jnp.where(t.left.is_any, t.left.request, stalled)
         parts = clock.to_integers(world.epoch, now)
         writes["progress"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),),
                                  jnp.stack([t.victim_emitted, t.preemptions + 1]))
-        writes["stalled"] = Add((jnp.where(t.is_preempting | is_returning, t.candidate, scratch),),
-                                jnp.where(is_returning, parts, jnp.where(t.is_preempting, -parts, 0)))
+        writes["stalled"] = Add((jnp.where(is_stalling | is_returning, stalled, scratch),),
+                                jnp.where(is_returning, parts, jnp.where(is_stalling, -parts, 0)))
         writes["preempted"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),), stamp)
         writes["residues"] = Put(own("residues"), t.residue_row)
     link = t.link
-    if t.left is not None:
+    if dims.has_migration:
+        index = jnp.where(t.left.is_any, t.left.request, writes["progress"].index[0])
+        emitted = jnp.stack([t.left.emitted, take(world.progress, retired.request)[1]])
+        writes["progress"] = Put((index,), jnp.where(t.left.is_any, emitted, writes["progress"].value))
+        writes["preempted"] = Put((jnp.where(is_stalling, stalled, scratch),), stamp)
+        writes |= migration.writes(context, event, t.acted, t.left)
+        link = choose(event.is_door, t.acted.link, link)
+    elif t.left is not None:
         # A request that leaves has its first token, and waits for the next from now on.
-        leaving_now, before = t.left.is_any, take(world.progress, retired.request)[1]
+        leaving_now, before = t.left.is_kv, take(world.progress, retired.request)[1]
         index = jnp.where(leaving_now, t.left.request, scratch)
         if rules.grows:
             index = jnp.where(leaving_now, t.left.request, writes["progress"].index[0])
@@ -78,11 +101,14 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
             writes["progress"] = Put((index,), value)
         writes["preempted"] = Put((index,), stamp)
         writes |= hand_over.writes(context, event, t.opened, t.left, t.is_looking, stamp)
-        link = choose(event.is_door, t.opened.link, choose(leaving_now, t.left.link, link))
+        link = choose(event.is_door, t.opened.link, choose(t.left.is_any, t.left.link, link))
     if t.slot_ends is not None:
         writes["slot_ends"] = Put(own("slot_ends"), t.slot_ends)
     if rules.keeps_running_list:
-        _, *appended = queues.append(t.tail, placed.slot, placed.is_completing, dims.null_slot)
+        appending = t.tail, placed.slot, placed.is_completing
+        if t.cut_off is not None:
+            appending = choose(t.cut_off.is_forming, (t.cut_off.tail, t.cut_off.slot, t.cut_off.is_forming), appending)
+        _, *appended = queues.append(*appending, dims.null_slot)
         for name, *links in zip(("slot_previous", "slot_next"), t.unlinked, appended, strict=True):
             indices, values = zip(*links, strict=True)
             writes[name] = Put(own(name, indices), values)
@@ -94,6 +120,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         is_placed = placed.slot != null
         writes |= prefix.writes(context, t.rank, t.found, t.released, t.candidate, is_placed, placed.is_admitted,
                                 is_new, computed)
+    if event.met is not None:
+        writes |= caches.writes(context, event.met, event.request, event.is_arrival, t.rank)
     if t.due is not None:
         writes["due"] = Put((t.due[0],), t.due[1])
     if dims.num_records:
@@ -120,20 +148,37 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         "first_tokens": Put((logged,), first_ends),
         "itl": Add((histogram.bin_of(t.itl_s),), t.itl_weights),
     }
+    if dims.has_migration:
+        is_marked = t.acted.marked != null
+        slots = jnp.where(is_marked, t.acted.marked, leaving), entering
+        writes["slot_keys"] = Put(own("slot_keys", slots), (jnp.where(is_marked, t.acted.key, packed.EMPTY), own_key))
+    if t.cut_off is not None:
+        writes |= clients.writes(context, t, writes, stamp, own)
+    if t.sight is not None:
+        writes |= swapping.writes(context, event, t.rank, jnp.where(retired.is_any, retired.request, scratch), placed,
+                                  t.moved, t.sight, jnp.where(t.is_passing, t.candidate, scratch))
     if dims.all_ranks > 1:
-        change = event.is_arrival.astype(jnp.int32) - retired.is_any
+        change = event.is_arrival.astype(jnp.int32) - (retired.is_any if t.cut_off is None else is_finished)
+        if t.cut_off is not None:
+            change = change - t.cut_off.is_any
         writes["outstanding"] = Add((t.rank,), change)
-        if t.left is not None:
+        if dims.has_migration:
+            gone = t.acted.is_commit.astype(jnp.int32)
+            both = jnp.stack([change + t.left.is_any + gone, -gone])
+            writes["outstanding"] = Add((jnp.stack([t.rank, t.acted.source]),), both)
+        elif t.left is not None:
             target = jnp.where(t.left.is_any, t.left.target, t.rank)
             both = jnp.stack([change, t.left.is_any.astype(jnp.int32)])
             writes["outstanding"] = Add((jnp.stack([t.rank, target]),), both)
-    if rules.order == "priority":
+    if rules.sorts:
         is_entering = t.is_preempting | (event.is_arrival & ~placed.is_admitted)
         is_leaving = placed.is_admitted & ~event.is_arrival
         member = jnp.where(event.is_arrival, t.places[0], t.lengths[PLACE])
         index, words = bitmap.change(lambda word: take(world.waiting_set, t.rank, word), dims.num_requests, member,
                                      is_entering, is_entering | is_leaving)
         writes["waiting_set"] = Put(own("waiting_set", index), words)
+    if t.tenants is not None:
+        writes["tenants"] = Put(own("tenants"), t.tenants.row)
     if rules.stalls:
         index = jnp.arange(dims.slot_width)
         keys = jnp.where(index == entering, own_key, t.slots.keys)
@@ -154,9 +199,20 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
                                                w.LOG_FULL, 0))
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=t.is_frozen.astype(jnp.int32))
-    if t.left is not None:
-        progress |= dict(num_handed_over=world.num_handed_over + t.left.is_any,
+    if t.sight is not None:
+        is_full = t.sight.overflows | t.moved.overflows
+        progress["fault"] = progress["fault"] | jnp.where(is_full, w.WINDOW_FULL, 0)
+    if dims.has_migration:
+        progress["control"] = t.control
+    elif t.left is not None:
+        progress |= dict(num_handed_over=world.num_handed_over + t.left.is_kv,
                          num_accepted=world.num_accepted + (t.opened.accepted != scratch))
+    if t.cut_off is not None:
+        progress |= clients.progress(context, t, is_finished)
+    if dims.has_parts:
+        is_dealt = event.is_arrival & is_part(context, event.request)
+        progress |= dict(num_dealt=world.num_dealt + is_dealt,
+                         num_routed=progress["num_routed"] - is_dealt + t.left.part.is_last)
     if dims.num_records:
         progress["num_recorded"] = world.num_recorded + (
             t.plan.is_any if t.turn is None else dims.num_ranks * t.turn.is_launching)

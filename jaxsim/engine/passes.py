@@ -54,7 +54,7 @@ def begin_pass(group: Group, is_passing: Bool[Array, ""], counts: Counts) -> Cou
             is_blind = is_blind & (rank.visible_ready == 0)
             rank = replace(rank, visible_ready=jnp.where(is_blind, rank.ready.length, rank.visible_ready))
         rank = replace(rank, visible=jnp.where(is_blind, rank.waiting, rank.visible))
-    if group.batching.order == "priority":
+    if group.batching.walks:
         rank = replace(rank, cursor=jnp.where(is_fresh, -1, rank.cursor))
     counts = Counts(
         counts.executor, replace(rank, progress=jnp.where(is_fresh, w.PASS | was_empty, rank.progress)),
@@ -139,12 +139,15 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         computed, seen = jnp.where(is_ready, known - 1, computed), jnp.where(is_ready, 1, seen)
     rest = known - computed
     chunk = jnp.minimum(rest, batch.budget) if rules.chunked_prefill else rest
-    if rules.order == "priority":
+    if rules.walks:
         chunk = jnp.where(is_forming & has(counts, w.CHUNKED), rank.forming_chunk, chunk)
     reserved = {
         "none": blocks_for(chunk, dims), "prompt": blocks_for(known, dims),
         "expected": blocks_for(known, dims), "max_tokens": blocks_for(prompt + max_tokens, dims),
         "max_model_len": blocks_for(rules.max_model_len, dims)}[rules.reserve]
+    if rank.swap is not None:
+        # Who is on the way in has a place too.
+        running = running + rank.swap.coming
     if not rules.kv_accounting:
         reserved = jnp.int32(0)
     if found is not None:
@@ -235,9 +238,10 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     is_from_queue = is_admitted
     if is_ready is not None:
         is_from_queue = is_admitted & ~is_ready
-        own_blocks = blocks_for(prompt, dims) if rules.kv_accounting else 0
-        rank = replace(rank, ready=queues.pop_front(rank.ready, following, is_admitted & is_ready),
-                       held_blocks=rank.held_blocks - entering * own_blocks)
+        rank = replace(rank, ready=queues.pop_front(rank.ready, following, is_admitted & is_ready))
+        if dims.has_roles:
+            own_blocks = blocks_for(prompt, dims) if rules.kv_accounting else 0
+            rank = replace(rank, held_blocks=rank.held_blocks - entering * own_blocks)
     rank = replace(
         rank, queue=queues.pop_front(rank.queue, following, is_from_queue), running=rank.running + is_in,
         used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
@@ -274,11 +278,11 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         can_go_on = can_go_on | are_enough | (is_counted & more_fit)
     key = packed.pack_key(after_first + (output - emitted - 1), slot, dims.slot_bits)
     entry = [request, offset, max_tokens if rules.reserve == "expected" else reserved]
-    if rules.stamps_slots or dims.has_roles:
+    if rules.stamps_slots or dims.has_moves:
         stamp = counts.executor.num_iterations if rules.reserve == "expected" else rank.next_stamp
         if ready_stamp is not None:
             stamp = jnp.where(is_ready, ready_stamp, stamp)
-        entry += [lengths[PLACE] if rules.order == "priority" else prompt, stamp]
+        entry += [lengths[PLACE] if rules.sorts else prompt, stamp]
     placed = Placed(is_admitted, is_completing, is_first_token, request, slot, key, jnp.stack(entry))
     is_held = (rank.running >= rules.max_num_seqs) | (is_head_tried & ~fits & is_held)
     if rules.gathers:
@@ -290,7 +294,8 @@ def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest:
                ) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
     """What the iteration that was formed does; then the sequences that decode behind it, and their context.
 
-    longest: the largest offset among the sequences, where the cost reads it.
+    longest: the largest offset among the sequences, where the cost reads it. Approximated: beside decodes a prompt that
+    completes counts among these from this iteration on.
     """
     rules, batch = group.batching, counts.batch
     is_prompt_only = jnp.bool_(False) if rules.is_unified else has(counts, w.FILLED)
@@ -302,7 +307,8 @@ def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest:
     if rules.prefix_caching:
         stats = replace(stats, decode_shared=shared_tokens(dims, counts, stats.decode_context))
     if longest is not None:
-        stats = replace(stats, longest_context=jnp.maximum(longest + batch.counter + 1, 0))
+        at_most = jnp.maximum(longest + batch.counter + 1, 0)
+        stats = replace(stats, longest_context=jnp.where(decodes > 0, at_most, 0))
     after_first = batch.counter + jnp.where(is_prompt_only, 0, 1)
     followers = batch.count + batch.joining
     return stats, followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1)
@@ -323,7 +329,7 @@ def price(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[
     stats, followers, context = statistics(dims, group, counts, times, longest)
     shared = shared_tokens(dims, counts, context) if group.batching.prefix_caching else 0
     # One more than in the first iteration, if that moved the clock; where it did not, a token is nothing.
-    after = 0 if longest is None else stats.longest_context + 1
+    after = 0 if longest is None else jnp.maximum(longest + counts.batch.counter + 1, 0) + 1
     return group.cost.iteration(stats), group.cost.decode(followers, context, shared, after)
 
 
@@ -334,12 +340,13 @@ def shared_tokens(dims: Dims, counts: Counts, context: Int[Array, ""]) -> Int[Ar
 
 def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
           residue_row: Int[Array, " block_size"], next_key: Int[Array, ""], is_held: Bool[Array, ""],
-          first_s: Float[Array, ""], pace: DecodePace, is_alone: Bool[Array, ""] | bool = True
-          ) -> tuple[Counts, Clocks, Plan]:
+          first_s: Float[Array, ""], pace: DecodePace, is_alone: Bool[Array, ""] | bool = True,
+          most_extra: Int[Array, ""] | None = None) -> tuple[Counts, Clocks, Plan]:
     """Start the iteration that was formed, and the decode iterations that can follow it undisturbed.
 
     next_key: smallest completion key of the batch, the joining sequences included. is_held: the queue's head,
     if any, can join only after an event. first_s, pace: from `price`. is_alone: no other batch is in flight.
+    most_extra: of these, if the queue's head waits.
     """
     rules = group.batching
     rank, batch = counts.rank, counts.batch
@@ -357,11 +364,15 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     slowest_s = jnp.maximum(pace.first_s + pace.growth_s * extra.astype(jnp.float32), 1e-9)
     extra = jnp.minimum(extra, jnp.minimum(MAX_SPAN_S / slowest_s, 1e9).astype(jnp.int32))
     has_others = rank.waiting > 0
-    if dims.has_roles:
+    if rank.swap is not None:
+        has_others = has_others | (rank.swap.out > 0)
+    if dims.has_moves:
         has_others = has_others | (rank.ready.length > 0)
         # Who is ready and was not seen goes first when it is, whoever is held now.
         is_held = is_held & ((rank.ready.length == 0) | (ready_seen(rules, rank) > 0))
     may_follow = (followers > 0) & (~has_others | is_held) & (batch.stalled == 0) & is_alone
+    if most_extra is not None:
+        extra = jnp.where(has_others, jnp.minimum(extra, most_extra), extra)
     if rules.has_context_limit:
         room = rules.decode_context_limit - (batch.offsets + batch.joining_offsets + followers * after_first)
         extra = jnp.minimum(extra, jnp.floor(room / jnp.maximum(followers, 1)).astype(jnp.int32))

@@ -10,19 +10,25 @@ from functools import partial
 import jax.numpy as jnp
 
 from jaxsim.engine import (
+    caches,
+    clients,
     decode_queue,
     ending,
     events,
+    fair,
     free_stages,
     gathering,
     hand_over,
     lockstep,
+    migration,
+    parts,
     passes,
     pipeline,
     prefix,
+    swapping,
     tape,
 )
-from jaxsim.engine.common import Context, choose, has, mark, take
+from jaxsim.engine.common import Context, blocks_for, choose, has, mark, take
 from jaxsim.engine.slots import Slots, is_retracting, limit_context, next_ratio, walk
 from jaxsim.engine.touched import Touched
 from jaxsim.kernels import bitmap, clock, packed, queues, stack
@@ -41,7 +47,10 @@ def look(context: Context, _) -> Touched:
     rank = e
     if dims.num_ranks > 1:
         turn = w.count_rows(dims).everything(count_row).executor.turn
-        event = event._replace(rank=jnp.where(event.is_arrival, event.rank, turn))
+        is_there = event.is_arrival
+        if event.met is not None and event.met.is_settling is not None:
+            is_there = is_there | event.met.is_settling
+        event = event._replace(rank=jnp.where(is_there, event.rank, turn))
         rank = e * dims.num_ranks + event.rank
     flying = None
     if dims.num_stages > 1 and not dims.has_free_stages:
@@ -54,7 +63,7 @@ def look(context: Context, _) -> Touched:
         w.count_rows(dims).one(count_row, event.rank, event.batch),
         w.clock_rows(dims).one(clock_row, event.rank, event.batch),
         take(world.residues, batch), take(world.phase, e), Time(take(world.wake_hi, e), take(world.wake_lo, e)),
-        flying)
+        flying, fair.of_row(take(world.tenants, rank)) if dims.num_tenants else None)
 
 
 def receive(context: Context, t: Touched) -> Touched:
@@ -65,15 +74,28 @@ def receive(context: Context, t: Touched) -> Touched:
     is_first_in_line = counts.rank.waiting == 0
     queue, link = queues.push_back(counts.rank.queue, arriving, event.is_arrival, context.dims.num_requests)
     places = None
-    if rules.order == "priority":
+    if rules.sorts:
         place = take(requests.table, arriving)[PLACE]
         best = bitmap.smallest(lambda word: take(world.waiting_set, t.rank, word), context.dims.num_requests)
         is_first_in_line = is_first_in_line | (place < best)
         places = (place, jnp.where(event.is_arrival & is_first_in_line, place, best))
+    if context.dims.has_swap:
+        is_first_in_line = swapping.is_first(rules.swap, counts, is_first_in_line)
+    tenants = None
+    if t.tenants is not None:
+        # The first of a tenant may be next, whoever waits.
+        tenants, link, is_first_in_line = fair.arrive(context, t)
     is_running = event.is_arrival & (t.phase == w.ENDING)
     is_cut = (is_running & (counts.batch.extra > 0) & is_first_in_line
               & (counts.rank.running < rules.max_num_seqs))
+    if context.dims.has_clients and rules.async_scheduling:
+        # Who has come since the iteration in flight began is then who has since the jump did.
+        is_cut = is_running & (counts.batch.extra > 0)
     counts = replace(counts, rank=replace(counts.rank, queue=queue))
+    if context.dims.has_demands:
+        blocks = blocks_for(take(requests.table, arriving)[PROMPT], context.dims)
+        waiting = counts.rank.waiting_blocks + jnp.where(event.is_arrival, blocks, 0)
+        counts = replace(counts, rank=replace(counts.rank, waiting_blocks=waiting))
     cut_extra = jnp.int32(context.dims.max_jump) if context.dims.num_ranks > 1 else None
     if rules.admit == "when_empty":
         # Only a rank that runs along with others is empty.
@@ -100,24 +122,43 @@ def receive(context: Context, t: Touched) -> Touched:
         is_seen = event.is_arrival & ending.is_before_last(event, counts, t.times)
         counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
     # A sorted queue changes once a step, and the pass may change it too. An earlier end elsewhere may bring an arrival.
-    if (rules.order != "priority" and context.dims.num_ranks == 1 and not context.dims.has_roles
+    if (not rules.sorts and context.dims.num_ranks == 1 and not context.dims.has_moves
             and not (params.source.answers and context.dims.num_executors > 1)):
         goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S) & events.is_allowed(world, wake)
         if rules.pass_on_arrival and t.flying is not None:
             goes_on = goes_on & ~t.flying.free[0]
         event = event._replace(now=clock.select(goes_on, wake, event.now), is_ending=event.is_ending | goes_on)
-    source = params.source.delivered(world.source, arriving, event.is_arrival)
+    is_delivered = event.is_arrival
+    if context.dims.has_clients:
+        is_delivered = (event.is_arrival | event.is_refused) & ~event.is_again
+    source = params.source.delivered(world.source, arriving, is_delivered)
+    if event.met is not None:
+        counts = caches.receive(event.met, event.is_arrival, counts)
     return replace(t, event=event, counts=counts, times=times, wake=wake, source=source, link=link, places=places,
-                   cut_extra=cut_extra)
+                   cut_extra=cut_extra, tenants=tenants)
 
 
 def open_door(context: Context, t: Touched) -> Touched:
-    """With roles: deliver a request, accept one, or take blocks back."""
+    """With roles: deliver a request, accept one, or take blocks back. With migration what one does here, or its
+    controller."""
+    if context.dims.has_migration:
+        counts, wake, phase, control, acted = migration.act(
+            context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row)
+        return replace(t, counts=counts, wake=wake, phase=phase, control=control, acted=acted)
     if not context.dims.has_roles:
         return t
     counts, wake, phase, opened = hand_over.open_door(
         context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row)
     return replace(t, counts=counts, wake=wake, phase=phase, opened=opened)
+
+
+def give_up(context: Context, t: Touched) -> Touched:
+    """A client has waited for long enough: its request leaves the queue, or its slot at the end of the iteration."""
+    if not context.dims.has_clients:
+        return t
+    counts, wake, phase, residue_row, link, cut_off = clients.give_up(
+        context, t.event, t.rank, t.counts, t.times, t.wake, t.phase, t.residue_row, t.link)
+    return replace(t, counts=counts, wake=wake, phase=phase, residue_row=residue_row, link=link, cut_off=cut_off)
 
 
 def settle(context: Context, t: Touched) -> Touched:
@@ -131,7 +172,8 @@ def settle(context: Context, t: Touched) -> Touched:
     if context.dims.num_records:
         is_running = t.event.is_arrival & (t.phase == w.ENDING)
         taped = tape.known(context.dims, t.event.is_ending, is_running, t.counts)
-    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights, taped=taped)
+    tenants = None if t.tenants is None else fair.settle(context, t)
+    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights, taped=taped, tenants=tenants)
 
 
 def retire(context: Context, t: Touched) -> Touched:
@@ -142,7 +184,10 @@ def retire(context: Context, t: Touched) -> Touched:
     counts, residue_row, retired, has_more, next_key = ending.retire(
         dims, group, event, counts, here, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row,
         take(world.slot_entries, t.rank)[:, w.STAMP] if group.batching.prefix_caching or dims.has_roles else None,
-        partial(hand_over.is_leaving, context, event) if dims.has_roles else None)
+        partial((hand_over if dims.has_roles else migration).is_leaving, context, event) if dims.has_moves else None)
+    if dims.has_urgent:
+        gone = retired.is_any * take(requests.is_urgent, retired.request)
+        counts = replace(counts, rank=replace(counts.rank, urgent=counts.rank.urgent - gone))
     tail, unlinked, slots = counts.batch.tail, None, None
     if group.batching.keeps_running_list:
         tail, *unlinked = queues.unlink(
@@ -160,6 +205,10 @@ def retire(context: Context, t: Touched) -> Touched:
         counts, slots = decode_queue.to_the_back(counts, slots, moved)
         counts, opened = hand_over.take_place(context, counts, t.opened)
         t = replace(t, opened=opened)
+    if dims.has_swap:
+        kept = jnp.where(retired.is_any, take(world.slot_entries, t.rank, retired.slot)[swapping.CLEAN], 0)
+        host = replace(counts.rank.swap, host_blocks=counts.rank.swap.host_blocks - kept)
+        counts = replace(counts, rank=replace(counts.rank, swap=host))
     longest = None
     if group.cost.reads_longest:
         is_in = (keys != packed.EMPTY) & (jnp.arange(dims.slot_width) != retired.slot)
@@ -178,6 +227,11 @@ def retire(context: Context, t: Touched) -> Touched:
         # What that leads to at this instant comes before the pass; blocks of a transfer that takes time come later.
         is_instant = left.is_any & (left.seconds <= 0) & (params.hand_over.latency_s <= 0)
         event = event._replace(is_met=event.is_met | is_instant | is_looking)
+    control = t.control
+    if dims.has_migration:
+        left, control, opens = migration.leave(context, event, retired, control)
+        event = event._replace(is_met=event.is_met | opens)
+    tenants = None if t.tenants is None else fair.retire(context, t.tenants, retired)
     source, due = t.source, None
     if params.source.answers:
         is_over = retired.is_any if left is None else retired.is_any & ~left.is_any
@@ -187,7 +241,8 @@ def retire(context: Context, t: Touched) -> Touched:
         event = event._replace(following=params.source.coming(requests, source, world.due, world.epoch).time)
     return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, released=released,
                    left=left, is_looking=is_looking, retired=retired, has_more=has_more, next_key=next_key, tail=tail,
-                   longest=longest, unlinked=unlinked and tuple(unlinked), slots=slots)
+                   longest=longest, unlinked=unlinked and tuple(unlinked), slots=slots, control=control,
+                   tenants=tenants)
 
 
 def open_pass(context: Context, t: Touched) -> Touched:
@@ -199,8 +254,10 @@ def open_pass(context: Context, t: Touched) -> Touched:
     # A scheduling pass, unless something at this instant comes before it.
     has_ended = event.is_ending & ~t.has_more
     has_work = (counts.rank.running > 0) | (counts.rank.waiting > 0)
-    if dims.has_roles:
+    if dims.has_moves:
         has_work = has_work | (counts.rank.ready.length > 0)
+    if dims.has_swap:
+        has_work = has_work | (counts.rank.swap.out + counts.rank.swap.coming > 0)
     is_due = (has_ended & has_work) | (event.is_arrival & (t.phase >= w.IDLE))
     is_passing = event.is_passing | (is_due & ~event.is_tied)
     if dims.num_ranks > 1:
@@ -212,15 +269,21 @@ def open_pass(context: Context, t: Touched) -> Touched:
         is_due, is_passing = jnp.bool_(False), event.is_passing
         counts, times = free_stages.fresh(is_passing & (counts.rank.progress == 0), counts, times)
     counts = passes.begin_pass(group, is_passing, counts)
+    if dims.has_migration:
+        is_fresh = is_passing & (t.counts.rank.progress == 0)
+        stamp = jnp.where(is_fresh, counts.rank.next_stamp, counts.rank.first_stamp)
+        counts = replace(counts, rank=replace(counts.rank, first_stamp=stamp))
     was_closed = has(counts, w.CLOSED)
     candidate = counts.rank.queue.front
-    if rules.order == "priority":
+    if rules.sorts:
         candidate = take(requests.by_place, jnp.where(counts.rank.waiting > 0, t.places[1], 0))
+    if t.tenants is not None:
+        candidate = t.tenants.head
     if rules.gathers:
         candidate = gathering.candidate(counts, world.next_waiting, t.link)
     is_forming = counts.rank.forming_slot != null
     is_ready = None
-    if dims.has_roles:
+    if dims.has_moves:
         is_ready = (passes.ready_seen(rules, counts.rank) > 0) & ~(is_forming & ~has(counts, w.FORMED))
         candidate = jnp.where(is_ready, counts.rank.ready.front, candidate)
     if rules.chunked_prefill:
@@ -228,14 +291,14 @@ def open_pass(context: Context, t: Touched) -> Touched:
 
     is_short, is_placing = jnp.bool_(False), is_passing
     slots, residue_row = t.slots, t.residue_row
-    victim = is_preempting = is_empty = None
+    victim = is_preempting = is_empty = sight = None
     if is_ready is not None and not rules.is_unified and not rules.grows:
         counts = mark(counts, is_passing & is_ready, w.DECODED)
     if rules.grows:
         wants_decode = is_passing & ~has(counts, w.DECODED)
         # One sequence may leave or one link may change in a step.
         may_preempt = ~t.retired.is_any & ~event.is_arrival
-        if rules.order == "priority":
+        if rules.walks:
             counts, residue_row, slots, walked = walk(
                 dims, group, wants_decode, may_preempt, counts, slots, residue_row)
             is_short, is_preempting, is_empty = walked.is_short, walked.is_preempting, walked.is_empty
@@ -253,6 +316,10 @@ def open_pass(context: Context, t: Touched) -> Touched:
                 slot = slots.fewest_outputs(dims, counts)
                 victim = (slot, *take(world.slot_entries, t.rank, slot)[:2])
             is_preempting = is_passing & was_closed
+            if dims.has_swap:
+                counts, sight = swapping.look(
+                    context, event, t.rank, is_passing, was_closed, counts, t.times, slots)
+                victim, candidate, is_preempting = sight.victim, sight.candidate, sight.is_leaving & may_preempt
             if rules.is_unified:
                 crossing, need, grown = passes.decode_need(dims, group, counts, residue_row, tail_offset)
                 free = rules.num_blocks - counts.rank.used_blocks
@@ -282,6 +349,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
             is_placing = is_placing & ~was_closed
             if is_ready is not None:
                 candidate = jnp.where(is_passing & was_closed, victim[1], candidate)
+        if sight is not None:
+            is_placing = is_placing & sight.may_place
         candidate = jnp.where(is_preempting, victim[1], candidate)
     if is_ready is not None and not rules.is_unified:
         # No prompts in a pass of decodes.
@@ -302,7 +371,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, is_due=is_due, is_ready=is_ready,
         has_ended=has_ended, has_work=has_work, is_passing=is_passing, is_placing=is_placing, is_short=is_short,
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
-        candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
+        sight=sight, candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
         preempted_s=preempted_s,
         # The link behind the candidate may be the one the arrival has just made.
         next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
@@ -321,10 +390,13 @@ def look_up(context: Context, t: Touched) -> Touched:
     rank = replace(rank, used_blocks=rank.used_blocks - victims.freed)
     released = choose(t.is_preempting, victims, t.released)
     is_forming = (rank.forming_slot != dims.null_slot) & ~has(counts, w.FORMED)
-    is_trying = t.is_placing & ~is_forming & (rank.waiting > 0)
+    is_trying, used = t.is_placing & ~is_forming & (rank.waiting > 0), None
+    if t.event.met is not None and t.event.met.is_settling is not None:
+        is_trying = is_trying | t.event.met.is_settling
+        used = jnp.where(t.event.met.is_settling, t.event.met.used, rank.used_blocks)
     rank, found, is_settled = prefix.look_up(
         context, t.rank, rank, is_trying, t.candidate, t.lengths[PROMPT] + t.emitted, batch.budget, t.preemptions,
-        released)
+        released, used)
     return replace(t, counts=replace(counts, rank=rank), released=released, found=found,
                    is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
 
@@ -340,6 +412,7 @@ def fill(context: Context, t: Touched) -> Touched:
         dims, group, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
         free_slot, t.slots, t.found, t.is_ready,
         take(world.ready_before, t.candidate) if dims.has_roles and rules.has_context_limit else None)
+    tenants = None if t.tenants is None else fair.place(context, t, placed)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     rank, tail = counts.rank, counts.batch.tail
@@ -349,21 +422,31 @@ def fill(context: Context, t: Touched) -> Touched:
         is_forming = (placed.slot != null) & ~placed.is_completing
         rank = replace(rank, forming_batch=jnp.where(is_forming, t.event.batch, rank.forming_batch))
     batch = replace(counts.batch, tail=tail, log_row=jnp.where(opens_log, world.num_logged, counts.batch.log_row))
+    if dims.tracks_prefill:
+        arriving = jnp.where(t.event.is_arrival, t.event.request, dims.num_requests)
+        charge = caches.charge_of(context, t.event.met, arriving, t.candidate)
+        batch = replace(batch, joining_prefill=batch.joining_prefill + jnp.where(placed.is_first_token, charge, 0))
     if rules.grows or t.is_ready is not None:
         is_resuming = placed.is_completing & (t.emitted > 0)
         batch = replace(batch, resuming=batch.resuming + is_resuming)
         resume_s = times.batch.resume_s + jnp.where(is_resuming, t.preempted_s, 0.0)
         times = replace(times, batch=replace(times.batch, resume_s=resume_s))
     counts = Counts(counts.executor, rank, batch)
+    if dims.has_parts or dims.has_encoder:
+        is_new = placed.is_admitted & (t.preemptions == 0)
+        is_new = is_new if t.is_ready is None else is_new & ~t.is_ready
+        counts = parts.placed(context, counts, t.candidate, is_new, placed.is_first_token)
 
     is_short, is_preempting, slots, link, victim = t.is_short, t.is_preempting, t.slots, t.link, t.victim
-    are_going = None
+    are_going = moved = None
     if not rules.is_unified:
         wants_decode = t.is_passing & ~can_go_on & ~has(counts, w.FILLED)
         were_short, were_preempting, is_batch = is_short, is_preempting, wants_decode
         if t.is_ready is not None:
             # In a pass in which somebody joined decodes have their blocks, or are short of them, already.
             wants_decode = wants_decode & ~is_short & ~has(counts, w.DECODED)
+        if t.sight is not None:
+            wants_decode = wants_decode & ~t.sight.is_leaving & ~t.sight.is_decoded
         if rules.grows:
             crossing, need, _ = passes.decode_need(dims, group, counts, residue_row, victim[2])
             is_short = wants_decode & (need > rules.num_blocks - counts.rank.used_blocks)
@@ -374,6 +457,11 @@ def fill(context: Context, t: Touched) -> Touched:
             counts = passes.take_blocks(counts, wants_decode & ~is_short, crossing)
             if t.is_ready is not None:
                 is_short, is_preempting = is_short | were_short, is_preempting | were_preempting
+        if t.sight is not None:
+            is_preempting = is_preempting | t.is_preempting
+            comes_next = t.sight.has_coming | swapping.may_return(context, counts, t.sight)
+            can_go_on = can_go_on | (wants_decode & ~is_short & comes_next)
+            is_short = is_short | (t.is_passing & t.sight.is_leaving)
         if rules.reserve == "expected":
             ratio = times.rank.ratio
             ratio = jnp.where(wants_decode & ~is_short, next_ratio(rules, counts, slots, ratio), ratio)
@@ -386,27 +474,65 @@ def fill(context: Context, t: Touched) -> Touched:
         elif rules.has_context_limit:
             counts, slots = limit_context(dims, rules, wants_decode, counts, slots)
     victim_emitted = None
+    if t.sight is not None:
+        is_preempting, is_swapped, donor, counts = swapping.make_room(context, is_preempting, counts, slots, t.sight)
     if rules.grows:
         victim = (jnp.where(is_preempting, victim[0], null), *victim[1:])
-        counts = mark(counts, is_preempting, w.PREEMPTED)
+        if t.sight is None:
+            counts = mark(counts, is_preempting, w.PREEMPTED)
+        else:
+            counts = mark(counts, is_preempting & t.sight.is_leaving, w.DRAWN)
+            counts = mark(counts, is_preempting & ~t.sight.is_leaving, w.PREEMPTED)
         gives_way = None if t.is_ready is None else is_preempting & (victim[0] == null)
         if rules.waiting_blocked_after_preempt:
-            is_closing = is_preempting
+            is_closing = is_preempting if t.sight is None else is_preempting & ~t.sight.is_leaving
             if gives_way is not None:
                 # Who is ready goes on while the last of them make room.
                 is_closing = is_closing & (~gives_way | (counts.rank.ready.length == 1))
             counts = mark(counts, is_closing, w.CLOSED)
         before_tail = take(world.slot_previous, t.rank, t.tail) if rules.keeps_running_list else null
+        before = counts
         counts, residue_row, victim_emitted, own_link = passes.preempt(
             dims, group, is_preempting, counts, residue_row, *victim, before_tail, t.lengths[PROMPT],
             t.released, gives_way)
+        if tenants is not None:
+            is_forming = victim[0] == t.counts.rank.forming_slot
+            tenants, own_link = fair.preempt(context, tenants, is_preempting, victim[1], is_forming)
         if gives_way is not None:
             counts = hand_over.without_last_ready(context, gives_way, counts, t.lengths[PROMPT])
-        link = choose(is_preempting, own_link, link)
+        if t.sight is not None:
+            counts, times, link, moved = swapping.move_out(
+                context, t.event, is_preempting, is_swapped, donor, before, counts, times, slots, t.sight, link,
+                own_link)
+            counts, times, residue_row, placed, moved, goes_on = swapping.bring_in(
+                context, t.event, t.is_passing, counts, times, residue_row, placed, moved, t.sight, t.lengths,
+                t.emitted, t.preempted_s, free_slot)
+            can_go_on = can_go_on | goes_on
+            is_unknown = placed.is_admitted | t.was_closed
+            is_held = swapping.is_held(context, counts, t.sight, is_unknown, t.lengths[PROMPT] + t.emitted)
+        else:
+            link = choose(is_preempting, own_link, link)
+    if dims.has_demands:
+        rank, is_from_queue = counts.rank, placed.is_admitted
+        if t.is_ready is not None:
+            is_from_queue = is_from_queue & ~t.is_ready
+        blocks = rank.waiting_blocks - jnp.where(is_from_queue, blocks_for(t.lengths[PROMPT] + t.emitted, dims), 0)
+        if rules.grows:
+            again = blocks_for(t.lengths[PROMPT] + victim_emitted, dims)
+            blocks = blocks + jnp.where(is_preempting, again, 0)
+        rank = replace(rank, waiting_blocks=blocks)
+        if dims.has_migration:
+            rank = replace(rank, killed=rank.killed + is_preempting - (is_from_queue & (t.preemptions > 0)))
+        if dims.has_urgent:
+            joins, goes = placed.is_admitted.astype(jnp.int32), jnp.int32(0)
+            if rules.grows:
+                goes = (is_preempting & (victim[0] != null)).astype(jnp.int32)
+            rank = replace(rank, urgent=rank.urgent + take(context.requests.is_urgent, t.candidate) * (joins - goes))
+        counts = replace(counts, rank=rank)
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
-        victim=victim, victim_emitted=victim_emitted, are_going=are_going)
+        victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants)
 
 
 def price(context: Context, t: Touched) -> Touched:
@@ -414,7 +540,7 @@ def price(context: Context, t: Touched) -> Touched:
     rules, counts = context.group.batching, t.counts
     is_formed = t.is_passing & ~t.is_short & ~t.can_go_on
     has_batch = (counts.batch.count > counts.batch.stalled) | has(counts, w.FILLED)
-    if rules.order == "priority":
+    if rules.walks:
         has_batch = has_batch & ~t.is_empty
     # A pass that preempted all it had begins again; one that can place nothing never will.
     is_idle = is_formed & ~has_batch
@@ -425,20 +551,27 @@ def price(context: Context, t: Touched) -> Touched:
         # Nothing runs: the engine's loop comes round at once, seeing everybody.
         is_stuck = is_stuck & ~passes.is_somebody_hidden(counts)
         counts = passes.seeing_all(is_idle, counts)
-    if context.dims.has_roles:
-        is_resting = is_stuck & hand_over.is_waiting_for_blocks(counts)
+    if context.dims.has_moves:
+        is_waiting = (hand_over if context.dims.has_roles else migration).is_waiting_for_blocks(counts)
+        is_resting = is_stuck & is_waiting
         is_stuck = is_stuck & ~is_resting
         if rules.async_scheduling:
             counts = passes.seeing_all(is_resting, counts, begins_anew=True)
+    if context.dims.has_swap:
+        is_stuck = is_stuck & ~has(t.counts, w.DRAWN)
+        is_resting = is_stuck & (t.sight.due.hi < swapping.FAR_S)
+        is_stuck = is_stuck & ~is_resting
     if t.flying is not None:
         is_stuck = is_stuck & ~t.flying.without(t.event.batch)
     counts = replace(counts, rank=replace(counts.rank, progress=progress))
     longest = t.longest
     if longest is not None:
         longest = jnp.maximum(longest, jnp.where(t.placed.is_completing, t.placed.entry[w.OFFSET], longest))
+    priced = passes.price(context.dims, context.group, t.counts, t.times, longest)
+    if context.dims.has_encoder:
+        priced = priced[0] + parts.encoding_s(context, t.event, t.counts), priced[1]
     return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_idle=is_idle,
-                   is_stuck=is_stuck, is_resting=is_resting,
-                   price=passes.price(context.dims, context.group, t.counts, t.times, longest))
+                   is_stuck=is_stuck, is_resting=is_resting, price=priced)
 
 
 def launch(context: Context, t: Touched) -> Touched:
@@ -447,13 +580,19 @@ def launch(context: Context, t: Touched) -> Touched:
     if context.dims.has_roles:
         # At its end somebody may be accepted.
         fits = hand_over.fits(context, event, t.counts, t.opened.front)
+        if context.dims.has_parts:
+            # Then tiles are given back, too.
+            fits = fits | (t.counts.batch.tiles > 0)
     if context.dims.has_free_stages:
         fits = jnp.bool_(True)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
     counts, times, plan = passes.start(
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
         jnp.minimum(t.next_key, own_key), t.is_held, *t.price,
-        is_alone=~t.flying.without(event.batch) if t.flying is not None else ~fits if context.dims.has_roles else True)
+        is_alone=~t.flying.without(event.batch) if t.flying is not None else ~fits if context.dims.has_roles else True,
+        most_extra=None if t.tenants is None else fair.iterations_alike(context, t.tenants, t.counts))
+    if t.sight is not None:
+        counts, times, plan = swapping.begin(context, t.is_starting, counts, times, plan, t.sight)
     if context.dims.num_ranks > 1:
         is_skipped = event.is_passing & ~t.has_work
         counts, times = lockstep.runs_along(context.dims, is_skipped, counts, times)
@@ -500,4 +639,6 @@ def launch(context: Context, t: Touched) -> Touched:
     phase = jnp.where(is_resting, w.IDLE, phase)
     if t.is_resting is not None:
         phase = jnp.where(t.is_resting, w.RESTING, phase)
+    if t.sight is not None:
+        wake = clock.select(t.is_resting, t.sight.due, wake)
     return replace(t, counts=counts, times=times, plan=plan, wake=wake, phase=phase)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Int
 from jaxsim.engine.common import Context, blocks_for, take
 from jaxsim.engine.writes import Add, Put, Writes, at
 from jaxsim.spec.dims import Dims
-from jaxsim.state.world import Rank
+from jaxsim.state.world import Cache, Rank
 
 LOOKS = 8
 """Entries of the log that a step looks at."""
@@ -150,35 +150,67 @@ def release(context: Context, which: Int[Array, ""], rank: Rank, request: Int[Ar
     return replace(rank, cache=cache), made
 
 
-def look_up(context: Context, which: Int[Array, ""], rank: Rank, is_trying: Bool[Array, ""],
-            candidate: Int[Array, ""], known: Int[Array, ""], budget: Int[Array, ""], preemptions: Int[Array, ""],
-            released: Release) -> tuple[Rank, Found, Bool[Array, ""]]:
-    """Settle evictions, then find the candidate's blocks; `released` is what this step gives back before.
+class Evictions(NamedTuple):
+    """Evictions settled by a look at the head of the log: the cache's account after them, the items looked at, blocks
+    evicted of each and those it had, and blocks that remain to be evicted."""
 
-    Returns the rank, what was found, and whether all evictions are settled: if not, another step must go on.
-    """
-    dims, world, cache = context.dims, context.world, rank.cache
-    debt = cache.never_used + cache.released - (context.group.batching.num_blocks - rank.used_blocks)
-    debt = jnp.where(is_trying, debt, 0)
+    cache: Cache
+    items: Int[Array, " looks"]
+    evicted: Int[Array, " looks"]
+    content: Int[Array, " looks"]
+    owed: Int[Array, ""]
+
+
+def evictions(context: Context, which: Int[Array, ""], cache: Cache, free: Int[Array, ""], is_any: Bool[Array, ""],
+              num_unwritten: Int[Array, ""] | int = 0) -> Evictions:
+    """What taking blocks until `free` are left has evicted; num_unwritten: entries that the log does not have yet."""
+    dims, world = context.dims, context.world
+    debt = jnp.where(is_any, cache.never_used + cache.released - free, 0)
     from_new = jnp.minimum(cache.never_used, debt)
     debt = debt - from_new
     place = cache.head + jnp.arange(LOOKS)
-    is_written = place < cache.end - released.num_entries
+    is_written = place < cache.end - num_unwritten
     items = take(world.log, which, place & (dims.log_size - 1))
     items = jnp.where(is_written, items, dims.num_segments)
     is_held = take(world.references, which, jnp.minimum(items, dims.num_segments)) > 0
     is_valid = is_written & (take(world.newest, which, items) == place) & ~is_held
     content = jnp.where(is_valid, take(world.resident, which, items), 0)
     evicted = jnp.clip(debt - sums_before(content), 0, content)
-    is_over = (evicted == content) & is_written & is_trying
+    is_over = (evicted == content) & is_written & is_any
     num_over = jnp.sum((is_over & (sums_before((~is_over).astype(jnp.int32)) == 0)).astype(jnp.int32))
-    debt = debt - jnp.sum(evicted)
     cache = replace(cache, never_used=cache.never_used - from_new, released=cache.released - jnp.sum(evicted),
                     head=cache.head + num_over)
+    return Evictions(cache, items, evicted, content, debt - jnp.sum(evicted))
+
+
+def gone_of(path: Path, found: Evictions) -> Int[Array, " path"]:
+    """Blocks evicted of each segment of a path."""
+    return jnp.sum(jnp.where(found.items[None, :] == path.items[:, None], found.evicted[None, :], 0), axis=1)
+
+
+def reached(path: Path, blocks: Int[Array, " path"], limit: Int[Array, ""]) -> Int[Array, " path"]:
+    """Of the blocks of each segment that are there, those from the start to the first that is not, up to a limit."""
+    is_reached = sums_before((blocks < path.lengths).astype(jnp.int32)) == 0
+    hit = jnp.where(is_reached, jnp.minimum(blocks, path.lengths), 0)
+    return jnp.where(path.begins < limit, jnp.minimum(hit, limit - path.begins), 0)
+
+
+def look_up(context: Context, which: Int[Array, ""], rank: Rank, is_trying: Bool[Array, ""],
+            candidate: Int[Array, ""], known: Int[Array, ""], budget: Int[Array, ""], preemptions: Int[Array, ""],
+            released: Release, used: Int[Array, ""] | None = None) -> tuple[Rank, Found, Bool[Array, ""]]:
+    """Settle evictions, then find the candidate's blocks; `released` is what this step gives back before.
+
+    used: blocks in use, where this is not what the rank's account says, in the midst of a jump.
+
+    Returns the rank, what was found, and whether all evictions are settled: if not, another step must go on.
+    """
+    dims, world, cache = context.dims, context.world, rank.cache
+    used = rank.used_blocks if used is None else used
+    gone = evictions(context, which, cache, context.group.batching.num_blocks - used, is_trying, released.num_entries)
+    cache, items, evicted, content, debt = gone.cache, gone.items, gone.evicted, gone.content, gone.owed
 
     path = path_of(context, candidate)
-    gone = jnp.where(items[None, :] == path.items[:, None], evicted[None, :], 0)
-    resident = take(world.resident, which, path.items) - jnp.sum(gone, axis=1)
+    resident = take(world.resident, which, path.items) - gone_of(path, gone)
     # A segment stands at the same place in all paths.
     returned = (released.path.items == path.items) & released.is_owned
     references = take(world.references, which, path.items) - returned

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.engine import hand_over, loop, lower, measured, tape
+from jaxsim.engine import hand_over, loop, lower, measured, swapping, tape
 from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock
-from jaxsim.metrics import LaneResult, Result
+from jaxsim.metrics import FINISHED, UNFINISHED, LaneResult, Result
+from jaxsim.policy.routing import router
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import ProfiledCost, Scenario
 from jaxsim.state import world as w
+from jaxsim.state.control import OFF
 from jaxsim.state.world import World
 from jaxsim.workload.workload import Workload
 
@@ -39,6 +41,7 @@ FAULTS = {
     w.STARVED: "requests are left that nothing will bring: the source of arrivals has stopped",
     w.LOG_FULL: "more releases of cached blocks than were foreseen: sequences are preempted over and over",
     w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
+    w.WINDOW_FULL: "more requests wait for a place at once than engine.swap.window: raise it, or lower the load",
     w.NO_NUMBER: "an action gave a router a weight that is not a number",
 }
 
@@ -48,6 +51,7 @@ class Lane:
     """One scenario, one seed, on its way through the engine.
 
     longest: tokens of a request of any of its seeds. front_end_s: that every request spends outside the engine.
+    is_split: images of a request are encoded apart.
     """
 
     scenario: int
@@ -58,6 +62,8 @@ class Lane:
     longest: int
     prefixes: lower.Prefixes | None = None
     front_end_s: float = 0.0
+    patience: np.ndarray | None = None
+    is_split: bool = True
 
 
 def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = False,
@@ -90,7 +96,9 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     done = {}
     for (dims, *_), group in groups.items():
         params = _stack([lane.params for lane in group])
-        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes) for lane in group])
+        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, lane.patience, lane.is_split,
+                                               lane.params.flags.order)
+                           for lane in group])
         world = jax.device_get(loop.run_on_one_device(dims, params, requests))
         done |= {id(lane): _unpack(dims, world, index, lane) for index, lane in enumerate(group)}
     for lane in lanes:
@@ -100,11 +108,11 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
 
 def _with_share(scenario: Scenario, lane: Lane, result: LaneResult) -> LaneResult:
     """With the extrapolated share of a profiled cost."""
-    # Iterations that overlap do not say which sequences were in them.
-    if (not isinstance(scenario.cost, ProfiledCost) or result.steps is None or result.lost_steps
-            or lane.dims.num_stages > 1):
-        return result
+    # Iterations that overlap do not say which sequences were in them, nor does a request that goes on elsewhere.
     system = lane.system
+    if (not isinstance(scenario.cost, ProfiledCost) or result.steps is None or result.lost_steps
+            or lane.dims.num_stages > 1 or system.has_roles or len(lower.kinds_of_pools(system)) > 1):
+        return result
     both = measured.tables(scenario, system.scheduler, system.model, system.device, system.plan, lane.dims.num_slots,
                            lane.longest)
     return dataclasses.replace(result, extrapolated_share=measured.extrapolated_share(both, result))
@@ -166,14 +174,20 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     system = lower.resolve_system(scenario)
     if given is None and scenario.num_requests is not None:
         _check_memory([(dims_of(scenario, system, scenario.num_requests), scenario.num_seeds)])
-    workloads = [given or lower.make_workload(scenario, seed) for seed in scenario.seeds]
+    if given is not None and (given.num_images is None) != (scenario.workload.images is None):
+        raise InputError("workload", None, "and the scenario do not agree on images",
+                         "leave [workload.images] out of the scenario, or give a workload with them")
+    workloads = [lower.make_workload(scenario, seed) if given is None else lower.ordered(scenario, given, seed)
+                 for seed in scenario.seeds]
     for workload in workloads:
         lower.check_requests(system, workload)
-    most = max(len(workload) for workload in workloads)
+        lower.check_transfers(scenario, system, workload)
+    most = max(lower.num_rows(scenario, system, workload) for workload in workloads)
     longest = max(int((workload.input_tokens + workload.output_tokens).max()) for workload in workloads)
     dims = dims_of(scenario, system, most)
     if record_steps:
-        chunks = max(int((w.input_tokens // system.scheduler.max_num_batched_tokens).sum()) for w in workloads)
+        budget = min(one.scheduler.max_num_batched_tokens for one in (system, *(pool.system for pool in system.pools)))
+        chunks = max(int((w.input_tokens // budget).sum()) for w in workloads)
         rows = RECORDS_A_REQUEST * most
         if dims.num_stages > 1:
             # Batches that overlap are recorded one by one, and there are at most as many as tokens.
@@ -183,13 +197,22 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     if scenario.engine.enable_prefix_caching:
         prefixes = [lower.shared_prefixes(workload, system.scheduler.block_size) for workload in workloads]
         dims = with_prefixes(dims, prefixes)
+    dims = with_tenants(dims, system, workloads)
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [Lane(index, system, workload, dims,
-                  lower.make_params(scenario, system, cost, lower.step_limit(workload, dims.num_ranks), workload),
+                  lower.with_counters(
+                      lower.make_params(scenario, system, cost, most_steps(scenario, dims, workload), workload),
+                      scenario, system, workload, dims),
                   longest,
-                  prefix, lower.front_end_s(scenario, system))
+                  prefix, lower.front_end_s(scenario, system), lower.make_patience(scenario, system, workload),
+                  lower.is_split(scenario))
             for workload, prefix in zip(workloads, prefixes, strict=True)]
+
+
+def turns(dims: Dims) -> int:
+    """How many take turns in what a token costs in steps: ranks, or executors that a controller looks at."""
+    return dims.num_executors if dims.has_migration else dims.num_ranks
 
 
 def with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
@@ -204,6 +227,13 @@ def with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
         log_size=padded(2 * max(p.num_releases for p in prefixes) + 4096))
 
 
+def with_tenants(dims: Dims, system: lower.System, workloads: list[Workload]) -> Dims:
+    """Sizes with room for the tenants of virtual token counters, where these are the order."""
+    if system.scheduler.order != "vtc":
+        return dims
+    return dataclasses.replace(dims, num_tenants=max(len(workload.tenant_names) for workload in workloads))
+
+
 def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims:
     """Sizes of the arrays of a scenario with so many requests."""
     # Never more slots than could be filled; powers of two, so that scenarios share programs.
@@ -211,11 +241,30 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
     slots = max(min(most, num_requests), SMALLEST_SLOTS)
     # Padded by up to an eighth, for the same reason.
     step = 1 << max(num_requests.bit_length() - 4, 0)
-    return Dims(num_requests=-(-num_requests // step) * step,
+    num_requests = -(-num_requests // step) * step
+    routing = scenario.cluster.router and router(scenario.cluster.router, scenario.cluster.router_weights)
+    dims = Dims(num_requests=num_requests, has_clients=scenario.has_clients,
+                num_more_logs=(sendings(scenario) - 1) * num_requests,
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
-                num_ranks=system.num_ranks, has_roles=system.has_roles,
+                num_ranks=system.num_ranks, has_roles=system.has_roles, has_parts=system.has_parts,
+                **lower.moves_of(scenario),
+                # What cannot have one is refused with its requests (`lower.check_requests`).
+                has_encoder=(scenario.workload.images is not None and not system.has_parts and system.num_ranks == 1
+                             and system.scheduler.num_stages == 1),
                 num_stages=system.num_stages, num_batches=1 if system.has_free_stages else system.num_stages,
-                num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size)
+                num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
+                swap_window=system.swap.window if system.swap is not None else 0)
+    return lower.routing_dims(routing, dims)
+
+
+def sendings(scenario: Scenario) -> int:
+    """How often a request is sent, at most."""
+    return 1 + (scenario.workload.client.retries if scenario.has_clients and scenario.workload.client else 0)
+
+
+def most_steps(scenario: Scenario, dims: Dims, workload: Workload) -> int:
+    """Steps after which a run is stopped, every sending counted."""
+    return min(lower.step_limit(workload, dims.num_ranks) * sendings(scenario), 2**31 - 1)
 
 
 def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
@@ -236,17 +285,24 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
     def joined(pair):
         return pair.hi.astype(np.float64) + pair.lo.astype(np.float64)
 
+    status, instance = np.where(is_finished, 0, 1).astype(np.int8), np.maximum(instance, 0)
+    scheduled_s = np.where(world.placed[lane, :count, 1] >= 0, scheduled_s, np.nan)
+    first_token_s = np.where(log_row >= 0, first_s[log_row], np.nan)
+    clients = {}
+    if dims.has_clients:
+        clients = ends(world, np.s_[lane, :count], finish_s, first_token_s)
+        status, instance = clients.pop("status"), clients.pop("instance")
+        first_token_s, is_finished = clients.pop("first_token_s"), status == FINISHED
     fault = int(world.fault[lane])
     names = [text for bit, text in FAULTS.items() if fault & bit]
     return LaneResult(
         arrival_s=_arrivals(world, lane, made), input_tokens=workload.input_tokens,
         output_tokens=workload.output_tokens, max_tokens=workload.max_tokens,
-        scheduled_s=np.where(instance >= 0, scheduled_s, np.nan),
-        first_token_s=np.where(log_row >= 0, first_s[log_row], np.nan),
+        scheduled_s=scheduled_s, first_token_s=first_token_s,
         finish_s=np.where(is_finished, finish_s, np.nan),
         stall_s=clock.from_integers_reference(world.stalled[lane, :count]), preemptions=world.progress[lane, :count, 1],
-        instance=np.maximum(instance, 0), priority=workload.priority, tenant=workload.tenant,
-        tenant_names=workload.tenant_names, status=np.where(is_finished, 0, 1).astype(np.int8),
+        instance=instance, priority=workload.priority, tenant=workload.tenant,
+        tenant_names=workload.tenant_names, status=status,
         itl_counts=world.itl[lane], busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks),
         device_busy_s=np.repeat(joined(times.executor.alone) / dims.num_stages if dims.num_stages > 1
                                 else joined(times.executor.busy), dims.num_ranks),
@@ -256,10 +312,24 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         num_iterations=int(counts.executor.num_iterations.sum()), num_prefix_blocks=workload.num_prefix_blocks,
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
-        **handed_over(world, np.s_[lane, :count]),
+        **handed_over(world, np.s_[lane, :count]), **migrated(world, np.s_[lane], np.s_[lane, :count], finish_s),
+        **clients, **_images(world, lane, made),
+        **swapped(dims, world, np.s_[lane, :count], lane),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
+        predicted_tokens=workload.predicted_tokens,
         session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)
+
+
+def ends(world: World, rows: tuple, ended_s: np.ndarray, first_token_s: np.ndarray) -> dict[str, np.ndarray]:
+    """With clients: how the last sending of these requests ended, how many there were, who served it, and when; the
+    first token if it came before that."""
+    sendings, status = np.moveaxis(world.clients[rows], -1, 0)
+    is_over = ended_s > 0
+    status = np.where(is_over, np.where(status == 0, FINISHED, status), UNFINISHED).astype(np.int8)
+    first_token_s = np.where(~is_over | (first_token_s <= ended_s), first_token_s, np.nan)
+    return {"status": status, "attempts": sendings >> 1, "ended_s": np.where(is_over, ended_s, np.nan),
+            "instance": world.routed[rows].astype(np.int64), "first_token_s": first_token_s}
 
 
 def handed_over(world: World, rows: tuple) -> dict[str, np.ndarray]:
@@ -275,6 +345,67 @@ def handed_over(world: World, rows: tuple) -> dict[str, np.ndarray]:
 
     return {"decode_instance": target, "accepted_s": seconds(hand_over.ACCEPTED),
             "delivered_s": seconds(hand_over.DUE)}
+
+
+def migrated(world: World, lanes: tuple, rows: tuple, finish_s: np.ndarray) -> dict[str, np.ndarray]:
+    """With migration: `migrations`, `downtime_s` and `last_instance` of these requests, `aborted_migrations`; with
+    scaling `instance_s`, `starts` and `drains`. finish_s: of these requests, over the last axis."""
+    if world.control is None:
+        return {}
+    moved, fleet = world.moved[rows], world.control.fleet
+    found = {"migrations": moved[..., 0], "downtime_s": clock.from_integers_reference(moved[..., 2:]),
+             "last_instance": np.maximum(world.placed[rows][..., 1], 0) + moved[..., 1],
+             "aborted_migrations": world.control.aborted[lanes]}
+    if fleet is not None:
+        end_s = np.max(finish_s, axis=-1)
+        is_used = (fleet.status[lanes] != OFF).sum(axis=-1)
+        found |= {"instance_s": clock.from_integers_reference(fleet.used[lanes]) + is_used * end_s,
+                  "starts": fleet.starts[lanes], "drains": fleet.drains[lanes]}
+    return found
+
+
+def _images(world: World, lane: int, made: Lane) -> dict[str, np.ndarray]:
+    """With images: `num_images`; where others encode them, `encoded_s` and `embedded_s` of requests that have any."""
+    workload, count = made.workload, len(made.workload)
+    if workload.num_images is None:
+        return {}
+    found = {"num_images": workload.num_images}
+    if made.dims.has_parts:
+        whose = lower.parts_of(workload, made.is_split)[0]
+        parts = embedded(world, lane, np.s_[count:count + len(whose)])
+        for ours, theirs in (("encoded_s", "encoded_s"), ("embedded_s", "delivered_s")):
+            latest = np.full(count, -np.inf)
+            np.maximum.at(latest, whose, np.nan_to_num(parts[theirs], nan=np.inf))
+            found[ours] = np.where(np.isfinite(latest), latest, np.nan)
+    return found
+
+
+def embedded(world: World, lane: int, rows: slice) -> dict[str, np.ndarray]:
+    """Of parts of images, by row: `owner`, `started_s`, `encoded_s`, `accepted_s`, `delivered_s`."""
+    def seconds(stamps, is_known):
+        return np.where(is_known, clock.join_reference(*np.moveaxis(stamps, -1, 0)), np.nan)
+
+    log_row, owner = world.placed[lane, rows].T
+    transfers = world.transfers[lane, rows]
+    is_sent = transfers[:, hand_over.NUMBER] >= 0
+    return {"owner": owner, "started_s": seconds(world.scheduled[lane, rows], owner >= 0),
+            "encoded_s": seconds(world.first_tokens[lane, log_row], log_row >= 0),
+            "accepted_s": seconds(transfers[:, hand_over.ACCEPTED:hand_over.ACCEPTED + 3], is_sent),
+            "delivered_s": seconds(transfers[:, hand_over.DUE:hand_over.DUE + 3], is_sent)}
+
+
+def swapped(dims: Dims, world: World, rows: tuple, lanes: int | slice) -> dict[str, np.ndarray]:
+    """With host memory: `swaps` and `swap_s` of these requests, `swap_delay_s` and `swapped_blocks` of these runs."""
+    if world.swaps is None:
+        return {}
+    records = world.swaps[rows]
+    seconds = clock.from_integers_reference(records[..., swapping.SECONDS:swapping.SECONDS + 3])
+    stood = w.clock_rows(dims).everything(world.clocks[lanes]).rank.swap.stood
+    counts = w.count_rows(dims).everything(world.counts[lanes]).rank.swap
+    delay = stood.hi.astype(np.float64) + stood.lo
+    return {"swaps": records[..., swapping.SWAPS], "swap_s": seconds,
+            "swap_delay_s": delay.reshape(*delay.shape[:-2], -1),
+            "swapped_blocks": np.stack([counts.copied_blocks.sum((-2, -1)), counts.spared_blocks.sum((-2, -1))], -1)}
 
 
 def blocks_of(system: lower.System) -> int | np.ndarray:

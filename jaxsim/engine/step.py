@@ -71,6 +71,6 @@ def writes_of_a_step(dims: Dims, params: Params, requests: Requests, world: Worl
 
 
 PHASES = (
-    phases.receive, phases.open_door, phases.settle, phases.retire, phases.open_pass, phases.look_up, phases.fill,
-    phases.price, phases.launch)
+    phases.receive, phases.open_door, phases.give_up, phases.settle, phases.retire, phases.open_pass, phases.look_up,
+    phases.fill, phases.price, phases.launch)
 """In this order between `phases.look` and `note`."""

@@ -174,7 +174,7 @@ def _asked(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int
     counts = replace(counts, rank=replace(counts.rank, progress=jnp.where(counts.batch.advance == 0, w.FILLED, 0)))
     stats, followers, context = passes.statistics(dims, group, counts, times, longest)
     shared = passes.shared_tokens(dims, counts, context) if group.batching.prefix_caching else 0
-    after = 0 if longest is None else stats.longest_context + 1
+    after = 0 if longest is None else jnp.maximum(longest + counts.batch.counter + 1, 0) + 1
     fields = (stats.decode_context, stats.num_prefill, stats.prefill_context, stats.num_sampled, stats.decode_shared,
               stats.longest_context, followers, context, shared, after)
     return jnp.stack([jnp.broadcast_to(field, jnp.shape(followers)) for field in fields], axis=-1)

@@ -4,13 +4,14 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import hand_over, lockstep, pipeline, prefix, tape
+from jaxsim.engine import clients, fair, hand_over, lockstep, migration, pipeline, prefix, swapping, tape
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
 from jaxsim.engine.slots import Slots
 from jaxsim.kernels import queues
 from jaxsim.kernels.clock import Time
+from jaxsim.state.control import Control
 from jaxsim.state.world import Clocks, Counts
 
 
@@ -19,7 +20,7 @@ class Touched(eqx.Module):
 
     # look: the event; whether the next lies too far ahead; the executor's rows, in these one rank and batch, and
     # where these lie among those of all executors; its block residues; what woke it; of a
-    # pipeline, what is in flight.
+    # pipeline, what is in flight; with virtual token counters the tenants of the rank, which later phases change.
 
     event: Event
     is_frozen: Bool[Array, ""]
@@ -33,6 +34,7 @@ class Touched(eqx.Module):
     phase: Int[Array, ""]
     wake: Time
     flying: pipeline.Flights | None
+    tenants: fair.Tenants | None = None
 
     # receive: the source's state; the link of the queue that changes (and may again in `fill`); under a sorted queue
     # the arriving request's place and the first place that waits; what an arrival leaves of the jump of several ranks.
@@ -41,8 +43,14 @@ class Touched(eqx.Module):
     link: queues.Link | None = None
     places: tuple[Int[Array, ""], Int[Array, ""]] | None = None
 
-    # open_door: with roles, what it did.
+    # open_door: with roles, what it did; with migration, what the controller or a door did.
+
+    control: Control | None = None
+    acted: migration.Acted | None = None
     opened: hand_over.Opened | None = None
+
+    # give_up: with clients, whose request was cut off.
+    cut_off: clients.CutOff | None = None
 
     # settle: samples of the time between tokens, and how many tokens each stands for; what the tape is told.
     itl_s: Float[Array, " samples"] | None = None
@@ -53,7 +61,7 @@ class Touched(eqx.Module):
     # running list and the links that change in it; the entry of `World.due` that changes; all slots, if the pass scans
     # them; the largest offset of those that stay, if the cost reads it; with roles who left for another executor, and
     # whether this one is to see who fits.
-    left: hand_over.Left | None = None
+    left: hand_over.Left | migration.Left | None = None
     is_looking: Bool[Array, ""] | None = None
     due: tuple[Int[Array, ""], Float[Array, " 3"]] | None = None
     released: prefix.Release | None = None
@@ -68,7 +76,9 @@ class Touched(eqx.Module):
     # open_pass: whether a pass is due, under way, free to place a prompt, short of blocks, closed before this step,
     # about to preempt, without anybody who goes ahead; the victim (slot, request, offset); the candidate: its lengths,
     # tokens emitted, preemptions, seconds since the last of these, and who waits behind it; whether it has its KV here.
+    # Where victims are swapped: the line as it is.
     is_ready: Bool[Array, ""] | None = None
+    sight: swapping.Sight | None = None
     is_due: Bool[Array, ""] | None = None
     has_ended: Bool[Array, ""] | None = None
     has_work: Bool[Array, ""] | None = None
@@ -100,6 +110,8 @@ class Touched(eqx.Module):
     # fill: where decodes are a queue, who is in the batch; launch: of free stages, when each slot's iteration ends.
     are_going: Bool[Array, " slot_width"] | None = None
     slot_ends: Float[Array, "slot_width 2"] | None = None
+    # Where victims are swapped: what changes in the line.
+    moved: swapping.Moved | None = None
 
     # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
     # behind it; whether it starts.

@@ -11,7 +11,9 @@ from jaxsim.io.table import number
 from jaxsim.metrics import FINISHED, STATUS_NAMES, Interval, LaneResult, Result, is_measured, request_frame
 from jaxsim.spec.scenario import Scenario
 
-PHASES = {"queue": "#E69F00", "prefill": "#0072B2", "stall": "#D55E00", "decode": "#66C2A5"}
+PHASES = {"queue": "#E69F00", "prefill": "#0072B2", "transfer": "#CC79A7", "stall": "#D55E00", "decode": "#66C2A5"}
+RARE = ("transfer", "stall")
+"""Phases that are named only where they happen."""
 """Colours told apart by readers with any colour vision (after Okabe and Ito)."""
 
 _STEPS = (1, 2, 2.5, 5, 10)
@@ -227,7 +229,8 @@ def _curves(lane: LaneResult) -> list[tuple[str, tuple, str, bool]]:
     capacity = np.broadcast_to(lane.num_blocks, (num_instances,))
     if capacity.any():
         used = np.asarray(lane.steps["used_blocks"]) / capacity[np.asarray(lane.steps["instance"])]
-        times, total, low, high = _over_time(lane, used)
+        # With roles prompts hold blocks until their transfer is through.
+        times, total, low, high = _over_time(lane, used, lane.decode_instance is None)
         curves.append(("KV memory in use", (times, total / num_instances, low, high), "#009E73", True))
     return curves
 
@@ -258,13 +261,31 @@ def _waiting(lane: LaneResult) -> tuple:
     return both, np.where(at[0] >= 0, first[at[0]], 0) + np.where(at[1] >= 0, total[at[1]], 0), None, None
 
 
-def _over_time(lane: LaneResult, column: np.ndarray) -> tuple:
-    """Sum, least and most over instances of a count, which holds from one step's start to the next."""
+_AT_ONCE_S = 1e-5
+"""Steps this close follow each other: their ends are sums that round."""
+
+
+def _over_time(lane: LaneResult, column: np.ndarray, is_empty_at_rest: bool = True) -> tuple:
+    """Sum, least and most over instances of a count, which holds from one step's start to the next.
+
+    is_empty_at_rest: or to its end, where no other follows at once.
+    """
     steps, num_instances = lane.steps, len(lane.busy_s)
     order = np.argsort(steps["time_s"], kind="stable")
-    times = np.asarray(steps["time_s"], np.float64)[order]
+    times, ends = (np.asarray(x, np.float64)[order] for x in (
+        steps["time_s"], np.asarray(steps["time_s"]) + np.asarray(steps["duration_s"])))
     instance, value = np.asarray(steps["instance"])[order], np.asarray(column, np.float64)[order]
-    end = float((np.asarray(steps["time_s"]) + np.asarray(steps["duration_s"])).max())
+    end, rests = float(ends.max()), []
+    for i in range(num_instances):
+        mine = np.flatnonzero(instance == i)
+        over = np.maximum.accumulate(ends[mine])
+        # An instance that has nothing more to do holds nothing.
+        is_resting = np.append(times[mine][1:] > over[:-1] + _AT_ONCE_S, True)[:len(mine)]
+        is_resting[:-1] &= is_empty_at_rest
+        rests.append(np.stack([over[is_resting], np.full(is_resting.sum(), i), np.zeros(is_resting.sum())]))
+    times, instance, value = np.concatenate([np.stack([times, instance, value]), *rests], axis=1)
+    order = np.argsort(times, kind="stable")
+    times, instance, value = times[order], instance[order], value[order]
     held = np.zeros((num_instances, len(times) + 1))
     for i in range(num_instances):
         mine = np.flatnonzero(instance == i)
@@ -272,9 +293,6 @@ def _over_time(lane: LaneResult, column: np.ndarray) -> tuple:
             continue
         latest = np.searchsorted(mine, np.arange(len(times)), side="right") - 1
         held[i, :-1] = np.where(latest >= 0, value[mine[np.maximum(latest, 0)]], 0)
-        # An instance that has nothing more to do holds nothing.
-        ends = times[mine[-1]] + float(np.asarray(steps["duration_s"])[order][mine[-1]])
-        held[i, :-1][times >= ends] = 0
     return _thin(np.append(times, end), held)
 
 
@@ -301,7 +319,7 @@ def plot_requests(result: Result, path: str | Path, index: int = 0) -> Path:
             length = frame[f"{name}_s"].fillna(0.0).to_numpy()
             totals[name] = float(length.sum())
             label = name if name != "stall" else "stalled (drawn as one piece)"
-            if totals[name] > 0 or name != "stall":
+            if totals[name] > 0 or name not in RARE:
                 axis.barh(rows, length, left=start, height=0.82, color=colour, linewidth=0, label=label)
             start = start + length
         axis.set_ylim(len(frame) - 0.4, -0.6)
@@ -316,7 +334,7 @@ def plot_requests(result: Result, path: str | Path, index: int = 0) -> Path:
         axis.set_yticks(ticks, [_thousands(int(ids[t])) for t in ticks])
         axis.xaxis.set_major_formatter(FuncFormatter(_thousands))
         heading(figure, _first_seed(result, index))
-        axis.legend(ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
+        axis.legend(ncols=len(PHASES), loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
     return path
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxsim.cost.roofline import notes
-from jaxsim.metrics import FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
+from jaxsim.metrics import ABORTS, FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
 from jaxsim.spec.plan import Plan
 from jaxsim.spec.presets import load_preset
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, RooflineCost, Scenario
@@ -163,6 +163,21 @@ def _latency_table(flat: Mapping[str, Any], intervals: Mapping[str, Interval], u
     return table
 
 
+def _tenants(tenants: Mapping[str, Mapping[str, Any]], is_rich: bool) -> Table:
+    """A row a tenant, milliseconds; names give way where it is narrow."""
+    table = Table(box=box.SIMPLE_HEAD if is_rich else box.ASCII2, padding=(0, 1), show_edge=False)
+    table.add_column("tenant", style="bold", overflow="ellipsis", max_width=_LONGEST_LABEL)
+    columns = {"TTFT\np50": "p50_ttft_ms", "TTFT\np99": "p99_ttft_ms", "TPOT\np99": "p99_tpot_ms",
+               "E2E\np99": "p99_e2el_ms"}
+    for title in ("requests", "service", *columns, "limits\nmet"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, t in tenants.items():
+        failed = f" ({number(t['failed'])} failed)" if t["failed"] else ""
+        table.add_row(Text(name), f"{number(t['requests'])}{failed}", share(t["service_share"]),
+                      *(number(t[key]) for key in columns.values()), share(t["attainment"]))
+    return table
+
+
 def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequence[Mapping[str, Any]],
            lanes: Sequence[LaneResult]) -> list[tuple[str, str]]:
     def flat(key: str, scale: float = 1.0) -> str:
@@ -175,17 +190,25 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
         ("throughput", f"{flat('request_throughput')} requests/s, {flat('output_throughput')} output"
                        f" tokens/s, {flat('total_token_throughput')} tokens/s"),
     ]
+    if "outcomes" in m:
+        ends = m["outcomes"]
+        facts.append(("without an answer", f"{share(ends['failed_share'])} of requests:"
+                      f" {share(ends['timed_out_share'])} timed out, {share(ends['rejected_share'])} refused;"
+                      f" sent {number(ends['mean_attempts'])} times on average"))
     slo = m["slo"]
     if slo["attainment"] is not None:
         limits = ", ".join(f"{label} <= {slo[f'{name}_ms']:,.10g} ms: {share(slo[f'{name}_attainment'])}"
                            for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E"))
                            if slo[f"{name}_ms"] is not None)
+        limits = f"; {limits}" if limits else ", each its tenant's"
         facts += [("goodput", f"{flat('request_goodput')} requests/s"),
-                  ("limits met", f"{flat('slo.attainment', 100)} % of requests meet all; {limits}")]
-    for name, tenant in m["tenants"].items():
-        met = "" if tenant["attainment"] is None else f", limits met by {share(tenant['attainment'])}"
-        ttft = f"TTFT p50 {number(tenant['p50_ttft_ms'])} ms, p99 {number(tenant['p99_ttft_ms'])} ms"
-        facts.append((f"  {name}", f"{number(tenant['completed'])} requests, {ttft}{met}"))
+                  ("limits met", f"{flat('slo.attainment', 100)} % of requests meet all{limits}")]
+    fair = m.get("fairness")
+    if fair and fair["jain_index"] is not None:
+        gap = fair["max_service_gap"]
+        gap = "" if gap is None else (f"; in a tenth of the run two that kept waiting were served up to {number(gap)}"
+                                      " weighted tokens apart")
+        facts.append(("fairness", f"Jain's index {fair['jain_index']:.3f} of service over fair shares{gap}"))
     hit = m["preemptions"]
     stall = f", {number(hit['mean_stall_ms'])} ms stalled each" if hit["mean_stall_ms"] is not None else ""
     of = f" ({share(hit['requests_share'])} of requests{stall})" if hit["total"] else ""
@@ -194,6 +217,17 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
     if moved is not None:
         facts.append(("handed over", f"{number(moved['requests'])} requests, from first token to KV at the other engine"
                                      f" {number(moved['mean_ms'])} ms on average, p99 {number(moved['p99_ms'])}"))
+    moves = m.get("migrations")
+    if moves is not None:
+        stop = "" if moves["mean_downtime_ms"] is None else (
+            f", stopped {number(moves['mean_downtime_ms'])} ms each, p99 {number(moves['p99_downtime_ms'])}")
+        given_up = sum(moves[f"aborted_{cause}"] for cause in ABORTS)
+        facts.append(("migrations", f"{number(moves['total'])} of {number(moves['requests'])} requests{stop};"
+                                    f" {number(given_up)} given up"))
+    fleet = m.get("scaling")
+    if fleet is not None:
+        facts.append(("instances", f"{number(fleet['mean_instances'])} on average, {number(fleet['starts'])} started,"
+                                   f" {number(fleet['drains'])} drained"))
     sessions = m.get("sessions")
     if sessions:
         facts.append(("sessions", f"{number(sessions['completed'])} completed, {number(sessions['mean_turns'])} turns"
@@ -270,5 +304,8 @@ def _print(result: Result, index: int, out: Console) -> None:
     for name, text in _facts(metrics, intervals, result.runs[index], lanes):
         facts.add_row(name, Text(text, style=_STYLES.get(name, "")))
     out.print(facts)
+    if metrics["tenants"]:
+        out.print()
+        out.print(_tenants(metrics["tenants"], out.is_terminal))
     if any(ends is not None for ends in intervals.values()):
         out.print(Text("±: half of a 95 % interval over the seeds", style="dim"))

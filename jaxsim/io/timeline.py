@@ -3,7 +3,8 @@
 One process an instance: a track of iterations, counters of running, waiting and KV blocks, and one
 asynchronous slice a request with its phases inside. Times are microseconds.
 
-Known gaps: all stalls of a request are drawn as one, in front of its decode phase.
+Known gaps: all stalls of a request are drawn as one, in front of its decode phase; a request stays with the instance
+that computed its prompt, its transfer and its decode phase too.
 """
 
 import json
@@ -71,8 +72,8 @@ def _requests(lane: LaneResult) -> list[dict[str, Any]]:
                 "preemptions": int(row.preemptions), "status": row.status, "tenant": row.tenant}
         common = {"cat": "request", "id": f"r{row.request_id}", "pid": int(row.instance) + 1, "tid": 2}
         slices = []
-        for name, length in (("queue", row.queue_s), ("prefill", row.prefill_s), ("stall", row.stall_s),
-                             ("decode", row.decode_s)):
+        for name, length in (("queue", row.queue_s), ("prefill", row.prefill_s), ("transfer", row.transfer_s),
+                             ("stall", row.stall_s), ("decode", row.decode_s)):
             if np.isnan(length):
                 break
             if length > 0:

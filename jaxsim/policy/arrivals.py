@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
-from jaxsim.state.requests import Requests
+from jaxsim.state.requests import PARENT, Requests
 
 Stamp = Float[Array, " 3"]
 """A time as (epoch, hi, lo), which no move of the world's epoch touches; hi is infinite for never."""
@@ -99,6 +99,26 @@ class SortedArrivals(AbstractSource):
         """One row has this arrival and the next."""
         row = requests.arrival.at[state].get(mode="promise_in_bounds")
         return Coming(relative_to(epoch, row[:3]), state, relative_to(epoch, row[3:]))
+
+    def delivered(self, state: Int[Array, ""], request: Int[Array, ""], is_any: Bool[Array, ""]) -> Int[Array, ""]:
+        """On to the next."""
+        return state + is_any
+
+
+class PartArrivals(AbstractSource):
+    """Open loop: rows in the order of `Requests.order`, in which parts arrive instead of their requests."""
+
+    def start(self, requests: Requests) -> tuple[Int[Array, ""], Float[Array, "due_rows 3"]]:
+        """The first in that order is the next."""
+        return jnp.int32(0), jnp.zeros((1, 3), jnp.float32)
+
+    def coming(self, requests: Requests, state: Int[Array, ""], due: Float[Array, "due_rows 3"], epoch: Int[Array, ""]
+               ) -> Coming:
+        """A part comes with its request. Behind the last is the scratch row, which never arrives."""
+        rows = requests.order.at[state + jnp.arange(2)].get(mode="promise_in_bounds")
+        whose = requests.images.at[rows, PARENT].get(mode="promise_in_bounds")
+        stamps = requests.arrival.at[jnp.where(whose < 0, rows, whose)].get(mode="promise_in_bounds")[:, :3]
+        return Coming(relative_to(epoch, stamps[0]), rows[0], relative_to(epoch, stamps[1]))
 
     def delivered(self, state: Int[Array, ""], request: Int[Array, ""], is_any: Bool[Array, ""]) -> Int[Array, ""]:
         """On to the next."""

@@ -8,11 +8,15 @@ each flag does, in the order of a scheduling pass, is stated in docs/design.md; 
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
+from jaxsim.policy.swap import Swap
+
 PHASE_MIXES = ("unified", "prefill_first")
 RESERVES = ("none", "prompt", "max_tokens", "max_model_len", "expected")
 BLOCK_RULES = ("crossing", "always")
 VICTIMS = ("last_admitted", "lowest_priority", "fewest_outputs")
-ORDERS = ("fcfs", "priority")
+ORDERS = ("fcfs", "priority", "sjf", "edf", "vtc")
+SORTED = ("priority", "sjf", "edf")
+"""Orders whose keys are known before the run: requests are ranked on the host."""
 ADMITS = ("any_time", "when_empty")
 
 
@@ -29,7 +33,9 @@ class Batching(eqx.Module):
             block `always`, as vLLM V0 does.
         victim: who is preempted when blocks run short.
         waiting_blocked_after_preempt: nothing is admitted in a pass that preempted.
-        order: the waiting queue is first come first served, or by (priority, arrival).
+        order: the waiting queue is first come first served, by (priority, arrival), by (predicted output tokens,
+            arrival) or by (deadline, arrival); or the next request is that of the tenant with the smallest virtual
+            token counter (`jaxsim.engine.fair`).
         admit: requests join at `any_time`, or only `when_empty` (static batching).
         async_scheduling: a pass sees only requests that waited when the previous iteration started.
         kv_accounting: blocks are tracked at all.
@@ -44,6 +50,8 @@ class Batching(eqx.Module):
         could join running decodes wait for so many iterations, unless together with them they are so many tokens; None
         where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one. num_stages: of a
         pipeline that takes a batch whenever its first stage is free; None elsewhere.
+        where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one. swap: host memory
+        that victims move to; None where they are recomputed.
 
     Source: the schedulers named in docs/schedulers.md.
     """
@@ -77,6 +85,7 @@ class Batching(eqx.Module):
     max_batch_seqs: Int[Array, ""] | None = None
     pass_on_arrival: bool = eqx.field(static=True, default=False)
     num_stages: Int[Array, ""] | None = None
+    swap: Swap | None = None
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),
@@ -85,6 +94,15 @@ class Batching(eqx.Module):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: not one of {', '.join(allowed)}")
         if self.prefix_caching and not (self.is_unified and self.reserve == "none" and self.kv_accounting):
             raise ValueError("prefix_caching: only with phase_mix = 'unified' and reserve = 'none'")
+        if self.swap is not None and (self.is_unified or self.chunked_prefill or self.reserve != "prompt"
+                                      or self.decode_needs_free_block != "always" or not self.kv_accounting
+                                      or self.async_scheduling or self.admit != "any_time" or self.order != "fcfs"
+                                      or not self.waiting_blocked_after_preempt or self.has_context_limit):
+            raise ValueError("swap: only with the flags of vLLM V0")
+        if self.order == "vtc" and not (
+                self.is_unified and self.reserve == "none" and self.kv_accounting and self.admit == "any_time"
+                and self.victim == "last_admitted" and not self.async_scheduling):
+            raise ValueError(f"order = {self.order!r}: only as vLLM V1 schedules, synchronously")
         if self.gathers and (self.grows or self.chunked_prefill or self.stalls or not self.is_unified
                              or self.admit != "any_time"):
             raise ValueError("batch_wait_timeout_iters: only for whole prompts, first come first served, beside decodes"
@@ -108,12 +126,22 @@ class Batching(eqx.Module):
     @property
     def keeps_running_list(self) -> bool:
         """The engine must know who was admitted last."""
-        return self.grows and self.victim == "last_admitted"
+        return self.grows and self.victim == "last_admitted" and self.swap is None
 
     @property
     def stalls(self) -> bool:
         """A running sequence may sit out an iteration."""
-        return self.order == "priority" or self.has_context_limit
+        return self.walks or self.has_context_limit
+
+    @property
+    def sorts(self) -> bool:
+        """The waiting queue is a set of ranks."""
+        return self.order in SORTED
+
+    @property
+    def walks(self) -> bool:
+        """The victim is the running sequence that stands last in the order, found as vLLM V1's PRIORITY finds it."""
+        return self.sorts and self.victim == "lowest_priority"
 
     @property
     def stamps_slots(self) -> bool:
@@ -123,4 +151,5 @@ class Batching(eqx.Module):
     @property
     def scans_slots(self) -> bool:
         """A pass looks at every running sequence of an instance, not only at their sums."""
-        return self.reserve == "expected" or self.order == "priority" or self.has_context_limit
+        return (self.reserve == "expected" or self.walks or self.has_context_limit
+                or self.swap is not None)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim.policy.loads import Loads, freeness, remaining_steps
 
 
 class View(eqx.Module):
@@ -22,7 +23,12 @@ class View(eqx.Module):
     outstanding: waiting and running requests of each instance; waiting: those waiting; used_blocks and num_blocks:
     the KV pool, present only for routers with `reads_kv`; num_routed: requests routed before; uniforms: the
     request's own random numbers; prompt_tokens: of the request, only for routers with `reads_prompt`; is_active: which
-    instances take requests, None if all do.
+    instances take requests, None if all do; loads: only for routers with `reads_loads`.
+
+    Of caches, each only for routers that read it: cached_tokens, of the prompt at each instance; matched_tokens, of it
+    sent to each before, and tree_tokens, of all that was; prefill_tokens, of prompts sent to each whose first token is
+    not out, less what was cached of them when they were sent; home, the instance that a hash of the request falls to;
+    noise, the request's own draws from Gumbel's law. block_size: tokens of a KV block.
 
     A router that picks with `count`, `nth` and `least` keeps to the active ones; the choice of another that does not
     moves on to the next active one.
@@ -36,6 +42,14 @@ class View(eqx.Module):
     uniforms: Float[Array, " 2"]
     prompt_tokens: Int[Array, ""] | None = None
     is_active: Bool[Array, " instances"] | None = None
+    loads: Loads | None = None
+    cached_tokens: Int[Array, " instances"] | None = None
+    matched_tokens: Int[Array, " instances"] | None = None
+    tree_tokens: Int[Array, " instances"] | None = None
+    prefill_tokens: Int[Array, " instances"] | None = None
+    home: Int[Array, ""] | None = None
+    noise: Float[Array, " instances"] | None = None
+    block_size: int = eqx.field(static=True, default=1)
 
     @property
     def count(self) -> Int[Array, ""] | int:
@@ -55,13 +69,33 @@ class View(eqx.Module):
             score = jnp.where(self.is_active, score, highest)
         return jnp.argmin(score).astype(jnp.int32)
 
+    def any_least(self, score: Shaped[Array, " instances"]) -> Int[Array, ""]:
+        """The same with ties broken by the request's first uniform."""
+        is_least = score == score[self.least(score)]
+        if self.is_active is not None:
+            is_least = is_least & self.is_active
+        index = _draw(self.uniforms[0], jnp.sum(is_least, dtype=jnp.int32))
+        return jnp.argmax(jnp.cumsum(is_least) > index).astype(jnp.int32)
+
 
 class AbstractRouting(eqx.Module):
-    """Chooses an instance. `reads_kv`, `reads_waiting` and `reads_prompt` say which parts of the view it wants."""
+    """Chooses an instance. `reads_kv`, `reads_waiting`, `reads_prompt` and `reads_loads` say which parts of the view it
+    wants."""
+    """Chooses an instance. `reads_kv` and the others say which parts of the view it wants.
+
+    reads_cache, reads_sent, reads_prefill, reads_noise: cached_tokens; matched_tokens and tree_tokens; prefill_tokens;
+    noise. route_by: what `home` is a hash of, the first 256 tokens of the prompt ("prefix") or the session ("session").
+    """
 
     reads_kv = False
     reads_waiting = False
     reads_prompt = False
+    reads_loads = False
+    reads_cache = False
+    reads_sent = False
+    reads_prefill = False
+    reads_noise = False
+    route_by = ""
 
     @abc.abstractmethod
     def choose(self, view: View) -> Int[Array, ""]:
@@ -196,10 +230,54 @@ class Linear(AbstractRouting):
                           + self.kv_weight * share + self.prompt_weight * (view.prompt_tokens / 1024))
 
 
+def _freest(view: View, free: Float[Array, " instances"], top_k: int) -> Int[Array, ""]:
+    """The freest instance; of several, any of the `top_k` freest by the request's first uniform."""
+    if top_k == 1:
+        return view.least(-free)
+    if view.is_active is not None:
+        free = jnp.where(view.is_active, free, -jnp.inf)
+    index = jnp.arange(free.shape[0])
+    is_before = (free[None, :] > free[:, None]) | ((free[None, :] == free[:, None]) & (index[None, :] < index[:, None]))
+    place = jnp.sum(is_before, axis=1)
+    return jnp.argmax(place == _draw(view.uniforms[0], jnp.minimum(top_k, view.count))).astype(jnp.int32)
+
+
+class LlumnixLoad(AbstractRouting):
+    """The instance with the highest freeness, as Llumnix's paper defines it; ties to the lowest index.
+
+    top_k (static): one of so many freest, at random.
+
+    Source: Llumnix (arXiv 2406.03243); `jaxsim.policy.loads.freeness`.
+    """
+
+    top_k: int = eqx.field(static=True, default=1)
+    reads_loads = True
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Argmax of freeness."""
+        return _freest(view, freeness(view.loads), self.top_k)
+
+
+class RemainingSteps(AbstractRouting):
+    """The instance with the most remaining steps, Llumnix's load in its public code; ties to the lowest index.
+
+    top_k (static): one of so many freest, at random.
+
+    Source: AlibabaPAI/llumnix, dispatch policy `load`; `jaxsim.policy.loads.remaining_steps`.
+    """
+
+    top_k: int = eqx.field(static=True, default=1)
+    reads_loads = True
+
+    def choose(self, view: View) -> Int[Array, ""]:
+        """Argmax of remaining steps."""
+        return _freest(view, remaining_steps(view.loads), self.top_k)
+
+
 def routers() -> dict[str, type[AbstractRouting]]:
-    """Routers by name: the final classes of this module, in snake case."""
+    """Routers by name: the final classes of this package, in snake case."""
     return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower(): cls
-            for cls in AbstractRouting.__subclasses__() if cls.__module__ == __name__}
+            for cls in AbstractRouting.__subclasses__() if cls.__module__.startswith(__package__ + ".")}
 
 
 def router(name: str, numbers: dict[str, float] | None = None) -> AbstractRouting:
@@ -223,4 +301,8 @@ def router(name: str, numbers: dict[str, float] | None = None) -> AbstractRoutin
         if field not in fields:
             raise InputError(f"cluster.router_weights.{field}", numbers[field], f"is not a number of {name}",
                              suggest(field, fields) if fields else "leave it out")
-    return cls(**{field: np.float32(value) for field, value in (numbers or {}).items()})
+    if (numbers or {}).get("top_k", 1) < 1 or (numbers or {}).get("top_k", 1) % 1:
+        raise InputError("cluster.router_weights.top_k", numbers["top_k"], "is not a number of instances",
+                         "give a whole number from 1")
+    return cls(**{field: int(value) if field == "top_k" else np.float32(value)
+                  for field, value in (numbers or {}).items()})

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SYSTEMS = ("burstgpt", "distserve")
+SYSTEMS = ("burstgpt", "distserve", "epd", "fastswitch", "llumnix", "prefix-routing")
 """What can be reproduced: each is a module of this package with `DESCRIPTION` and `reproduce`."""
 
 ALL = "all"
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, names: tuple[str, ...], folder: Path) -> No
 
     claims: list[Any] = []
     for index, name in enumerate(names):
-        module = importlib.import_module(f"jaxsim.reproduce.{name}")
+        module = importlib.import_module(f"jaxsim.reproduce.{name.replace('-', '_')}")
         print(f"jaxsim: {module.DESCRIPTION}", file=sys.stderr)
         start = time.perf_counter()
         found = module.reproduce(options.seeds)

@@ -16,7 +16,17 @@ class Dims:
     block_size: KV tokens a block, a power of two; max_jump: iterations one step may cover; num_records: iterations
     kept on the tape (0: no tape); num_ranks: of an executor; num_batches: of a rank; num_stages: of a pipeline, with as
     many batches in flight; num_segments: of shared prompts, 0 without prefix caching; path_width: segments of a prompt;
-    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors.
+    log_size: releases on record, a power of two; has_roles: prompts and outputs may be computed on different executors;
+    has_migration: running requests may move between executors; has_demands: routers read the blocks that waiting
+    requests need; has_scaling: executors are switched on and off; has_urgent: freeness keeps room for urgent requests;
+    has_clients: requests may end without an answer, and be sent again; num_more_logs: rows for first tokens beyond one
+    a request; has_parts: images are encoded on executors of their own; has_encoder: some that compute prompts encode
+    them too;
+    tracks_prefill, tracks_sent, has_noise: what routers read (`jaxsim.engine.caches`): prompt tokens on their way to a
+    first token, what was sent where, random numbers of each request and instance; route_by: what a request's home
+    among the instances is a hash of, "prefix" or "session" ("": it has none).
+    swap_window: requests in line that are looked at together, 0 without swapping to host memory.
+    num_tenants: that an engine shares itself among by virtual token counters, 0 without these.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -35,6 +45,20 @@ class Dims:
     path_width: int = 0
     log_size: int = 0
     has_roles: bool = False
+    has_migration: bool = False
+    has_demands: bool = False
+    has_scaling: bool = False
+    has_urgent: bool = False
+    has_clients: bool = False
+    num_more_logs: int = 0
+    has_parts: bool = False
+    has_encoder: bool = False
+    tracks_prefill: bool = False
+    tracks_sent: bool = False
+    has_noise: bool = False
+    route_by: str = ""
+    swap_window: int = 0
+    num_tenants: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -45,6 +69,38 @@ class Dims:
             raise ValueError(f"num_stages = {self.num_stages}: a pipeline is one rank with as many batches")
         if self.has_roles and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments):
             raise ValueError("has_roles: executors of one rank and one stage, without prefix caching")
+        if self.has_migration and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
+            raise ValueError("has_migration: executors of one rank, one stage and no role, without prefix caching")
+        if self.has_migration and not self.has_demands:
+            raise ValueError("has_migration: the controller reads what waits, so has_demands too")
+        if self.has_scaling and not self.has_migration:
+            raise ValueError("has_scaling: by the controller of has_migration")
+        if self.has_urgent and not self.has_demands:
+            raise ValueError("has_urgent: a part of what has_demands reads")
+        if self.has_migration and (self.has_clients or self.has_encoder or self.has_swap):
+            raise ValueError("has_migration: without clients that give up, images and swapping")
+        if self.has_clients and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
+            raise ValueError("has_clients: executors of one rank and one stage, without prefix caching or roles")
+        if self.has_parts and not self.has_roles:
+            raise ValueError("has_parts: only with has_roles")
+        if self.has_encoder and (self.num_ranks > 1 or self.num_batches > 1 or self.has_parts):
+            raise ValueError("has_encoder: executors of one rank and one stage, without others that encode")
+        if self.has_swap and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
+            raise ValueError("swap_window: executors of one rank and one stage, without roles and prefix caching")
+        if self.num_tenants and (self.num_ranks > 1 or self.num_batches > 1 or self.has_roles):
+            raise ValueError("num_tenants: executors of one rank and one stage, without roles")
+        if self.num_tenants and (self.has_migration or self.has_clients or self.has_encoder or self.has_swap):
+            raise ValueError("num_tenants: without migration, clients that give up, images and swapping")
+
+    @property
+    def has_moves(self) -> bool:
+        """A request may go on at another executor than it began on."""
+        return self.has_roles or self.has_migration
+
+    @property
+    def has_swap(self) -> bool:
+        """Who is preempted moves to host memory."""
+        return self.swap_window > 0
 
     @property
     def has_free_stages(self) -> bool:
@@ -64,6 +120,11 @@ class Dims:
     def all_batches(self) -> int:
         """Batches of all ranks."""
         return self.all_ranks * self.num_batches
+
+    @property
+    def last_log(self) -> int:
+        """The scratch row of the log of first tokens."""
+        return self.num_requests + self.num_more_logs
 
     @property
     def slot_width(self) -> int:

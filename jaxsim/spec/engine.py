@@ -15,12 +15,58 @@ Reserve = Literal["none", "prompt", "max_tokens", "max_model_len", "expected"]
 BlockRule = Literal["crossing", "always"]
 Victim = Literal["last_admitted", "lowest_priority", "fewest_outputs"]
 Order = Literal["fcfs", "priority"]
+SchedulingPolicy = Literal["fcfs", "priority", "sjf", "edf", "vtc"]
+SORTED_POLICIES = ("priority", "sjf", "edf")
+"""Orders by a key that is known before the run."""
 Admit = Literal["any_time", "when_empty"]
 BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 AllToAll = Literal["allgather_reducescatter", "naive", "pplx", "deepep_high_throughput", "deepep_low_latency"]
 
 MoeBackend = Literal["auto", "marlin"]
+
+
+class RedrawSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Priorities that are drawn anew while requests are served, so that all of them get their turn.
+
+        period_iterations: of an instance, between draws.
+        pattern: random (each draw by itself), or markov (who was on the device at a draw is likelier to stay urgent).
+        locality: of markov, how likely such a request is to have its place from the front halved.
+        levels: of priority; equal ones go by arrival.
+    """
+
+    period_iterations: Annotated[int, Meta(ge=1, le=1 << 20)]
+    pattern: Literal["random", "markov"] = "random"
+    locality: Annotated[float, Meta(ge=0, le=1)] | None = None
+    levels: Annotated[int, Meta(ge=2, le=4096)] = 4096
+
+
+class SwapSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Host memory that preempted requests move to, with the rules of vLLM V0. Without room they are recomputed.
+
+        space_gb: of each device, 10^9 bytes.
+        dispatch_us: that the CPU takes to issue one copy: K or V of one layer, of run_blocks blocks. Published for no
+            engine; fit it.
+        launch_us: that the link takes for a copy beside its bytes.
+        pcie_gb_per_s: of the link to the host, each way; the device's own if left out.
+        run_blocks: blocks that lie in a row and go in one copy: 1 in vLLM, the mean length of its block groups in
+            FastSwitch.
+        asynchronous: iterations go on during copies; otherwise these come first in the iteration.
+        reuse: who comes back keeps its full blocks in host memory, and does not copy them out again.
+        redraw: priorities that are drawn anew; first come first served if left out.
+        window: requests that wait for a place at once, of which the run keeps track; beyond, it stops with a fault.
+            With redraw all that wait count, else those in host memory.
+    """
+
+    space_gb: Annotated[float, Meta(gt=0, le=1e6)]
+    dispatch_us: Annotated[float, Meta(ge=0, le=1e6)]
+    launch_us: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    pcie_gb_per_s: Annotated[float, Meta(gt=0)] | None = None
+    run_blocks: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    asynchronous: bool = False
+    reuse: bool = False
+    redraw: RedrawSection | None = None
+    window: Annotated[int, Meta(ge=8, le=8192)] = 256
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -47,7 +93,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         moe_backend: kernels of the experts: what vLLM takes unless told (for int4 weights that is Marlin's), or
             Marlin's, which multiply 4-bit weights in 16 bits (VLLM_MXFP4_USE_MARLIN).
         enable_chunked_prefill: a prompt may be split over iterations.
-        scheduling_policy: order of the waiting queue.
+        scheduling_policy: order of the waiting queue: of arrival, by priority, the shortest predicted output first
+            (sjf), the earliest deadline first (edf), or by virtual token counters of the tenants (vtc).
         async_scheduling: the next iteration is scheduled while this one runs.
         watermark: share of the KV blocks that admissions leave free.
         batch_wait_timeout_iters: iterations that prompts which could join running decodes wait for, unless they are
@@ -59,6 +106,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         dtype: weights and activations, the same as model.dtype.
         kv_cache_dtype: KV cache, the same as model.kv_dtype.
         enforce_eager: no CUDA graphs, so that every launch is paid by the host.
+        swap: host memory that preempted requests move to (presets 'vllm-v0'); recomputed if left out.
 
     Flags of the scheduler itself (docs/schedulers.md):
         phase_mix: decodes and prompt chunks share an iteration, or prompts go first and alone.
@@ -70,6 +118,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         kv_accounting: false where KV memory is no limit at all.
         decode_context_limit: context tokens that one decode iteration may hold.
         schedule_conservativeness: scales the expected-growth reserve (SGLang's flag).
+        input_token_weight: service of a prompt token under scheduling_policy = "vtc"; 1 if left out.
+        output_token_weight: service of an output token there; 2 if left out.
     """
 
     preset: Text = "vllm-v1"
@@ -86,7 +136,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     all2all_backend: AllToAll = "allgather_reducescatter"
     moe_backend: MoeBackend = "auto"
     enable_chunked_prefill: bool | None = None
-    scheduling_policy: Order | None = None
+    scheduling_policy: SchedulingPolicy | None = None
     async_scheduling: bool | None = None
     watermark: Annotated[float, Meta(ge=0, lt=1)] | None = None
     batch_wait_timeout_iters: Annotated[int, Meta(ge=0, le=1 << 30)] | None = None
@@ -95,6 +145,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     dtype: Text | None = None
     kv_cache_dtype: Text | None = None
     enforce_eager: bool = False
+    swap: SwapSection | None = None
 
     phase_mix: PhaseMix | None = None
     reserve: Reserve | None = None
@@ -105,3 +156,5 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     kv_accounting: bool | None = None
     decode_context_limit: Count | None = None
     schedule_conservativeness: Annotated[float, Meta(gt=0, le=10)] | None = None
+    input_token_weight: Annotated[float, Meta(ge=0, le=1_000)] | None = None
+    output_token_weight: Annotated[float, Meta(ge=0, le=1_000)] | None = None

@@ -5,7 +5,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from jaxsim._core.errors import InputError
-from jaxsim.spec.engine import EngineConfig
+from jaxsim.spec.engine import SORTED_POLICIES, EngineConfig
 from jaxsim.spec.messages import describe, hints
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.presets import Scheduler, resolve
@@ -30,13 +30,19 @@ from jaxsim.spec.sections import (
 if TYPE_CHECKING:
     from jaxsim.spec.scenario import Scenario
 
+MAX_BACKOFF_S = 1e6
+"""The longest wait before a request is sent again."""
+
 
 def check(s: "Scenario") -> None:
     """Raises `InputError` for the first rule that a scenario breaks."""
     _check_engine(s)
     _check_system(s)
     _check_pools(s)
+    _check_migration(s)
     _check_workload(s)
+    _check_clients(s)
+    _check_images(s)
     _check_sizes(s)
 
 
@@ -58,11 +64,71 @@ def _check_engine(s: "Scenario") -> None:
         raise InputError("engine.enable_prefix_caching", True,
                          f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
                          "use a preset 'vllm-v1', or leave it out")
+    if engine.swap is not None:
+        _check_swap(s, scheduler)
+    _check_order(s, scheduler)
     for ours, theirs in (("dtype", "dtype"), ("kv_dtype", "kv_cache_dtype")):
         given, other = s.model and getattr(s.model, ours), getattr(engine, theirs)
         if {given, other}.isdisjoint((None, "auto")) and given != other:
             raise InputError(f"engine.{theirs}", other, f"differs from model.{ours} = {given!r}",
                              "give one of them")
+
+
+def _check_swap(s: "Scenario", scheduler: Scheduler) -> None:
+    engine, field = s.engine, "engine.swap"
+    if (scheduler.phase_mix != "prefill_first" or scheduler.chunked_prefill or scheduler.reserve != "prompt"
+            or scheduler.decode_needs_free_block != "always" or scheduler.order != "fcfs" or scheduler.async_scheduling
+            or scheduler.admit != "any_time" or not scheduler.kv_accounting
+            or not scheduler.waiting_blocked_after_preempt or scheduler.decode_context_limit is not None):
+        raise InputError(field, plain(engine.swap), f"is simulated as vLLM V0 does it, which {scheduler.preset} is not"
+                         " as set here", "use preset = 'vllm-v0', or leave it out: preempted requests are recomputed")
+    if engine.pipeline_parallel_size > 1:
+        raise InputError("engine.pipeline_parallel_size", engine.pipeline_parallel_size,
+                         "is not simulated with engine.swap", "use 1, or leave engine.swap out")
+    if s.cluster.pools:
+        raise InputError("cluster.pools", [pool.role for pool in s.cluster.pools], "are not simulated with engine.swap",
+                         "use cluster.replicas, or leave engine.swap out")
+    if s.model is None:
+        raise InputError("model", None, "missing, and the bytes of a KV block cannot be known without it",
+                         "name a model, also beside a fitted cost, or leave engine.swap out")
+    if s.device is None and engine.swap.pcie_gb_per_s is None:
+        raise InputError(f"{field}.pcie_gb_per_s", None, "missing, and without [device] it cannot be derived",
+                         "give the bandwidth to host memory")
+    redraw = engine.swap.redraw
+    if redraw is not None and (redraw.pattern == "markov") != (redraw.locality is not None):
+        problem = "missing, and 'markov' needs it" if redraw.locality is None else "has no effect with 'random'"
+        raise InputError(f"{field}.redraw.locality", redraw.locality, problem,
+                         "give a probability" if redraw.locality is None else "leave it out, or use 'markov'")
+
+
+def _check_order(s: "Scenario", scheduler: Scheduler) -> None:
+    order, w, field = scheduler.order, s.workload, "engine.scheduling_policy"
+    for name in ("input_token_weight", "output_token_weight"):
+        if getattr(s.engine, name) is not None and order != "vtc":
+            raise InputError(f"engine.{name}", getattr(s.engine, name),
+                             f"has no effect with scheduling_policy = {order!r}",
+                             "leave it out, or use scheduling_policy = 'vtc'")
+    if s.engine.input_token_weight == s.engine.output_token_weight == 0:
+        raise InputError("engine.output_token_weight", 0.0, "no token would count", "give one of the weights")
+    if s.engine.enable_prefix_caching and (order == "vtc" or order in SORTED_POLICIES
+                                           and scheduler.victim == "last_admitted"):
+        raise InputError(field, order, f"with victim = {scheduler.victim!r} is not simulated with prefix caching",
+                         "set engine.enable_prefix_caching = false")
+    if order == "sjf" and w.prediction is None and w.kind != "trace":
+        raise InputError("workload.prediction", None, "missing, and scheduling_policy = 'sjf' goes by it",
+                         "give e.g. { sigma = 0.0 } for exact predictions of output lengths")
+    if order == "vtc" and (w.kind == "closed-loop" or w.has_sessions):
+        raise InputError(field, order, "is not simulated yet where answers bring requests about",
+                         "use 'fcfs', or an open loop of single requests")
+    if order == "edf" and w.kind == "closed-loop":
+        raise InputError(field, order, "goes by arrivals, which are results with kind = 'closed-loop'",
+                         "use another policy, or an open loop")
+    if order == "edf" and w.kind != "trace":
+        own = [t.deadline_ms or t.ttft_ms for t in w.tenants] or [None]
+        if None in own and s.slo.e2e_ms is None and s.slo.ttft_ms is None:
+            which = f"workload.tenants[{own.index(None)}].deadline_ms" if w.tenants else "slo.e2e_ms"
+            raise InputError(which, None, "missing, and scheduling_policy = 'edf' goes by deadlines",
+                             "give it, or ttft_ms, there or in [slo]")
 
 
 def _check_system(s: "Scenario") -> None:
@@ -111,6 +177,8 @@ def _check_pools(s: "Scenario") -> None:
         raise InputError("cluster.replicas", cluster.replicas, "given beside [[cluster.pools]]",
                          "give cluster.pools[k].replicas")
     roles = {pool.role for pool in cluster.pools}
+    if roles in ({"encode"}, {"encode", "decode"}):
+        raise InputError("cluster.pools", sorted(roles), "compute no prompts", "add one of role 'prefill' or 'mixed'")
     for index, pool in enumerate(cluster.pools):
         lacking = {"prefill": "decode", "decode": "prefill"}.get(pool.role)
         if lacking is not None and lacking not in roles:
@@ -121,10 +189,80 @@ def _check_pools(s: "Scenario") -> None:
             s.of_pool(index)
         except InputError as error:
             section = "device" if error.field.startswith("device") else error.field
-            raise InputError(f"cluster.pools[{index}].{section}", error.value, error.problem, error.remedy) from None
+            own = {f"engine.{name}" for name in pool.engine} | ({"device"} if pool.device is not None else set())
+            if section not in own and (not own or section.startswith("workload.")):
+                raise
+            # What a pool says, and what does not go together with it.
+            where = f"cluster.pools[{index}]" + ("." if section in own else ": ")
+            raise InputError(where + section, error.value, error.problem, error.remedy) from None
     if cluster.transfer is not None and not cluster.has_roles:
         raise InputError("cluster.transfer", plain(cluster.transfer), "has no effect where all pools are mixed",
                          "leave it out, or use roles 'prefill' and 'decode'")
+    if cluster.transfer is not None and cluster.transfer.hand_over == "push":
+        share = cluster.transfer.waiting_block_share
+        if share is not None:
+            raise InputError("cluster.transfer.waiting_block_share", share, "has no effect with hand_over = 'push'",
+                             "leave it out, or use 'pull'")
+
+
+def _check_migration(s: "Scenario") -> None:
+    cluster, workload, engine = s.cluster, s.workload, s.engine
+    moving = next((name for name in ("migration", "scaling") if getattr(cluster, name) is not None), None)
+    is_freeness = cluster.migration is not None and cluster.migration.metric == "freeness"
+    if cluster.headroom_blocks is not None and cluster.router != "llumnix_load" and not is_freeness:
+        raise InputError("cluster.headroom_blocks", cluster.headroom_blocks, "has no effect: nobody asks for freeness",
+                         "use router = 'llumnix_load' or migration.metric = 'freeness', or leave it out")
+    reads_loads = cluster.router in ("llumnix_load", "remaining_steps")
+    if cluster.transfer is not None and cluster.transfer.router in ("llumnix_load", "remaining_steps"):
+        raise InputError("cluster.transfer.router", cluster.transfer.router, "is not simulated for decode engines",
+                         "use 'least_kv' or 'least_outstanding'")
+    if moving is None and not reads_loads:
+        return
+    where = f"cluster.{moving}" if moving else "cluster.router"
+    value = plain(getattr(cluster, moving)) if moving else cluster.router
+    scheduler = _scheduler(engine)
+    if scheduler.order != "fcfs":
+        raise InputError("engine.scheduling_policy", scheduler.order, f"is not simulated with {where}", "use 'fcfs'")
+    if not scheduler.kv_accounting:
+        raise InputError(where, value, f"reads KV memory, of which {scheduler.preset} keeps no account",
+                         "use a preset 'vllm-v1'")
+    others = (("workload.images", workload.images), ("engine.swap", engine.swap),
+              ("workload.client", workload.client if workload.has_deadlines else None),
+              ("cluster.admission", cluster.admission))
+    for field, given in others:
+        if given is not None:
+            raise InputError(field, plain(given), f"is not simulated with {where}", "leave one of them out")
+    if moving is None:
+        return
+    if cluster.pools:
+        raise InputError(where, value, "is not simulated with [[cluster.pools]]", "use cluster.replicas")
+    if cluster.replicas < 2:
+        raise InputError("cluster.replicas", cluster.replicas, f"leaves {where} nothing to do",
+                         f"use 2 or more, or leave [{where}] out")
+    for field, given, is_wrong, remedy in (
+            ("data_parallel_size", engine.data_parallel_size, engine.data_parallel_size > 1,
+             "use 1, and more replicas for a dense model"),
+            ("pipeline_parallel_size", engine.pipeline_parallel_size, engine.pipeline_parallel_size > 1, "use 1"),
+            ("enable_prefix_caching", True, engine.enable_prefix_caching, "set it to false"),
+            ("async_scheduling", True, scheduler.async_scheduling, "set it to false, or use preset 'vllm-v1@0.9'"),
+            ("preset", scheduler.preset, scheduler.phase_mix != "unified" or scheduler.gathers
+             or scheduler.reserve not in ("none", "prompt") or scheduler.admit != "any_time",
+             "use preset 'vllm-v1@0.9', or 'sarathi'")):
+        if is_wrong:
+            raise InputError(f"engine.{field}", given, f"is not simulated with [{where}]", remedy)
+    if workload.kind == "closed-loop" or workload.has_sessions or workload.replay == "sessions":
+        raise InputError("workload.kind", workload.kind, f"is not simulated with [{where}] where answers bring requests"
+                         " about", "use an open loop")
+    if cluster.scaling is not None:
+        fewest = cluster.scaling.min_replicas
+        if fewest > cluster.replicas:
+            raise InputError("cluster.scaling.min_replicas", fewest,
+                             f"is more than cluster.replicas = {cluster.replicas}",
+                             "lower it, or raise cluster.replicas")
+        if cluster.scaling.out_below > cluster.scaling.in_above:
+            raise InputError("cluster.scaling.out_below", cluster.scaling.out_below,
+                             f"is above in_above = {cluster.scaling.in_above:g}: engines would come and go",
+                             "give a band: out_below under in_above")
 
 
 def _check_workload(s: "Scenario") -> None:
@@ -158,6 +296,8 @@ def _check_workload(s: "Scenario") -> None:
         _check_length(f"workload.{field}", getattr(w, field))
     if w.has_sessions:
         _check_sessions(s)
+    if w.prefix_groups is not None:
+        _check_prefix_groups(s)
     names = [t.name for t in w.tenants]
     if len(set(names)) < len(names):
         raise InputError("workload.tenants", names, "two have the same name", "give each its own")
@@ -173,10 +313,62 @@ def _check_workload(s: "Scenario") -> None:
                          "lower it, or raise workload.num_requests")
 
 
+def _check_images(s: "Scenario") -> None:
+    w, encode = s.workload, s.cluster.encode
+    encoders = [i for i, pool in enumerate(s.cluster.pools) if pool.role == "encode"]
+    if w.images is None:
+        if encode is not None:
+            raise InputError("cluster.encode", plain(encode), "has no effect without images",
+                             "give [workload.images], or leave it out")
+        if encoders:
+            raise InputError(f"cluster.pools[{encoders[0]}].role", "encode", "has nothing to do without images",
+                             "give [workload.images], or leave the pool out")
+        return
+    if encode is None:
+        raise InputError("cluster.encode", None, "missing, and images have to be encoded",
+                         "give base_ms and tile_ms, and a pool of role 'encode' if others are to do it")
+    if w.kind in ("trace", "closed-loop") or w.has_sessions:
+        raise InputError("workload.images", plain(w.images), f"are not simulated with kind = {w.kind!r}"
+                         + (" and sessions" if w.has_sessions else ""), "use single requests, e.g. kind = 'poisson'")
+    least, most = w.images.range
+    if least > most:
+        raise InputError("workload.images.number.least", least, f"above most = {most}", "swap them")
+    if s.engine.enable_prefix_caching:
+        raise InputError("engine.enable_prefix_caching", True, "is not simulated with images", "leave it out")
+    if s.engine.swap is not None:
+        raise InputError("engine.swap", plain(s.engine.swap), "is not simulated with images", "leave it out")
+    if _scheduler(s.engine).order == "vtc":
+        raise InputError("engine.scheduling_policy", "vtc", "is not simulated with images", "use 'fcfs'")
+    if isinstance(s.cost, FittedCost) and s.cost.exact and not encoders:
+        raise InputError("cost.exact", True, "is not there for iterations that encode images", "leave it out")
+    tiles = most * w.images.tiles_per_image
+    if encoders and tiles > encode.cache_tiles:
+        raise InputError("cluster.encode.cache_tiles", encode.cache_tiles,
+                         f"is fewer than the {tiles} tiles of a request", f"raise it to {tiles}, or send fewer images")
+    if encoders and s.model is None and encode.embedding_width is None:
+        raise InputError("cluster.encode.embedding_width", None, "missing, and without [model] it is not known",
+                         "give the width of an embedding")
+
+
+def _check_prefix_groups(s: "Scenario") -> None:
+    groups, size = s.workload.prefix_groups, _scheduler(s.engine).block_size
+    if s.workload.sessions is not None:
+        raise InputError("workload.prefix_groups", plain(groups), "given together with workload.sessions",
+                         "leave one of them out; workload.sessions.shared_tokens is what all sessions share")
+    if s.engine.enable_prefix_caching and groups.tokens % size:
+        low = groups.tokens // size * size
+        raise InputError("workload.prefix_groups.tokens", groups.tokens,
+                         f"are not whole KV blocks of {size} tokens, and only those are shared",
+                         f"give {low or size} or {low + size}")
+    if groups.distribution == "uniform" and groups.exponent != 1.0:
+        raise InputError("workload.prefix_groups.exponent", groups.exponent, "has no effect with 'uniform'",
+                         "leave it out, or use distribution = 'zipf'")
+
+
 def _check_sessions(s: "Scenario") -> None:
     w, given, field = s.workload, s.workload.sessions or SessionsSection(), "workload.sessions"
-    if _scheduler(s.engine).order == "priority":
-        raise InputError("engine.scheduling_policy", "priority",
+    if (order := _scheduler(s.engine).order) in SORTED_POLICIES:
+        raise InputError("engine.scheduling_policy", order,
                          "ranks requests by when they arrive, which is not known of sessions before the run",
                          "use 'fcfs', or single requests")
     if w.kind == "trace":
@@ -212,6 +404,44 @@ def _check_sessions(s: "Scenario") -> None:
     if longest is not None and limit > longest:
         raise InputError(f"{field}.context_limit", limit, f"is beyond engine.max_model_len = {longest}",
                          f"lower it to {longest}, or raise engine.max_model_len")
+
+
+def _check_clients(s: "Scenario") -> None:
+    client, admission, w = s.workload.client, s.cluster.admission, s.workload
+    if admission is not None and admission.max_waiting is None and admission.max_outstanding is None:
+        raise InputError("cluster.admission", plain(admission), "refuses nothing",
+                         "give max_waiting or max_outstanding, or leave it out")
+    if client is not None:
+        if client.retries and not s.has_clients:
+            raise InputError("workload.client.retries", client.retries, "has no effect where every request is answered",
+                             "give client.deadline_s or client.first_token_deadline_s, or [cluster.admission]")
+        for name, default in (("backoff_s", 0.0), ("backoff_factor", 1.0)):
+            if getattr(client, name) != default and not client.retries:
+                raise InputError(f"workload.client.{name}", getattr(client, name), "has no effect without retries",
+                                 "give client.retries, or leave it out")
+        longest = client.backoff_s * client.backoff_factor ** max(client.retries - 1, 0)
+        if longest > MAX_BACKOFF_S:
+            raise InputError("workload.client.backoff_factor", client.backoff_factor,
+                             f"makes the last wait {longest:.3g} s, more than the {MAX_BACKOFF_S:.0e} s simulated",
+                             "lower it, retries or backoff_s")
+    if not s.has_clients:
+        return
+    field, what = (("workload.client", "clients that give up") if w.has_deadlines else
+                   ("cluster.admission", "refused requests"))
+    scheduler = _scheduler(s.engine)
+    for name, value, is_wrong, remedy in (
+            ("workload.kind", w.kind, w.kind == "closed-loop", "use an open loop, as kind = 'poisson'"),
+            ("workload.sessions", plain(w.sessions), w.has_sessions, "use single requests"),
+            ("engine.scheduling_policy", scheduler.order, scheduler.order != "fcfs", "use 'fcfs'"),
+            ("engine.enable_prefix_caching", True, s.engine.enable_prefix_caching, "leave it out"),
+            ("workload.images", w.images and plain(w.images), w.images is not None, "leave them out"),
+            ("engine.pipeline_parallel_size", scheduler.num_stages, scheduler.num_stages > 1, "use 1"),
+            ("engine.preset", scheduler.preset, scheduler.phase_mix != "unified" or scheduler.gathers
+             or scheduler.reserve == "expected" or scheduler.decode_context_limit is not None,
+             "use a preset 'vllm-v1', 'sarathi' or 'orca'"),
+            ("cluster.pools", [pool.role for pool in s.cluster.pools], s.cluster.has_roles, "use roles 'mixed'")):
+        if is_wrong:
+            raise InputError(name, value, f"is not simulated with {what} ({field})", remedy)
 
 
 def _arrival_span_s(s: "Scenario") -> float | None:
@@ -275,6 +505,8 @@ def _check_sizes(s: "Scenario") -> None:
     scheduler = _scheduler(engine)
     model = _known_model(s)
     prompt, output = _longest(w.input), _longest(w.output)
+    if prompt is not None and w.prefix_groups is not None:
+        prompt += w.prefix_groups.tokens
     if isinstance(s.cost, FittedCost):
         limit = engine.max_model_len or (model.max_position if model else None)
         most = prompt and prompt + (output or limit or 0)

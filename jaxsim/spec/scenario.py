@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
-from jaxsim.spec.engine import EngineConfig
+from jaxsim.spec.engine import EngineConfig, RedrawSection, SwapSection
 from jaxsim.spec.messages import explain
 from jaxsim.spec.rules import check
 from jaxsim.spec.sections import (
@@ -140,6 +140,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         pool = self.cluster.pools[index]
         tree = self.to_dict()
         tree["cluster"] = {"replicas": pool.replicas}
+        if self.cluster.encode is not None:
+            tree["cluster"]["encode"] = msgspec.to_builtins(self.cluster.encode)
         tree["engine"] = tree.get("engine", {}) | pool.engine
         if pool.device is not None:
             tree["device"] = {"name": pool.device}
@@ -148,11 +150,23 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return type(self).from_dict(tree)
 
     @property
+    def devices_of_pools(self) -> tuple[tuple[DeviceSection | None, int, int], ...]:
+        """Of every pool, or of all replicas: the device, how many a replica has, and the number of replicas."""
+        degrees = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        return tuple(
+            (self.device if pool.device is None else DeviceSection(name=pool.device),
+             math.prod(pool.engine.get(name, getattr(self.engine, name)) for name in degrees), pool.replicas)
+            for pool in self.cluster.pools or (PoolSection(replicas=self.cluster.replicas),))
+
+    @property
     def num_devices(self) -> int:
         """Devices of all replicas."""
-        degrees = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-        return sum(pool.replicas * math.prod(pool.engine.get(name, getattr(self.engine, name)) for name in degrees)
-                   for pool in self.cluster.pools or (PoolSection(replicas=self.cluster.replicas),))
+        return sum(devices * replicas for _, devices, replicas in self.devices_of_pools)
+
+    @property
+    def has_clients(self) -> bool:
+        """Whether requests may end without an answer."""
+        return self.workload.has_deadlines or self.cluster.admission is not None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -279,11 +293,8 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     node: Any = tree
     for depth, key in enumerate(keys):
         is_last = depth == len(keys) - 1
-        where = ".".join(keys[: depth + 1])
         if isinstance(node, list):
-            if not key.isdecimal() or int(key) >= len(node):
-                raise InputError(where, value, f"not an index of a list of {len(node)}", "count from 0")
-            key = int(key)
+            key = index_in(node, key, keys[: depth + 1], value)
         elif not isinstance(node, dict):
             raise InputError(dotted, value, f"{'.'.join(keys[:depth])} has no fields", "write section.field")
         elif is_last and value is None:
@@ -296,6 +307,15 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
             node[key] = value
         else:
             node = node[key]
+
+
+def index_in(node: Any, key: str, keys: list[str], value: Any) -> str | int:
+    """A key of a table as it is, of a list as a number; keys: the path to it. Raises `InputError`."""
+    if not isinstance(node, list):
+        return key
+    if not key.isdecimal() or int(key) >= len(node):
+        raise InputError(".".join(keys), value, f"not an index of a list of {len(node)}", "count from 0")
+    return int(key)
 
 
 # ---- JSON schema
@@ -320,7 +340,7 @@ def _field_docs(struct: type) -> dict[str, str]:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of `scenario.toml`, descriptions taken from the docstrings."""
     (_,), definitions = msgspec.json.schema_components([Scenario], ref_template="#/$defs/{name}")
-    sections = [Scenario, EngineConfig, *every_section()]
+    sections = [Scenario, EngineConfig, SwapSection, RedrawSection, *every_section()]
     for struct in sections:
         node = definitions.get(struct.__name__)
         if node is None:

@@ -19,6 +19,8 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Turns = Annotated[int, Meta(ge=1, le=1 << 16)]
 Wait = Annotated[float, Meta(ge=0, le=1e9)]
+Patience = Annotated[float, Meta(ge=1e-6, le=1e8)]
+Images = Annotated[int, Meta(ge=0, le=1024)]
 Coefficient = Annotated[float, Meta(ge=0, le=MAX_ITERATION_S)]
 
 ArrivalKind = Literal["poisson", "gamma", "weibull", "deterministic", "mmpp", "batch", "closed-loop",
@@ -44,6 +46,7 @@ FIELDS_OF_KIND = {
     "output": _GENERATED,
     "lengths_from": _GENERATED,
     "sessions": _OPEN,
+    "prefix_groups": tuple(kind for kind in _GENERATED if kind not in SESSION_KINDS),
 }
 
 
@@ -96,14 +99,15 @@ class DeviceSection(_Section, frozen=True):
 class PoolSection(_Section, frozen=True):
     """Some of the engines of a cluster, all alike.
 
-        role: mixed, prefill (prompts, up to the first token) or decode (all tokens after it).
+        role: mixed, prefill (prompts, up to the first token), decode (all tokens after it) or encode (images only;
+            engine.max_num_seqs is then how many parts of requests it encodes at once).
         replicas: how many.
         device: a name of `jaxsim list devices`, if they run on another than [device].
         engine: fields of [engine] that are other here.
         cost: fitted coefficients of these, instead of [cost].
     """
 
-    role: Literal["mixed", "prefill", "decode"] = "mixed"
+    role: Literal["mixed", "prefill", "decode", "encode"] = "mixed"
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
     device: Text | None = None
     engine: dict[str, Any] = {}
@@ -115,7 +119,7 @@ class TransferSection(_Section, frozen=True):
 
         hand_over: pull (a decode engine takes no more while what it has taken and does not run yet holds
             waiting_block_share of its blocks) or push (as soon as its free blocks suffice).
-        waiting_block_share: for pull.
+        waiting_block_share: for pull; 0.05, DistServe's, if left out.
         gb_per_s: of a link, out of a prefill and into a decode engine, each of which carries one transfer after the
             other; that of the devices between them if left out, times the ranks of the narrower engine.
         latency_us: of a transfer; none if left out.
@@ -126,12 +130,90 @@ class TransferSection(_Section, frozen=True):
     """
 
     hand_over: Literal["pull", "push"] = "pull"
-    waiting_block_share: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    waiting_block_share: Annotated[float, Meta(gt=0, le=1)] | None = None
     gb_per_s: Positive | None = None
     latency_us: NotNegative = 0.0
     by_layer: bool = False
     router: Text = "least_outstanding"
     router_weights: dict[str, float] = {}
+
+
+class MigrationSection(_Section, frozen=True):
+    """Running requests move from full engines to free ones while they decode (Llumnix).
+
+        metric: how free an engine is, in KV blocks a request: remaining_steps (of Llumnix's public code) or freeness
+            (of its paper).
+        choice: who goes: the shortest running request, or the last_come.
+        polling_s: between two looks at all engines.
+        out_below: engines less free than this send requests, and so do those where a preempted one waits.
+        in_above: engines freer than this take them; out_below if left out.
+        max_stages: stages of copying after which a migration is given up.
+        last_stage_blocks: no more than these are copied while the request stands still.
+        gb_per_s: of the link out of or into an engine; that of the device between two of them if left out, times its
+            ranks.
+        latency_us: of a stage.
+    """
+
+    metric: Literal["remaining_steps", "freeness"] = "remaining_steps"
+    choice: Literal["shortest", "last_come"] = "shortest"
+    polling_s: Annotated[float, Meta(ge=0.001, le=3600)] = 0.05
+    out_below: float = 3.0
+    in_above: float | None = None
+    max_stages: Annotated[int, Meta(ge=1, le=1000)] = 3
+    last_stage_blocks: Annotated[int, Meta(ge=1, le=1 << 20)] = 16
+    gb_per_s: Positive | None = None
+    latency_us: NotNegative = 0.0
+
+
+class ScalingSection(_Section, frozen=True):
+    """Engines are switched on and off, one at a time, to keep the mean freeness of those that are on in a band.
+
+    Freeness is the remaining_steps of all that are on taken together, in KV blocks a request. cluster.replicas is the
+    most that are on.
+
+        min_replicas: the fewest, which are on at the beginning.
+        check_s: between two looks.
+        out_below: one more is started below this.
+        in_above: one is drained above this.
+        startup_s: from the start of an engine to when it takes requests.
+    """
+
+    min_replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
+    check_s: Annotated[float, Meta(ge=0.001, le=3600)] = 10.0
+    out_below: float = 10.0
+    in_above: float = 60.0
+    startup_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+class AdmissionSection(_Section, frozen=True):
+    """What the cluster refuses, with an answer at once (HTTP 429).
+
+        max_waiting: an engine refuses who is routed to it while so many wait there.
+        max_outstanding: the cluster refuses whoever comes while so many wait or run in all of it.
+    """
+
+    max_waiting: Annotated[int, Meta(ge=0, le=1 << 30)] | None = None
+    max_outstanding: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
+
+
+class EncodeSection(_Section, frozen=True):
+    """The encoding of images: base_ms + tile_ms x tiles for a batch of them.
+
+        base_ms: of a batch.
+        tile_ms: of a tile in it.
+        cache_tiles: of the multimodal cache of an encode engine, and of one that takes embeddings.
+        waiting_tile_share: an engine accepts no more requests while embeddings of those that it has accepted and not
+            begun hold this share of its cache.
+        split_images: the images of a request are dealt to several encode engines; otherwise one encodes all.
+        router: which encode engine gets them, as cluster.router.
+        embedding_width: numbers of two bytes of the embedding of a token; the model's hidden size if left out.
+    """
+
+    base_ms: NotNegative
+    tile_ms: NotNegative
+    cache_tiles: Annotated[int, Meta(ge=1, le=1 << 20)] = 3000
+    waiting_tile_share: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    split_images: bool = True
+    router: Text = "round_robin"
+    embedding_width: Tokens | None = None
 
 
 class ClusterSection(_Section, frozen=True):
@@ -142,7 +224,12 @@ class ClusterSection(_Section, frozen=True):
             data-parallel ranks vLLM's own balancer among all of them.
         router_weights: numbers of the router, where it has any.
         pools: engines that differ, in role, device or settings, instead of replicas.
-        transfer: of KV between pools, with prefill and decode engines.
+        migration: of running requests between replicas.
+        scaling: replicas are switched on and off.
+        headroom_blocks: KV blocks that freeness keeps for requests of a priority below 0 on an engine where one runs.
+        admission: what is refused; nothing if left out.
+        transfer: of KV between pools, with prefill and decode engines, and of embeddings, with encode engines.
+        encode: how images are encoded: by the pools of role encode, otherwise by all that compute prompts.
     """
 
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
@@ -150,6 +237,11 @@ class ClusterSection(_Section, frozen=True):
     router_weights: dict[str, float] = {}
     pools: tuple[PoolSection, ...] = ()
     transfer: TransferSection | None = None
+    migration: MigrationSection | None = None
+    scaling: ScalingSection | None = None
+    headroom_blocks: Annotated[int, Meta(ge=1, le=1 << 27)] | None = None
+    admission: AdmissionSection | None = None
+    encode: EncodeSection | None = None
 
     @property
     def has_roles(self) -> bool:
@@ -285,17 +377,103 @@ class SessionsSection(_Section, frozen=True):
     context_limit: Tokens | None = None
 
 
+class UniformCount(_Section, frozen=True, tag_field="kind", tag="uniform"):
+    """Every whole number of a range is as likely.
+
+        least: smallest.
+        most: largest.
+    """
+
+    least: Images
+    most: Images
+
+
+class ImagesSection(_Section, frozen=True):
+    """Images of requests. Their tokens come on top of `workload.input`.
+
+        number: of a request, or a law.
+        tiles_per_image: that an image is cut into.
+        tokens_per_tile: of the prompt.
+    """
+
+    number: Images | UniformCount
+    tiles_per_image: Annotated[int, Meta(ge=1, le=4096)]
+    tokens_per_tile: Annotated[int, Meta(ge=1, le=1 << 16)]
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Least and most images of a request."""
+        n = self.number
+        return (n, n) if isinstance(n, int) else (n.least, n.most)
+
+
+class PrefixGroupsSection(_Section, frozen=True):
+    """Prompts that begin alike in groups, as with system prompts, tools or documents that many ask about.
+
+        number: of groups.
+        tokens: that the prompts of a group begin with, before those of workload.input; whole KV blocks where prefixes
+            are cached.
+        distribution: of requests over groups: uniform, or zipf, the k-th in proportion to k^-exponent.
+        exponent: of zipf.
+    """
+
+    number: Annotated[int, Meta(ge=1, le=1 << 24)]
+    tokens: Annotated[int, Meta(ge=1, le=1 << 24)]
+    distribution: Literal["uniform", "zipf"] = "uniform"
+    exponent: Annotated[float, Meta(ge=0, le=16)] = 1.0
+
+
 class TenantSection(_Section, frozen=True):
     """A class of requests.
 
         name: a label carried to the results.
         share: its part of the requests, relative to the others.
         priority: smaller is more urgent; counts under engine.scheduling_policy = "priority".
+        deadline_s: of its clients, instead of workload.client.deadline_s.
+        first_token_deadline_s: and instead of workload.client.first_token_deadline_s.
+        weight: service that it is entitled to, relative to the others; counts under engine.scheduling_policy = "vtc",
+            and in the fairness of the results.
+        ttft_ms: its limit of the time to first token, instead of slo.ttft_ms.
+        tpot_ms: its limit of the time per output token, instead of slo.tpot_ms.
+        deadline_ms: its limit from arrival to last token, instead of slo.e2e_ms. Under engine.scheduling_policy = "edf"
+            a request is due at its arrival and the first given of deadline_ms, ttft_ms, slo.e2e_ms, slo.ttft_ms.
     """
 
     name: Text
     share: Positive = 1.0
     priority: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] = 0
+    deadline_s: Patience | None = None
+    first_token_deadline_s: Patience | None = None
+    weight: Annotated[float, Meta(ge=0.001, le=1_000)] = 1.0
+    ttft_ms: Positive | None = None
+    tpot_ms: Positive | None = None
+    deadline_ms: Positive | None = None
+
+
+class ClientSection(_Section, frozen=True):
+    """How long clients wait, and what they do then.
+
+        deadline_s: for the last token, from sending; for ever if left out. Then the request is cancelled.
+        first_token_deadline_s: for the first token, likewise.
+        retries: times that a request is sent again, from scratch, after it was cancelled or refused.
+        backoff_s: from there to the next sending.
+        backoff_factor: how much longer that is each time.
+    """
+
+    deadline_s: Patience | None = None
+    first_token_deadline_s: Patience | None = None
+    retries: Annotated[int, Meta(ge=0, le=64)] = 0
+    backoff_s: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    backoff_factor: Annotated[float, Meta(ge=1, le=10)] = 1.0
+
+
+class PredictionSection(_Section, frozen=True):
+    """Output lengths as a scheduler is told them: the true ones with a log-normal error.
+
+        sigma: standard deviation of the logarithm of the error; 0 is exact. The median of predictions is the truth.
+    """
+
+    sigma: Annotated[float, Meta(ge=0, le=10)] = 0.0
 
 
 class TraceSlice(_Section, frozen=True):
@@ -344,8 +522,14 @@ class WorkloadSection(_Section, frozen=True):
         lengths_from: a trace whose pairs of lengths are drawn with replacement, instead of laws.
         output_limit: the max_tokens clients send: outputs are cut there, and the engine knows it. If left out
             it is told the exact output length, as in benchmarks that ignore the end-of-sequence token.
-        tenants: classes of requests, or of sessions.
+        tenants: classes of requests, or of sessions. Of a trace, which has its own, those whose limits or weights are
+            other than the rest's.
+        prediction: of output lengths, which engine.scheduling_policy = "sjf" goes by; instead of those that a trace may
+            have.
         sessions: turns of conversations or agentic loops, instead of single requests.
+        client: how long clients wait, and what they do then; for ever if left out.
+        images: of requests, which have to be encoded first; none if left out.
+        prefix_groups: prompts begin alike in groups, with tokens on top of input.
     """
 
     kind: ArrivalKind
@@ -371,6 +555,18 @@ class WorkloadSection(_Section, frozen=True):
     output_limit: Tokens | None = None
     tenants: tuple[TenantSection, ...] = ()
     sessions: SessionsSection | None = None
+    client: ClientSection | None = None
+
+    images: ImagesSection | None = None
+    prefix_groups: PrefixGroupsSection | None = None
+    prediction: PredictionSection | None = None
+
+    @property
+    def has_deadlines(self) -> bool:
+        """Whether clients give up."""
+        waits = (self.client, *self.tenants)
+        return any(one is not None and (one.deadline_s is not None or one.first_token_deadline_s is not None)
+                   for one in waits)
 
     @property
     def has_sessions(self) -> bool:
@@ -388,8 +584,9 @@ class WorkloadSection(_Section, frozen=True):
             **dict.fromkeys(WITHOUT_RATE, ("deterministic", math.inf)), "mmpp": ("mmpp2", self.rate_rps)}.get(
             self.kind, (self.kind, self.rate_rps))
         given = {**numbers, **laws, "output_limit": self.output_limit, "rate_rps": rate_rps}
-        if self.sessions is not None:
-            given["sessions"] = plain(self.sessions)
+        for name in ("sessions", "prefix_groups"):
+            if getattr(self, name) is not None:
+                given[name] = plain(getattr(self, name))
         return {"kind": kind, "spearman": self.spearman, **{k: v for k, v in given.items() if v is not None}}
 
     def trace_options(self) -> dict[str, Any]:

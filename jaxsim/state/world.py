@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from jaxsim.kernels import clock, histogram, packed, stack
+from jaxsim.kernels import clock, histogram, packed, stack, timers
 from jaxsim.kernels.clock import Time
 from jaxsim.kernels.queues import Queue
 from jaxsim.spec.dims import Dims
+from jaxsim.state.control import Control, no_control
 
 ENDING, PASSING, IDLE, RESTING = 0, 2, 3, 4
 """What an executor's wake-up is: an iteration's end, a scheduling pass, nothing, or nothing although somebody waits,
@@ -33,9 +34,14 @@ all; the forming prompt's chunk is settled; the walk over running sequences ende
 more."""
 
 STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL, NO_NUMBER = 1, 2, 4, 8, 16, 32
+WINDOW_FULL = 64
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
 takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen; more
-releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN."""
+releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN; more requests
+in line than `Dims.swap_window`."""
+
+DRAWN = 1 << 10
+"""Further progress: somebody was swapped out for a draw of priorities, or called in."""
 
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 LIMIT, PLACE, SINCE = RESERVED, PROMPT, STAMP
@@ -43,14 +49,17 @@ LIMIT, PLACE, SINCE = RESERVED, PROMPT, STAMP
 the place in the running order (STAMP); under `reserve="expected"` max_tokens (LIMIT) and the iterations of the executor
 at admission (SINCE); under `order="priority"` the request's PLACE in that order."""
 
+TENANT_FIELDS = 5
+"""Of every tenant in a row of `World.tenants`; one more is of the rank."""
+
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
-           "references", "log", "newest", "slot_ends")
+           "references", "log", "newest", "sent_blocks", "window", "copies", "tenants", "slot_ends")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
-WHOLE_ROWS = (*OF_EXECUTOR, "residues")
-"""Arrays of which a step writes the whole row of the executor or batch it works on."""
+WHOLE_ROWS = (*OF_EXECUTOR, "residues", "tenants")
+"""Arrays of which a step writes the whole row of the executor, rank or batch it works on."""
 
 
 class Executor(eqx.Module):
@@ -73,6 +82,19 @@ class Cache(eqx.Module):
     shared: Int[Array, "*shape"]
 
 
+class SwapCounts(eqx.Module):
+    """Requests swapped out (or on the way), and on the way in; blocks of copies out that are not through, which are in
+    use; blocks of host memory in use; blocks copied out so far, and those spared since host memory had them. See
+    `jaxsim.engine.swapping`."""
+
+    out: Int[Array, "*shape"]
+    coming: Int[Array, "*shape"]
+    leaving_blocks: Int[Array, "*shape"]
+    host_blocks: Int[Array, "*shape"]
+    copied_blocks: Int[Array, "*shape"]
+    spared_blocks: Int[Array, "*shape"]
+
+
 class Rank(eqx.Module):
     """A waiting queue (linked by request), a KV pool, and who runs.
 
@@ -82,7 +104,13 @@ class Rank(eqx.Module):
     belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other, all
     `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`). With roles: whose KV is on
     the way here and who has it here and does not run, how many of these a pass may see, the blocks that both hold, and
-    those kept for who has left and is not delivered yet.
+    those kept for who has left and is not delivered yet. With migration the same, but that `held_blocks` are those of
+    who is on the way only; then `killed` are the waiting ones that were preempted, and `first_stamp` is where the
+    running order stood when the last pass began. `waiting_blocks` are those that the waiting requests need to begin,
+    `urgent` counts urgent ones that run. Where others encode images: tiles in the multimodal cache, and
+    those of requests that no pass has taken yet. For routers that ask (`jaxsim.engine.caches`): prompt tokens
+    of requests sent here whose first token is not out, less those found in the cache then; tokens of the tree of what
+    was sent here.
     """
 
     queue: Queue
@@ -105,6 +133,15 @@ class Rank(eqx.Module):
     visible_ready: Int[Array, "*shape"] | None
     held_blocks: Int[Array, "*shape"] | None
     kept_blocks: Int[Array, "*shape"] | None
+    waiting_blocks: Int[Array, "*shape"] | None
+    killed: Int[Array, "*shape"] | None
+    first_stamp: Int[Array, "*shape"] | None
+    urgent: Int[Array, "*shape"] | None
+    cached_tiles: Int[Array, "*shape"] | None
+    waiting_tiles: Int[Array, "*shape"] | None
+    prefill_tokens: Int[Array, "*shape"] | None
+    tree_tokens: Int[Array, "*shape"] | None
+    swap: SwapCounts | None = None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -123,7 +160,9 @@ class Batch(eqx.Module):
     was applied; `gap_count` sequences whose next token prompt-only iterations delay; `log_row` where the time of its
     first tokens goes; `record` its place on the tape, if there is one; `taken` in a pipeline, how many of the `extra`
     have taken their blocks, those of all before the jump ends if others may be admitted beside it; with roles that too,
-    and `entering`, how many of `count` came with their KV.
+    and `entering`, how many of `count` came with their KV. tiles: of images that the iteration encodes, or where others
+    do, whose prompts it completes. `joining_prefill`: of those whose first token the iteration
+    computes, their part of the rank's `prefill_tokens`.
     """
 
     counter: Int[Array, "*shape"]
@@ -148,6 +187,8 @@ class Batch(eqx.Module):
     record: Int[Array, "*shape"] | None
     taken: Int[Array, "*shape"] | None
     entering: Int[Array, "*shape"] | None
+    tiles: Int[Array, "*shape"] | None
+    joining_prefill: Int[Array, "*shape"] | None
 
 
 class Counts(eqx.Module):
@@ -169,6 +210,16 @@ class ExecutorTimes(eqx.Module):
     alone: Time | None
 
 
+class SwapTimes(eqx.Module):
+    """When the links to host memory and back are free; seconds of copies that come before the next iteration, and of
+    all that came before iterations so far (two-float)."""
+
+    link_out: Time
+    link_in: Time
+    delay: Time
+    stood: Time
+
+
 class RankTimes(eqx.Module):
     """Integrals over time: `running` sequence-seconds, `held` block-seconds (two-float). `ratio` of expected outputs
     that admission reserves for."""
@@ -176,6 +227,7 @@ class RankTimes(eqx.Module):
     ratio: Float[Array, "*shape"]
     running: Time
     held: Time
+    swap: SwapTimes | None = None
 
 
 class BatchTimes(eqx.Module):
@@ -351,6 +403,38 @@ class World(eqx.Module):
     # Stages that take a batch whenever the first is free (`jaxsim.engine.free_stages`), else None: of slots, when the
     # iteration that each is in ends, or ended (hi, lo).
     slot_ends: Float[Array, "ranks slot_width 2"] | None = None
+    # Migration (`jaxsim.engine.migration`), else None; `doors` and `ready_before` as with roles. What its controller
+    # keeps; of requests: migrations, by how much the number of their executor has grown, and seconds between leaving
+    # one and having all KV at the next (parts of `clock.to_integers`).
+    control: Control | None = None
+    moved: Int[Array, "rows 5"] | None = None
+    # Clients (`jaxsim.engine.clients`), else None. A tree of timers, one a request; of requests: (twice the sendings so
+    # far, one more once it is waited for the last token only; how the last sending ended, 0 if it has not or is
+    # answered), the slot of who runs (else the null one), and the link back in the waiting queue. All of them that are
+    # there, waiting or running. `finished` is then when a request ended, however it did, and `num_finished` has one
+    # less for every slot that is still held for nobody.
+    timers: Int[Array, "nodes 3"] | None = None
+    clients: Int[Array, "rows 2"] | None = None
+    slot_of: Int[Array, " rows"] | None = None
+    previous_waiting: Int[Array, " rows"] | None = None
+    num_outstanding: Int[Array, ""] | None = None
+    # Under asynchronous scheduling, of requests the instant (seconds, ticks) of the last sending.
+    sent: Int[Array, "rows 2"] | None = None
+    # Parts of images (`jaxsim.engine.parts`), else None: of requests, how many steps all parts together have made
+    # (encoded, accepted, delivered); and how many parts have been routed.
+    steps_of_parts: Int[Array, " rows"] | None = None
+    num_dealt: Int[Array, ""] | None = None
+    # What routers keep (`jaxsim.engine.caches`), else None: each request's part of `Rank.prefill_tokens`; of segments,
+    # blocks that were sent to each rank.
+    charged: Int[Array, " rows"] | None = None
+    sent_blocks: Int[Array, "ranks segments"] | None = None
+    # Swapping to host memory, else None: who is in line, when copies are through (hi, lo), and of requests what swaps
+    # came to (columns of both as in `swapping`).
+    window: Int[Array, "ranks places 5"] | None = None
+    copies: Float[Array, "ranks places 2"] | None = None
+    swaps: Int[Array, "rows 5"] | None = None
+    # Virtual token counters, else None: the tenants' queues and counters (`jaxsim.engine.fair.Tenants`).
+    tenants: Int[Array, "ranks tenant_fields"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -365,11 +449,19 @@ def empty_counts(dims: Dims) -> Counts:
     is_pipeline = dims.num_stages > 1
     rank = _zeros(Rank, queue=Queue(zero, zero, zero), forming_slot=null, cache=cache,
                   forming_batch=zero if is_pipeline else None,
-                  **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_roles else None),
-                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_roles else None))
+                  **dict.fromkeys(("in_transfer", "ready"), Queue(zero, zero, zero) if dims.has_moves else None),
+                  **dict.fromkeys(("visible_ready", "held_blocks", "kept_blocks"), zero if dims.has_moves else None),
+                  **dict.fromkeys(("killed", "first_stamp"), zero if dims.has_migration else None),
+                  waiting_blocks=zero if dims.has_demands else None, urgent=zero if dims.has_urgent else None,
+                  **dict.fromkeys(("cached_tiles", "waiting_tiles"), zero if dims.has_parts else None),
+                  prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None,
+                  swap=_zeros(SwapCounts) if dims.has_swap else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
-                   taken=zero if is_pipeline or dims.has_roles else None, entering=zero if dims.has_roles else None)
+                   taken=zero if is_pipeline or dims.has_moves else None,
+                   entering=zero if dims.has_moves or dims.has_swap else None,
+                   tiles=zero if dims.has_parts or dims.has_encoder else None,
+                   joining_prefill=zero if dims.tracks_prefill else None)
     return Counts(executor, rank, batch)
 
 
@@ -379,7 +471,8 @@ def empty_clocks(dims: Dims) -> Clocks:
     at_zero, free, counted, alone, end = Time(zero, zero), None, None, None, None
     if dims.num_stages > 1:
         free, counted, alone, end = (at_zero,) * (dims.num_stages + 1), at_zero, at_zero, clock.never()
-    return Clocks(ExecutorTimes(at_zero, free, counted, alone), RankTimes(zero, at_zero, at_zero),
+    return Clocks(ExecutorTimes(at_zero, free, counted, alone), RankTimes(
+        zero, at_zero, at_zero, SwapTimes(at_zero, at_zero, at_zero, at_zero) if dims.has_swap else None),
                   BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero, end))
 
 
@@ -435,7 +528,10 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
     if dims.num_records:
         tape = dict(tape_times=floats(records, 7), tape_counts=ints(records, 7), tape_stats=ints(records, 10),
                     tape_ends=floats(records, 4), num_recorded=ints())
-        tape |= {name: ints(rows, value=-1) for name in ("tape_met", "tape_joined", "tape_last", "tape_first")}
+        tape |= {name: ints(rows, value=-1) for name in ("tape_met", "tape_joined", "tape_last")}
+        tape |= dict(tape_first=ints(rows + dims.num_more_logs, value=-1))
+    if dims.num_tenants:
+        cached["tenants"] = ints(ranks, TENANT_FIELDS * dims.num_tenants + 1)
     roles, doors = {}, executors + 1
     if dims.has_roles:
         roles = dict(
@@ -445,6 +541,26 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
             num_accepted=ints())
     if dims.has_free_stages:
         roles["slot_ends"] = floats(ranks, width, 2)
+    if dims.has_migration:
+        roles = dict(
+            doors=jnp.broadcast_to(jnp.array([jnp.inf, 0.0, -1.0], jnp.float32), (doors, 3)), ready_before=ints(rows),
+            control=no_control(executors, dims.has_scaling), moved=ints(rows, 5))
+    clients = {}
+    if dims.has_clients:
+        clients = dict(timers=ints(timers.num_rows(dims.num_requests), 3), clients=ints(rows, 2),
+                       slot_of=ints(rows, value=dims.null_slot), previous_waiting=ints(rows), num_outstanding=ints(),
+                       routed=ints(rows, value=-1))
+    if dims.has_parts:
+        roles |= dict(steps_of_parts=ints(rows), num_dealt=ints())
+    kept = {}
+    if dims.tracks_prefill:
+        kept["charged"] = ints(rows)
+    if dims.tracks_sent:
+        kept["sent_blocks"] = ints(ranks, dims.num_segments + 1)
+    swapping = {}
+    if dims.has_swap:
+        places = dims.swap_window + 1
+        swapping = dict(window=ints(ranks, places, 5), copies=floats(ranks, places, 2), swaps=ints(rows, 5))
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),
@@ -458,5 +574,5 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         next_waiting=ints(rows), waiting_set=ints(ranks, waiting_words), progress=ints(rows, 2),
         placed=ints(rows, 2, value=-1),
         scheduled=floats(rows, 3), finished=floats(rows, 3), stalled=ints(rows, 3), preempted=floats(rows, 3),
-        first_tokens=floats(rows, 3), itl=ints(histogram.NUM_BINS),
-        **tape, **cached, **roles)
+        first_tokens=floats(rows + dims.num_more_logs, 3), itl=ints(histogram.NUM_BINS),
+        **tape, **cached, **roles, **clients, **kept, **swapping)

@@ -79,6 +79,7 @@ class Run:
     arrival_s: np.ndarray
     max_steps: int
     front_end_s: float
+    patience: np.ndarray | None = None
 
 
 class Store:
@@ -109,7 +110,9 @@ class Store:
 
 def _is_stretched(scenario: Scenario) -> bool:
     w = scenario.workload
-    return w.kind in _STRETCHED and w.rate_rps is not None and not w.has_sessions
+    # The order of deadlines is another at every rate.
+    return (w.kind in _STRETCHED and w.rate_rps is not None and not w.has_sessions
+            and scenario.engine.scheduling_policy != "edf")
 
 
 def stamps(scenario: Scenario) -> list[str]:
@@ -145,6 +148,12 @@ def digest(path: str) -> str:
 def _content(path: str, *_: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _deadlines(scenario: Scenario) -> tuple:
+    """What else a workload depends on, where the order of the queue goes by it."""
+    policy = scenario.engine.scheduling_policy
+    return () if policy not in ("sjf", "edf") else (policy, scenario.slo) if policy == "edf" else (policy,)
 
 
 def _bytes(*parts: Any) -> bytes:
@@ -186,7 +195,7 @@ class Lanes:
         w = s.workload
         if _is_stretched(s):
             w = msgspec.structs.replace(w, rate_rps=1.0, seed=0)
-        return _bytes(w, seed, s.num_requests, stamps(s))
+        return _bytes(w, seed, s.num_requests, stamps(s), *_deadlines(s))
 
     def arrivals(self, scenario: Scenario, workload: Workload) -> np.ndarray:
         """Of a run with these draws."""
@@ -209,7 +218,7 @@ class Lanes:
     def _unit_key(self, s: Scenario) -> bytes:
         """Of scenarios that differ in a rate that only stretches, and in how they are judged."""
         w = msgspec.structs.replace(s.workload, rate_rps=1.0) if _is_stretched(s) else s.workload
-        return _bytes(s.model, s.device, s.engine, s.cluster, s.cost, w, s.num_seeds, stamps(s))
+        return _bytes(s.model, s.device, s.engine, s.cluster, s.cost, w, s.num_seeds, stamps(s), *_deadlines(s))
 
     def _shape(self, scenario: Scenario) -> Shape:
         system = self.system(scenario)
@@ -217,20 +226,24 @@ class Lanes:
         for seed in scenario.seeds:
             workload = self.workload(scenario, seed)
             lower.check_requests(system, workload)
+            lower.check_transfers(scenario, system, workload)
+            lower.make_patience(scenario, system, workload)
             last_s = max(last_s, float(workload.unit_times[-1]) if _is_stretched(scenario) else 0.0)
-            most = max(most, len(workload))
+            most = max(most, lower.num_rows(scenario, system, workload))
             longest = max(longest, int((workload.input_tokens + workload.output_tokens).max()))
             output = max(output, int(workload.output_tokens.max()))
             requests += len(workload)
             work += len(workload) * (2.0 + float(workload.output_tokens.mean()) / 64)
         dims = simulate.dims_of(scenario, system, most)
+        dims = simulate.with_tenants(dims, system, [self.workload(scenario, seed) for seed in scenario.seeds])
         lower.check_counters(dims, [self.workload(scenario, seed) for seed in scenario.seeds])
         statics = tuple(getattr(s, name) for name in s.__struct_fields__
                         if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS)
         key = (statics, s.decode_context_limit is not None, scenario.cluster.router,
                tuple(sorted(scenario.cluster.router_weights)), scenario.workload.kind == "closed-loop",
-               scenario.workload.has_sessions, _of_roles(scenario, system), self._cost_kind(scenario, system),
-               scenario.engine.enable_prefix_caching,
+               scenario.workload.has_sessions, _of_roles(scenario, system), _of_migration(scenario),
+               self._cost_kind(scenario, system),
+               scenario.engine.enable_prefix_caching, bool(scenario.engine.swap and scenario.engine.swap.redraw),
                dataclasses.replace(dims, num_slots=0))
         schedulers = tuple(pool.system.scheduler for pool in system.pools) or (s,)
         return Shape(key, dims.num_requests, dims.num_slots, schedulers, longest, output, work, requests, dims, last_s)
@@ -272,7 +285,8 @@ class Lanes:
     def _runs(self, scenario: Scenario, slots: int, tokens: int, longest: int) -> tuple[Dims, list[Run]]:
         system = self.system(scenario)
         workloads = [self.workload(scenario, seed) for seed in scenario.seeds]
-        dims = dataclasses.replace(simulate.dims_of(scenario, system, max(map(len, workloads))), num_slots=slots)
+        dims = dataclasses.replace(simulate.dims_of(scenario, system, max(
+            lower.num_rows(scenario, system, workload) for workload in workloads)), num_slots=slots)
         prefixes: list[lower.Prefixes | None] = [None] * len(workloads)
         if scenario.engine.enable_prefix_caching:
             block = system.scheduler.block_size
@@ -280,27 +294,41 @@ class Lanes:
                                            lambda w=w: lower.shared_prefixes(w, block))
                         for seed, w in zip(scenario.seeds, workloads, strict=True)]
             dims = simulate.with_prefixes(dims, prefixes)
+        dims = simulate.with_tenants(dims, system, workloads)
         lower.check_counters(dims, workloads)
-        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cluster.pools, scenario.cost,
-                     stamps(scenario)), (
+        key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cluster.pools, scenario.cluster.encode,
+                     scenario.cost, stamps(scenario)), (
             slots, tokens, longest)
         cost = self._costs.get(key, lambda: jax.device_get(
             lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
         w = scenario.workload
         closed = (w.concurrency, w.think_s) if w.kind == "closed-loop" else None
-        key = *key, _bytes(scenario.cluster, closed, w.has_sessions)
+        key = *key, _bytes(scenario.cluster, closed, w.has_sessions, w.client, w.has_deadlines, w.images)
         params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
         front_end_s = lower.front_end_s(scenario, system)
+        if dims.num_tenants:
+            many = [lower.with_counters(params, scenario, system, workload, dims) for workload in workloads]
+        else:
+            many = [params] * len(workloads)
         return dims, [Run(scenario, system, params, workload, prefix, workload.arrival_s,
-                          lower.step_limit(workload, dims.num_ranks), front_end_s)
-                      for workload, prefix in zip(workloads, prefixes, strict=True)]
+                          simulate.most_steps(scenario, dims, workload), front_end_s,
+                          lower.make_patience(scenario, system, workload))
+                      for params, workload, prefix in zip(many, workloads, prefixes, strict=True)]
 
 
 def _of_roles(scenario: Scenario, system: lower.System) -> Hashable:
     """What pools choose of the program: how many kinds there are, and the router of the decode engines."""
     transfer = scenario.cluster.transfer or TransferSection()
     return (len(lower.kinds_of_pools(system)), system.has_roles, transfer.router,
-            tuple(sorted(transfer.router_weights))) if system.pools else None
+            tuple(sorted(transfer.router_weights)),
+            scenario.cluster.encode and scenario.cluster.encode.router) if system.pools else None
+
+
+def _of_migration(scenario: Scenario) -> Hashable:
+    """What the controller of migrations chooses of the program, and how many instances a router chooses from."""
+    cluster = scenario.cluster
+    return (cluster.migration and (cluster.migration.metric, cluster.migration.choice),
+            cluster.router_weights.get("top_k"))
 
 
 def ladder(slots: list[int]) -> list[int]:

@@ -24,14 +24,14 @@ import pyarrow.parquet as pq
 from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import memory_bytes
 from jaxsim.io.result import version
-from jaxsim.metrics import energy
+from jaxsim.metrics import Devices, devices_of, energy
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study import results
 from jaxsim.study.lanes import Lanes, Run
 from jaxsim.study.plan import RUNS_A_TILE, Plan, Tile, plan, plan_of
 from jaxsim.study.study import Study
-from jaxsim.study.table import columns, requests
-from jaxsim.study.tile import simulate_runs
+from jaxsim.study.table import columns, requests, tenants_of, whole_s
+from jaxsim.study.tile import Runs, simulate_runs
 
 LANES = Lanes()
 """Of this process: tiles of one study share systems, tables and draws."""
@@ -64,8 +64,8 @@ def run_tile(tile: Tile, with_requests: bool = False) -> tuple[bytes, bytes | No
     with jax.default_device(getattr(_OWN, "device", None)):
         out = simulate_runs(dims, runs, tile.width)
     found = columns(out, [run.scenario.slo for run in runs], np.array([run.scenario.warmup_s for run in runs]),
-                    np.array([run.scenario.cooldown_s for run in runs]))
-    found |= _per_device(runs, found)
+                    np.array([run.scenario.cooldown_s for run in runs]), tenants_of(runs))
+    found |= _per_device(runs, found, out)
     places = {"point": np.array(points, np.int64), "seed": np.array(seeds, np.int64)}
     rows = _parquet(places | found)
     if not with_requests:
@@ -83,18 +83,16 @@ def _parquet(columns: dict[str, np.ndarray]) -> bytes:
     return sink.getvalue()
 
 
-def _per_device(runs: Sequence[Run], found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _per_device(runs: Sequence[Run], found: Mapping[str, np.ndarray], out: Runs) -> dict[str, np.ndarray]:
     """Throughput by device, and the price and energy of tokens where those of the device are known."""
     output_throughput = found["output_throughput"]
-    devices = np.array([run.scenario.num_devices for run in runs], np.float64)
-    powers = [getattr(run.system.device, "power", None) for run in runs]
-    idle_w, busy_w = np.array([(p.idle_w, p.busy_w) if p else (np.nan, np.nan) for p in powers]).T
-    usd_per_s = np.array([getattr(run.system.device, "usd_per_h", None) or np.nan for run in runs]) / 3600
-    return {"num_devices": devices, "output_throughput_per_device": output_throughput / devices,
-            "usd_per_million_output_tokens": 1e6 * usd_per_s * devices / np.where(output_throughput > 0,
-                                                                                  output_throughput, np.nan),
-            **energy(idle_w, busy_w, devices, found["utilisation.device_busy_share"], found["window_s"],
-                     output_throughput)}
+    fleets = [devices_of(run.scenario, out.busy_s.shape[1]) for run in runs]
+    devices = Devices(*(np.stack(columns) for columns in zip(*fleets, strict=True)))
+    count, usd_per_s = devices.count.sum(axis=1), (devices.count * devices.usd_per_s).sum(axis=1)
+    return {"num_devices": count, "output_throughput_per_device": output_throughput / count,
+            "usd_per_million_output_tokens": 1e6 * usd_per_s / np.where(output_throughput > 0, output_throughput,
+                                                                        np.nan),
+            **energy(devices, out.device_busy_s / whole_s(out)[:, None], found["window_s"], output_throughput)}
 
 
 def table(scenarios: Sequence[Scenario], workers: int | None = None) -> tuple[pd.DataFrame, dict[int, str]]:

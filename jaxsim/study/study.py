@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,15 @@ from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.spec.messages import explain
-from jaxsim.spec.scenario import Scenario, builtins_of, read_tree, shipped_scenarios, with_paths, with_paths_of
+from jaxsim.spec.scenario import (
+    Scenario,
+    builtins_of,
+    index_in,
+    read_tree,
+    shipped_scenarios,
+    with_paths,
+    with_paths_of,
+)
 from jaxsim.spec.toml import parse_toml
 from jaxsim.study import design
 from jaxsim.study.design import Axis, Point, Sample
@@ -179,12 +188,13 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         for dotted, value in point.items():
             *sections, last = dotted.split(".")
             node = tree
-            for key in sections:
+            for depth, key in enumerate(sections):
+                key = index_in(node, key, sections[:depth + 1], value)
                 # A shorthand (`input = 512`) gives way to a table.
-                inner = node.get(key)
-                node[key] = dict(inner) if isinstance(inner, dict) else {}
+                inner = node.get(key) if isinstance(node, dict) else node[key]
+                node[key] = copy.copy(inner) if isinstance(inner, (dict, list)) else {}
                 node = node[key]
-            node[last] = builtins_of(value, dotted)
+            node[index_in(node, last, [*sections, last], value)] = builtins_of(value, dotted)
         return Scenario.from_builtins(tree)
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,16 +224,20 @@ def check_field(name: str, where: str) -> None:
     """Raises `InputError` for a field that no scenario has; where: it is named."""
     known = sorted(_fields(Scenario))
     head = name.split(".")
-    if name in known or any(name.startswith(f"{k}.") for k in _OPEN):
+    # All tables of a list have the fields of the first.
+    alike = ".".join("0" if key.isdecimal() else key for key in head)
+    if alike in known or any(alike.startswith(f"{k}.") for k in _OPEN):
         return
-    if any(k.startswith(name + ".") for k in known):
+    if any(k.startswith(alike + ".") for k in known):
         return
     raise InputError(where, name, "is no field of a scenario",
                      suggest(name, known, f"see docs/studies.md; fields of {head[0]}"))
 
 
 _OPEN = ("cost.overrides", "cluster.router_weights", "workload.input", "workload.output", "device.numbers",
-         "model.dimensions", "cost.prefill", "cost.decode", "cost.mixed")
+         "model.dimensions", "cost.prefill", "cost.decode", "cost.mixed", "cluster.pools.0.engine",
+         "cluster.transfer.router_weights", "workload.sessions.turns", "workload.sessions.think_s",
+         "workload.sessions.new_tokens")
 """Fields that hold others whose names are not fixed, or differ by kind."""
 
 
@@ -232,9 +246,10 @@ def _fields(struct: Any, prefix: str = "") -> Iterator[str]:
     for field in msgspec.structs.fields(struct):
         name = prefix + field.encode_name
         yield name
+        inside = name + (".0." if typing.get_origin(field.type) is tuple else ".")
         for option in (field.type, *getattr(field.type, "__args__", ())):
             if isinstance(option, type) and issubclass(option, msgspec.Struct):
-                yield from _fields(option, name + ".")
+                yield from _fields(option, inside)
 
 
 def _look_up(tree: dict[str, Any], dotted: str) -> Any:

@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS, blocks_of, handed_over
+from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over, migrated, swapped
 from jaxsim.kernels import clock
+from jaxsim.metrics import FINISHED
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import Requests
@@ -46,10 +47,27 @@ class Runs:
     cached_tokens: Int[np.ndarray, "runs requests"] | None
     delivered_s: Float[np.ndarray, "runs requests"] | None
     decode_instance: Int[np.ndarray, "runs requests"] | None
+    migrations: Int[np.ndarray, "runs requests"] | None
+    downtime_s: Float[np.ndarray, "runs requests"] | None
+    last_instance: Int[np.ndarray, "runs requests"] | None
+    aborted_migrations: Int[np.ndarray, "runs causes"] | None
+    instance_s: Float[np.ndarray, " runs"] | None
+    starts: Int[np.ndarray, " runs"] | None
+    drains: Int[np.ndarray, " runs"] | None
+    session: Int[np.ndarray, "runs requests"] | None
+    turn: Int[np.ndarray, "runs requests"] | None
+    num_context_limited: Int[np.ndarray, " runs"]
     num_blocks: Int[np.ndarray, "runs instances"]
     num_iterations: Int[np.ndarray, " runs"]
     front_end_s: Float[np.ndarray, " runs"]
     fault: tuple[str, ...]
+    status: Int[np.ndarray, "runs requests"] | None = None
+    attempts: Int[np.ndarray, "runs requests"] | None = None
+    ended_s: Float[np.ndarray, "runs requests"] | None = None
+    swaps: Int[np.ndarray, "runs requests"] | None = None
+    swap_s: Float[np.ndarray, "runs requests"] | None = None
+    swap_delay_s: Float[np.ndarray, "runs instances"] | None = None
+    swapped_blocks: Int[np.ndarray, "runs 2"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -67,11 +85,13 @@ def together(dims: Dims, runs: Sequence[Run]) -> tuple[Params, Requests]:
     """Parameters and requests with a leading axis of runs; what runs share is stacked once."""
     params = _gathered([run.params for run in runs])
     params = eqx.tree_at(lambda p: p.max_steps, params, np.array([run.max_steps for run in runs], np.int32))
-    packed: dict[int, Requests] = {}
-    for run in runs:
-        if id(run.workload) not in packed:
-            packed[id(run.workload)] = lower.make_requests(run.workload, dims, run.prefixes)
-    requests = _gathered([packed[id(run.workload)] for run in runs])
+    packed: dict[tuple[int, int, bool], Requests] = {}
+    keys = [(id(run.workload), id(run.patience), lower.is_split(run.scenario)) for run in runs]
+    for key, run in zip(keys, runs, strict=True):
+        if key not in packed:
+            packed[key] = lower.make_requests(run.workload, dims, run.prefixes, run.patience, key[-1],
+                                              run.params.flags.order)
+    requests = _gathered([packed[key] for key in keys])
     rows = dims.num_requests + 1
     seconds = np.full((len(runs), rows + 1), np.inf)
     for row, run in zip(seconds, runs, strict=True):
@@ -138,12 +158,17 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         for row, run in zip(arrival_s, runs, strict=True):
             row[:len(run.arrival_s)] = run.arrival_s
     nan = np.float64(np.nan)
-    moved = handed_over(world, np.s_[:, rows])
+    first_token_s, clients = np.where(is_real & (log_row >= 0), first_s, nan), {}
+    if dims.has_clients:
+        clients = ends(world, np.s_[:, rows], np.where(is_real, finish_s, 0.0), first_token_s)
+        del clients["instance"]
+        first_token_s, is_finished = clients.pop("first_token_s"), clients["status"] == FINISHED
+    moved = handed_over(world, np.s_[:, rows]) | migrated(world, np.s_[:], np.s_[:, rows], finish_s)
     return Runs(
         is_real=is_real, is_finished=is_finished, arrival_s=arrival_s, input_tokens=column("input_tokens"),
         output_tokens=column("output_tokens"),
         scheduled_s=np.where(is_real & (instance >= 0), seconds(world.scheduled[:, rows]), nan),
-        first_token_s=np.where(is_real & (log_row >= 0), first_s, nan), finish_s=np.where(is_finished, finish_s, nan),
+        first_token_s=first_token_s, finish_s=np.where(is_finished, finish_s, nan),
         stall_s=clock.from_integers_reference(world.stalled[:, rows]), preemptions=world.progress[:, rows, 1],
         itl_counts=world.itl, busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks, axis=1),
         device_busy_s=np.repeat(joined(times.executor.alone) / dims.num_stages if dims.num_stages > 1
@@ -152,7 +177,23 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         running_s=joined(times.rank.running),
         cached_tokens=None if world.cached is None else world.cached[:, rows],
         delivered_s=moved.get("delivered_s"), decode_instance=moved.get("decode_instance"),
+        **{name: moved.get(name) for name in ("migrations", "downtime_s", "last_instance", "aborted_migrations",
+                                              "instance_s", "starts", "drains")},
+        session=_labels(runs, "session", rows), turn=_labels(runs, "turn", rows),
+        num_context_limited=np.array([run.workload.num_context_limited for run in runs]),
         num_blocks=np.stack([np.broadcast_to(blocks_of(run.system), dims.all_ranks) for run in runs]),
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
-        fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault))
+        fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault),
+        **clients, **swapped(dims, world, np.s_[:, rows], slice(None)))
+
+
+def _labels(runs: Sequence[Run], name: str, rows: slice) -> Int[np.ndarray, "runs requests"] | None:
+    """`session` or `turn` of the requests of all runs, -1 where there are none; None where no run has any."""
+    if all(run.workload.session is None for run in runs):
+        return None
+    out = np.full((len(runs), rows.stop), -1)
+    for row, run in zip(out, runs, strict=True):
+        if run.workload.session is not None:
+            row[:len(run.workload)] = getattr(run.workload, name)
+    return out

@@ -367,6 +367,7 @@ class Table:
     max_tokens: np.ndarray | None = None
     priority: np.ndarray | None = None
     tenant: np.ndarray | None = None
+    predicted_tokens: np.ndarray | None = None
     prefix_offsets: np.ndarray | None = None
     prefix_hashes: np.ndarray | None = None
     prefix_block_size: int | None = None
@@ -386,6 +387,7 @@ class Table:
         """Some rows, in the given order."""
         changes: dict[str, Any] = {"place": lambda i, index=index: self.place(int(index[i]))}
         for name in ("input_tokens", "output_tokens", "arrival_s", "max_tokens", "priority", "tenant", "session",
+                     "predicted_tokens",
                      "think_s", "answer_s"):
             column = getattr(self, name)
             if column is not None:
@@ -667,6 +669,7 @@ def _assemble(table: Table, seed: int, provenance: dict[str, Any], **more: np.nd
         priority=table.priority,
         tenant=tenant,
         tenant_names=names,
+        predicted_tokens=table.predicted_tokens,
         prefix_offsets=table.prefix_offsets,
         prefix_hashes=table.prefix_hashes,
         prefix_block_size=table.prefix_block_size,

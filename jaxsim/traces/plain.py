@@ -1,11 +1,11 @@
 """The plain format: a table with input_tokens and output_tokens, as CSV, JSON lines or Parquet.
 
 Arrivals are in one of arrival_s, arrival_ms, arrival_us, arrival_ns; without any, the trace holds lengths
-only. Optional: max_tokens, priority, tenant, prefix_block_ids (chained ids of the prompt's blocks, separated
-by spaces in a CSV, a list elsewhere) with prefix_block_size (one number for the file; default 16); session (any
-label), with think_s (from the answer before to this turn) or e2e_s (to the end of the answer) to replay it closed.
-`block16_ids` and the like name ids and size at once. `requests.parquet` of a finished run is such a table; where
-its columns `seed` or `scenario` hold several runs, one of them has to be chosen.
+only. Optional: max_tokens, priority, tenant, predicted_tokens (of the output), prefix_block_ids (chained ids of the
+prompt's blocks, separated by spaces in a CSV, a list elsewhere) with prefix_block_size (one number for the file;
+default 16); session (any label), with think_s (from the answer before to this turn) or e2e_s (to the end of the answer)
+to replay it closed. `block16_ids` and the like name ids and size at once. `requests.parquet` of a finished run is such
+a table; where its columns `seed` or `scenario` hold several runs, one of them has to be chosen.
 """
 
 import re
@@ -41,7 +41,8 @@ NAME = "plain"
 REQUIRED = ("input_tokens", "output_tokens")
 
 _UNITS = {"arrival_s": 1, "arrival_ms": 10**3, "arrival_us": 10**6, "arrival_ns": 10**9}
-_OPTIONAL = ("max_tokens", "priority", "tenant", "prefix_block_ids", "prefix_block_size", "session", "think_s", "e2e_s")
+_OPTIONAL = ("max_tokens", "priority", "tenant", "prefix_block_ids", "prefix_block_size", "session", "think_s", "e2e_s",
+             "predicted_tokens")
 _BLOCK_IDS = re.compile(r"block(\d+)_ids")
 DEFAULT_BLOCK_SIZE = 16
 
@@ -101,7 +102,7 @@ def read(
         place=place,
         is_partial=is_partial,
     )
-    for name in ("max_tokens", "priority"):
+    for name in ("max_tokens", "priority", "predicted_tokens"):
         if name in frame:
             setattr(table, name, numbers(frame[name], name, place))
     if "tenant" in frame:

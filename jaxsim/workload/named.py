@@ -16,6 +16,7 @@ from jaxsim.workload.azure2023 import azure_conv_2023
 from jaxsim.workload.durations import AbstractDuration
 from jaxsim.workload.generator import Generator, Tenant
 from jaxsim.workload.lengths import AbstractLength, AbstractLengths, Fixed, GaussianCopula, Independent
+from jaxsim.workload.prefix_groups import GroupedGenerator, PrefixGroups
 from jaxsim.workload.sessions import PRESETS, AbstractTurns, SessionGenerator, later_lengths
 
 T = TypeVar("T")
@@ -135,8 +136,9 @@ def generator(
     output_limit: int | None = None,
     tenants: tuple[Tenant, ...] = (Tenant(),),
     sessions: Mapping[str, Any] | None = None,
+    prefix_groups: Mapping[str, Any] | None = None,
     **numbers: Any,
-) -> Generator | SessionGenerator:
+) -> Generator | SessionGenerator | GroupedGenerator:
     """A generator by name: a fitted one (`azure-conv-2023`), or an arrival process with the given numbers.
 
     With a fitted one, `input` and `output` replace its length laws. With a process, lengths left out are
@@ -145,7 +147,21 @@ def generator(
     sessions: what comes are sessions of turns (`jaxsim.workload.sessions`): `turns`, `think_s`, `context_limit`, and if
     wanted `new_tokens` (of later turns; else as of first ones) and `shared_tokens`. `conversation` and `agent` are a
     Poisson process of such sessions with laws of their own, each of which may be replaced.
+
+    prefix_groups: prompts begin with those of groups (`jaxsim.workload.prefix_groups`), not of sessions: `number`,
+    `tokens`, and if wanted `distribution` and `exponent`.
     """
+    if prefix_groups is not None:
+        if sessions is not None or kind in PRESETS:
+            raise InputError("workload.prefix_groups", prefix_groups, "comes with sessions, which share what they grow",
+                             "leave one of them out")
+        base = generator(kind, rate_rps=rate_rps, input=input, output=output, spearman=spearman, lengths=lengths,
+                         output_limit=output_limit, tenants=tenants, **numbers)
+        try:
+            return GroupedGenerator(base, PrefixGroups(**prefix_groups))
+        except InputError as error:
+            field = f"workload.prefix_groups.{error.field}"
+            raise InputError(field, error.value, error.problem, error.remedy) from error
     if kind in PRESETS:
         own = dict(PRESETS[kind])
         first = {name: own.pop(name) for name in ("input", "output")}

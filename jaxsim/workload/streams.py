@@ -31,6 +31,9 @@ class Stream(enum.IntEnum):
     DITHER = 7
     TURNS = 8
     THINKING = 9
+    IMAGES = 10
+    PREFIX_GROUPS = 11
+    PREDICTIONS = 16
 
 
 def as_key(seed: int | PRNGKeyArray) -> PRNGKeyArray:

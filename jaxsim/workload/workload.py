@@ -34,8 +34,11 @@ class Workload:
     closed loop within each session: its first request comes at its arrival_s, every other one think_s after the
     answer to the one before, whatever its arrival_s (generated: the earliest that it could come; of a trace: when
     it came).
+    predicted_tokens: output tokens as a scheduler that goes by them is told; limit_s: from each arrival to where the
+    request is due, for a scheduler that goes by that.
     shared_tokens: prompt tokens that all sessions begin with. num_context_limited: sessions that ended at a context
     limit.
+    num_images: of each request, of tiles_per_image each, whose tokens are part of the prompt; None without any.
     uniforms: two random numbers per request for routers (default: those of seed 0).
     unit_times: unrounded positions at unit mean rate and rate_rps their scale, when the workload was
     generated, so that `with_rate` does not accumulate rounding. provenance: where it came from, for reports.
@@ -54,8 +57,12 @@ class Workload:
     session: Int[np.ndarray, " requests"] | None = None
     turn: Int[np.ndarray, " requests"] | None = None
     think_s: Float[np.ndarray, " requests"] | None = None
+    predicted_tokens: Int[np.ndarray, " requests"] | None = None
+    limit_s: Float[np.ndarray, " requests"] | None = None
     shared_tokens: int = 0
     num_context_limited: int = 0
+    num_images: Int[np.ndarray, " requests"] | None = None
+    tiles_per_image: int = 0
     uniforms: Float[np.ndarray, "requests 2"] | None = None
     unit_times: Float[np.ndarray, " requests"] | None = None
     rate_rps: float | None = None
@@ -138,6 +145,14 @@ class Workload:
         )
         fields.update(self._checked_prefixes(count, tokens["input_tokens"]))
         fields.update(self._checked_sessions(count))
+        if self.num_images is not None:
+            fields["num_images"] = _integers("num_images", self.num_images, count, low=0)
+        if self.predicted_tokens is not None:
+            fields["predicted_tokens"] = _integers("predicted_tokens", self.predicted_tokens, count, low=1)
+        if self.limit_s is not None:
+            limit_s = _numbers("limit_s", self.limit_s, count)
+            _refuse("limit_s", limit_s, limit_s < 0, "is negative", "give seconds from the arrival")
+            fields["limit_s"] = limit_s
         for name, value in fields.items():
             if isinstance(value, np.ndarray):
                 value = np.array(value)
@@ -277,7 +292,7 @@ class Workload:
                 "uniforms",
             )
         }
-        for name in ("unit_times", "session", "turn", "think_s"):
+        for name in ("unit_times", "session", "turn", "think_s", "num_images", "predicted_tokens", "limit_s"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)[index]
         if self.prefix_hashes is not None:
@@ -363,7 +378,7 @@ class Workload:
                 "tenant": np.asarray(self.tenant_names, dtype=object)[self.tenant],
             }
         )
-        for name in ("session", "turn", "think_s"):
+        for name in ("session", "turn", "think_s", "predicted_tokens"):
             if getattr(self, name) is not None:
                 frame[name] = getattr(self, name)
         if self.prefix_hashes is not None:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks import cpp
-from jaxsim.bench import engine as bench
+from jaxsim.bench import cases as bench
+from jaxsim.bench import engine, worker
 from jaxsim.engine import loop
+from jaxsim.kernels import clock
 
 CASE = bench.Case("test", scenarios=12, requests=60, slots=8, num_blocks=60)
 ROWS = tuple(tuple(m * x for x in (2.0**-6, 2.0**-9, 2.0**-12, 2.0**-8, 2.0**-14)) for m in (1, 2, 3))
@@ -91,7 +93,7 @@ def test_workload_is_as_stated():
     rates = case.requests / drawn.arrival_s[:, -1]
     assert np.all(np.diff(drawn.arrival_s) >= 0)
     assert 3.4 < rates.min() < 5 and 11 < rates.max() < 13.5
-    np.testing.assert_array_equal(drawn.arrival_s, bench.clock.round_arrivals_reference(drawn.arrival_s))
+    np.testing.assert_array_equal(drawn.arrival_s, clock.round_arrivals_reference(drawn.arrival_s))
     # Eight replicas get eight times the load.
     more = bench.draw(replace(case, replicas=8))
     np.testing.assert_allclose(more.arrival_s[:, -1] * 8, drawn.arrival_s[:, -1], rtol=1e-4)
@@ -99,29 +101,29 @@ def test_workload_is_as_stated():
 
 def test_the_reference_is_found():
     """The plain-Python simulator is a package of its own, outside of what is installed."""
-    found = bench._time_reference(replace(bench.Case("test"), scenarios=1, requests=20))
+    found = worker._time_reference(replace(bench.Case("test"), scenarios=1, requests=20))
     assert found["requests_per_s_per_core"] > 0
 
 
 def test_report_without_sources(monkeypatch):
     """An installed package has neither the C++ sources nor the reference: null and a note, not an error."""
-    monkeypatch.setattr(bench, "checkout", lambda relative: None)
-    monkeypatch.setattr(bench, "_measure_quickly", lambda jobs, began, report: [
-        report(bench._empty(bench.Case(**case), "not run")) for job in jobs for case in job.cases])
-    report = bench.main(quick=True)
+    monkeypatch.setattr(engine, "checkout", lambda relative: None)
+    monkeypatch.setattr(engine, "_measure_quickly", lambda jobs, began, report: [
+        report(engine._empty(bench.Case(**case), "not run")) for job in jobs for case in job.cases])
+    report = engine.main(quick=True)
     assert [r["name"] for r in report["results"]][:len(bench.MAIN_CASES)] == [c.name for c in bench.MAIN_CASES]
     assert report["ratios"] == {"vs_cpp": None, "vs_python": None}
     assert any("C++" in note for note in report["notes"])
     assert any("Python" in note for note in report["notes"])
-    bench.show(report)
+    engine.show(report)
 
 
 def test_unknown_case_is_refused():
     with pytest.raises(ValueError, match="replicas_1"):
-        bench.main(only=["replicas_2"])
+        engine.main(only=["replicas_2"])
 
 
 def test_worker_that_fails_is_reported(tmp_path):
-    job = bench.Job("engine", [{"name": "broken", "no_such_field": 1}], 1, str(tmp_path))
-    started = bench._try_start(job, bench._cores()[0])
+    job = worker.Job("engine", [{"name": "broken", "no_such_field": 1}], 1, str(tmp_path))
+    started = engine._try_start(job, engine._cores()[0])
     assert isinstance(started, str) and "no_such_field" in started

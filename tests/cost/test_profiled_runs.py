@@ -164,6 +164,13 @@ def test_without_a_tape_or_a_profile_nothing_is_said(path, capsys):
 # ---- tables are kept, and refused
 
 
+def test_nothing_is_said_of_pools_that_differ(path):
+    """The tape does not follow a request from one instance to another, and one table is not that of all."""
+    pools = [{"role": "prefill"}, {"role": "decode"}]
+    lane = jaxsim.simulate(scenario_of(path, **{"cluster.pools": pools}), record_steps=True).lanes[0][0]
+    assert lane.steps is not None and lane.extrapolated_share is None
+
+
 def test_scenarios_share_tables_until_the_file_changes(base, tmp_path):
     first = profile_of(base, ("qkv", "ffn_up", *ATTENTION))
     path = write(first, tmp_path / "p.parquet")

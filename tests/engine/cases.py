@@ -20,6 +20,7 @@ from jaxsim.engine.common import Group, Params
 from jaxsim.kernels import clock
 from jaxsim.policy import routing
 from jaxsim.policy.batching import Batching
+from jaxsim.policy.fairness import TokenCounters
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import Requests, pack_requests
@@ -51,6 +52,9 @@ ROUTERS = {
     "least_kv": routing.LeastKV,
 }
 
+FREEST = {"llumnix_load": routing.LlumnixLoad, "remaining_steps": routing.RemainingSteps}
+"""Routers that read loads, for lanes whose router is "freest", by `Case.router`."""
+
 SCORE = (0.0, 1.0, 1.0, 3.0, 1.0)
 """Weights of load, waiting requests and used blocks, and the two gates beyond which the shortest queue wins."""
 
@@ -74,12 +78,23 @@ class AnyRouter(routing.AbstractRouting):
         return jnp.stack(answers)[self.which]
 
 
+class AnyFreest(routing.AbstractRouting):
+    """Either router that reads loads, by number, or the first instance."""
+
+    which: Int[Array, ""]
+    reads_loads = True
+
+    def choose(self, view: routing.View) -> Int[Array, ""]:
+        return jnp.stack([*(rule().choose(view) for rule in FREEST.values()), jnp.int32(0)])[self.which % 3]
+
+
 @dataclass
 class Case:
     """One scenario: requests (arrival, prompt, output, max_tokens, priority), limits, cost coefficients.
 
     router: index into `MIXED`, for batches whose router is "mixed"; score: numbers of the router "score". cost:
     instead of the coefficients. prefixes: hashes of the leading full blocks of each prompt, for prefix caching.
+    tenant, predicted, limit_s, prices: what orders go by, as of the reference.
     """
 
     arrival_s: np.ndarray
@@ -94,6 +109,10 @@ class Case:
     cost: AbstractIterationCost | None = None
     score: tuple = SCORE
     prefixes: list | None = None
+    tenant: np.ndarray | None = None
+    predicted: np.ndarray | None = None
+    limit_s: np.ndarray | None = None
+    prices: tuple | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -102,6 +121,7 @@ class Case:
         """The same with fewer requests."""
         rows = ("arrival_s", "prompt", "output", "max_tokens", "priority", "uniforms")
         prefixes = self.prefixes and [p for p, is_kept in zip(self.prefixes, mask, strict=True) if is_kept]
+        rows += tuple(name for name in ("tenant", "predicted", "limit_s") if getattr(self, name) is not None)
         return replace(self, prefixes=prefixes, **{name: getattr(self, name)[mask] for name in rows})
 
 
@@ -201,8 +221,12 @@ def make_params(case: Case, flags: simulator.Flags, router: str, max_steps: int 
         waiting_blocked_after_preempt=flags.waiting_blocked_after_preempt, order=flags.order,
         admit=flags.admit, async_scheduling=flags.async_scheduling, kv_accounting=flags.track_blocks,
         has_context_limit=flags.decode_context_limit is not None, prefix_caching=flags.prefix_caching, **more)
-    chosen = AnyRouter(i(case.router), routing.Score(*map(x, case.score))) if router == "mixed" else ROUTERS[router]()
-    return Params((Group(batching, case.cost or fitted(*case.coefficients)),), chosen, i(max_steps))
+    chosen = AnyRouter(i(case.router), routing.Score(*map(x, case.score))) if router == "mixed" else (
+        AnyFreest(i(case.router)) if router == "freest" else (ROUTERS | FREEST)[router]())
+    counters = None
+    if flags.order == "vtc":
+        counters = TokenCounters(*np.array(case.prices, np.int32).T)
+    return Params((Group(batching, case.cost or fitted(*case.coefficients)),), chosen, i(max_steps), counters=counters)
 
 
 def segments(case: Case, dims: Dims) -> dict:
@@ -219,6 +243,12 @@ def segments(case: Case, dims: Dims) -> dict:
     return dict(paths=packed.paths[:len(case)], bounds=packed.bounds[:len(case)], num_segments=dims.num_segments)
 
 
+def order_key(case: Case, flags: simulator.Flags) -> np.ndarray:
+    """What a sorted queue goes by."""
+    key = {"sjf": case.predicted, "edf": None if case.limit_s is None else case.arrival_s + case.limit_s}
+    return key.get(flags.order, case.priority)
+
+
 def stack(trees):
     return jax.tree.map(lambda *leaves: jnp.asarray(np.stack([np.asarray(x) for x in leaves])), *trees)
 
@@ -227,7 +257,9 @@ def inputs(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str) -
     """Arguments of `loop.run` for a batch."""
     params = stack([make_params(c, flags, router) for c in cases])
     requests = [pack_requests(c.arrival_s, c.prompt, c.output, c.max_tokens, c.uniforms,
-                              num_requests=dims.num_requests, priority=c.priority, **segments(c, dims))
+                              num_requests=dims.num_requests, priority=order_key(c, flags),
+                              has_urgent=dims.has_urgent,
+                              tenant=c.tenant if dims.num_tenants else None, **segments(c, dims))
                 for c in cases]
     return params, stack(requests)
 
@@ -298,19 +330,34 @@ def score_reference(num_blocks: int, weights: tuple) -> simulator.Router:
 
 
 def reference(case: Case, flags: simulator.Flags, dims: Dims, router: str,
-              cost: Callable[[simulator.BatchStatsRef], float] | None = None, **options) -> simulator.ReferenceResult:
+              cost: Callable[[simulator.BatchStatsRef], float] | None = None, *, deadline_s: np.ndarray | None = None,
+              first_token_deadline_s: np.ndarray | None = None, **options) -> simulator.ReferenceResult:
     """The reference's answer; more `options` as of `simulator.simulate`. Raises ValueError where a request can never be
     served."""
     requests = [simulator.Request(i, float(case.arrival_s[i]), int(case.prompt[i]), int(case.output[i]),
                                   int(case.max_tokens[i]), int(case.priority[i]),
                                   tuple(float(u) for u in case.uniforms[i]),
-                                  tuple(case.prefixes[i]) if case.prefixes else ()) for i in range(len(case))]
+                                  tuple(case.prefixes[i]) if case.prefixes else (), **ordered(case, i))
+                for i in range(len(case))]
+    if deadline_s is not None:
+        requests = [replace(one, deadline_s=float(last), first_token_deadline_s=float(first)) for one, last, first
+                    in zip(requests, deadline_s, first_token_deadline_s, strict=True)]
     flags = replace(flags, **case.limits, block_size=dims.block_size)
+    if case.prices is not None:
+        flags = replace(flags, prices=case.prices)
     if router == "mixed":
         router = MIXED[case.router]
+    if router == "freest":
+        router = (*FREEST, "first")[case.router % 3]
     rule = {"score": score_reference(flags.num_blocks, case.score), "first": lambda *_: 0}.get(router, router)
     return simulator.simulate(requests, flags, dims.all_ranks, rule, cost or dyadic_cost(case), ranks=dims.num_ranks,
                               **options)
+
+
+def ordered(case: Case, request: int) -> dict:
+    """Of a request, what its order goes by."""
+    given = {"tenant": case.tenant, "predicted": case.predicted, "limit_s": case.limit_s}
+    return {name: values[request].item() for name, values in given.items() if values is not None}
 
 
 def answer(result: simulator.ReferenceResult, num_executors: int, num_blocks: int) -> dict:

@@ -5,8 +5,11 @@ import pytest
 
 from jaxsim import Environment, functional
 from jaxsim._core.errors import InputError
+from jaxsim.engine import lower
 from jaxsim.engine.simulate import simulate
+from jaxsim.io.timeline import trace_events
 from jaxsim.metrics import request_frame
+from jaxsim.spec.device import load_device
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study import runner
 
@@ -73,7 +76,54 @@ def test_a_sweep_gives_what_single_runs_give():
                            ("transfers.mean_ms", alone["transfers"]["mean_ms"]),
                            ("kv.mean_share", alone["kv"]["mean_share"])):
             assert row[key] == pytest.approx(value, rel=1e-6), key
+        for key in ("mean_power_w", "energy_j_per_output_token"):
+            assert row[key] == pytest.approx(alone[key], rel=1e-9), key
     assert table["transfers.mean_ms"].iloc[0] > 10 * table["transfers.mean_ms"].iloc[2]
+    lane, slow, fast = simulate(many[0]).lanes[0][0], load_device("a100-80gb"), load_device("h100")
+    share = lane.busy_s / lane.duration_s
+    watts = [d.power.idle_w + (d.power.busy_w - d.power.idle_w) * s for d, s in zip((slow, fast), share, strict=True)]
+    assert table["mean_power_w"].iloc[0] == pytest.approx(sum(watts), rel=1e-9)
+    usd = (slow.usd_per_h + fast.usd_per_h) / 3600 / table["output_throughput"].iloc[0] * 1e6
+    assert slow.usd_per_h != fast.usd_per_h
+    assert table["usd_per_million_output_tokens"].iloc[0] == pytest.approx(usd, rel=1e-9)
+
+
+def rates(model="llama-3.1-8b", pools=ROLES, **engine) -> tuple[float, float]:
+    """Bytes of KV a token and bytes a second, as derived from the devices."""
+    made = scenario(pools, **{"model.name": model}, **{f"engine.{name}": value for name, value in engine.items()})
+    return lower.transfer_rates(made, lower.resolve_system(made))
+
+
+def test_links_carry_what_a_rank_holds():
+    """NVLink of an H100 carries 450 GB/s a direction: four ranks a quarter of the KV heads each; of MLA all of it."""
+    nvlink = 450e9
+    assert rates() == (2 * 8 * 128 * 2 * 32, nvlink)
+    alike = [{"role": "prefill"}, {"role": "decode"}]
+    assert rates(pools=alike, tensor_parallel_size=4)[1] == pytest.approx(4 * nvlink)
+    # Sixteen ranks hold each of the eight KV heads twice, and are in two nodes.
+    _, many = rates(pools=alike, tensor_parallel_size=16)
+    assert many == pytest.approx(8 * load_device("h100").link_among(2, 32).bytes_per_s)
+    assert rates("deepseek-v2-lite", alike, tensor_parallel_size=4)[1] == pytest.approx(nvlink)
+
+
+def test_devices_that_differ_are_in_different_nodes():
+    pools = [{"role": "prefill"}, {"role": "decode", "device": "a100-80gb"}]
+    slowest = min(load_device(name).link_among(2, 99).bytes_per_s for name in ("h100", "a100-80gb"))
+    assert rates(pools=pools)[1] == slowest < 100e9
+
+
+def test_the_timeline_shows_transfers():
+    """From arrival to last token, without a hole."""
+    lane = run(transfer={"gb_per_s": 0.1})
+    seconds = {}
+    for event in trace_events(lane):
+        if event["ph"] in "be":
+            sign = 1 if event["ph"] == "e" else -1
+            name = event["name"] if event["name"] == "transfer" else event["name"].split()[0]
+            seconds[name] = seconds.get(name, 0.0) + sign * event["ts"] / 1e6
+    moved = lane.decode_instance >= 0
+    assert seconds["transfer"] == pytest.approx(np.sum((lane.delivered_s - lane.first_token_s)[moved]))
+    assert seconds["request"] == pytest.approx(np.sum(lane.finish_s - lane.arrival_s))
 
 
 def test_mixed_pools_may_differ():
@@ -91,6 +141,13 @@ def test_mixed_pools_may_differ():
     ([{"role": "prefill", "replicas": 0}, {"role": "decode"}], {}, "cluster.pools"),
     (ROLES, {"cluster.replicas": 2}, "beside"),
     (ROLES, {"cluster.transfer.gb_per_s": 0.0}, "gb_per_s"),
+    (ROLES, {"cluster.transfer.gb_per_s": 1e-30}, "for one transfer"),
+    (ROLES, {"cluster.transfer.latency_us": 1e30}, "cluster.transfer.latency_us"),
+    (ROLES, {"cluster.transfer.latency_us": 1.6e10, "workload.num_requests": 65536}, "one after the other"),
+    (ROLES, {"cluster.transfer.hand_over": "push", "cluster.transfer.waiting_block_share": 0.5}, "use 'pull'"),
+    (ROLES, {"workload.input": 4096}, "engine.max_model_len = 4096: the longest"),
+    ([{"role": "prefill"}, {"role": "decode", "engine": {"tensor_parallel_size": 3}}], {},
+     "cluster.pools[1]: engine.tensor_parallel_size"),
     ([], {"cluster.transfer.gb_per_s": 1.0}, "has no effect"),
     ([{}, {}], {"cluster.transfer.gb_per_s": 1.0}, "has no effect"),
     (ROLES, {"cluster.transfer.router": "least"}, "cluster.transfer.router"),

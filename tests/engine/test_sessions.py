@@ -242,6 +242,8 @@ def test_from_a_scenario_to_frame_and_summary():
     assert not refused
     for key in ("mean_ttft_ms", "p99_e2el_ms", "duration", "request_throughput"):
         assert swept[key].mean() == pytest.approx(result.metrics[0][key], rel=1e-5), key
+    for key, value in group.items():
+        assert swept[f"sessions.{key}"].mean() == pytest.approx(value, rel=1e-6), key
 
 
 @pytest.mark.parametrize("needs_a_rate", [

@@ -146,7 +146,8 @@ def test_intervals_are_dropped_before_the_unit_changes(starved):
 def test_long_class_names_leave_room():
     lane = blank_lane(np.zeros(2), [1.0, 2.0], tenant=np.array([0, 1]), tenant_names=("a" * 90, "b"))
     lines = rendered(Result([scenario(num_seeds=1)], [[lane]]), 80).splitlines()
-    assert max(map(len, lines)) <= 80 and any("1 requests, TTFT" in line for line in lines)
+    assert max(map(len, lines)) <= 80 and any(
+        line.startswith(" aaaa") and line.split("|")[1].strip() == "1" for line in lines)
 
 
 def test_a_terminal_gets_colours(starved):
@@ -195,6 +196,32 @@ def test_plots_do_without_tape_limits_and_memory(tmp_path):
     result = Result([scenario(num_seeds=1, slo__ttft_ms=None, slo__tpot_ms=None)], [[bare]])
     for path in plots.plot_all(result, tmp_path):
         assert ink(path) > 0.01
+
+
+def test_instances_at_rest_run_nothing():
+    """By hand: one at work from 0 to 1 and from 3 to 4 s, the other from 0 to 2 in two steps."""
+    steps = {"time_s": np.array([0.0, 0.0, 1.0, 3.0]), "duration_s": np.ones(4), "instance": np.array([0, 1, 1, 0]),
+             "running": np.array([2, 3, 1, 5])}
+    lane = dataclasses.replace(blank_lane([0.0], [4.0], busy_s=np.ones(2)), steps=steps)
+    times, total, low, high = plots._over_time(lane, steps["running"])
+    at = np.searchsorted(times, [0.5, 1.5, 2.5, 3.5, 4.5], side="right") - 1
+    assert total[at].tolist() == [5, 1, 0, 5, 0] and low[at].tolist() == [2, 0, 0, 0, 0]
+    assert high[at].tolist() == [3, 1, 0, 5, 0]
+    kept = plots._over_time(lane, steps["running"], is_empty_at_rest=False)
+    assert kept[1][np.searchsorted(kept[0], [1.5, 2.5], side="right") - 1].tolist() == [3, 2]
+
+
+def test_bars_of_requests_show_transfers(tmp_path, monkeypatch):
+    """A bar is as long as the request: 1 s to the first token, 2 s of transfer, 3 s of decode."""
+    lane = dataclasses.replace(
+        blank_lane([0.0], [6.0], first_token_s=np.array([1.0])), decode_instance=np.array([1]),
+        accepted_s=np.array([1.5]), delivered_s=np.array([3.0]))
+    from matplotlib.axes import Axes
+    ends, barh = {}, Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda self, y, width, left, label, **rest: (
+        ends.update({label: float((left + width)[0])}), barh(self, y, width, left=left, label=label, **rest))[1])
+    plots.plot_requests(Result([scenario(num_seeds=1)], [[lane]]), tmp_path / "requests.png")
+    assert ends == {"queue": 0.0, "prefill": 1.0, "transfer": 3.0, "decode": 6.0}
 
 
 def test_curves_that_end_before_the_last_arrival_keep_their_place(tmp_path):
@@ -348,7 +375,8 @@ def test_every_key_and_column_is_on_the_page(starved):
     assert set(content["tenants"]["a"]) <= of_a_class
     metrics = {k: v for k, v in content.items() if k not in ("tenants", "intervals", "seeds", "scenario", "provenance")}
     assert set(flatten(metrics)) <= spans, set(flatten(metrics)) - spans
-    assert set(content) <= spans | {"slo", "queueing", "preemptions", "kv", "utilisation", "cost", "tenants"}
+    assert set(content) <= spans | {"slo", "queueing", "preemptions", "kv", "utilisation", "cost", "tenants",
+                                  "fairness"}
     provenance = content["provenance"]
     assert set(provenance) | set(provenance["imitates"]) <= spans and provenance["format"] in spans
     assert set(starved.requests.columns) <= spans

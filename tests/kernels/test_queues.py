@@ -59,6 +59,39 @@ def test_a_queue_is_a_list(operations):
             assert int(queue.back) == want[-1]
 
 
+remove = jax.jit(partial(queues.remove, nowhere=ITEMS))
+
+
+@settings(SEEDS, max_examples=20)
+@given(st.integers(0, 2**32))
+def test_who_waits_may_leave_from_anywhere(seed):
+    """A queue linked both ways, by the mirror images of its links; what is not meant changes nothing."""
+    rng = np.random.default_rng(seed)
+    ahead, back, want = np.full(ITEMS + 1, -7), np.full(ITEMS + 1, -7), []
+    queue, seen = queues.Queue(*(jnp.int32(x) for x in (3, 5, 0))), set()
+    for _ in range(120):
+        item, is_meant = int(rng.integers(ITEMS)), bool(rng.random() < 0.8)
+        if item in want:
+            if want[0] == item and rng.random() < 0.3:
+                queue, link = pop_front(queue, jnp.int32(ahead[item]), jnp.bool_(is_meant)), (ITEMS, 0)
+            else:
+                queue, link = remove(queue, jnp.int32(item), jnp.int32(back[item]), jnp.int32(ahead[item]),
+                                     jnp.bool_(is_meant))
+                seen.add((want[0] == item, want[-1] == item))
+            if is_meant:
+                want.remove(item)
+        else:
+            at_back = rng.random() < 0.7
+            queue, link = (push_back if at_back else push_front)(queue, jnp.int32(item), jnp.bool_(is_meant))
+            if is_meant:
+                want.insert(len(want) if at_back else 0, item)
+        link = tuple(jnp.int32(x) for x in link)
+        ahead, back = write(ahead, link), write(back, queues.mirrored(link, ITEMS))
+        assert int(queue.length) == len(want) and forward(queue.front, ahead, len(want)) == want
+        assert not want or (int(queue.back) == want[-1] and forward(queue.back, back, len(want)) == want[::-1])
+    assert {(False, False), (True, False), (False, True)} <= seen
+
+
 append, unlink = (jax.jit(partial(f, nowhere=ITEMS)) for f in (queues.append, queues.unlink))
 
 

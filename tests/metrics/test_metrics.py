@@ -8,7 +8,7 @@ from scipy import stats
 
 from jaxsim import metrics
 from jaxsim._core.errors import InputError
-from jaxsim.metrics import Result, combine, lane_metrics, request_frame
+from jaxsim.metrics import Devices, Result, combine, lane_metrics, request_frame
 from jaxsim.spec.device import ServingPower, device_catalogue
 from jaxsim.spec.scenario import SloSection
 from tests.metrics.lanes import blank_lane, scenario, simulated, token_gaps
@@ -151,7 +151,7 @@ def test_cooldown_leaves_late_requests_out_and_rates_are_of_the_window():
 def test_energy_is_between_idle_and_busy():
     """By hand: two devices, an instance busy for 4 of 10 s; without figures there is none."""
     lane = blank_lane([0.0, 1.0], [5.0, 10.0], busy_s=np.array([4.0]))
-    m = lane_metrics(lane, power=ServingPower(idle_w=100.0, busy_w=400.0), num_devices=2)
+    m = lane_metrics(lane, devices=Devices(*np.array([[2.0], [100.0], [400.0], [math.nan]])))
     assert m["mean_power_w"] == pytest.approx(2 * (100 + 300 * 0.4))
     assert m["energy_j"] == pytest.approx(2 * (100 * 10 + 300 * 4)) and m["energy_wh"] == m["energy_j"] / 3600
     assert m["energy_j_per_output_token"] == pytest.approx(m["energy_j"] / 10)

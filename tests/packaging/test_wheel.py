@@ -106,7 +106,7 @@ def test_a_wheel_has_every_file(sources, tmp_path):
     about = [name for name in names if ".dist-info/" in name]
     check_contents(set(names) - set(about))
     scripts = zipfile.ZipFile(wheel).read(next(n for n in about if n.endswith("entry_points.txt"))).decode()
-    assert "jaxsim = jaxsim.cli:main" in scripts
+    assert "jaxsim = jaxsim.__main__:main" in scripts
 
 
 def test_nothing_else_is_importable(tmp_path):

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .flags import CAN_GROW, Flags
+from .fairness import queue_key
+from .flags import CAN_GROW, SORTED, Flags
 from .memory import blocks_at_admission, ceil_div, is_expected_to_fit
-from .passes import queue_key
 from .state import Instance, Job, Plan, Request
 from .transfers import Transfer
 
@@ -34,7 +34,8 @@ def refuse_impossible(request: Request, flags: Flags) -> None:
             fits = ceil_div(last_context, flags.block_size) <= flags.num_blocks
             fits = fits and ceil_div(first_chunk, flags.block_size) <= room
         elif flags.reserve in ("prompt", "expected"):
-            fits = ceil_div(last_context, flags.block_size) <= room
+            # Who comes back from host memory wants a block beyond its own.
+            fits = ceil_div(last_context, flags.block_size) + (flags.swapping is not None) <= room
         else:
             fits = blocks_at_admission(Job(request, 0), request.prompt, flags) <= room
         if flags.reserve == "expected":
@@ -54,7 +55,7 @@ def check_instance(instance: Instance, flags: Flags) -> None:
     running, waiting, leaving = instance.running, instance.waiting, instance.leaving
     coming, ready, swapped = instance.in_transfer, instance.ready, instance.swapped
     assert len(running) <= flags.max_num_seqs
-    everybody = running + waiting + leaving + instance.unaccepted + coming + ready + swapped
+    everybody = running + waiting + leaving + instance.unaccepted + coming + ready + swapped + instance.stopped
     assert len({id(job) for job in everybody}) == len(everybody)
     assert all(job.blocks == 0 and job.computed == 0 for job in waiting)
     assert 0 <= instance.free_blocks <= flags.num_blocks
@@ -67,15 +68,19 @@ def check_instance(instance: Instance, flags: Flags) -> None:
         assert instance.free_blocks == instance.cache.num_free == flags.num_blocks - num_held
     else:
         held_here = sum(job.blocks for job in running + coming + ready) + sum(job.source_blocks for job in leaving)
+        held_here += sum(job.blocks for job in instance.stopped) + instance.inbound_blocks
+        held_here += 0 if instance.swap is None else instance.swap.leaving_blocks
         assert instance.free_blocks + held_here == flags.num_blocks
     assert all(job.blocks == 0 and job.is_prefilled for job in swapped)
+    if instance.swap is not None:
+        assert instance.swap.host_used == sum(instance.swap.on_host.values()) <= flags.swapping.host_blocks
     if flags.track_blocks:
         assert all(job.blocks * flags.block_size >= job.scheduled_tokens for job in running + ready)
     flying = {id(job) for flight in instance.flights for job, _ in flight}
     assert flying <= set(map(id, running))
     assert len(instance.flights) <= flags.stages or flags.pass_when_stage_free
-    if flags.order == "priority":
-        assert waiting == sorted(waiting, key=queue_key)
+    if flags.order in SORTED:
+        assert waiting == sorted(waiting, key=lambda job: queue_key(job, flags))
 
 
 def check_cluster(instances: Sequence[Instance], num_unfinished: int) -> None:

@@ -32,14 +32,14 @@ from .routing import ROUTERS, Router
 from .state import Instance, Job
 from .transfers import FairLinks, FifoLinks, Transfer
 
-ROLES = ("mixed", "prefill", "decode")
+ROLES = ("mixed", "prefill", "decode", "encode")
 
 
 @dataclass(frozen=True)
 class Disaggregation:
     """Who does what, and how KV gets from one to the other.
 
-    - roles: of each instance, `mixed`, `prefill` or `decode`.
+    - roles: of each instance, `mixed`, `prefill`, `decode` or `encode` (`encoding`).
     - decode_router: a name of `ROUTERS` or a function (request, decode instances, handed over so far) -> index.
     - hand_over: `pull` or `push`; waiting_block_share: of a pool, for `pull`.
     - bytes_per_token: KV of one token of a prompt; bandwidth in bytes/s and latency_s of a link. Where no bytes or
@@ -81,7 +81,7 @@ class Disaggregation:
     def refuse_flags(self, all_flags: Sequence[Flags]) -> None:
         """Raises ValueError for rules of an engine that have no meaning in their role."""
         for role, flags in zip(self.roles, all_flags, strict=True):
-            if role == "mixed" or not flags.track_blocks:
+            if role in ("mixed", "encode") or not flags.track_blocks:
                 continue
             if flags.reserve not in ("none", "prompt"):
                 raise ValueError(f"role {role} needs reserve none or prompt: the other half holds the rest")

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 UNLIMITED = 1 << 30  # a count (sequences, tokens) that never binds
 
+SORTED = ("priority", "sjf", "edf")
+
 CAN_GROW = ("none", "prompt", "expected")  # reservations under which a decode may ask for one more block
 
 
@@ -21,7 +23,8 @@ class Flags:
       even between boundaries).
     - victim: who is preempted: `last_admitted`, `lowest_priority`, `fewest_outputs`.
     - waiting_blocked_after_preempt: a pass that preempted admits nobody.
-    - order: `fcfs`, or `priority` (small is urgent, then by id).
+    - order: `fcfs`; sorted by a key, then by id: `priority` (small is urgent), `sjf` (predicted output tokens), `edf`
+      (arrival and limit); `vtc`, virtual token counters with the `prices` of a prompt and an output token by tenant.
     - admit: `any_time`, or `when_empty` (static batches).
     - async_scheduling: a pass sees only what waited when the iteration that just ended was started.
     - decode_context_limit: decodes are a FIFO, a batch holds at most this many context tokens (simdistserve).
@@ -40,6 +43,8 @@ class Flags:
     - preemption: `recompute`, or `swap`: who decodes keeps what it computed in host memory, first in line to come back
       (DistServe). The bytes that a pass moves out and in at swap_bandwidth (bytes/s, kv_bytes_per_token each) lengthen
       the iteration it composes, as where the copies go before the kernels in one stream (vLLM V0).
+    - swapping: `swapping.Swapping`, of an engine with the rules of vLLM V0: host memory with its copies, and
+      priorities that are drawn anew.
     """
 
     phase_mix: str = "unified"
@@ -78,6 +83,9 @@ class Flags:
     preemption: str = "recompute"
     swap_bandwidth: float = math.inf
     kv_bytes_per_token: float = 0.0
+    headroom_blocks: int = 0  # counted as used by freeness (Llumnix) where a request of a priority below 0 runs
+    swapping: object = None
+    prices: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self):
         for name, allowed in (
@@ -85,7 +93,7 @@ class Flags:
             ("reserve", ("none", "prompt", "max_tokens", "max_model_len", "expected")),
             ("decode_needs_free_block", ("crossing", "always")),
             ("victim", ("last_admitted", "lowest_priority", "fewest_outputs")),
-            ("order", ("fcfs", "priority")),
+            ("order", ("fcfs", *SORTED, "vtc")),
             ("admit", ("any_time", "when_empty")),
             ("retract_to", ("front", "back")),
             ("expected_new_admissions", ("ratio", "full")),
@@ -94,8 +102,12 @@ class Flags:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: one of {allowed}")
         # Combinations no engine has and whose meaning would be a guess are refused.
-        if (self.order == "priority") != (self.victim == "lowest_priority"):
-            raise ValueError("order=priority and victim=lowest_priority go together")
+        if self.order == "priority" and self.victim != "lowest_priority":
+            raise ValueError("order=priority brings victim=lowest_priority")
+        if self.victim == "lowest_priority" and self.order not in SORTED:
+            raise ValueError("victim=lowest_priority needs a sorted order")
+        if self.order == "vtc" and (self.async_scheduling or self.phase_mix != "unified"):
+            raise ValueError("order=vtc: unified batches, no asynchronous scheduling")
         if (self.reserve == "expected") != (self.victim == "fewest_outputs"):
             raise ValueError("reserve=expected and victim=fewest_outputs go together")
         if self.reserve == "expected" and self.phase_mix != "prefill_first":
@@ -114,6 +126,8 @@ class Flags:
             self.phase_mix != "unified" or self.reserve != "none" or not self.track_blocks
         ):
             raise ValueError("prefix_caching needs unified batches, no reservation, block accounting")
+        if self.prefix_caching and self.order not in ("fcfs", "priority"):
+            raise ValueError("prefix_caching: fcfs or priority")
         if self.batch_wait_timeout_iters and (
             self.phase_mix != "unified" or self.chunked_prefill or self.reserve in CAN_GROW or self.order != "fcfs"
         ):
@@ -125,6 +139,12 @@ class Flags:
             or self.victim != "last_admitted"
         ):
             raise ValueError("preemption=swap: last_admitted, reserve none or prompt, one stage, no prefix_caching")
+        if self.swapping is not None and (
+            self.phase_mix != "prefill_first" or self.chunked_prefill or self.reserve != "prompt" or self.stages > 1
+            or self.order != "fcfs" or self.victim != "last_admitted" or self.decode_needs_free_block != "always"
+            or self.async_scheduling or self.preemption != "recompute" or not self.waiting_blocked_after_preempt
+        ):
+            raise ValueError("swapping needs the rules of vLLM V0")
         if self.stages > 1 and not self.pass_when_stage_free and (
             self.phase_mix != "unified" or self.order != "fcfs" or self.admit != "any_time"
             or self.async_scheduling or self.batch_wait_timeout_iters
@@ -137,6 +157,10 @@ class Flags:
 PRESETS: dict[str, dict] = {
     "vllm-v1": {},
     "vllm-v1-priority": {"order": "priority", "victim": "lowest_priority"},
+    "vllm-v1-sjf": {"order": "sjf", "victim": "lowest_priority"},
+    "vllm-v1-sjf-tail": {"order": "sjf"},
+    "vllm-v1-edf": {"order": "edf", "victim": "lowest_priority"},
+    "vllm-v1-vtc": {"order": "vtc", "prices": ((1, 2),) * 3},
     "vllm-v1-async": {"async_scheduling": True},
     "vllm-v0": {
         "phase_mix": "prefill_first",

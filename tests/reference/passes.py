@@ -1,6 +1,7 @@
 """A scheduling pass: who is preempted, admitted, and computes how many tokens in the next iteration."""
 
-from .flags import UNLIMITED, Flags
+from .fairness import queue_key
+from .flags import SORTED, UNLIMITED, Flags
 from .memory import (
     blocks_at_admission,
     blocks_for,
@@ -14,15 +15,13 @@ from .memory import (
 from .state import Instance, Job, Plan
 
 
-def queue_key(job: Job) -> tuple[int, int]:
-    return (job.request.priority, job.request.id)
-
-
 def enqueue(instance: Instance, job: Job, flags: Flags, *, at_front: bool) -> None:
-    """Front or back of a FCFS queue; its rank in a priority queue."""
-    if flags.order == "priority":
+    """Front or back of a FCFS queue; its rank in a sorted queue."""
+    if instance.counters is not None:
+        instance.counters.come_in(job, instance.waiting)
+    if flags.order in SORTED:
         instance.waiting.append(job)
-        instance.waiting.sort(key=queue_key)
+        instance.waiting.sort(key=lambda job: queue_key(job, flags))
     elif at_front:
         instance.waiting.insert(0, job)
     else:
@@ -72,7 +71,7 @@ def schedule_running(instance: Instance, plan: Plan, flags: Flags) -> None:
         lacking, must_be_free = blocks_for(job, tokens, flags)
         while instance.free_blocks < must_be_free:
             if flags.victim == "lowest_priority":
-                victim = max(instance.running, key=queue_key)
+                victim = max(instance.running, key=lambda job: queue_key(job, flags))
             else:
                 victim = next((j for j in reversed(instance.running[position:]) if not j.pending), None)
             if victim is None:
@@ -152,7 +151,8 @@ def join_held(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | 
         job = queue[0]
         lacking, must_be_free = blocks_for(job, 1, flags)
         while instance.free_blocks < must_be_free:
-            if instance.running or instance.in_transfer or not instance.ready:
+            is_more_to_come = instance.in_transfer or instance.stopped or instance.inbound_blocks
+            if instance.running or is_more_to_come or not instance.ready:
                 return
             victim = instance.ready[-1]
             preempt(instance, victim, plan, flags)
@@ -177,7 +177,7 @@ def admit(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | None
         and not plan.is_short
     ):
         heads = (job for job in instance.waiting if visible is None or job.request.id in visible)
-        job = next(heads, None)
+        job = next(heads, None) if instance.counters is None else instance.counters.next_of(instance.waiting)
         if job is None:
             return
         # With a prefix cache the first chunk starts behind what is cached now.
@@ -196,6 +196,8 @@ def admit(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | None
         instance.waiting.remove(job)
         instance.running.append(job)
         admitted.append(job)
+        if instance.counters is not None:
+            instance.counters.admit(job)
         if instance.cache is not None:
             hold_cached(instance, job, chunk)
         else:

@@ -5,6 +5,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from .migration import LiveMigration
 from .state import BatchStatsRef
 
 
@@ -14,7 +15,10 @@ class RequestResult:
 
     cached_tokens: tokens found in the prefix cache at the first admission; hit_tokens: at all admissions.
     decode_instance, accepted_s, delivered_s: who decoded, and when the transfer to it was accepted and over; None where
-    `instance` did it all.
+    `instance` did it all. With clients, of the last of so many sendings, at last_sent_s, but for arrival_s; status is
+    then also timed_out or rejected, and ended_s when that was.
+    `instance` did it all. swaps: to host memory; swap_s: seconds between arrival and end by which copies delayed
+    iterations of the instance, and those in which this one's own copy was on the way in.
     """
 
     id: int
@@ -30,6 +34,11 @@ class RequestResult:
     decode_instance: int | None = None
     accepted_s: float | None = None
     delivered_s: float | None = None
+    ended_s: float | None = None
+    sendings: int = 1
+    last_sent_s: float | None = None
+    swaps: int = 0
+    swap_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -74,11 +83,26 @@ class TransferRecord:
 
 
 @dataclass(frozen=True)
+class PartRecord:
+    """Some images of a request: where and when they were encoded, and their embeddings' way."""
+
+    request: int
+    owner: int
+    tiles: int
+    started_s: float
+    encoded_s: float
+    accepted_s: float
+    delivered_s: float
+
+
+@dataclass(frozen=True)
 class ReferenceResult:
     """Requests in the order given, iterations in the order started, and how close arrivals came to ties.
 
     `transfers` are in the order accepted. `merges_left_out`: times when simdistserve would have put two batches of
-    decodes into one before a stage.
+    decodes into one before a stage. `live`: the controller of migrations, as it was at the end.
+    `lifts`: of virtual token counters that were raised as a request came in;
+    `lifts_of_empty`: of these into an empty queue. `turns`: when another request was next only as counters went up.
 
     `margins` pairs each arrival with the iteration ends (of any instance) next to it, one before, one after
     and one at the same instant if there are: (the earlier of the two times, their distance), in seconds. With
@@ -91,6 +115,14 @@ class ReferenceResult:
     margins: list[tuple[float, float]]
     transfers: list[TransferRecord] = field(default_factory=list)
     merges_left_out: int = 0
+    live: LiveMigration | None = None
+    parts: list[PartRecord] = field(default_factory=list)
+    encode_iterations: dict[int, tuple[int, float]] = field(default_factory=dict)  # number and busy seconds
+    encode_waits: int = 0  # requests whose embeddings were not accepted at once
+    swapping: list = field(default_factory=list)
+    lifts: int = 0
+    lifts_of_empty: int = 0
+    turns: int = 0
 
     @property
     def smallest_margin_s(self) -> float:

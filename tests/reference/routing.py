@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
+from .migration import demand, headroom
 from .state import Instance, Request
 
 
@@ -56,6 +58,28 @@ def fewest_queued_decodes(request: Request, instances: Sequence[Instance], num_r
     return min(range(len(instances)), key=lambda i: (queued(instances[i]), i))
 
 
+def freest(request: Request, instances: Sequence[Instance], num_routed: int) -> int:
+    """Most blocks a running request when the head of the queue has its own (Llumnix), ties to the lowest index."""
+
+    def freeness(instance: Instance) -> Fraction:
+        wanted = sum(demand(job, instance) for job in instance.waiting[:1])
+        wanted += headroom(instance)
+        return Fraction(instance.free_blocks - wanted, max(1, len(instance.running) + len(instance.ready)))
+
+    return max(range(len(instances)), key=lambda i: (freeness(instances[i]), -i))
+
+
+def most_remaining_steps(request: Request, instances: Sequence[Instance], num_routed: int) -> int:
+    """Most blocks a request when all that wait have theirs; an empty instance first; ties to the lowest index."""
+
+    def steps(instance: Instance) -> Fraction | float:
+        number = len(instance.running) + len(instance.ready) + len(instance.waiting)
+        wanted = sum(demand(job, instance) for job in instance.waiting)
+        return Fraction(instance.free_blocks - wanted, number) if number else math.inf
+
+    return max(range(len(instances)), key=lambda i: (steps(instances[i]), -i))
+
+
 Router = Callable[[Request, Sequence[Instance], int], int]
 ROUTERS: dict[str, Router] = {
     "round_robin": round_robin,
@@ -63,4 +87,6 @@ ROUTERS: dict[str, Router] = {
     "least_outstanding": least_outstanding,
     "power_of_two": power_of_two,
     "least_kv": least_kv,
+    "llumnix_load": freest,
+    "remaining_steps": most_remaining_steps,
 }

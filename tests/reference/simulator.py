@@ -9,18 +9,24 @@ engine and the stages, each of which works on one at a time. A pass sees the seq
 
 With `Request.after` a request waits for the answer to another: a turn of a session.
 
-With `Disaggregation` prompts are computed on some instances and outputs on others.
+With `Clients` requests may end without an answer, and be sent again.
+
+With `Disaggregation` prompts are computed on some instances and outputs on others; with `Encoding` images on others
+again, with `encoder` by the instances that compute the prompts. With `Migration` running requests move between
+instances.
 
 Order of events at one instant: (time, phase, index), phases: deliveries of KV in the order of acceptance,
-iteration ends by instance, arrivals by request, scheduling passes by instance. What an event causes at the same instant
-has its place in this order among what is left. A pass is atomic; it needs an instance with work and no iteration in
-flight.
+iteration ends by instance, the look of a controller, arrivals by request, scheduling passes by instance. What an event
+causes at the same instant has its place in this order among what is left. A pass is atomic; it needs an instance with
+work and no iteration in flight.
 
 Clock (`clock`): Python integers, one tick = 2^-30 s, so sums of times are exact. A duration is rounded to the tick, an
 arrival to 2^-20 s, both half to even. With `round_times=False` times are float64 seconds as they come.
 
 Source: the schedulers of vLLM (V0 and V1), SGLang, TensorRT-LLM, Sarathi-Serve and Orca (the last two as in
 Vidur), DistServe, and LLMServe/DistServe `simdistserve` (`decode_context_limit`).
+
+Orders of the waiting queue (`fairness`): sorted by a key, or by virtual token counters.
 
 Prefix caching (`Flags.prefix_caching`, vLLM V1 only): the pool of an instance is a `PrefixCache`, block by block.
 
@@ -35,23 +41,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .checks import check_batch, check_between_iterations, check_cluster, check_instance, check_links, refuse_impossible
+from .clients import PHASE_TIMEOUT, Clients
 from .clock import ARRIVAL_GRID_TICKS, Clock
 from .disaggregation import Disaggregation, HandOver
+from .encoding import Encoders, Encoding
 from .flags import PRESETS, UNLIMITED, Flags, preset
 from .memory import release
+from .migration import LiveMigration, Migration
 from .passes import enqueue, scheduling_pass
-from .results import IterationRecord, ReferenceResult, RequestResult, TransferRecord, arrival_margins, neighbour_margins
+from .results import (
+    IterationRecord,
+    PartRecord,
+    ReferenceResult,
+    RequestResult,
+    TransferRecord,
+    arrival_margins,
+    neighbour_margins,
+)
 from .routing import ROUTERS, Router, fewest_prefills, fewest_queued_decodes
+from .scaling import Fleet, Scaling
 from .state import BatchStatsRef, Instance, Job, Request, batch_stats
+from .swapping import SwapState, swapping_pass
 from .transfers import Transfer
 
 __all__ = [
-    "PRESETS", "ROUTERS", "UNLIMITED", "BatchStatsRef", "Disaggregation", "Flags", "IterationRecord", "ReferenceResult",
-    "Request", "RequestResult", "Router", "TransferRecord", "arrival_margins", "fewest_prefills",
-    "fewest_queued_decodes", "preset", "simulate",
+    "PRESETS", "ROUTERS", "UNLIMITED", "BatchStatsRef", "Disaggregation", "Encoding", "Flags", "IterationRecord",
+    "Migration", "ReferenceResult", "Request", "RequestResult", "Router", "Scaling", "TransferRecord",
+    "arrival_margins", "fewest_prefills", "fewest_queued_decodes", "preset", "simulate",
 ]
 
-PHASE_DELIVERY, PHASE_ITERATION_END, PHASE_ARRIVAL, PHASE_PASS = 0, 1, 2, 3
+PHASE_DELIVERY, PHASE_ITERATION_END, PHASE_CONTROL, PHASE_ARRIVAL, PHASE_PASS = range(5)
 
 Cost = Callable[[BatchStatsRef], float]
 StageCost = Callable[[BatchStatsRef], Sequence[float]]
@@ -68,6 +87,11 @@ def simulate(
     ranks: int = 1,
     stage_cost: StageCost | Sequence[StageCost | None] | None = None,
     disaggregation: Disaggregation | None = None,
+    migration: Migration | None = None,
+    scaling: Scaling | None = None,
+    clients: Clients | None = None,
+    encoding: Encoding | None = None,
+    encoder: Sequence[tuple[float, float]] | None = None,
 ) -> ReferenceResult:
     """Serves all requests to the end.
 
@@ -80,7 +104,12 @@ def simulate(
     - ranks: so many instances each, one behind the other, iterate together: none starts or ends before the others.
     - stage_cost: seconds of one iteration in the engine and in each stage of a pipeline; by default nothing in the
       engine, and `cost` in equal parts.
+    - clients: what they and the cluster do where an answer takes too long; by default all wait for ever.
     - disaggregation: roles of the instances and what is between them; by default all are mixed.
+    - migration: of running requests; by default there is none. scaling: of how many instances are on, beside it.
+    - encoding: rules of the instances whose role is to encode images.
+    - encoder: of each instance the seconds (base, a tile) by which an iteration is longer that has the first tokens of
+      requests with images, where these are not encoded elsewhere.
 
     Raises ValueError for a request that can never be served, AssertionError where a law is broken.
     """
@@ -101,11 +130,11 @@ def simulate(
         for one, role in set(zip(all_flags, roles, strict=True)):
             if role == "prefill":
                 refuse_impossible(replace(request, output=1), one)
-            elif role == "mixed" or request.output > 1:
+            elif role == "mixed" or (role == "decode" and request.output > 1):
                 refuse_impossible(request, one)
     instances = [Instance(i, one, role) for i, (one, role) in enumerate(zip(all_flags, roles, strict=True))]
     simulation = Simulation(requests, instances, router, of_each(cost), of_each(stage_cost), Clock(round_times), ranks,
-                            disaggregation)
+                            disaggregation, clients, encoding, encoder, migration, scaling)
     simulation.run()
     simulation.check_end()
     return simulation.result()
@@ -115,7 +144,10 @@ class Simulation:
     """A run: the heap, the instances, and what an event does."""
 
     def __init__(self, requests: Sequence[Request], instances: list[Instance], router: str | Router, costs: list[Cost],
-                 stage_costs: list[StageCost | None], clock: Clock, ranks: int, rules: Disaggregation | None):
+                 stage_costs: list[StageCost | None], clock: Clock, ranks: int, rules: Disaggregation | None,
+                 clients: Clients | None = None, encoding: Encoding | None = None,
+                 encoder: Sequence[tuple[float, float]] | None = None, migration: Migration | None = None,
+                 scaling: Scaling | None = None):
         self.instances, self.costs, self.clock, self.ranks = instances, costs, clock, ranks
         self.route = ROUTERS[router] if isinstance(router, str) else router
         self.prefilling = [instance for instance in instances if instance.can_prefill]
@@ -132,13 +164,33 @@ class Simulation:
                 self.followers.setdefault(request.after, []).append(number)
         self.rules = rules
         self.hand_over = None if rules is None else HandOver(rules, instances, clock, self.expect_delivery)
+        self.encoder = encoder
+        self.encoders = None
+        if encoding is not None:
+            self.encoders = Encoders(
+                encoding, rules.roles, self.jobs, clock, self.hand_over, self.choose,
+                lambda index, end: heapq.heappush(self.events, (end, PHASE_ITERATION_END, index)),
+                lambda index: heapq.heappush(self.events, (self.now, PHASE_PASS, index)), self.enter)
         self.transfers: dict[tuple, Transfer] = {}  # on the way
+        self.look_at: float | None = None  # when the controller looks next
+        self.fleet = scaling and Fleet(scaling, instances, clock)
+        self.live = migration and LiveMigration(
+            migration, instances, clock, self.expect_stage, self.ask_for_pass, fleet=self.fleet,
+            prefers_calm=any(instance.flags.headroom_blocks for instance in instances))
         self.iterations: list[IterationRecord] = []
         self.iteration_ends: list[list[float]] = [[] for _ in instances]
+        for instance in instances:
+            if instance.flags.swapping is not None:
+                instance.swap = SwapState()
         self.num_routed = self.num_finished = 0
+        self.clients = clients
+        self.earlier_jobs: list[Job] = []  # sendings behind which there was another
+        self.num_unheard = 0  # tokens that nobody was there for
         self.now = 0
         self.events: list[tuple] = [(job.arrival, PHASE_ARRIVAL, number) for number, job in enumerate(self.jobs)
                                     if job.request.after is None]
+        if self.fleet:
+            self.events.append((clock.ticks(scaling.check_s), PHASE_CONTROL, 0))
         heapq.heapify(self.events)
 
     @staticmethod
@@ -148,23 +200,50 @@ class Simulation:
     def run(self) -> None:
         while self.events:
             time, phase, index = heapq.heappop(self.events)
+            if phase == PHASE_CONTROL and index == 1 and self.look_at != time:
+                continue
+            if self.live and phase == PHASE_DELIVERY:
+                self.now = time
+                self.live.is_over = self.num_finished == len(self.jobs)
+                self.live.stage_ends(index, time)
+                self.check_migration()
+                continue
             if phase == PHASE_DELIVERY and (index not in self.transfers or self.transfers[index].due != time):
                 continue  # due at another time since
             assert time >= self.now, "the clock ran back"
             self.now = time
             if phase == PHASE_DELIVERY:
                 self.deliver(self.transfers.pop(index))
+            elif phase == PHASE_ITERATION_END and self.instances[index].role == "encode":
+                self.encoders.end(index, self.now)
+            elif phase == PHASE_PASS and self.instances[index].role == "encode":
+                self.encoders.start(index, self.now)
             elif phase == PHASE_ITERATION_END:
                 for instance in self.together(self.instances[index]):
                     if instance.flights:
                         self.end_iteration(instance)
                 self.ask_for_pass(self.instances[index], is_return=True)
+            elif phase == PHASE_CONTROL and index == 0:
+                if self.num_finished < len(self.jobs):
+                    self.fleet.switch_off(self.now, self.live.is_busy)
+                    self.fleet.look(self.now)
+                    heapq.heappush(self.events, (self.now + self.clock.ticks(self.fleet.rules.check_s), phase, 0))
+            elif phase == PHASE_CONTROL:
+                if self.fleet and self.num_finished < len(self.jobs):
+                    self.fleet.switch_off(self.now, self.live.is_busy)
+                self.live.look(self.now)
+                self.look_at = None
+                self.expect_look()
+            elif phase == PHASE_TIMEOUT:
+                self.time_out(*index)
             elif phase == PHASE_ARRIVAL:
-                self.arrive(self.jobs[index])
+                self.arrive(self.jobs[index] if self.clients is None else self.send(index))
             else:
                 self.start_iterations(self.instances[index])
             if self.rules is not None:
                 check_cluster(self.instances, self.num_routed - self.num_finished)
+            if self.live:
+                self.check_migration()
 
     def together(self, instance: Instance) -> list[Instance]:
         first = instance.index // self.ranks * self.ranks
@@ -191,17 +270,94 @@ class Simulation:
         self.transfers[transfer.key] = transfer
         heapq.heappush(self.events, (transfer.due, PHASE_DELIVERY, transfer.key))
 
+    def expect_stage(self, time: float, number: int) -> None:
+        heapq.heappush(self.events, (time, PHASE_DELIVERY, number))
+
+    def expect_look(self) -> None:
+        if any(instance.outstanding for instance in self.instances):
+            self.look_at = self.now + self.clock.ticks(self.live.rules.polling_s)
+            heapq.heappush(self.events, (self.look_at, PHASE_CONTROL, 1))
+
+    def check_migration(self) -> None:
+        for instance in self.instances:
+            check_instance(instance, instance.flags)
+        assert sum(i.outstanding for i in self.instances) == self.num_routed - self.num_finished
+    def choose(self, job: Job) -> Instance:
+        """Who computes the prompt."""
+        able = self.prefilling
+        if self.fleet:
+            able = [self.instances[i] for i in self.fleet.those("on", self.now)]
+        instance = able[self.route(job.request, able, self.num_routed)]
+        job.instance, job.sequence = instance.index, self.num_routed
+        self.num_routed += 1
+        return instance
+
+    def enter(self, instance: Instance, job: Job) -> None:
+        is_first = not any(instance.outstanding for instance in self.instances)
+        enqueue(instance, job, instance.flags, at_front=False)
+        if self.live and is_first:
+            self.expect_look()
+        self.ask_for_pass(instance)
+
     def deliver(self, transfer: Transfer) -> None:
+        if self.instances[transfer.source].role == "encode":
+            self.encoders.deliver(transfer, self.instances[transfer.destination], self.now)
+            return
         self.hand_over.deliver(transfer, self.now)
         for index in (transfer.source, transfer.destination):
             self.ask_for_pass(self.instances[index])
 
+    def send(self, number: int) -> Job:
+        """The first sending of a request, or the next one, and how long its client waits for it."""
+        job = self.jobs[number]
+        if job.ended is not None:
+            self.earlier_jobs.append(job)
+            job = self.jobs[number] = Job(job.request, self.now, sending=job.sending + 1)
+        for is_first_token, wait_s in ((False, job.request.deadline_s), (True, job.request.first_token_deadline_s)):
+            if math.isfinite(wait_s):
+                until = self.now + self.clock.ticks(wait_s, ARRIVAL_GRID_TICKS)
+                heapq.heappush(self.events, (until, PHASE_TIMEOUT, (number, job.sending, is_first_token)))
+        return job
+
+    def time_out(self, number: int, sending: int, is_first_token: bool) -> None:
+        job = self.jobs[number]
+        if job.sending != sending or job.ended is not None or (is_first_token and job.first_token is not None):
+            return
+        instance = self.instances[job.instance]
+        job.is_given_up = True
+        if job in instance.waiting:
+            instance.waiting.remove(job)
+            if instance.waiting_at_start is not None:
+                instance.waiting_at_start.discard(job.request.id)  # what comes again is not known yet
+        elif not any(job is flying for flight in instance.flights for flying, _ in flight):
+            release(instance, job)
+            instance.running.remove(job)
+        self.fail(number, "timed_out")
+
+    def fail(self, number: int, status: str) -> None:
+        """A sending ended without an answer."""
+        job = self.jobs[number]
+        job.status, job.ended, job.is_given_up = status, self.now, True
+        if job.sending <= len(self.clients.backoff_s):
+            wait = self.clock.ticks(self.clients.backoff_s[job.sending - 1], ARRIVAL_GRID_TICKS)
+            heapq.heappush(self.events, (self.now + wait, PHASE_ARRIVAL, number))
+
     def arrive(self, job: Job) -> None:
-        instance = self.prefilling[self.route(job.request, self.prefilling, self.num_routed)]
-        job.instance = instance.index
-        self.num_routed += 1
-        enqueue(instance, job, instance.flags, at_front=False)
-        self.ask_for_pass(instance)
+        limits = self.clients
+        if limits is not None and sum(i.outstanding for i in self.instances) >= limits.max_outstanding:
+            self.fail(self.jobs.index(job), "rejected")
+            return
+        if self.encoders is not None and job.request.tiles:
+            self.encoders.arrive(job)
+            return
+        instance = self.choose(job)
+        if limits is not None and len(instance.waiting) >= limits.max_waiting:
+            job.instance = None
+            self.fail(self.jobs.index(job), "rejected")
+            return
+        if instance.swap is not None:
+            instance.swap.at_arrival[job.request.id] = instance.swap.stood
+        self.enter(instance, job)
 
     def end_iteration(self, instance: Instance) -> None:
         flags = instance.flags
@@ -213,19 +369,38 @@ class Simulation:
             job.computed += tokens
             job.pending -= tokens
             assert job.computed <= job.known
+            if job.is_given_up:
+                self.num_unheard += job.computed == job.known
+                release(instance, job)
+                instance.running.remove(job)
+                continue
             if job.computed < job.known:
                 continue
             job.emitted += 1
+            if instance.counters is not None:
+                instance.counters.produce(job)
             job.is_prefilled = True
+            job.is_newcomer = False
             if job.first_token is None:
                 job.first_token = self.now
+                if self.encoders is not None:
+                    self.encoders.release(instance, job)
             if job.emitted == job.request.output:
-                job.finish = self.now
+                job.finish = job.ended = self.now
+                job.status = "finished"
+                if instance.swap is not None:
+                    instance.swap.host_used -= instance.swap.on_host.pop(job, 0)
+                    gone = instance.swap.stood - instance.swap.at_arrival[job.request.id]
+                    instance.swap.waited[job.request.id] = instance.swap.waited.get(job.request.id, 0) + gone
                 self.num_finished += 1
                 for number in self.followers.get(job.request.id, ()):
                     self.expect_follower(number)
                 release(instance, job)
                 instance.running.remove(job)
+                if self.live:
+                    self.live.finished(job)
+            elif self.live and self.live.is_stopping(job):
+                self.live.stop(job, self.now)
             elif instance.role == "prefill":
                 self.hand_over.leave(instance, job, self.now)
             elif flags.decode_context_limit is not None:
@@ -238,10 +413,14 @@ class Simulation:
                 instance.new_token_ratio = flags.new_token_ratio_init
         if instance.role == "decode":
             self.hand_over.accept(instance, self.now)
+        elif self.encoders is not None:
+            self.encoders.accept(instance, self.now)
 
     def start_iterations(self, leader: Instance) -> None:
         """What one scheduling event starts: a batch on every rank, or as many as the pipeline takes."""
         leader.is_pass_due = False
+        if leader.swap is not None and leader.flights:
+            return  # a copy is through, but somebody came first
         if leader.flags.pass_when_stage_free:
             leader.on_first_stage = []
             if leader.has_work and self.start_iteration(leader) is not None:
@@ -261,24 +440,42 @@ class Simulation:
         """Returns its end, None if nothing can be scheduled until a batch or blocks return."""
         flags = instance.flags
         visible = instance.waiting_at_start if flags.async_scheduling else None
-        plan = scheduling_pass(instance, flags, visible)
+        if instance.swap is None:
+            plan = scheduling_pass(instance, flags, visible)
+        else:
+            instance.swap.now, instance.swap.iterations = self.now, len(self.iteration_ends[instance.index])
+            plan = swapping_pass(instance, self.clock.ticks)
+            instance.swap.peak = max(instance.swap.peak, flags.num_blocks - instance.free_blocks)
         check_batch(instance, plan, flags)
         check_instance(instance, flags)
         instance.preempted_before += [job.request.id for job in plan.preempted]
         if not plan.entries and instance.flights:
             return None
         if not plan.entries:
-            if plan.preempted or visible is not None:
+            has_called = instance.swap is not None and instance.swap.has_called
+            if plan.preempted or visible is not None or has_called:
                 # Nothing runs and something waits: the engine's loop comes round at once, seeing everybody.
                 instance.waiting_at_start = None
                 return self.start_iteration(instance)
-            assert instance.leaving or instance.in_transfer, "an idle instance with work is stuck"
+            if instance.swap is not None and instance.swap.next_due() is not None:
+                heapq.heappush(self.events, (instance.swap.next_due(), PHASE_PASS, instance.index))
+                return None
+            is_more_to_come = instance.stopped or instance.inbound_blocks
+            assert instance.leaving or instance.in_transfer or is_more_to_come, "an idle instance with work is stuck"
             return None
+        tiles = 0
         for job, _ in plan.entries:
             if job.scheduled is None:
                 job.scheduled = self.now
+                tiles += sum(job.request.tiles)
+                if self.encoders is not None:
+                    self.encoders.taken(instance, job)
         stats = batch_stats(plan.entries)
-        end = self._end_of(instance, stats)
+        encoding_s = 0.0
+        if self.encoder is not None and tiles:
+            base_s, tile_s = self.encoder[instance.index]
+            encoding_s = base_s + tile_s * tiles
+        end = self._end_of(instance, stats, encoding_s)
         for job, tokens in plan.entries:
             job.pending += tokens
             job.iteration = end - self.now
@@ -301,17 +498,20 @@ class Simulation:
             heapq.heappush(self.events, (end, PHASE_ITERATION_END, instance.index))
         return end
 
-    def _end_of(self, instance: Instance, stats: BatchStatsRef) -> float:
+    def _end_of(self, instance: Instance, stats: BatchStatsRef, encoding_s: float = 0.0) -> float:
         """The batch goes through the engine and the stages, each of which is first done with what it has."""
         flags = instance.flags
         if flags.stages == 1:
-            seconds = [self.costs[instance.index](stats)]
+            seconds = [self.costs[instance.index](stats) + encoding_s]
         else:
             seconds = self.stage_costs[instance.index](stats)
         assert all(math.isfinite(x) and x >= 0 for x in seconds)
         swapped_s = instance.swapped_tokens * flags.kv_bytes_per_token / flags.swap_bandwidth
         instance.swapped_tokens = 0
         end = self.now + self.clock.ticks(swapped_s)
+        if instance.swap is not None:
+            end += instance.swap.delay
+            instance.swap.stood, instance.swap.delay = instance.swap.stood + instance.swap.delay, 0
         for stage, part in enumerate(seconds):
             start = max(end, instance.stage_free[stage])
             if flags.pass_when_stage_free and stats.num_decode and stage:
@@ -326,7 +526,12 @@ class Simulation:
         for instance in self.instances:
             assert not instance.has_work and not instance.outstanding and not instance.flights and not instance.leaving
             assert instance.free_blocks == instance.flags.num_blocks
-        for job in self.jobs:
+        everybody = self.jobs + self.earlier_jobs
+        for job in everybody:
+            assert job.ended is not None and job.blocks == 0
+            if job.status != "finished":
+                assert self.clients is not None and job.emitted < job.request.output and job.finish is None
+                continue
             assert job.finish is not None and job.emitted == job.request.output
             assert job.computed == job.request.prompt + job.request.output - 1
             assert job.arrival <= job.scheduled <= job.first_token <= job.finish
@@ -334,14 +539,18 @@ class Simulation:
             assert (job.delivered is not None) == is_handed_over
             if is_handed_over:
                 assert job.first_token <= job.accepted <= job.delivered <= job.finish
-        assert sum(record.stats.num_sampled for record in self.iterations) == sum(j.emitted for j in self.jobs)
+        emitted = self.num_unheard + sum(job.emitted for job in everybody)
+        assert sum(record.stats.num_sampled for record in self.iterations) == emitted
         processed = sum(sum(record.batch.values()) for record in self.iterations)
-        assert processed == sum(job.computed + job.lost_tokens - job.hit_tokens for job in self.jobs)
-        assert sum(len(record.preempted) for record in self.iterations) == sum(job.preemptions for job in self.jobs)
+        assert processed == sum(job.computed + job.lost_tokens - job.hit_tokens for job in everybody)
+        assert sum(len(record.preempted) for record in self.iterations) == sum(job.preemptions for job in everybody)
         if self.hand_over is not None:
-            moved = [transfer.job for transfer in self.hand_over.transfers]
+            moved = [transfer.job for transfer in self.hand_over.transfers if isinstance(transfer.job, Job)]
             assert len(set(map(id, moved))) == len(moved) == sum(job.delivered is not None for job in self.jobs)
             check_links(self.hand_over.transfers, self.rules.links, self.rules.discipline, self.hand_over.latency)
+
+        if self.encoders is not None:
+            self.encoders.check_end()
 
     def result(self) -> ReferenceResult:
         seconds = self.clock.seconds
@@ -349,7 +558,12 @@ class Simulation:
         def if_any(ticks: float | None) -> float | None:
             return None if ticks is None else seconds(ticks)
 
-        arrivals, times = [job.arrival for job in self.jobs], self.iteration_ends
+        def or_nan(ticks: float | None) -> float:
+            return math.nan if ticks is None else seconds(ticks)
+
+        first_of = {job.request.id: job.arrival for job in self.earlier_jobs if job.sending == 1}
+        arrivals = [first_of.get(job.request.id, job.arrival) for job in self.jobs]
+        times = self.iteration_ends
         transfers = [] if self.hand_over is None else self.hand_over.transfers
         if self.hand_over is not None:
             times = [*times, [transfer.due for transfer in transfers]]
@@ -361,26 +575,47 @@ class Simulation:
                 RequestResult(
                     id=job.request.id,
                     instance=job.instance,
-                    arrival_s=seconds(job.arrival),
-                    scheduled_s=seconds(job.scheduled),
-                    first_token_s=seconds(job.first_token),
-                    finish_s=seconds(job.finish),
+                    arrival_s=seconds(arrival),
+                    scheduled_s=or_nan(job.scheduled),
+                    first_token_s=or_nan(job.first_token),
+                    finish_s=or_nan(job.finish),
                     preemptions=job.preemptions,
-                    status="finished",
+                    status=job.status,
+                    ended_s=or_nan(job.ended),
+                    sendings=job.sending,
+                    last_sent_s=seconds(job.arrival),
                     cached_tokens=job.cached_tokens or 0,
                     hit_tokens=job.hit_tokens,
                     decode_instance=job.decode_instance,
                     accepted_s=if_any(job.accepted),
                     delivered_s=if_any(job.delivered),
+                    swaps=self._swaps(job, "swaps"),
+                    swap_s=seconds(self._swaps(job, "waited")),
                 )
-                for job in self.jobs
+                for job, arrival in zip(self.jobs, arrivals, strict=True)
             ],
             iterations=self.iterations,
+            parts=[] if self.encoders is None else [
+                PartRecord(name, part.owner, part.tiles, *map(seconds, (part.started, part.encoded, part.accepted,
+                                                                        part.delivered)))
+                for name, parts in self.encoders.parts.items() for part in parts],
+            encode_iterations={} if self.encoders is None else {
+                i: (one.num_iterations, seconds(one.busy)) for i, one in self.encoders.instances.items()},
+            encode_waits=0 if self.encoders is None else self.encoders.waits,
             margins=margins,
             transfers=[
                 TransferRecord(transfer.job.request.id, transfer.source, transfer.destination, transfer.num_bytes,
                                seconds(transfer.accepted), seconds(transfer.start), seconds(transfer.due))
                 for transfer in transfers
             ],
+            live=self.live,
+            lifts=sum(i.counters.lifts for i in self.instances if i.counters is not None),
+            lifts_of_empty=sum(i.counters.lifts_of_empty for i in self.instances if i.counters is not None),
+            turns=sum(i.counters.turns for i in self.instances if i.counters is not None),
             merges_left_out=sum(instance.merges_left_out for instance in self.instances),
+            swapping=[instance.swap for instance in self.instances if instance.swap is not None],
         )
+
+    def _swaps(self, job: Job, name: str) -> float:
+        swap = self.instances[job.instance].swap
+        return 0 if swap is None else getattr(swap, name).get(job.request.id, 0)

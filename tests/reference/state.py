@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from . import prefix_cache
+from . import fairness, prefix_cache
 from .flags import Flags
 
 
@@ -15,7 +15,12 @@ class Request:
     blocks behind the last hash are nobody else's. They may go on through the output, which the next turn of a session
     finds.
 
+    tiles: of each of its images, whose tokens are part of the prompt.
+
     after: id of the request whose answer brings this one about, `think_s` after its last token, whatever `arrival_s`.
+
+    deadline_s, first_token_deadline_s: how long its client waits, from each sending, for the last and the first token.
+    tenant, predicted (output tokens), limit_s (from the arrival): what orders of the queue go by.
     """
 
     id: int
@@ -28,6 +33,12 @@ class Request:
     prefix_hashes: tuple[Hashable, ...] = ()
     after: int | None = None
     think_s: float = 0.0
+    deadline_s: float = float("inf")
+    first_token_deadline_s: float = float("inf")
+    tiles: tuple[int, ...] = ()
+    tenant: int = 0
+    predicted: int = 0
+    limit_s: float = 0.0
 
     def __post_init__(self):
         if self.max_tokens is None:
@@ -69,11 +80,17 @@ class Job:
     first_token: float | None = None
     finish: float | None = None
     iteration: float = 0  # duration of the last one it was in
+    is_newcomer: bool = False  # it migrated and has computed nothing since
+    sending: int = 1  # the first, second, ... of its request
+    status: str = "sent"
+    ended: float | None = None
+    is_given_up: bool = False  # its client is gone
     # Disaggregated: who decodes, blocks still held by who prefilled, when the transfer was accepted and over.
     decode_instance: int | None = None
     source_blocks: int = 0
     accepted: float | None = None
     delivered: float | None = None
+    sequence: int = 0  # arrivals before it
 
     @property
     def known(self) -> int:
@@ -119,6 +136,9 @@ class Instance:
     in_transfer: list[Job] = field(default_factory=list)
     ready: list[Job] = field(default_factory=list)
     swapped: list[Job] = field(default_factory=list)
+    stopped: list[Job] = field(default_factory=list)  # for the last stage of a migration
+    inbound_blocks: int = 0  # taken for a request that migrates here
+    embedding: list[Job] = field(default_factory=list)  # chosen to compute it, its embeddings are not here yet
     flights: list[list[tuple[Job, int]]] = field(default_factory=list)
     on_first_stage: list[tuple[Job, int]] = field(default_factory=list)  # the batch there
     stage_free: list[float] = field(init=False)  # when the engine, and each stage, is free
@@ -132,29 +152,35 @@ class Instance:
     swapped_tokens: int = 0  # moved out of the pool and into it since the last iteration
     cache: prefix_cache.PrefixCache | None = None
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
+    swap: object = None  # `swapping.SwapState`
+    counters: "fairness.VirtualTokenCounters | None" = None
 
     def __post_init__(self):
         self.free_blocks = self.flags.num_blocks
         self.new_token_ratio = self.flags.new_token_ratio_init
         self.stage_free = [0] * (self.flags.stages + 1)
         self.stage_start = [0] * (self.flags.stages + 1)
+        if self.flags.order == "vtc":
+            self.counters = fairness.VirtualTokenCounters(self.flags.prices)
         if self.flags.prefix_caching:
             self.cache = prefix_cache.PrefixCache(self.flags.num_blocks, self.flags.block_size)
 
     @property
     def can_prefill(self) -> bool:
-        return self.role != "decode"
+        return self.role not in ("decode", "encode")
 
     @property
     def has_work(self) -> bool:
         """Somebody is here that a pass could schedule, now or when blocks are free."""
-        return bool(self.waiting or self.running or self.ready or self.swapped)
+        is_coming = self.swap is not None and self.in_transfer
+        return bool(self.waiting or self.running or self.ready or self.swapped or is_coming)
 
     @property
     def outstanding(self) -> int:
         """Requests whose next token comes from here."""
-        queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped)
-        return sum(map(len, queues))
+        queues = (self.waiting, self.running, self.unaccepted, self.in_transfer, self.ready, self.swapped,
+                  self.stopped, self.embedding)
+        return sum(not job.is_given_up for queue in queues for job in queue)
 
 
 @dataclass(eq=False)

@@ -12,11 +12,13 @@ import pytest
 
 from jaxsim import cli
 from jaxsim._core.errors import InputError
-from jaxsim.reproduce import burstgpt, command, distserve, runs
-from jaxsim.reproduce.claim import NOT_REPRODUCED, REPRODUCED
+from jaxsim.reproduce import burstgpt, command, distserve, epd, llumnix, runs
+from jaxsim.reproduce.claim import NO_GATE, NOT_REPRODUCED, REPRODUCED
 from jaxsim.spec.scenario import Scenario
 
 pytestmark = pytest.mark.unoptimised
+
+KNOWN = ", ".join((*command.SYSTEMS, command.ALL))
 
 STUDIES = [file.name.removesuffix(".toml") for file in resources.files("jaxsim.scenarios").joinpath(
     "reproduce").iterdir() if file.name.endswith(".toml")]
@@ -36,7 +38,7 @@ def test_every_point_of_a_study_can_be_simulated(name):
 
 @pytest.mark.parametrize("name", command.SYSTEMS)
 def test_a_system_has_a_module_and_a_page(name):
-    module = importlib.import_module(f"jaxsim.reproduce.{name}")
+    module = importlib.import_module(f"jaxsim.reproduce.{name.replace('-', '_')}")
     page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert module.DESCRIPTION in page and f"{name}.png" in page and f"jaxsim reproduce {name}" in page
 
@@ -94,12 +96,28 @@ def test_bursts_must_raise_every_step(values, verdict):
     assert len(claims) == 2 and {claim.verdict for claim in claims} == {verdict}
 
 
-def test_no_failures_are_made_up():
-    trend, releases = burstgpt._failure_claims(rows_of((1, 2, 3, 4)))
-    assert trend.ours == (0, 0, 0, 0) and releases.ours is None
-    assert trend.verdict == releases.verdict == NOT_REPRODUCED
-    failing = rows_of((1, 2, 3, 4)).assign(failed=lambda rows: (10 / rows["alpha"] + rows["seed"]).astype(int))
-    assert burstgpt._failure_claims(failing)[0].verdict == REPRODUCED
+def failures_of(shares: dict[float, tuple[float, ...]]) -> pd.DataFrame:
+    """Runs of 4 seeds with these failed shares, by rate and alpha."""
+    return pd.DataFrame([
+        {"seed": seed, "alpha": alpha, "workload.rate_rps": rate, burstgpt.FAILED: share * (1 + 0.01 * seed)}
+        for rate, row in shares.items() for seed in range(4)
+        for alpha, share in zip(burstgpt.ALPHAS, row, strict=True)])
+
+
+def test_failures_must_rise_below_saturation():
+    rising, falling = (0.001, 0.002, 0.01, 0.04), (0.1, 0.09, 0.08, 0.07)
+    below, beyond, loads, releases = burstgpt._failure_claims(failures_of({5.0: rising, 7.0: falling}), 1.0)
+    assert below.verdict == REPRODUCED and beyond.verdict == loads.verdict == NO_GATE
+    assert releases.verdict == NOT_REPRODUCED and releases.ours is None
+    assert burstgpt._failure_claims(failures_of({5.0: falling}), 1.0)[0].verdict == NOT_REPRODUCED
+    assert burstgpt._failure_claims(failures_of({5.0: (0.0,) * 4}), 1.0)[0].verdict == NOT_REPRODUCED
+
+
+def test_releases_lie_between_loads():
+    shares = pd.Series([0.001, 0.0185, 0.05], index=[4.0, 5.0, 6.0])
+    assert burstgpt.bracketed(shares) == (
+        "1.78 % lies between 4 and 5 requests/s, 1.92 % lies between 5 and 6 requests/s, "
+        "7.26 % lies outside of these loads")
 
 
 # ---- DistServe
@@ -167,12 +185,55 @@ def test_a_system_from_the_command_to_its_files(monkeypatch, tmp_path, capsys, s
         assert ("reason" in record) == (not is_near)
 
 
+# ---- Llumnix
+
+
+def load_rows(gain: float) -> pd.DataFrame:
+    """Runs of 4 seeds whose metrics are `gain` times larger without migration; the last rate is fallen behind."""
+    rows = []
+    for rate in (40, 50, 60):
+        for takes, factor in ((llumnix.STAYS, gain), (llumnix.MIGRATES, 1.0)):
+            rows += [{"seed": seed, llumnix.RATE: rate, llumnix.TAKES: takes, "unstable": rate == 60,
+                      "preemptions.requests_share": 0.1, **dict.fromkeys(
+                          ("preemptions.total", "p99_ttft_ms", "p99_e2el_ms", "p99_tpot_ms",
+                           "preemptions.mean_stall_ms"),
+                          factor * (1 + 0.001 * seed) * (100 if rate == 60 else 1))} for seed in range(4)]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("gain, verdict", [(3.0, REPRODUCED), (1.0, NOT_REPRODUCED), (0.5, NOT_REPRODUCED)])
+def test_migration_must_help_beyond_noise(gain, verdict):
+    claims = [claim for claim in llumnix._load_claims(load_rows(gain)) if claim.is_order]
+    assert len(claims) == 9 and {claim.verdict for claim in claims} == {verdict}
+
+
+def test_times_shorter_are_of_rates_kept_up_with():
+    assert llumnix._gain(load_rows(3.0), "p99_ttft_ms").tolist() == pytest.approx([3.0, 3.0])
+
+
+def test_instances_saved_are_read_off_curves():
+    """Half as many instances at every P99; none where the curves share no P99."""
+    points = pd.DataFrame({llumnix.OUT: [5, 10, 20], "scaling.mean_instances": [4.0, 6.0, 8.0],
+                           "p99_ttft_ms": [400.0, 300.0, 200.0]})
+    stays = points.assign(**{llumnix.TAKES: llumnix.STAYS})
+    moves = points.assign(**{llumnix.TAKES: llumnix.MIGRATES, "scaling.mean_instances": [2.0, 3.0, 4.0]})
+    assert llumnix._saved(pd.concat([stays, moves])) == pytest.approx(0.5)
+    assert np.isnan(llumnix._saved(pd.concat([stays, moves.assign(p99_ttft_ms=[40.0, 30.0, 20.0])])))
+
+
+def test_copies_take_what_the_link_takes():
+    """2 x 32 layers x 4096 x 2 bytes a token, over 8 GB a second."""
+    claims = llumnix._memory_claims()
+    assert [claim.verdict for claim in claims] == [REPRODUCED] * 3
+    assert claims[1].ours == pytest.approx(1e3 * 1024 * 2 * 32 * 4096 * 2 / 8e9)
+
+
 # ---- the command
 
 
 @pytest.mark.parametrize("words, says", [
-    ([], "is missing; give one of burstgpt, distserve, all"),
-    (["burst"], "NAME = 'burst': cannot be reproduced; give one of burstgpt, distserve, all"),
+    ([], f"is missing; give one of {KNOWN}"),
+    (["burst"], f"NAME = 'burst': cannot be reproduced; give one of {KNOWN}"),
     (["all", "--seeds", "1"], "--seeds = 1"), (["all", "--seeds", "-3"], "--seeds = -3"),
     (["distserve", "--out", ""], "--out")])
 def test_refusals(words, says, capsys, monkeypatch, tmp_path):
@@ -197,14 +258,15 @@ def test_all_are_run_whatever_the_verdicts(monkeypatch, tmp_path, capsys):
         claim = Claim(system=name, claim="x", source="y", paper=1.0, ours=2.0, tolerance=0.1)
         return lambda seeds: Reproduction((claim,), lambda path: path.write_bytes(b""))
 
-    for module in (burstgpt, distserve):
-        monkeypatch.setattr(module, "reproduce", made_up(module.__name__.rpartition(".")[2]))
+    for name in command.SYSTEMS:
+        module = importlib.import_module(f"jaxsim.reproduce.{name.replace('-', '_')}")
+        monkeypatch.setattr(module, "reproduce", made_up(name))
     for words in (["--json"], []):
         assert cli.main(["reproduce", "all", "--out", str(tmp_path), *words]) == 0
     out = capsys.readouterr().out
     records, _ = json.JSONDecoder().raw_decode(out)
     assert [record["system"] for record in records] == list(command.SYSTEMS)
-    assert out.count("1 not reproduced") == 2
+    assert out.count("1 not reproduced") == len(command.SYSTEMS)
     assert {path.name for path in tmp_path.iterdir()} == {f for name in command.SYSTEMS for f in command.files(name)}
 
 
@@ -215,3 +277,41 @@ def test_scenarios_are_untouched_by_the_number_of_seeds():
     first, second = few.scenario_at(point), many.scenario_at(point)
     assert second.seeds[:2] == first.seeds
     assert msgspec.structs.replace(second, num_seeds=2) == first and isinstance(first, Scenario)
+
+
+# ---- EPD
+
+
+def test_memory_ratios_are_those_of_the_parts():
+    """By hand: bytes of 8.099e9 and 0.486e9 parameters, and two images of 640 tokens."""
+    ratios = epd.memory_ratios(epd.MODEL)
+    kv, embedding = 640 * 28 * 2 * 4 * 128 * 2, 640 * 3584 * 2
+    together, apart = 2 * 8.099e9 + 2 * (kv + embedding), 2 * 0.4864e9 + 2 * embedding
+    assert ratios["memory"] == pytest.approx(together / apart, rel=1e-3)
+    assert ratios["kv"] == pytest.approx((40e9 - 2 * 7.613e9) / (40e9 - 2 * 8.099e9), rel=1e-3)
+    # A model that half of the memory does not hold has no ratio.
+    large = epd.memory_ratios("internvl2-26b")
+    assert np.isnan(large["batch"]) and np.isnan(large["kv"]) and large["memory"] > 1
+
+
+def made_up_runs(apart_ms: float) -> pd.DataFrame:
+    return pd.DataFrame([
+        {"system": system, "workload.rate_rps": rate, "cluster.encode.tile_ms": tile, "seed": seed,
+         "mean_ttft_ms": (apart_ms if system == "epd-encode" else 1000.0) + 7 * seed, "slo.attainment": 0.5}
+        for system in epd.SYSTEMS for rate in (0.25, 1, 2) for tile in (15, 30, 60) for seed in range(3)])
+
+
+def test_orders_can_be_missed():
+    for apart_ms, verdict in ((600.0, REPRODUCED), (1000.0, NOT_REPRODUCED), (1200.0, NOT_REPRODUCED)):
+        claims = [claim for claim in epd.order_claims(made_up_runs(apart_ms)) if claim.is_gate]
+        assert len(claims) == 12 and {claim.verdict for claim in claims} == {verdict}
+
+
+def test_dealing_is_held_against_the_closed_form():
+    """Alone: 0.1 s of prompt behind n images of 0.3 s."""
+    rows = pd.DataFrame([{"workload.images.number": n, "cluster.encode.split_images": split, "seed": seed,
+                          "mean_ttft_ms": 1e3 * (0.1 + 0.3 * (1 if split else n))}
+                         for n in (2, 6) for split in (True, False) for seed in range(2)])
+    assert {claim.verdict for claim in epd.split_claims(rows)} == {REPRODUCED}
+    rows.loc[rows["cluster.encode.split_images"], "mean_ttft_ms"] *= 1.1
+    assert {claim.verdict for claim in epd.split_claims(rows)} == {NOT_REPRODUCED}

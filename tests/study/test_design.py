@@ -35,6 +35,21 @@ def test_grid_zip_and_derived_fields():
     assert len(list(study(axes=AXIS, where=where).points())) == 2
 
 
+def test_axes_reach_into_lists():
+    """Of pools by their place, whose settings may be any; the scenario itself stays as it was."""
+    pools = [{"role": "prefill"}, {"role": "decode", "replicas": 2}]
+    base = {"schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+            "cluster": {"pools": pools}, "workload": {"kind": "poisson", "rate_rps": 1.0}}
+    made = study(scenario=base, axes={"cluster.pools.0.replicas": [1, 3], "cluster.transfer.gb_per_s": [1.0, 2.0]},
+                 zip=[{"cluster.pools.1.engine.max_num_seqs": [8, 16]}])
+    points = list(made.points())
+    assert len(points) == 8
+    found = {(s.cluster.pools[0].replicas, s.cluster.pools[1].engine["max_num_seqs"], s.cluster.transfer.gb_per_s)
+             for s in map(made.scenario_at, points)}
+    assert found == {(replicas, n, gb) for replicas in (1, 3) for n in (8, 16) for gb in (1.0, 2.0)}
+    assert made.base_tree()["cluster"]["pools"] == pools
+
+
 def test_samples_fill_their_box():
     sample = {"num": 64, "axes": {"workload.rate_rps": {"from": 1, "to": 64, "scale": "log"},
                                   "engine.max_num_seqs": {"from": 8, "to": 64, "whole": True},
@@ -63,6 +78,8 @@ def test_ranges():
     ({"axes": {"workload.rate_rp": [1]}}, "axes.workload.rate_rp", None),
     ({"axes": {"engine.max_num_seq": [1]}}, "axes.engine.max_num_seq", "engine.max_num_seqs"),
     ({"axes": {"enginee.max_num_seqs": [1]}}, "axes.enginee.max_num_seqs", "engine.max_num_seqs"),
+    ({"axes": {"cluster.pools.replicas": [1]}}, "axes.cluster.pools.replicas", "cluster.pools.0.replicas"),
+    ({"axes": {"cluster.pools.0.replica": [1]}}, "axes.cluster.pools.0.replica", "cluster.pools.0.replicas"),
     ({"axes": {"engine.max_num_seqs": []}}, "axes.engine.max_num_seqs", "is empty"),
     ({"axes": {"cost.front_end_s": {"from": 0, "to": 1, "num": 3, "scale": "log"}}}, "axes.cost.front_end_s", "log"),
     ({"axes": {"cost.front_end_s": {"from": 0, "to": 1}}}, "axes.cost.front_end_s.num", "missing"),
