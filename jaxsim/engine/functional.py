@@ -70,7 +70,8 @@ def inputs(scenario: Scenario, seed: int | None = None) -> tuple[Dims, Params, R
         raise InputError("workload.client", None, "requests that end without an answer have no derivatives here",
                          "leave out workload.client and cluster.admission, or use jaxsim.simulate")
     (lane,) = prepare(0, scenario, record_steps=False)
-    requests = lower.make_requests(lane.workload, lane.dims, lane.prefixes, lane.params.flags.order)
+    requests = lower.make_requests(lane.workload, lane.dims, lane.prefixes, is_split=lane.is_split,
+                                   order=lane.params.flags.order)
     return lane.dims, *jax.tree.map(jnp.asarray, (lane.params, requests))
 
 

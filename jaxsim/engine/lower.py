@@ -875,7 +875,7 @@ class Prefixes(NamedTuple):
         return int((self.paths >= 0).sum()) + len(self.paths)
 
 
-def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None,
+def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None, *,
                   patience: Int[np.ndarray, "requests 4"] | None = None, is_split: bool = True,
                   order: str = "fcfs") -> Requests:
     """The workload as the loop reads it, padded. patience: of `make_patience`; is_split: images of a request are

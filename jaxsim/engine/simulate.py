@@ -96,8 +96,8 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     done = {}
     for (dims, *_), group in groups.items():
         params = _stack([lane.params for lane in group])
-        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, lane.patience, lane.is_split,
-                                               lane.params.flags.order)
+        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, patience=lane.patience,
+                                               is_split=lane.is_split, order=lane.params.flags.order)
                            for lane in group])
         world = jax.device_get(loop.run_on_one_device(dims, params, requests))
         done |= {id(lane): _unpack(dims, world, index, lane) for index, lane in enumerate(group)}

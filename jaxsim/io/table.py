@@ -224,6 +224,12 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
         given_up = sum(moves[f"aborted_{cause}"] for cause in ABORTS)
         facts.append(("migrations", f"{number(moves['total'])} of {number(moves['requests'])} requests{stop};"
                                     f" {number(given_up)} given up"))
+    swaps = m.get("swaps")
+    if swaps is not None:
+        lost = "" if swaps["delay_share"] is None else (
+            f"; copies stood before iterations for {100 * swaps['delay_share']:.1f} % of the time with one in flight")
+        facts.append(("swaps", f"{number(swaps['total'])}, {number(swaps['copied_blocks'])} blocks copied to host"
+                               f" memory{lost}"))
     fleet = m.get("scaling")
     if fleet is not None:
         facts.append(("instances", f"{number(fleet['mean_instances'])} on average, {number(fleet['starts'])} started,"

@@ -617,5 +617,6 @@ class Simulation:
         )
 
     def _swaps(self, job: Job, name: str) -> float:
-        swap = self.instances[job.instance].swap
+        # Who was refused has been nowhere.
+        swap = None if job.instance is None else self.instances[job.instance].swap
         return 0 if swap is None else getattr(swap, name).get(job.request.id, 0)
