@@ -1,0 +1,154 @@
+"""Workloads that a system cannot serve are refused before anything is compiled."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxsim._core.errors import InputError
+from jaxsim.engine.common import MAX_SPAN_S
+from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
+from jaxsim.engine.lower.links import transfer_rates
+from jaxsim.engine.lower.systems import System
+from jaxsim.policy.routing import AbstractRouting
+from jaxsim.spec.dims import Dims
+from jaxsim.spec.scenario import Scenario
+from jaxsim.workload.workload import Workload
+
+
+def check_requests(system: System, workload: Workload) -> None:
+    """Refuse requests that no schedule can serve. Raises `InputError` for the first."""
+    for pool in system.pools:
+        if pool.role == "encode":
+            continue
+        # A prompt is all that a prefill engine holds of a request.
+        one = np.ones_like(workload.output_tokens)
+        prompts = dataclasses.replace(workload, output_tokens=one, max_tokens=one)
+        check_requests(pool.system, prompts if pool.role == "prefill" else workload)
+    if system.pools:
+        return
+    s = system.scheduler
+    if workload.num_images is not None and (s.num_stages > 1 or system.num_ranks > 1):
+        raise InputError("workload.images", int(workload.num_images.max()),
+                         "are not simulated with pipeline stages or ranks that iterate together",
+                         "use engine.pipeline_parallel_size = 1 and no expert parallelism")
+    if not workload.arrival_s[-1] <= MAX_ARRIVAL_S:
+        raise InputError("workload", f"last arrival at {workload.arrival_s[-1]:.3g} s",
+                         f"is beyond the {MAX_ARRIVAL_S:.0g} s that are simulated", "raise the rate, or replay less")
+    prompt = workload.input_tokens.astype(np.int64)
+    output, limit = workload.output_tokens.astype(np.int64), workload.max_tokens.astype(np.int64)
+
+    def refuse(is_bad, value, problem, remedy):
+        if is_bad.any():
+            i = int(np.argmax(is_bad))
+            raise InputError(f"workload request {i}", f"{prompt[i]} prompt + {limit[i]} output tokens",
+                             problem(int(value[i])), remedy)
+
+    is_all = system.model is not None and system.max_model_len >= system.model.max_position
+    refuse(prompt + limit > system.max_model_len, prompt + limit,
+           lambda n: f"{n} tokens exceed max_model_len = {system.max_model_len}",
+           ("" if is_all else "raise engine.max_model_len, ")
+           + "cut outputs with workload.output_limit, or leave such requests out")
+    recomputed = prompt + output - 1 if s.reserve in ("none", "prompt", "expected") else prompt
+    if not s.chunked_prefill:
+        refuse(recomputed > s.max_num_batched_tokens, recomputed,
+               lambda n: f"{n} tokens in one iteration exceed max_num_batched_tokens ="
+                         f" {s.max_num_batched_tokens}, and prompts are not chunked",
+               "raise engine.max_num_batched_tokens, or set engine.enable_chunked_prefill = true")
+    if s.decode_context_limit is not None:
+        refuse(prompt + output > s.decode_context_limit, prompt + output,
+               lambda n: f"{n} tokens of context exceed decode_context_limit = {s.decode_context_limit}, so it would"
+                         " never decode", "raise engine.decode_context_limit, or leave such requests out")
+    if not s.kv_accounting:
+        return
+    held = {"max_tokens": prompt + limit, "max_model_len": np.full_like(prompt, system.max_model_len),
+            "expected": prompt + limit + s.retract_free_tokens}.get(s.reserve, prompt + output - 1)
+    # Who comes back from host memory wants a block beyond its own.
+    blocks = -(-held // s.block_size) + (system.swap is not None)
+    if system.swap is not None and system.swap.redraw is not None and len(prompt) >= MOST_DRAWN:
+        raise InputError("engine.swap.redraw", len(prompt), f"requests are more than the {MOST_DRAWN - 1} whose"
+                         " priorities can be drawn", "leave it out, or simulate in parts")
+    room = system.num_blocks - s.watermark_blocks(system.num_blocks)
+    refuse(blocks > room, blocks,
+           lambda n: f"needs {n} KV blocks of {s.block_size} tokens, the pool has {room}",
+           "raise engine.gpu_memory_utilization or engine.num_gpu_blocks_override, or leave such requests out")
+
+
+MOST_DRAWN = 1 << 18
+"""Requests whose priority and order of arrival are one word."""
+
+MAX_ARRIVAL_S = 1e9
+"""Thirty years."""
+
+
+def counter_room(dims: Dims) -> int:
+    """Output tokens that the packed completion keys can hold; negative where there are too many slots for any."""
+    # A counter runs on for so long before it is wound back.
+    return (1 << (31 - dims.slot_bits)) - STEPS_BETWEEN_REBASES * dims.max_jump - 2 * REBASE_COUNTER
+
+
+def check_counters(dims: Dims, workloads: list[Workload]) -> None:
+    """Refuse outputs that the packed completion keys cannot hold. Raises `InputError`."""
+    room = counter_room(dims)
+    longest = max(int(workload.output_tokens.max()) for workload in workloads)
+    check_tracked(dims, workloads)
+    if longest > room:
+        raise InputError("workload.output", longest,
+                         f"output tokens are more than the {max(room, 0)} that {dims.num_slots}"
+                         " sequences at once leave room for", "shorten outputs, or lower engine.max_num_seqs")
+
+
+TREE_TOKENS = 1 << 24
+"""Tokens that the tree of `cache_aware` holds of an instance: SGLang's 2^26 characters, at four a token."""
+
+
+def check_tracked(dims: Dims, workloads: list[Workload]) -> None:
+    """Refuse workloads that a router cannot follow. Raises `InputError`."""
+    for workload in workloads:
+        if dims.route_by == "session" and workload.session is None:
+            raise InputError("cluster.router", "session_affinity", "needs sessions, and the workload has none",
+                             "give workload.sessions, or use 'prefix_hash'")
+        tokens = int(workload.input_tokens.astype(np.int64).sum())
+        if dims.tracks_sent and tokens > TREE_TOKENS * dims.all_ranks and _distinct_tokens(workload) > TREE_TOKENS:
+            raise InputError("workload.num_requests", len(workload),
+                             f"has prompts of more than the {TREE_TOKENS:,} distinct tokens that the router's tree of"
+                             " an instance holds before it forgets, which is not simulated", "simulate fewer")
+
+
+def _distinct_tokens(workload: Workload) -> int:
+    """Of all prompts, at most: blocks that several have in common count once."""
+    tokens = int(workload.input_tokens.astype(np.int64).sum())
+    if workload.prefix_hashes is None:
+        return tokens
+    repeated = len(workload.prefix_hashes) - len(np.unique(workload.prefix_hashes))
+    return tokens - repeated * workload.prefix_block_size
+
+
+def routing_dims(routing: AbstractRouting | None, dims: Dims) -> Dims:
+    """Sizes with what a router reads, where there is anything to choose."""
+    if routing is None or dims.all_ranks == 1:
+        return dims
+    return dataclasses.replace(dims, tracks_prefill=bool(routing.reads_prefill), tracks_sent=bool(routing.reads_sent),
+                               has_noise=bool(routing.reads_noise), route_by=routing.route_by)
+
+
+def check_routing(dims: Dims, routing: AbstractRouting) -> None:
+    """Refuse a router that reads what a run made for another does not keep. Raises `InputError`."""
+    is_there = (dims.num_segments or not routing.reads_cache) and routing_dims(routing, dims) == dims
+    if dims.all_ranks > 1 and not is_there:
+        raise InputError("routing", type(routing).__name__, "reads what this scenario does not keep",
+                         "give the scenario that router, or one that reads no caches, sessions or noise")
+
+
+def check_transfers(scenario: Scenario, system: System, workload: Workload) -> None:
+    """Refuse links so slow that the clock cannot tell when a transfer ends. Raises `InputError`."""
+    if not system.has_roles:
+        return
+    given, (bytes_per_token, bytes_per_s) = scenario.cluster.transfer, transfer_rates(scenario, system)
+    latency_s = 1e-6 * given.latency_us if given else 0.0
+    seconds = latency_s + workload.input_tokens * (bytes_per_token / bytes_per_s)
+    for what, value, most in (("one transfer", seconds.max(), MAX_SPAN_S),
+                              ("all transfers, one after the other", seconds.sum(), MAX_ARRIVAL_S)):
+        if not value <= most:
+            raise InputError("cluster.transfer", f"{value:.3g} s for {what}",
+                             f"is beyond the {most:g} s that are simulated",
+                             "raise cluster.transfer.gb_per_s, or lower cluster.transfer.latency_us")

@@ -1,0 +1,47 @@
+"""Cost tables of a scenario."""
+
+from jaxsim.cost.base import AbstractIterationCost
+from jaxsim.cost.fitted import fitted
+from jaxsim.cost.roofline import CUDA_GRAPHS, FRONT_ENDS, roofline
+from jaxsim.engine import measured
+from jaxsim.engine.lower.systems import Pool, System, kinds_of_pools
+from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario
+
+
+def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, max_tokens: int | None = None
+              ) -> AbstractIterationCost | tuple[AbstractIterationCost, ...]:
+    """The cost tables, for up to `num_slots` sequences of up to `longest` tokens; with pools of every kind of them.
+
+    max_tokens: of an iteration, where others that share the program need more than this scenario.
+    """
+    if system.pools:
+        return tuple(_encoding_cost(pool) if pool.role == "encode" else
+                     make_cost(pool.scenario, pool.system, num_slots, longest, max_tokens)
+                     for pool in kinds_of_pools(system))
+    s = system.scheduler
+    most = max(s.most_tokens(num_slots, longest), max_tokens or 0)
+    if isinstance(scenario.cost, FittedCost):
+        head = scenario.cost.head and (scenario.cost.head.a, scenario.cost.head.c)
+        return fitted(*(scenario.cost.rows(kind) for kind in ("prefill", "decode", "mixed")),
+                      exact=scenario.cost.exact, head=head)
+    if isinstance(scenario.cost, ProfiledCost):
+        return measured.tables(scenario, s, system.model, system.device, system.plan, num_slots, longest, max_tokens)[0]
+    model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
+                     host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
+                     moe_backend=scenario.engine.moe_backend, **scenario.cost.overrides)
+    return model.tabulate(most, num_slots, cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode],
+                          async_scheduling=s.async_scheduling)
+
+
+def _encoding_cost(pool: Pool) -> AbstractIterationCost:
+    """Of a pool that encodes; a tile is a block of tokens there."""
+    given = pool.scenario.cluster.encode
+    row = (1e-3 * given.base_ms, 1e-3 * given.tile_ms / pool.system.scheduler.block_size, 0.0, 0.0, 0.0)
+    return fitted(row, row)
+
+
+def front_end_s(scenario: Scenario, system: System) -> float:
+    """Seconds that a request spends outside the engine: in the HTTP server, the tokenizer, the way between."""
+    if scenario.cost.front_end_s is not None:
+        return scenario.cost.front_end_s
+    return 0.0 if isinstance(scenario.cost, FittedCost) else FRONT_ENDS[scenario.cost.host or system.scheduler.host]

@@ -1,0 +1,65 @@
+"""Rates of the links that KV caches travel over."""
+
+import math
+
+import numpy as np
+
+from jaxsim._core.errors import InputError
+from jaxsim.engine.lower.systems import System
+from jaxsim.kernels import clock
+from jaxsim.spec.plan import kv_cache_bytes
+from jaxsim.spec.scenario import Scenario
+from jaxsim.spec.sections import TransferSection
+
+
+def migration_rates(scenario: Scenario, system: System) -> tuple[float, float]:
+    """Bytes of KV a token, and bytes a second out of or into an engine. Raises `InputError` where they are not
+    known.
+    """
+    given, field = scenario.cluster.migration, "cluster.migration.gb_per_s"
+    if system.model is None:
+        raise InputError("model", None, "missing, and the KV cache of a token cannot be known without it",
+                         "name a model, also beside a fitted cost")
+    width = kv_cache_bytes(scenario.kv_dtype, scenario.dtype, system.model)
+    bytes_per_token = system.model.kv_bytes_per_token(width)
+    if given.gb_per_s is not None:
+        return bytes_per_token, 1e9 * given.gb_per_s
+    if system.device is None:
+        raise InputError(field, None, "missing, and without [device] it cannot be derived",
+                         "give the bandwidth of a link between engines")
+    link = system.device.link_among(2, scenario.num_devices)
+    return bytes_per_token, system.plan.num_devices * link.bytes_per_s
+
+
+def transfer_rates(scenario: Scenario, system: System) -> tuple[float, float]:
+    """Bytes of KV a token, and bytes a second of a link between engines. Raises `InputError` where they are not known.
+
+    Every rank of the narrower engine sends or takes what it holds over its own link: its part of the KV heads, or one
+    that others hold too, or all of MLA's latent. What joins devices that are alike is the link of a node as far as all
+    pools lie in one (`DeviceSpec.link_among`); different ones are in different nodes.
+    """
+    given = scenario.cluster.transfer or TransferSection()
+    if not system.scheduler.kv_accounting and given.gb_per_s is None:
+        # Where KV has no size it takes no time.
+        return 0.0, 1.0
+    if system.model is None:
+        raise InputError("model", None, "missing, and the KV cache of a token cannot be known without it",
+                         "name a model, also beside a fitted cost")
+    width = kv_cache_bytes(scenario.kv_dtype, scenario.dtype, system.model)
+    bytes_per_token = system.model.kv_bytes_per_token(width)
+    if given.gb_per_s is not None:
+        return bytes_per_token, 1e9 * given.gb_per_s
+    devices = [pool.system.device for pool in system.pools if pool.role != "mixed"]
+    if None in devices:
+        raise InputError("cluster.transfer.gb_per_s", None, "missing, and without [device] it cannot be derived",
+                         "give the bandwidth of a link between engines")
+    ranks = min(pool.system.plan.tensor_parallel_size for pool in system.pools if pool.role != "mixed")
+    # Links that carry the same twice are no faster for it.
+    parts = bytes_per_token / system.model.kv_bytes_per_token(width, ranks)
+    span = scenario.num_devices if all(d == devices[0] for d in devices) else math.inf
+    return bytes_per_token, parts * min(d.link_among(2, span).bytes_per_s for d in devices)
+
+
+def on_grid(seconds: float) -> float:
+    """A duration as the engine's clock holds it, in a float32: both it and sums of it are then exact."""
+    return float(np.float32(np.round(seconds / clock.GRID_S) * clock.GRID_S))

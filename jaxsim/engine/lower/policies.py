@@ -1,0 +1,279 @@
+"""Policies and their numbers as the loop takes them."""
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxsim._core.errors import InputError
+from jaxsim.cost.base import AbstractIterationCost
+from jaxsim.engine.common import Group, Params
+from jaxsim.engine.lower.costs import front_end_s
+from jaxsim.engine.lower.links import migration_rates, on_grid, transfer_rates
+from jaxsim.engine.lower.systems import Pool, System, host_blocks, kinds_of_pools, of_one, swap_block_bytes
+from jaxsim.kernels import clock
+from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, PartArrivals, Sessions, SortedArrivals
+from jaxsim.policy.batching import Batching
+from jaxsim.policy.clients import UNBOUNDED, Clients, backoffs, patience
+from jaxsim.policy.encoding import Encoder, Encoding
+from jaxsim.policy.fairness import OUTPUT_PRICE, PROMPT_PRICE, TokenCounters, most_ahead, token_counters
+from jaxsim.policy.hand_over import HandOver
+from jaxsim.policy.migration import Migration
+from jaxsim.policy.routing import AbstractRouting, DataParallel, router
+from jaxsim.policy.scaling import Scaling
+from jaxsim.policy.swap import DRAWN_BITS, Swap
+from jaxsim.spec.dims import Dims
+from jaxsim.spec.scenario import Scenario
+from jaxsim.spec.sections import AdmissionSection, ClientSection, TransferSection
+from jaxsim.spec.vision import EMBEDDING_BYTES
+from jaxsim.workload.workload import Workload
+
+
+def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost | tuple[AbstractIterationCost, ...],
+                max_steps: int, workload: Workload | None = None) -> Params:
+    """Policies and numbers as the loop takes them; cost: of `make_cost`; workload: instead of the one that the scenario
+    describes."""
+    groups, group_of = (Group(make_batching(scenario, system), cost),), None
+    has_encoder = scenario.workload.images is not None and not system.has_parts
+    if system.pools:
+        kinds = kinds_of_pools(system)
+        groups = tuple(Group(make_encoding_batching(pool) if pool.role == "encode" else
+                             make_batching(pool.scenario, pool.system), one)
+                       for pool, one in zip(kinds, cost, strict=True))
+        if system.has_free_stages:
+            stages = [np.int32(pool.system.scheduler.num_stages) for pool in kinds]
+            groups = tuple(Group(dataclasses.replace(g.batching, num_stages=n), g.cost)
+                           for g, n in zip(groups, stages, strict=True))
+        if len(kinds) > 1:
+            of_pool = [next(k for k, kind in enumerate(kinds) if of_one(kind) == of_one(pool))
+                       for pool in system.pools]
+            group_of = np.repeat(np.array(of_pool, np.int32), [pool.replicas for pool in system.pools])
+    name, weights = scenario.cluster.router, scenario.cluster.router_weights
+    if name is None and system.plan.data_parallel_size > 1 and not weights:
+        routing = DataParallel()
+    else:
+        routing = router(name or "round_robin", weights)
+    return Params(groups, routing, np.int32(max_steps), make_source(scenario, system, workload), group_of,
+                  hand_over=make_hand_over(scenario, system) if system.has_roles else None,
+                  **make_migration(scenario, system), clients=make_clients(scenario),
+                  encoding=make_encoding(scenario, system) if system.has_parts else None,
+                  encoder=make_encoder(scenario, system) if has_encoder else None)
+
+
+def make_source(scenario: Scenario, system: System, workload: Workload | None = None) -> AbstractSource:
+    """How requests arrive; workload: instead of the one that the scenario describes."""
+    w, outside_s = scenario.workload, front_end_s(scenario, system)
+    if w.has_sessions if workload is None else workload.think_s is not None:
+        return Sessions(np.float32(outside_s))
+    if w.kind == "closed-loop":
+        return ClosedLoop(np.int32(w.concurrency), np.float32((w.think_s or 0.0) + outside_s))
+    return PartArrivals() if system.has_parts else SortedArrivals()
+
+
+def make_clients(scenario: Scenario) -> Clients | None:
+    """Who sends again and who refuses; None where every request is answered."""
+    if not scenario.has_clients:
+        return None
+    client, admission = scenario.workload.client or ClientSection(), scenario.cluster.admission or AdmissionSection()
+
+    def bound(most: int | None) -> np.int32:
+        return UNBOUNDED if most is None else np.int32(most)
+
+    return Clients(backoffs(client.retries, client.backoff_s, client.backoff_factor), bound(admission.max_waiting),
+                   bound(admission.max_outstanding))
+
+
+def make_patience(scenario: Scenario, system: System, workload: Workload) -> Int[np.ndarray, "requests 4"] | None:
+    """How long the client of each request waits for the engine; None where every request is answered.
+
+    What a request spends outside the engine is in a client's wait. Raises `InputError` where that is all of it.
+    """
+    if not scenario.has_clients:
+        return None
+    outside_s, w = front_end_s(scenario, system), scenario.workload
+    waits = []
+    for name in ("deadline_s", "first_token_deadline_s"):
+        common, own = getattr(w.client, name, None), {t.name: getattr(t, name) for t in w.tenants}
+        for field, given in ((f"workload.client.{name}", common),
+                             *((f"workload.tenants: {tenant}.{name}", value) for tenant, value in own.items())):
+            if given is not None and given - outside_s < clock.ARRIVAL_GRID_S:
+                raise InputError(field, given, f"is no more than the {outside_s:g} s that a request spends outside the"
+                                               " engine", "raise it, or lower cost.front_end_s")
+        by_tenant = np.array([np.inf if (wait := own.get(tenant) or common) is None else wait - outside_s
+                              for tenant in workload.tenant_names])
+        waits.append(by_tenant[workload.tenant])
+    return patience(*waits)
+
+
+def make_batching(scenario: Scenario, system: System) -> Batching:
+    """Flags and numbers of the scheduler of an instance."""
+    s = system.scheduler
+    integer, real = np.int32, np.float32
+    batching = Batching(
+        max_num_seqs=integer(s.max_num_seqs), max_num_batched_tokens=integer(s.max_num_batched_tokens),
+        max_model_len=integer(system.max_model_len), num_blocks=integer(system.num_blocks),
+        watermark_blocks=integer(s.watermark_blocks(system.num_blocks)),
+        decode_context_limit=integer(s.decode_context_limit or 0),
+        ratio_start=real(s.ratio_start), ratio_floor=real(s.ratio_floor), ratio_decay=real(s.ratio_decay),
+        reserve_clip_tokens=integer(s.reserve_clip_tokens), retract_free_tokens=integer(s.retract_free_tokens),
+        phase_mix=s.phase_mix, chunked_prefill=s.chunked_prefill, reserve=s.reserve,
+        decode_needs_free_block=s.decode_needs_free_block, victim=s.victim,
+        waiting_blocked_after_preempt=s.waiting_blocked_after_preempt, order=s.order, admit=s.admit,
+        async_scheduling=s.async_scheduling, kv_accounting=s.kv_accounting,
+        has_context_limit=s.decode_context_limit is not None,
+        prefix_caching=scenario.engine.enable_prefix_caching)
+    if system.swap is not None:
+        batching = dataclasses.replace(batching, swap=make_swap(scenario, system))
+    if s.gathers:
+        batching = dataclasses.replace(batching, batch_wait_timeout_iters=integer(s.batch_wait_timeout_iters),
+                                       batch_wait_tokens=integer(s.batch_wait_tokens))
+    if s.num_stages > 1 and not s.pass_when_stage_free:
+        batching = dataclasses.replace(batching, max_batch_seqs=integer(s.max_batch_seqs),
+                                       pass_on_arrival=s.pass_on_arrival)
+    return batching
+
+
+def make_swap(scenario: Scenario, system: System) -> Swap | None:
+    """Host memory, copies and draws of an instance, as the loop takes them."""
+    given, integer, real = system.swap, np.int32, np.float32
+    if given is None:
+        return None
+    drawn, layers = {}, system.model.layers
+    if given.redraw is not None:
+        drawn = dict(period=integer(given.redraw.period_iterations), levels=integer(given.redraw.levels),
+                     locality=integer(round((given.redraw.locality or 0.0) * (1 << DRAWN_BITS))))
+    link = system.device.host_link_bytes_per_s if given.pcie_gb_per_s is None else 1e9 * given.pcie_gb_per_s
+    return Swap(
+        host_blocks=integer(host_blocks(scenario, system)), layers=integer(layers),
+        block_copy_bytes=real(swap_block_bytes(scenario, system) / (2 * layers)), bytes_per_s=real(link),
+        dispatch_s=real(1e-6 * given.dispatch_us), launch_s=real(1e-6 * given.launch_us),
+        run_blocks=integer(given.run_blocks), is_async=np.bool_(given.asynchronous), reuse=np.bool_(given.reuse),
+        **drawn)
+
+
+def with_counters(params: Params, scenario: Scenario, system: System, workload: Workload, dims: Dims) -> Params:
+    """With what tokens cost the tenants of the workload, where these have virtual token counters. Raises
+    `InputError`."""
+    if not dims.num_tenants:
+        return params
+    s, engine = system.scheduler, scenario.engine
+    given = {t.name: t.weight for t in scenario.workload.tenants}
+    weights = [given.get(name, 1.0) for name in workload.tenant_names]
+    ahead = most_ahead(system.max_model_len, system.num_blocks * s.block_size, s.max_num_seqs, system.max_model_len)
+    prices = [default if weight is None else weight for weight, default in (
+        (engine.input_token_weight, PROMPT_PRICE), (engine.output_token_weight, OUTPUT_PRICE))]
+    counters = token_counters(*prices, weights, ahead)
+    if counters is None:
+        raise InputError("workload.tenants", weights, "are weights so far apart that counters of 32 bits do not do",
+                         "bring them closer together, or lower engine.max_num_seqs or engine.max_model_len")
+    more = dims.num_tenants - len(weights)
+    return dataclasses.replace(params, counters=TokenCounters(
+        np.pad(counters.prompt_price, (0, more)), np.pad(counters.output_price, (0, more))))
+
+
+WAITING_BLOCK_SHARE = 0.05
+"""Of a pool. Source: `waiting_block_prop_threshold` of LLMServe/DistServe (`jaxsim.policy.hand_over`)."""
+
+
+def make_hand_over(scenario: Scenario, system: System) -> HandOver:
+    """Who computes prompts and who outputs, and the links between them."""
+    given = scenario.cluster.transfer or TransferSection()
+    replicas = [pool.replicas for pool in system.pools]
+    roles = np.repeat([pool.role for pool in system.pools], replicas)
+    # More blocks than there are bound nothing.
+    share = (given.waiting_block_share or WAITING_BLOCK_SHARE) if given.hand_over == "pull" else 2.0
+    most = [max(math.ceil(share * pool.system.num_blocks), 1) for pool in system.pools]
+    bytes_per_token, bytes_per_s = transfer_rates(scenario, system)
+    try:
+        routing = router(given.router, given.router_weights)
+    except InputError as error:
+        field = error.field.replace("cluster.", "cluster.transfer.")
+        raise InputError(field, error.value, error.problem, error.remedy) from None
+    if _knows(routing):
+        raise InputError("cluster.transfer.router", given.router,
+                         "chooses by prompts, which decode engines do not keep",
+                         "use 'least_outstanding', or another that reads loads only")
+    return HandOver(
+        computes_prompts=(roles == "prefill") | (roles == "encode"), decodes=roles == "decode", routing=routing,
+        most_held=np.repeat(np.array(most, np.int32), replicas),
+        seconds_per_token=np.float32(bytes_per_token / bytes_per_s), latency_s=np.float32(1e-6 * given.latency_us),
+        layers=np.int32(system.model.layers if given.by_layer else 0))
+
+
+def _knows(routing: AbstractRouting) -> bool:
+    """Whether a router reads anything of `jaxsim.engine.caches`, or random numbers or hashes of its own."""
+    return bool(routing.reads_cache or routing.reads_sent or routing.reads_prefill or routing.reads_noise
+                or routing.route_by)
+
+
+def make_encoding_batching(pool: Pool) -> Batching:
+    """Of an engine that encodes: so many parts at once, whole."""
+    most = np.int32(MOST_PART_TOKENS)
+    return dataclasses.replace(make_batching(pool.scenario, pool.system), max_num_batched_tokens=most,
+                               watermark_blocks=np.int32(0))
+
+
+MOST_PART_TOKENS = 1 << 30
+"""More than those of all tiles of a cache."""
+
+
+def make_encoding(scenario: Scenario, system: System) -> Encoding:
+    """Who encodes images, and the way of embeddings. Raises `InputError`."""
+    given, images = scenario.cluster.encode, scenario.workload.images
+    try:
+        dealing = router(given.router, {})
+    except InputError as error:
+        raise InputError("cluster.encode.router", error.value, error.problem, error.remedy) from None
+    width = given.embedding_width or system.model.hidden
+    num_bytes = images.tokens_per_tile * width * EMBEDDING_BYTES
+    count = system.num_executors
+    most = math.ceil(given.waiting_tile_share * given.cache_tiles)
+    return Encoding(
+        encodes=np.repeat([pool.role == "encode" for pool in system.pools], [pool.replicas for pool in system.pools]),
+        dealing=dealing, cache_tiles=np.full(count, given.cache_tiles, np.int32),
+        most_tiles=np.full(count, most, np.int32),
+        seconds_per_tile=np.float32(num_bytes / transfer_rates(scenario, system)[1]))
+
+
+def make_encoder(scenario: Scenario, system: System) -> Encoder:
+    """Those that compute prompts encode images too."""
+    given, count = scenario.cluster.encode, system.num_executors or scenario.cluster.replicas * system.num_independent
+    return Encoder(np.full(count, 1e-3 * given.base_ms, np.float32), np.full(count, 1e-3 * given.tile_ms, np.float32))
+
+
+def moves_of(scenario: Scenario) -> dict[str, bool]:
+    """What of `Dims` says which requests may move, and who asks for loads. Raises `InputError`."""
+    cluster = scenario.cluster
+    is_moving = cluster.migration is not None or cluster.scaling is not None
+    reads_loads = router(cluster.router, cluster.router_weights).reads_loads if cluster.router else False
+    return dict(has_migration=is_moving, has_demands=is_moving or reads_loads, has_scaling=cluster.scaling is not None,
+                has_urgent=cluster.headroom_blocks is not None)
+
+
+NEVER_S = 3600.0
+"""Between looks that find nothing to migrate."""
+
+
+def make_migration(scenario: Scenario, system: System) -> dict:
+    """Of `Params`: the controllers of migrations and of how many executors are on. Raises `InputError`."""
+    cluster, x, i = scenario.cluster, np.float32, np.int32
+    found: dict = {}
+    given = cluster.migration
+    if cluster.headroom_blocks is not None:
+        found["headroom_blocks"] = i(cluster.headroom_blocks)
+    if cluster.scaling is not None:
+        s = cluster.scaling
+        found["scaling"] = Scaling(x(on_grid(s.check_s)), x(s.out_below), x(s.in_above), x(on_grid(s.startup_s)),
+                                   i(s.min_replicas), i(cluster.replicas))
+        if given is None:
+            # Nobody is free enough to take anybody.
+            found["migration"] = Migration(x(NEVER_S), x(-np.inf), x(np.inf), i(1), i(1), x(0), x(0))
+    if given is not None:
+        bytes_per_token, bytes_per_s = migration_rates(scenario, system)
+        found["migration"] = Migration(
+            x(on_grid(given.polling_s)), x(given.out_below),
+            x(given.out_below if given.in_above is None else given.in_above), i(given.max_stages),
+            i(given.last_stage_blocks), x(system.scheduler.block_size * bytes_per_token / bytes_per_s),
+            x(on_grid(1e-6 * given.latency_us)), metric=given.metric, choice=given.choice)
+    return found

@@ -1,0 +1,99 @@
+"""The requests of a run: drawn or read, in the order that the scheduler goes by, with their images."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxsim._core.errors import InputError
+from jaxsim.engine.lower.systems import System
+from jaxsim.spec.scenario import Scenario
+from jaxsim.spec.sections import WorkloadSection
+from jaxsim.traces import read_lengths, read_trace
+from jaxsim.workload.generator import Tenant
+from jaxsim.workload.lengths import Paired
+from jaxsim.workload.named import generator
+from jaxsim.workload.predictions import with_predictions
+from jaxsim.workload.streams import Stream, stream_key, uniforms
+from jaxsim.workload.workload import Workload
+
+
+def make_workload(scenario: Scenario, seed: int) -> Workload:
+    """Draw or read the requests of one run."""
+    return ordered(scenario, _make_workload(scenario, seed), seed)
+
+
+def ordered(scenario: Scenario, workload: Workload, seed: int) -> Workload:
+    """With what the order of the waiting queue goes by: predicted outputs, limits. Raises `InputError`."""
+    order, prediction, slo = scenario.engine.scheduling_policy, scenario.workload.prediction, scenario.slo
+    if prediction is not None:
+        workload = with_predictions(workload, prediction.sigma, seed)
+    if order == "sjf" and workload.predicted_tokens is None:
+        raise InputError("workload.prediction", None, "missing, and the trace has no predicted_tokens for 'sjf'",
+                         "give e.g. { sigma = 0.0 } for exact predictions of output lengths")
+    if order != "edf":
+        return workload
+    own = {t.name: t.deadline_ms or t.ttft_ms for t in scenario.workload.tenants}
+    limits_ms = [own.get(name) or slo.e2e_ms or slo.ttft_ms for name in workload.tenant_names]
+    if None in limits_ms:
+        raise InputError("workload.tenants", workload.tenant_names[limits_ms.index(None)],
+                         "has no limit, and scheduling_policy = 'edf' goes by deadlines",
+                         "give its deadline_ms or ttft_ms, or those of [slo]")
+    return dataclasses.replace(workload, limit_s=np.array(limits_ms)[workload.tenant] / 1e3)
+
+
+def _make_workload(scenario: Scenario, seed: int) -> Workload:
+    w = scenario.workload
+    tenants = tuple(Tenant(t.name, t.share, t.priority) for t in w.tenants)
+    if w.kind == "trace":
+        return read_trace(w.trace, w.format, seed=seed, **w.trace_options())
+    arguments = w.generator_arguments()
+    if tenants:
+        arguments["tenants"] = tenants
+    if w.lengths_from is not None:
+        arguments["lengths"] = Paired(*read_lengths(w.lengths_from))
+    return with_images(generator(**arguments).sample(seed, scenario.num_requests), w, seed)
+
+
+def with_images(workload: Workload, section: WorkloadSection, seed: int) -> Workload:
+    """The same with the images of the section, which are in front of the text of a prompt."""
+    images = section.images
+    if images is None:
+        return workload
+    least, most = images.range
+    draws = uniforms(stream_key(seed, Stream.IMAGES), len(workload), 2)[:, 0]
+    number = np.minimum(least + (draws * (most - least + 1)).astype(np.int64), most)
+    tokens = number * images.tiles_per_image * images.tokens_per_tile
+    return dataclasses.replace(workload, input_tokens=workload.input_tokens + tokens, num_images=number,
+                               tiles_per_image=images.tiles_per_image)
+
+
+def is_split(scenario: Scenario) -> bool:
+    """Whether the images of a request are encoded apart."""
+    return scenario.cluster.encode is None or scenario.cluster.encode.split_images
+
+
+def parts_of(workload: Workload, is_split: bool) -> tuple[Int[np.ndarray, " parts"], Int[np.ndarray, " parts"]]:
+    """Of each part of the images of a request, whose it is and its tiles."""
+    number = workload.num_images
+    count = number if is_split else np.minimum(number, 1)
+    whose = np.repeat(np.arange(len(workload)), count)
+    return whose, (np.ones_like(number) if is_split else number)[whose] * workload.tiles_per_image
+
+
+def num_rows(scenario: Scenario, system: System, workload: Workload) -> int:
+    """Requests, and the parts of images that others encode."""
+    return len(workload) + (len(parts_of(workload, is_split(scenario))[0]) if system.has_parts else 0)
+
+
+MAX_STEPS_A_TOKEN = 4
+"""A run that takes more steps than this for every token of its workload is going in circles."""
+
+
+def step_limit(workload: Workload, num_ranks: int = 1) -> int:
+    """Steps after which a run is stopped; ranks that iterate together take turns."""
+    tokens = int(workload.input_tokens.sum()) + int(workload.output_tokens.sum())
+    if workload.num_images is not None:
+        # Steps of the parts: dealt, begun, ended, accepted, delivered.
+        tokens += 8 * int(workload.num_images.sum())
+    return int(min(1_000 + MAX_STEPS_A_TOKEN * tokens * num_ranks, 2**31 - 1))
