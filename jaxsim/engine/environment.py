@@ -39,7 +39,7 @@ from jaxsim.policy.arrivals import relative_to
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
-from jaxsim.spec.sections import plain
+from jaxsim.spec.values import plain
 from jaxsim.state import world as w
 from jaxsim.state.requests import OUTPUT, PROMPT, Requests
 from jaxsim.state.world import World

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from jaxsim.cost.roofline import notes
 from jaxsim.metrics import ABORTS, FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
+from jaxsim.spec.cluster import PoolSection
 from jaxsim.spec.plan import Plan
 from jaxsim.spec.presets import load_preset
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, RooflineCost, Scenario
-from jaxsim.spec.sections import PoolSection
 
 WIDTH = 100
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from jaxsim.metrics.lane import LaneResult
 from jaxsim.metrics.window import share_inside
 from jaxsim.spec.scenario import Scenario
-from jaxsim.spec.sections import TenantSection
+from jaxsim.spec.workload import TenantSection
 
 FAIRNESS_WINDOWS = 10
 

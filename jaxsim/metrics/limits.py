@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from jaxsim.metrics.lane import FINISHED, STATUS_NAMES
 from jaxsim.spec.scenario import SloSection
-from jaxsim.spec.sections import TenantSection
+from jaxsim.spec.workload import TenantSection
 
 NO_LIMITS = SloSection()
 

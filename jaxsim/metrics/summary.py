@@ -37,7 +37,7 @@ from jaxsim.metrics.power import Devices, energy
 from jaxsim.metrics.stability import is_unstable
 from jaxsim.metrics.window import is_measured, measured_span_s, share_inside
 from jaxsim.spec.scenario import SloSection
-from jaxsim.spec.sections import TenantSection
+from jaxsim.spec.workload import TenantSection
 
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2el")

@@ -5,26 +5,23 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from jaxsim._core.errors import InputError
+from jaxsim.spec.costs import MAX_ITERATION_S, FittedCost, ProfiledCost, RooflineCost
 from jaxsim.spec.engine import SORTED_POLICIES, EngineConfig
 from jaxsim.spec.messages import describe, hints
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.presets import Scheduler, resolve
-from jaxsim.spec.sections import (
+from jaxsim.spec.values import plain
+from jaxsim.spec.workload import (
     FIELDS_OF_KIND,
-    MAX_ITERATION_S,
     SESSION_KINDS,
     WITHOUT_RATE,
     ContinuingTurns,
-    FittedCost,
     FixedLength,
     LogNormalLength,
-    ProfiledCost,
     QuantilesLength,
     QuantilesTime,
-    RooflineCost,
     SessionsSection,
     WorkloadSection,
-    plain,
 )
 
 if TYPE_CHECKING:

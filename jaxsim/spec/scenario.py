@@ -16,23 +16,15 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim.spec.cluster import ClusterSection, PoolSection
+from jaxsim.spec.costs import FittedCost, ProfiledCost, RooflineCost
 from jaxsim.spec.engine import EngineConfig, RedrawSection, SwapSection
 from jaxsim.spec.messages import explain
 from jaxsim.spec.rules import check
-from jaxsim.spec.sections import (
-    ClusterSection,
-    DeviceSection,
-    FittedCost,
-    ModelSection,
-    NotNegative,
-    PoolSection,
-    ProfiledCost,
-    RooflineCost,
-    SloSection,
-    WorkloadSection,
-    every_section,
-)
+from jaxsim.spec.sections import DeviceSection, ModelSection, SloSection
 from jaxsim.spec.toml import dump_toml, parse_toml
+from jaxsim.spec.values import NotNegative, every_section
+from jaxsim.spec.workload import WorkloadSection
 
 __all__ = [
     "ClusterSection", "DeviceSection", "FittedCost", "ModelSection", "ProfiledCost", "RooflineCost", "Scenario",

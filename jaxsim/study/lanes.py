@@ -21,10 +21,10 @@ import numpy as np
 from jaxsim._core.errors import InputError
 from jaxsim.engine import lower, simulate
 from jaxsim.engine.common import Params
+from jaxsim.spec.cluster import TransferSection
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.presets import Scheduler
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario, with_paths
-from jaxsim.spec.sections import TransferSection
 from jaxsim.workload.arrivals import round_to_grid
 from jaxsim.workload.workload import Workload
 

@@ -26,7 +26,7 @@ from jaxsim.metrics import (
     waiting_and_running_until,
 )
 from jaxsim.spec.scenario import SloSection
-from jaxsim.spec.sections import TenantSection
+from jaxsim.spec.workload import TenantSection
 from jaxsim.study.lanes import Run
 from jaxsim.study.tile import Runs
 

@@ -12,7 +12,7 @@ from jaxsim.engine import lower
 from jaxsim.engine import simulate as engine
 from jaxsim.metrics import fair_shares, fairness_of, flatten, lane_metrics
 from jaxsim.policy.fairness import most_ahead, token_counters
-from jaxsim.spec.sections import TenantSection
+from jaxsim.spec.workload import TenantSection
 from jaxsim.study import results as tables
 from jaxsim.study import runner
 from jaxsim.study.study import Study

@@ -7,9 +7,9 @@ import numpy as np
 from jaxsim._core.errors import InputError
 from jaxsim.engine.lower.systems import System
 from jaxsim.kernels import clock
+from jaxsim.spec.cluster import TransferSection
 from jaxsim.spec.plan import kv_cache_bytes
 from jaxsim.spec.scenario import Scenario
-from jaxsim.spec.sections import TransferSection
 
 
 def migration_rates(scenario: Scenario, system: System) -> tuple[float, float]:

@@ -23,10 +23,11 @@ from jaxsim.policy.migration import Migration
 from jaxsim.policy.routing import AbstractRouting, DataParallel, router
 from jaxsim.policy.scaling import Scaling
 from jaxsim.policy.swap import DRAWN_BITS, Swap
+from jaxsim.spec.cluster import AdmissionSection, TransferSection
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
-from jaxsim.spec.sections import AdmissionSection, ClientSection, TransferSection
 from jaxsim.spec.vision import EMBEDDING_BYTES
+from jaxsim.spec.workload import ClientSection
 from jaxsim.workload.workload import Workload
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from jaxsim._core.errors import InputError
 from jaxsim.engine.lower.systems import System
 from jaxsim.spec.scenario import Scenario
-from jaxsim.spec.sections import WorkloadSection
+from jaxsim.spec.workload import WorkloadSection
 from jaxsim.traces import read_lengths, read_trace
 from jaxsim.workload.generator import Tenant
 from jaxsim.workload.lengths import Paired

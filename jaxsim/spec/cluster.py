@@ -1,0 +1,164 @@
+"""The sections of a cluster: its pools, and what moves between them."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from jaxsim.spec.costs import FittedCost
+from jaxsim.spec.engine import Text
+from jaxsim.spec.values import NotNegative, Positive, Section, Tokens
+
+
+class PoolSection(Section, frozen=True):
+    """Some of the engines of a cluster, all alike.
+
+        role: mixed, prefill (prompts, up to the first token), decode (all tokens after it) or encode (images only;
+            engine.max_num_seqs is then how many parts of requests it encodes at once).
+        replicas: how many.
+        device: a name of `jaxsim list devices`, if they run on another than [device].
+        engine: fields of [engine] that are other here.
+        cost: fitted coefficients of these, instead of [cost].
+    """
+
+    role: Literal["mixed", "prefill", "decode", "encode"] = "mixed"
+    replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
+    device: Text | None = None
+    engine: dict[str, Any] = {}
+    cost: FittedCost | None = None
+
+
+class TransferSection(Section, frozen=True):
+    """How the KV cache of a prompt gets from a prefill to a decode engine.
+
+        hand_over: pull (a decode engine takes no more while what it has taken and does not run yet holds
+            waiting_block_share of its blocks) or push (as soon as its free blocks suffice).
+        waiting_block_share: for pull; 0.05, DistServe's, if left out.
+        gb_per_s: of a link, out of a prefill and into a decode engine, each of which carries one transfer after the
+            other; that of the devices between them if left out, times the ranks of the narrower engine.
+        latency_us: of a transfer; none if left out.
+        by_layer: layers are sent as they are computed, so that what is left when the prompt is done is what took longer
+            than its last iteration, at least one layer; else all of it then.
+        router: of decode engines, as cluster.router; least_outstanding if left out.
+        router_weights: numbers of that router, where it has any.
+    """
+
+    hand_over: Literal["pull", "push"] = "pull"
+    waiting_block_share: Annotated[float, Meta(gt=0, le=1)] | None = None
+    gb_per_s: Positive | None = None
+    latency_us: NotNegative = 0.0
+    by_layer: bool = False
+    router: Text = "least_outstanding"
+    router_weights: dict[str, float] = {}
+
+
+class MigrationSection(Section, frozen=True):
+    """Running requests move from full engines to free ones while they decode (Llumnix).
+
+        metric: how free an engine is, in KV blocks a request: remaining_steps (of Llumnix's public code) or freeness
+            (of its paper).
+        choice: who goes: the shortest running request, or the last_come.
+        polling_s: between two looks at all engines.
+        out_below: engines less free than this send requests, and so do those where a preempted one waits.
+        in_above: engines freer than this take them; out_below if left out.
+        max_stages: stages of copying after which a migration is given up.
+        last_stage_blocks: no more than these are copied while the request stands still.
+        gb_per_s: of the link out of or into an engine; that of the device between two of them if left out, times its
+            ranks.
+        latency_us: of a stage.
+    """
+
+    metric: Literal["remaining_steps", "freeness"] = "remaining_steps"
+    choice: Literal["shortest", "last_come"] = "shortest"
+    polling_s: Annotated[float, Meta(ge=0.001, le=3600)] = 0.05
+    out_below: float = 3.0
+    in_above: float | None = None
+    max_stages: Annotated[int, Meta(ge=1, le=1000)] = 3
+    last_stage_blocks: Annotated[int, Meta(ge=1, le=1 << 20)] = 16
+    gb_per_s: Positive | None = None
+    latency_us: NotNegative = 0.0
+
+
+class ScalingSection(Section, frozen=True):
+    """Engines are switched on and off, one at a time, to keep the mean freeness of those that are on in a band.
+
+    Freeness is the remaining_steps of all that are on taken together, in KV blocks a request. cluster.replicas is the
+    most that are on.
+
+        min_replicas: the fewest, which are on at the beginning.
+        check_s: between two looks.
+        out_below: one more is started below this.
+        in_above: one is drained above this.
+        startup_s: from the start of an engine to when it takes requests.
+    """
+
+    min_replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
+    check_s: Annotated[float, Meta(ge=0.001, le=3600)] = 10.0
+    out_below: float = 10.0
+    in_above: float = 60.0
+    startup_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+
+
+class AdmissionSection(Section, frozen=True):
+    """What the cluster refuses, with an answer at once (HTTP 429).
+
+        max_waiting: an engine refuses who is routed to it while so many wait there.
+        max_outstanding: the cluster refuses whoever comes while so many wait or run in all of it.
+    """
+
+    max_waiting: Annotated[int, Meta(ge=0, le=1 << 30)] | None = None
+    max_outstanding: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
+
+
+class EncodeSection(Section, frozen=True):
+    """The encoding of images: base_ms + tile_ms x tiles for a batch of them.
+
+        base_ms: of a batch.
+        tile_ms: of a tile in it.
+        cache_tiles: of the multimodal cache of an encode engine, and of one that takes embeddings.
+        waiting_tile_share: an engine accepts no more requests while embeddings of those that it has accepted and not
+            begun hold this share of its cache.
+        split_images: the images of a request are dealt to several encode engines; otherwise one encodes all.
+        router: which encode engine gets them, as cluster.router.
+        embedding_width: numbers of two bytes of the embedding of a token; the model's hidden size if left out.
+    """
+
+    base_ms: NotNegative
+    tile_ms: NotNegative
+    cache_tiles: Annotated[int, Meta(ge=1, le=1 << 20)] = 3000
+    waiting_tile_share: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    split_images: bool = True
+    router: Text = "round_robin"
+    embedding_width: Tokens | None = None
+
+
+class ClusterSection(Section, frozen=True):
+    """How many engines, and who chooses among them.
+
+        replicas: independent engines, each with its own queue and KV pool.
+        router: a name of `jaxsim list policies`, or the dotted path of a router class; round_robin if left out, or with
+            data-parallel ranks vLLM's own balancer among all of them.
+        router_weights: numbers of the router, where it has any.
+        pools: engines that differ, in role, device or settings, instead of replicas.
+        migration: of running requests between replicas.
+        scaling: replicas are switched on and off.
+        headroom_blocks: KV blocks that freeness keeps for requests of a priority below 0 on an engine where one runs.
+        admission: what is refused; nothing if left out.
+        transfer: of KV between pools, with prefill and decode engines, and of embeddings, with encode engines.
+        encode: how images are encoded: by the pools of role encode, otherwise by all that compute prompts.
+    """
+
+    replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
+    router: Text | None = None
+    router_weights: dict[str, float] = {}
+    pools: tuple[PoolSection, ...] = ()
+    transfer: TransferSection | None = None
+    migration: MigrationSection | None = None
+    scaling: ScalingSection | None = None
+    headroom_blocks: Annotated[int, Meta(ge=1, le=1 << 27)] | None = None
+    admission: AdmissionSection | None = None
+    encode: EncodeSection | None = None
+
+    @property
+    def has_roles(self) -> bool:
+        """Prompts and outputs are computed by different engines."""
+        return any(pool.role != "mixed" for pool in self.pools)
