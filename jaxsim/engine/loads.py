@@ -1,9 +1,11 @@
 """How loaded every instance is at one instant, for routers and controllers that ask."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxsim.engine.common import Context, blocks_for, take
+from jaxsim.kernels import bitmap
 from jaxsim.policy.loads import Loads
 from jaxsim.state import world as w
 from jaxsim.state.requests import PROMPT
@@ -21,6 +23,10 @@ def loads_of(context: Context, used_blocks: Int[Array, " ranks"]) -> Loads:
     dims, _, requests, world, _ = context
     ranks = w.count_rows(dims).everything(world.counts).rank
     heads, waiting, running = ranks.queue.front.ravel(), ranks.waiting.ravel(), ranks.running.ravel()
+    if context.params.flags.sorts:
+        places = jax.vmap(lambda rank: bitmap.smallest(lambda word: take(world.waiting_set, rank, word),
+                                                       dims.num_requests))(jnp.arange(dims.all_ranks))
+        heads = take(requests.by_place, jnp.where(waiting > 0, places, 0))
     if ranks.ready is not None:
         running = running + ranks.ready.length.ravel()
     known = take(requests.table, heads)[:, PROMPT] + take(world.progress, heads)[:, 0]

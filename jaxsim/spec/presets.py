@@ -300,10 +300,9 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     for field, value, is_wrong, problem, remedy in (
         ("victim", victim, (victim == "fewest_outputs") != (reserve == "expected"),
          f"does not go with reserve = {reserve!r}", "'fewest_outputs' and reserve 'expected' go together"),
-        ("victim", victim, victim != "lowest_priority" if order == "priority" else
-         victim == "lowest_priority" and order not in SORTED_POLICIES,
+        ("victim", victim, victim == ("fewest_outputs" if order in SORTED_POLICIES else "lowest_priority"),
          f"does not go with scheduling_policy = {order!r}",
-         "'lowest_priority' and scheduling_policy 'priority' belong together"),
+         "use 'last_admitted', or a scheduling_policy that sorts, such as 'priority'"),
         ("reserve", reserve, reserve == "expected" and phase_mix != "prefill_first",
          f"does not go with phase_mix = {phase_mix!r}", "set engine.phase_mix = 'prefill_first'"),
         ("decode_needs_free_block", block_rule, block_rule == "always" and reserve != "prompt",

@@ -140,8 +140,9 @@ def _check_system(s: "Scenario") -> None:
     if s.device and s.device.numbers is not None:
         s.device.spec()
     if isinstance(s.cost, RooflineCost | ProfiledCost):
+        pools = s.cluster.pools
         for field in ("model", "device"):
-            if getattr(s, field) is None:
+            if getattr(s, field) is None and not (field == "device" and pools and all(p.device for p in pools)):
                 raise InputError(field, None, f"missing, and a {s.cost.__struct_config__.tag} cost needs it",
                                  f"add a [{field}] section, or give coefficients with cost.kind = 'fitted'")
         for name, value in s.cost.overrides.items():
@@ -218,8 +219,10 @@ def _check_migration(s: "Scenario") -> None:
     where = f"cluster.{moving}" if moving else "cluster.router"
     value = plain(getattr(cluster, moving)) if moving else cluster.router
     scheduler = _scheduler(engine)
-    if scheduler.order != "fcfs":
-        raise InputError("engine.scheduling_policy", scheduler.order, f"is not simulated with {where}", "use 'fcfs'")
+    if scheduler.order != "fcfs" and (scheduler.order == "vtc" or scheduler.victim != "last_admitted"):
+        raise InputError("engine.scheduling_policy", scheduler.order,
+                         f"is not simulated with {where} where it says who is preempted too",
+                         "use 'fcfs', or 'priority' with engine.victim = 'last_admitted'")
     if not scheduler.kv_accounting:
         raise InputError(where, value, f"reads KV memory, of which {scheduler.preset} keeps no account",
                          "use a preset 'vllm-v1'")

@@ -5,6 +5,7 @@ Imports are inside the functions, so that the command line answers --help withou
 
 import argparse
 import itertools
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> No
                          "give at least 1, or leave it out")
     study = chosen(options.study, values)
     start = time.perf_counter()
+    is_new = not options.dry_run and not folder.exists()
     with _progress() as progress:
         if not options.dry_run:
             runner.claim(study, folder)
@@ -63,6 +65,12 @@ def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> No
                     runs_a_tile=options.runs_a_tile or RUNS_A_TILE,
                     on_point=lambda done: progress("looking at scenarios", done, 0))
         about = runner.estimate(made)
+        if made.refusals and len(made.refusals) == len(made.points) and not study.feasible_only:
+            if is_new:
+                # The folder is another's when the study is mended.
+                shutil.rmtree(folder)
+            raise InputError(options.study, f"{len(made.points):,} points", "are all refused",
+                             f"mend what they have in common; the first: {made.refusals[0].reason}")
         if not options.dry_run:
             kind, _, number = options.executor.partition(":")
             if kind != "dask":

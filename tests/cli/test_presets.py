@@ -107,9 +107,10 @@ def test_a_default_bends_to_the_number_that_is_given():
 
 def test_priority_brings_its_victim():
     assert resolve(EngineConfig(scheduling_policy="priority")).victim == "lowest_priority"
-    with pytest.raises(InputError, match="belong together"):
-        resolve(EngineConfig(scheduling_policy="priority", victim="last_admitted"))
-    with pytest.raises(InputError, match="'lowest_priority' and scheduling_policy 'priority' belong"):
+    assert resolve(EngineConfig(scheduling_policy="priority", victim="last_admitted")).victim == "last_admitted"
+    with pytest.raises(InputError, match="= .fcfs.; use .last_admitted."):
+        resolve(EngineConfig(victim="lowest_priority"))
+    with pytest.raises(InputError, match="does not go with scheduling_policy = 'priority'"):
         resolve(EngineConfig(preset="sglang", scheduling_policy="priority"))
 
 

@@ -138,10 +138,12 @@ def test_engine_equals_reference(name, metric, choice):
     assert all(seen[cause] > 0 for cause in ("finished", "preempted", "no_room", "too_many_stages", "twice")), seen
 
 
-def test_scaling_and_urgent_requests_equal_the_reference():
-    """Instances come and go, urgent requests have room kept for them and migrate last."""
-    flags = simulator.preset("vllm-v1")
-    dims = c.dims_of("vllm-v1", EXECUTORS, has_migration=True, has_demands=True, has_scaling=True, has_urgent=True)
+@pytest.mark.parametrize("name", [pytest.param("vllm-v1", marks=pytest.mark.slow), "vllm-v1-priority-tail"])
+def test_scaling_and_urgent_requests_equal_the_reference(name):
+    """Instances come and go, urgent requests have room kept for them, migrate last, and overtake others in the queue
+    where this is sorted."""
+    flags = simulator.preset(name)
+    dims = c.dims_of(name, EXECUTORS, has_migration=True, has_demands=True, has_scaling=True, has_urgent=True)
     rng = np.random.default_rng(3)
     drawn = draw(3, flags, dims, "freeness", "shortest")
     seen = compare(drawn, flags, dims, [draw_scaling(rng) for _ in drawn], headroom_blocks=6)

@@ -102,8 +102,6 @@ class Flags:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: one of {allowed}")
         # Combinations no engine has and whose meaning would be a guess are refused.
-        if self.order == "priority" and self.victim != "lowest_priority":
-            raise ValueError("order=priority brings victim=lowest_priority")
         if self.victim == "lowest_priority" and self.order not in SORTED:
             raise ValueError("victim=lowest_priority needs a sorted order")
         if self.order == "vtc" and (self.async_scheduling or self.phase_mix != "unified"):
@@ -157,6 +155,7 @@ class Flags:
 PRESETS: dict[str, dict] = {
     "vllm-v1": {},
     "vllm-v1-priority": {"order": "priority", "victim": "lowest_priority"},
+    "vllm-v1-priority-tail": {"order": "priority"},
     "vllm-v1-sjf": {"order": "sjf", "victim": "lowest_priority"},
     "vllm-v1-sjf-tail": {"order": "sjf"},
     "vllm-v1-edf": {"order": "edf", "victim": "lowest_priority"},

@@ -260,6 +260,14 @@ def test_command_line(swept, tmp_path, capsys):
         assert says in capsys.readouterr().err
 
 
+def test_a_study_without_a_point_to_simulate_fails_and_leaves_nothing(tmp_path, capsys):
+    path, out = tmp_path / "mine.toml", tmp_path / "out"
+    (tmp_path / "scenario.toml").write_text(small().scenario_at({}).to_toml())
+    path.write_text('schema_version = 1\nscenario = "scenario.toml"\n[axes]\n"engine.max_model_len" = [2, 3]\n')
+    assert cli.main(["sweep", str(path), "--out", str(out)]) == 2
+    assert "2 points': are all refused" in capsys.readouterr().err and not out.exists()
+
+
 def test_a_study_is_the_same_wherever_its_files_lie(tmp_path, monkeypatch):
     """Read from another folder, or moved with what it names, it goes on; with another content of a file it does not."""
     def known(path) -> tuple[str, list[str]]:
