@@ -34,6 +34,9 @@ def load_of_scenario(scenario: Scenario) -> Load:
     if scenario.workload.has_sessions:
         raise InputError("workload.sessions", kind, "arrive as answers come out, which only a simulation tells",
                          "use single requests, or simulate")
+    if scenario.workload.images is not None:
+        raise InputError("workload.images", None, "have no closed form: whoever encodes them is another queue",
+                         "simulate them")
     workload = lower.make_workload(scenario, scenario.seeds[0])
     return load_of(workload, scenario.workload.rate_rps)
 

@@ -98,6 +98,8 @@ def simulate_recorded(dims: Dims, params: Params, requests: Requests, num_record
         raise ValueError(f"num_stages = {dims.num_stages}: iterations overlap, and a tape is of one after the other")
     if dims.has_moves:
         raise ValueError("has_roles, has_migration: a tape does not follow a request from one executor to another")
+    if dims.has_swap:
+        raise ValueError("swap_window: a tape does not say what an iteration copies")
     if dims.has_encoder:
         raise ValueError("has_encoder: a tape does not say which images an iteration encodes")
     size = num_records or dims.num_records

@@ -18,6 +18,7 @@ from jaxsim.metrics import FINISHED, UNFINISHED, LaneResult, Result
 from jaxsim.policy.routing import router
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import ProfiledCost, Scenario
+from jaxsim.spec.values import plain
 from jaxsim.state import world as w
 from jaxsim.state.control import OFF
 from jaxsim.state.world import World
@@ -169,6 +170,19 @@ def _stack(trees):
     return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
 
 
+def _check_sessions(scenario: Scenario, system: lower.System) -> None:
+    """Refuse a workload whose later turns come when answers are out, where a scenario with sessions would be. Raises
+    `InputError`."""
+    cluster, order = scenario.cluster, system.scheduler.order
+    for field, value, is_wrong in (
+            ("workload.client", scenario.workload.client, scenario.has_clients),
+            ("cluster.migration", cluster.migration, cluster.migration is not None),
+            ("cluster.scaling", cluster.scaling, cluster.scaling is not None),
+            ("engine.scheduling_policy", order, order in ("vtc", "edf", "sjf"))):
+        if is_wrong:
+            raise InputError(field, plain(value), "is not simulated with a workload of sessions", "leave it out")
+
+
 def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload | None = None) -> list[Lane]:
     """The runs of a checked scenario, one a seed. Raises `InputError` for what cannot be simulated."""
     system = lower.resolve_system(scenario)
@@ -177,6 +191,8 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     if given is not None and (given.num_images is None) != (scenario.workload.images is None):
         raise InputError("workload", None, "and the scenario do not agree on images",
                          "leave [workload.images] out of the scenario, or give a workload with them")
+    if given is not None and given.think_s is not None and not scenario.workload.has_sessions:
+        _check_sessions(scenario, system)
     workloads = [lower.make_workload(scenario, seed) if given is None else lower.ordered(scenario, given, seed)
                  for seed in scenario.seeds]
     for workload in workloads:
@@ -263,8 +279,12 @@ def sendings(scenario: Scenario) -> int:
 
 
 def most_steps(scenario: Scenario, dims: Dims, workload: Workload) -> int:
-    """Steps after which a run is stopped, every sending counted."""
-    return min(lower.step_limit(workload, dims.num_ranks) * sendings(scenario), 2**31 - 1)
+    """Steps after which a run is stopped, every sending counted, and every look of a controller."""
+    given, looks = scenario.cluster.migration, 0
+    if given is not None:
+        # It looks while there are requests: as long as they come, twice, and an hour.
+        looks = dims.num_executors * (2 * float(workload.arrival_s[-1]) + 3600) / given.polling_s
+    return int(min(lower.step_limit(workload, turns(dims)) * sendings(scenario) + looks, 2**31 - 1))
 
 
 def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
@@ -313,7 +333,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
         **handed_over(world, np.s_[lane, :count]), **migrated(world, np.s_[lane], np.s_[lane, :count], finish_s),
-        **clients, **_images(world, lane, made),
+        **clients, **images_of(dims, world, lane, made.workload, made.is_split),
         **swapped(dims, world, np.s_[lane, :count], lane),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
@@ -364,14 +384,14 @@ def migrated(world: World, lanes: tuple, rows: tuple, finish_s: np.ndarray) -> d
     return found
 
 
-def _images(world: World, lane: int, made: Lane) -> dict[str, np.ndarray]:
+def images_of(dims: Dims, world: World, lane: int, workload: Workload, is_split: bool) -> dict[str, np.ndarray]:
     """With images: `num_images`; where others encode them, `encoded_s` and `embedded_s` of requests that have any."""
-    workload, count = made.workload, len(made.workload)
+    count = len(workload)
     if workload.num_images is None:
         return {}
     found = {"num_images": workload.num_images}
-    if made.dims.has_parts:
-        whose = lower.parts_of(workload, made.is_split)[0]
+    if dims.has_parts:
+        whose = lower.parts_of(workload, is_split)[0]
         parts = embedded(world, lane, np.s_[count:count + len(whose)])
         for ours, theirs in (("encoded_s", "encoded_s"), ("embedded_s", "delivered_s")):
             latest = np.full(count, -np.inf)

@@ -11,10 +11,11 @@ from jaxsim.io.table import number
 from jaxsim.metrics import FINISHED, STATUS_NAMES, Interval, LaneResult, Result, is_measured, request_frame
 from jaxsim.spec.scenario import Scenario
 
-PHASES = {"queue": "#E69F00", "prefill": "#0072B2", "transfer": "#CC79A7", "stall": "#D55E00", "decode": "#66C2A5"}
-RARE = ("transfer", "stall")
-"""Phases that are named only where they happen."""
+PHASES = {"encode": "#56B4E9", "embedding": "#999999", "queue": "#E69F00", "prefill": "#0072B2", "transfer": "#CC79A7",
+          "stall": "#D55E00", "decode": "#66C2A5"}
 """Colours told apart by readers with any colour vision (after Okabe and Ito)."""
+RARE = ("encode", "embedding", "transfer", "stall")
+"""Phases that are named only where they happen."""
 
 _STEPS = (1, 2, 2.5, 5, 10)
 _MOST_POINTS = 2000
@@ -228,6 +229,9 @@ def _curves(lane: LaneResult) -> list[tuple[str, tuple, str, bool]]:
     num_instances = len(lane.busy_s)
     capacity = np.broadcast_to(lane.num_blocks, (num_instances,))
     if capacity.any():
+        # Who encodes images holds no KV.
+        capacity = np.where(capacity > 0, capacity, np.inf)
+        num_instances = np.isfinite(capacity).sum()
         used = np.asarray(lane.steps["used_blocks"]) / capacity[np.asarray(lane.steps["instance"])]
         # With roles prompts hold blocks until their transfer is through.
         times, total, low, high = _over_time(lane, used, lane.decode_instance is None)
@@ -316,7 +320,7 @@ def plot_requests(result: Result, path: str | Path, index: int = 0) -> Path:
         rows = np.arange(len(frame))
         totals = {}
         for name, colour in PHASES.items():
-            length = frame[f"{name}_s"].fillna(0.0).to_numpy()
+            length = frame[f"{name}_s"].fillna(0.0).to_numpy() if f"{name}_s" in frame else np.zeros(len(frame))
             totals[name] = float(length.sum())
             label = name if name != "stall" else "stalled (drawn as one piece)"
             if totals[name] > 0 or name not in RARE:

@@ -72,7 +72,8 @@ def _requests(lane: LaneResult) -> list[dict[str, Any]]:
                 "preemptions": int(row.preemptions), "status": row.status, "tenant": row.tenant}
         common = {"cat": "request", "id": f"r{row.request_id}", "pid": int(row.instance) + 1, "tid": 2}
         slices = []
-        for name, length in (("queue", row.queue_s), ("prefill", row.prefill_s), ("transfer", row.transfer_s),
+        for name, length in (("encode", getattr(row, "encode_s", 0.0)), ("embedding", getattr(row, "embedding_s", 0.0)),
+                             ("queue", row.queue_s), ("prefill", row.prefill_s), ("transfer", row.transfer_s),
                              ("stall", row.stall_s), ("decode", row.decode_s)):
             if np.isnan(length):
                 break

@@ -26,8 +26,8 @@ class LaneResult:
         what lies beyond.
     busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
         KV blocks in use times seconds, running sequences times seconds. kv_peak_blocks: the most in use.
-    num_blocks: KV blocks of an instance, of each where they differ (0 where memory is no limit). num_iterations: of all
-        instances.
+    num_blocks: KV blocks of an instance, of each where they differ (0 where memory is no limit, or holds no KV).
+    num_iterations: of all instances.
     front_end_s: that every request spends outside the engine, in its latencies.
     device_busy_s: seconds that an instance's devices are at work on an iteration: those of `busy_s`, or with pipeline
         stages the mean over these, of which each has its turn; None stands for `busy_s`.

@@ -38,17 +38,19 @@ def devices_of(scenario: Scenario, num_instances: int) -> Devices:
     return Devices(*np.array(rows, np.float64).T)
 
 
-def energy(devices: Devices, busy_share: Float[np.ndarray, "*runs instances"], window_s: Any, output_throughput: Any
-           ) -> dict[str, Any]:
+def energy(devices: Devices, busy_share: Float[np.ndarray, "*runs instances"], window_s: Any, output_throughput: Any,
+           on_share: Any = 1.0) -> dict[str, Any]:
     """Energy of a run, or of runs with an entry a run; NaN where the power of a device is not known.
 
     devices: arrays as `busy_share`, which is of the time that the devices of an instance work on an iteration.
-    window_s: seconds that the energy is of. mean_power_w = sum over instances of devices x (idle + (busy - idle) x
+    window_s: seconds that the energy is of. on_share: of the time, what instances are on, where they come and go: those
+    that are off draw nothing. mean_power_w = sum over instances of devices x (idle x on_share + (busy - idle) x
     busy_share), energy = mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps:
     power does not follow the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in
     it.
     """
-    mean_power_w = np.sum(devices.count * (devices.idle_w + (devices.busy_w - devices.idle_w) * busy_share), axis=-1)
+    idle_w = devices.idle_w * np.asarray(on_share)[..., None]
+    mean_power_w = np.sum(devices.count * (idle_w + (devices.busy_w - devices.idle_w) * busy_share), axis=-1)
     energy_j = mean_power_w * window_s
     tokens = np.where(np.asarray(output_throughput) > 0, output_throughput, np.nan)
     return {"mean_power_w": mean_power_w, "energy_j": energy_j, "energy_wh": energy_j / 3600,

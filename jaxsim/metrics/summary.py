@@ -266,9 +266,12 @@ def _kv_group(lane: LaneResult) -> dict[str, Any]:
     capacity, duration_s = np.asarray(lane.num_blocks), lane.span_s
     if not capacity.any():
         return {"num_blocks": None, "mean_share": None, "peak_share": None}
-    mean = float(np.mean(lane.kv_block_s / capacity)) / duration_s if duration_s else None
+    # Of those that hold KV.
+    has_kv = np.broadcast_to(capacity > 0, np.shape(lane.kv_block_s))
+    capacity = np.broadcast_to(capacity, has_kv.shape)[has_kv]
+    mean = float(np.mean(lane.kv_block_s[has_kv] / capacity)) / duration_s if duration_s else None
     return {"num_blocks": int(capacity.min()), "mean_share": mean,
-            "peak_share": float(np.max(lane.kv_peak_blocks / capacity))}
+            "peak_share": float(np.max(lane.kv_peak_blocks[has_kv] / capacity))}
 
 
 def _utilisation_group(lane: LaneResult) -> dict[str, Any]:
@@ -290,5 +293,6 @@ def _energy_of(lane: LaneResult, devices: Devices | None, window_s: float | None
     at_work = lane.busy_s if lane.device_busy_s is None else lane.device_busy_s
     share = np.asarray(at_work) / (lane.span_s or nan)
     rest = (nan if value is None else value for value in (window_s, output_throughput))
-    found = {name: float(value) for name, value in energy(devices or nothing, share, *rest).items()}
+    on_share = 1.0 if lane.instance_s is None else lane.instance_s / (len(share) * float(np.nanmax(lane.finish_s)))
+    found = {name: float(value) for name, value in energy(devices or nothing, share, *rest, on_share).items()}
     return {name: None if math.isnan(value) else value for name, value in found.items()}

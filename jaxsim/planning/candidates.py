@@ -141,6 +141,9 @@ def vllm_line(scenario: Scenario, scheduler: Scheduler, candidate: Candidate) ->
     if engine.max_model_len is not None:
         flags.append(("max-model-len", engine.max_model_len))
     flags.append(("gpu-memory-utilization", f"{scheduler.gpu_memory_utilization:g}"))
+    if engine.scheduling_policy not in (None, "fcfs", "priority"):
+        raise InputError("engine.scheduling_policy", engine.scheduling_policy, "is no policy of vLLM",
+                         "use 'fcfs' or 'priority' for a command line")
     for field in ("block_size", "num_gpu_blocks_override", "scheduling_policy"):
         if getattr(engine, field) is not None:
             flags.append((field.replace("_", "-"), getattr(engine, field)))

@@ -79,12 +79,11 @@ class View(eqx.Module):
 
 
 class AbstractRouting(eqx.Module):
-    """Chooses an instance. `reads_kv`, `reads_waiting`, `reads_prompt` and `reads_loads` say which parts of the view it
-    wants."""
     """Chooses an instance. `reads_kv` and the others say which parts of the view it wants.
 
-    reads_cache, reads_sent, reads_prefill, reads_noise: cached_tokens; matched_tokens and tree_tokens; prefill_tokens;
-    noise. route_by: what `home` is a hash of, the first 256 tokens of the prompt ("prefix") or the session ("session").
+    reads_loads: loads. reads_cache, reads_sent, reads_prefill, reads_noise: cached_tokens; matched_tokens and
+    tree_tokens; prefill_tokens; noise. route_by: what `home` is a hash of, the first 256 tokens of the prompt
+    ("prefix") or the session ("session").
     """
 
     reads_kv = False

@@ -37,6 +37,8 @@ RATIO_TOLERANCE, TOLERANCE = 0.2, 0.02
 TILES, SPLIT_TILE_S = 10, 0.03
 """Of an image, and seconds of one, in `epd-split`."""
 
+SAME = "the same claim at another rate or another assumed time: the gate is where encoding apart has least to gain"
+
 SHOWN_TILE_MS = 60
 """At which the systems differ most of those assumed."""
 
@@ -111,7 +113,8 @@ def split_claims(rows: pd.DataFrame) -> list[Claim]:
         claims.append(Claim(
             system="epd", claim=f"share of TTFT saved, {images} images dealt to {images} engines: closed form, engine",
             source=f"{PAPER}, from its mechanism", paper=most_gain(encode_s, ttft_s[False] - encode_s, int(images)),
-            ours=float(1 - ttft_s[True] / ttft_s[False]), tolerance=TOLERANCE))
+            ours=float(1 - ttft_s[True] / ttft_s[False]), tolerance=None,
+            reason="the closed form is of the encode times assumed here: it checks the engine, nothing published"))
     return claims
 
 
@@ -123,10 +126,12 @@ def order_claims(rows: pd.DataFrame) -> list[Claim]:
         for tile_ms in sorted(rows["cluster.encode.tile_ms"].unique()):
             for rate in (rates[0], rates[-1]):
                 ours, margin = _pair(rows, "mean_ttft_ms", other, rate, tile_ms)
+                is_gate = tile_ms == rows["cluster.encode.tile_ms"].min() and rate == rates[-1]
                 claims.append(Claim(
                     system="epd", claim=f"mean TTFT, ms, {SYSTEMS[other]} then 6E1P1D, {rate:g} req/s, {tile_ms:g} ms a"
                                         " tile",
-                    source=f"{PAPER}, abstract; public script", paper=FALLS, ours=ours, tolerance=margin))
+                    source=f"{PAPER}, abstract; public script", paper=FALLS, ours=ours,
+                    tolerance=margin if is_gate else None, reason="" if is_gate else SAME))
     for other in ("epd-aggregated", "epd-prefill"):
         claims.append(Claim(
             system="epd", claim=f"share within both limits, {SYSTEMS[other]} then 6E1P1D, {rates[-1]:g} req/s,"

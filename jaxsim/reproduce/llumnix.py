@@ -38,6 +38,8 @@ LIVE, BLOCKING = 16, 100_000
 
 RATES = "how many times depends on the rate, and those at which the published traces were run are not at hand"
 
+ARITHMETIC = "arithmetic on both sides: what the studies below are made of"
+
 COPIES_MS = {1024: 67.0, 8192: 537.0}
 """Milliseconds that the KV of so many tokens of LLaMA-7B takes over 64 Gb/s: arithmetic."""
 
@@ -74,10 +76,10 @@ def _memory_claims() -> list[Claim]:
     scenario = made.scenario_at(next(iter(made.points())))
     bytes_per_token, bytes_per_s = lower.migration_rates(scenario, lower.resolve_system(scenario))
     claims = [Claim(system="llumnix", claim="KV of a token of LLaMA-7B, MiB", source="arithmetic", paper=0.5,
-                    ours=float(bytes_per_token / 2**20), tolerance=0.0)]
+                    ours=float(bytes_per_token / 2**20), tolerance=None, reason=ARITHMETIC)]
     return claims + [Claim(
         system="llumnix", claim=f"{tokens} tokens over 64 Gb/s, ms", source="arithmetic", paper=paper,
-        ours=float(1e3 * tokens * bytes_per_token / bytes_per_s), tolerance=0.01)
+        ours=float(1e3 * tokens * bytes_per_token / bytes_per_s), tolerance=None, reason=ARITHMETIC)
         for tokens, paper in COPIES_MS.items()]
 
 

@@ -77,10 +77,14 @@ class Dims:
             raise ValueError("has_scaling: by the controller of has_migration")
         if self.has_urgent and not self.has_demands:
             raise ValueError("has_urgent: a part of what has_demands reads")
+        if self.has_demands and self.has_clients:
+            raise ValueError("has_demands: without clients that give up")
         if self.has_migration and (self.has_clients or self.has_encoder or self.has_swap):
             raise ValueError("has_migration: without clients that give up, images and swapping")
         if self.has_clients and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
             raise ValueError("has_clients: executors of one rank and one stage, without prefix caching or roles")
+        if self.has_roles and self.route_by:
+            raise ValueError("route_by: homes are of all executors, not of those of a role")
         if self.has_parts and not self.has_roles:
             raise ValueError("has_parts: only with has_roles")
         if self.has_encoder and (self.num_ranks > 1 or self.num_batches > 1 or self.has_parts):

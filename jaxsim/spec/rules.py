@@ -226,9 +226,10 @@ def _check_migration(s: "Scenario") -> None:
     if not scheduler.kv_accounting:
         raise InputError(where, value, f"reads KV memory, of which {scheduler.preset} keeps no account",
                          "use a preset 'vllm-v1'")
+    impatient = [t.name for t in workload.tenants if (t.deadline_s, t.first_token_deadline_s) != (None, None)]
     others = (("workload.images", workload.images), ("engine.swap", engine.swap),
               ("workload.client", workload.client if workload.has_deadlines else None),
-              ("cluster.admission", cluster.admission))
+              ("workload.tenants", impatient or None), ("cluster.admission", cluster.admission))
     for field, given in others:
         if given is not None:
             raise InputError(field, plain(given), f"is not simulated with {where}", "leave one of them out")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.kernels import clock
 from jaxsim.kernels.clock import Time
@@ -84,7 +84,7 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
                   images: "Images | None" = None,
                   home: Int[np.ndarray, " requests"] | None = None,
                   noise: Float[np.ndarray, "requests instances"] | None = None,
-                  has_urgent: bool = False,
+                  is_urgent: Bool[np.ndarray, " requests"] | None = None,
                   tenant: Int[np.ndarray, " requests"] | None = None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
@@ -93,7 +93,7 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
     bounds: of prompts through shared segments (-1: none), of which there is room for `num_segments`. successor,
     think_s: of sessions, the turn behind each (-1: none), and the time between the answer before it and each, on the
     arrival grid. patience: as `jaxsim.policy.clients.patience` makes it. images: of requests with images; their parts
-    are rows behind. home, noise: as in `Requests`. has_urgent: note whose key is below 0.
+    are rows behind. home, noise, is_urgent: as in `Requests`.
     """
     count = len(arrival_s)
     rows = (num_requests or count) + 1
@@ -124,10 +124,8 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
         think[:count] = np.stack(np.divmod(ticks, round(1 / clock.GRID_S)), axis=1)
         think[:count][~np.isin(np.arange(count), successor)] = -1, 0
         successor = np.pad(successor, (0, rows - count), constant_values=-1).astype(np.int32)
-    is_urgent = None
-    if has_urgent:
-        is_urgent = np.zeros(rows, np.int32)
-        is_urgent[:count] = 0 if priority is None else np.asarray(priority) < 0
+    if is_urgent is not None:
+        is_urgent = np.pad(is_urgent, (0, rows - count)).astype(np.int32)
     if patience is not None:
         patience = np.pad(patience, ((0, rows - count), (0, 0)), constant_values=NEVER.seconds).astype(np.int32)
     if home is not None:

@@ -123,8 +123,8 @@ def scenario_at(scenario: Scenario, rate_rps: float) -> Scenario:
 
 
 def _check(scenarios, attainment, rates, tolerance) -> None:
-    for slo in (scenario.slo for scenario in scenarios):
-        if slo.ttft_ms is None and slo.tpot_ms is None and slo.e2e_ms is None:
+    for scenario in scenarios:
+        if not _limited(scenario):
             raise InputError("--slo", None, "names no limit", "give e.g. --slo ttft:200 tpot:50, milliseconds")
     if not 0 < attainment <= 1:
         raise InputError("--attainment", attainment, "is not a share", "give e.g. 0.9")
@@ -188,7 +188,7 @@ class _Bracket:
         """By run: the share of requests that counts. A run that was stopped by a bound counts nothing."""
         names = ["slo.attainment"]
         if self.rule == "separate":
-            names = [f"slo.{name}_attainment" for name in _LIMITS if getattr(self.of.slo, f"{name}_ms") is not None]
+            names = [f"slo.{name}_attainment" for name in _limited(self.of)]
         return np.where(runs["fault"].notna(), 0.0, runs[names].min(axis=1).to_numpy(float))
 
     def ends(self, tried: _Tried) -> tuple[float, float]:
@@ -242,8 +242,7 @@ class _Bracket:
             return "fault"
         if self.shares(runs).mean() >= self.target:
             return "unstable"
-        means = {name: float(runs[f"slo.{name}_attainment"].mean()) for name in _LIMITS
-                 if getattr(self.of.slo, f"{name}_ms") is not None}
+        means = {name: float(runs[f"slo.{name}_attainment"].mean()) for name in _limited(self.of)}
         return min(means, key=means.__getitem__)
 
     def _half_width(self, tried: _Tried) -> float:
@@ -263,6 +262,15 @@ class _Bracket:
                    for s in range(seeds)]
         error = math.sqrt((seeds - 1) ** 2 / seeds) * np.std(without, ddof=1)
         return float(stdtrit(seeds - 1, 0.975) * error)
+
+
+def _limited(scenario: Scenario) -> list[str]:
+    """Kinds of limits that some requests have, of all or of a tenant."""
+    tenants = scenario.workload.tenants
+    own = {"ttft": [t.ttft_ms for t in tenants], "tpot": [t.tpot_ms for t in tenants],
+           "e2e": [t.deadline_ms for t in tenants]}
+    return [name for name in _LIMITS
+            if any(limit is not None for limit in (getattr(scenario.slo, f"{name}_ms"), *own[name]))]
 
 
 def _piles_up(runs: pd.DataFrame) -> Bool[np.ndarray, " seeds"]:

@@ -88,11 +88,16 @@ def _per_device(runs: Sequence[Run], found: Mapping[str, np.ndarray], out: Runs)
     output_throughput = found["output_throughput"]
     fleets = [devices_of(run.scenario, out.busy_s.shape[1]) for run in runs]
     devices = Devices(*(np.stack(columns) for columns in zip(*fleets, strict=True)))
-    count, usd_per_s = devices.count.sum(axis=1), (devices.count * devices.usd_per_s).sum(axis=1)
+    on_share = np.ones(len(runs))
+    if out.instance_s is not None:
+        end_s = np.max(np.where(out.is_finished, out.finish_s, 0.0), axis=1)
+        on_share = out.instance_s / (out.busy_s.shape[1] * np.where(end_s > 0, end_s, np.nan))
+    count, usd_per_s = devices.count.sum(axis=1), on_share * (devices.count * devices.usd_per_s).sum(axis=1)
     return {"num_devices": count, "output_throughput_per_device": output_throughput / count,
             "usd_per_million_output_tokens": 1e6 * usd_per_s / np.where(output_throughput > 0, output_throughput,
                                                                         np.nan),
-            **energy(devices, out.device_busy_s / whole_s(out)[:, None], found["window_s"], output_throughput)}
+            **energy(devices, out.device_busy_s / whole_s(out)[:, None], found["window_s"], output_throughput,
+                     on_share)}
 
 
 def table(scenarios: Sequence[Scenario], workers: int | None = None) -> tuple[pd.DataFrame, dict[int, str]]:

@@ -105,7 +105,7 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
             _gaps(runs, is_done, gaps, e2e - ttft) if values is None
             else _distribution(values, is_done & ~np.isnan(values))).items()}
     found |= _attainment(met, is_measured, has_limits)
-    queue = runs.scheduled_s - arrival_s
+    queue = runs.scheduled_s - arrival_s - _before_queue(runs)
     is_queued = is_measured & ~np.isnan(queue)
     spread = _distribution(queue, is_queued)
     found |= {f"queueing.{name}_ms": value for name, value in spread.items() if name != "median"}
@@ -117,10 +117,12 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     found["preemptions.mean_stall_ms"] = _ratio(np.where(hit, runs.stall_s, 0).sum(axis=1), hit.sum(axis=1)) * 1e3
     # Of instances, whatever the warm-up.
     whole = whole_s(runs)
-    capacity = np.where(runs.num_blocks > 0, runs.num_blocks, np.nan)
+    has_kv = runs.num_blocks > 0
+    capacity, has_any = np.where(has_kv, runs.num_blocks, np.inf), has_kv.any(axis=1)
     found |= {
-        "kv.num_blocks": capacity.min(axis=1), "kv.mean_share": (runs.kv_block_s / capacity).mean(axis=1) / whole,
-        "kv.peak_share": (runs.kv_peak_blocks / capacity).max(axis=1),
+        "kv.num_blocks": _or_nan(capacity.min(axis=1), has_any),
+        "kv.mean_share": _ratio((runs.kv_block_s / capacity).sum(axis=1), has_kv.sum(axis=1)) / whole,
+        "kv.peak_share": _or_nan((runs.kv_peak_blocks / capacity).max(axis=1), has_any),
         "utilisation.busy_share": (runs.busy_s / whole[:, None]).mean(axis=1),
         "utilisation.device_busy_share": (runs.device_busy_s / whole[:, None]).mean(axis=1),
         "utilisation.least_busy_share": (runs.busy_s / whole[:, None]).min(axis=1),
@@ -190,11 +192,28 @@ def requests(runs: Runs) -> Columns:
     status = np.asarray(STATUS_NAMES, object)[status]
     cached = np.zeros(runs.is_real.shape, np.int64) if runs.cached_tokens is None else runs.cached_tokens
     whole = {"arrival_s": runs.arrival_s, "input_tokens": runs.input_tokens, "output_tokens": runs.output_tokens,
-             "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": runs.scheduled_s - runs.arrival_s,
-             "stall_s": runs.stall_s, **_moves(runs), **_swaps(runs), "cached_tokens": cached,
+             "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e,
+             "queue_s": runs.scheduled_s - runs.arrival_s - _before_queue(runs),
+             "stall_s": runs.stall_s, **_moves(runs), **_images(runs), **_swaps(runs), "cached_tokens": cached,
              "preemptions": runs.preemptions, "status": status,
              **({} if runs.attempts is None else {"attempts": runs.attempts})}
     return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
+
+
+def _before_queue(runs: Runs) -> np.ndarray | float:
+    """Seconds from arrival to where a request could first be scheduled: its images are encoded elsewhere."""
+    if runs.embedded_s is None:
+        return 0.0
+    return np.where(runs.num_images > 0, runs.embedded_s - runs.arrival_s, 0.0)
+
+
+def _images(runs: Runs) -> Columns:
+    found: Columns = {} if runs.num_images is None else {"images": runs.num_images}
+    if runs.encoded_s is None:
+        return found
+    has_any = runs.num_images > 0
+    return found | {"encode_s": np.where(has_any, runs.encoded_s - runs.arrival_s, 0.0),
+                    "embedding_s": np.where(has_any, runs.embedded_s - runs.encoded_s, 0.0)}
 
 
 def _moves(runs: Runs) -> Columns:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over, migrated, swapped
+from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over, images_of, migrated, swapped
 from jaxsim.kernels import clock
 from jaxsim.metrics import FINISHED
 from jaxsim.spec.dims import Dims
@@ -68,6 +68,9 @@ class Runs:
     swap_s: Float[np.ndarray, "runs requests"] | None = None
     swap_delay_s: Float[np.ndarray, "runs instances"] | None = None
     swapped_blocks: Int[np.ndarray, "runs 2"] | None = None
+    num_images: Int[np.ndarray, "runs requests"] | None = None
+    encoded_s: Float[np.ndarray, "runs requests"] | None = None
+    embedded_s: Float[np.ndarray, "runs requests"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -185,7 +188,18 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
         fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault),
-        **clients, **swapped(dims, world, np.s_[:, rows], slice(None)))
+        **clients, **swapped(dims, world, np.s_[:, rows], slice(None)), **_images(dims, world, runs))
+
+
+def _images(dims: Dims, world: World, runs: Sequence[Run]) -> dict[str, np.ndarray]:
+    """What `Runs` has of images; nothing where no run has any."""
+    found: dict[str, np.ndarray] = {}
+    for row, run in enumerate(runs):
+        own = images_of(dims, world, row, run.workload, lower.is_split(run.scenario))
+        for name, values in own.items():
+            whole = found.setdefault(name, np.zeros((len(runs), dims.num_requests), values.dtype))
+            whole[row, :len(values)] = values
+    return found
 
 
 def _labels(runs: Sequence[Run], name: str, rows: slice) -> Int[np.ndarray, "runs requests"] | None:

@@ -19,11 +19,15 @@ def splitmix64(values: Int[np.ndarray, "*shape"] | UInt64[np.ndarray, "*shape"])
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def homes(keys: Int[np.ndarray, " requests"], num_instances: int, salt: int = 0) -> Int[np.ndarray, " requests"]:
-    """The instance of each key; `salt`: another ring."""
-    points = splitmix64(splitmix64(np.arange(num_instances * POINTS)) + np.uint64(salt))
+KEYS = np.uint64(0x6A09E667F3BCC908)
+"""Sets keys apart from places: both are small numbers, and equal ones must not fall together. Any number would do."""
+
+
+def homes(keys: Int[np.ndarray, " requests"], num_instances: int) -> Int[np.ndarray, " requests"]:
+    """The instance of each key."""
+    points = splitmix64(np.arange(num_instances * POINTS))
     order = np.argsort(points, kind="stable")
-    behind = np.searchsorted(points[order], splitmix64(splitmix64(keys) ^ np.uint64(salt)))
+    behind = np.searchsorted(points[order], splitmix64(splitmix64(keys) ^ KEYS))
     return order[behind % len(order)] // POINTS
 
 

@@ -258,7 +258,7 @@ def inputs(cases: list[Case], flags: simulator.Flags, dims: Dims, router: str) -
     params = stack([make_params(c, flags, router) for c in cases])
     requests = [pack_requests(c.arrival_s, c.prompt, c.output, c.max_tokens, c.uniforms,
                               num_requests=dims.num_requests, priority=order_key(c, flags),
-                              has_urgent=dims.has_urgent,
+                              is_urgent=c.priority < 0 if dims.has_urgent else None,
                               tenant=c.tenant if dims.num_tenants else None, **segments(c, dims))
                 for c in cases]
     return params, stack(requests)

@@ -243,6 +243,13 @@ def test_a_ring_is_even_and_stays():
     np.testing.assert_allclose(np.bincount(eight) / len(keys), 1 / 8, rtol=0.3)
 
 
+@pytest.mark.parametrize("count", [50, 100, 400])
+def test_few_sessions_spread_over_a_ring(count):
+    """Numbers of sessions are small, as those of places are: they have nothing to do with each other."""
+    shares = np.bincount(ring.homes(np.arange(count), 8), minlength=8) / count
+    assert shares.max() < 0.3 and np.count_nonzero(shares) == 8
+
+
 # ---- scenarios
 
 

@@ -179,7 +179,10 @@ def test_a_system_from_the_command_to_its_files(monkeypatch, tmp_path, capsys, s
     for record in queues:
         # 5,000 requests are too few for a verdict on the engine: 80 % of what a system can serve is noisy.
         is_engine = not record["claim"].endswith("closed form")
-        assert record["ours"] == pytest.approx(record["paper"], rel=0.2 if is_engine else record["tolerance"])
+        assert record["ours"] == pytest.approx(record["paper"], rel=0.2 if is_engine else 0.02)
+        if not is_engine:
+            assert record["verdict"] == NO_GATE
+            continue
         is_near = abs(record["ours"] / record["paper"] - 1) <= record["tolerance"]
         assert record["verdict"] == (REPRODUCED if is_near else NOT_REPRODUCED)
         assert ("reason" in record) == (not is_near)
@@ -304,7 +307,7 @@ def made_up_runs(apart_ms: float) -> pd.DataFrame:
 def test_orders_can_be_missed():
     for apart_ms, verdict in ((600.0, REPRODUCED), (1000.0, NOT_REPRODUCED), (1200.0, NOT_REPRODUCED)):
         claims = [claim for claim in epd.order_claims(made_up_runs(apart_ms)) if claim.is_gate]
-        assert len(claims) == 12 and {claim.verdict for claim in claims} == {verdict}
+        assert len(claims) == 2 and {claim.verdict for claim in claims} == {verdict}
 
 
 def test_dealing_is_held_against_the_closed_form():
@@ -312,6 +315,8 @@ def test_dealing_is_held_against_the_closed_form():
     rows = pd.DataFrame([{"workload.images.number": n, "cluster.encode.split_images": split, "seed": seed,
                           "mean_ttft_ms": 1e3 * (0.1 + 0.3 * (1 if split else n))}
                          for n in (2, 6) for split in (True, False) for seed in range(2)])
-    assert {claim.verdict for claim in epd.split_claims(rows)} == {REPRODUCED}
+    for claim in epd.split_claims(rows):
+        # Of encode times that are assumed: beside the engine's, not a gate.
+        assert claim.verdict == NO_GATE and claim.ours == pytest.approx(claim.paper)
     rows.loc[rows["cluster.encode.split_images"], "mean_ttft_ms"] *= 1.1
-    assert {claim.verdict for claim in epd.split_claims(rows)} == {NOT_REPRODUCED}
+    assert all(claim.ours < claim.paper for claim in epd.split_claims(rows))

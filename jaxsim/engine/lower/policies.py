@@ -10,8 +10,16 @@ from jaxsim._core.errors import InputError
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.engine.common import Group, Params
 from jaxsim.engine.lower.costs import front_end_s
-from jaxsim.engine.lower.links import migration_rates, on_grid, transfer_rates
-from jaxsim.engine.lower.systems import Pool, System, host_blocks, kinds_of_pools, of_one, swap_block_bytes
+from jaxsim.engine.lower.links import embedding_rate, migration_rates, on_grid, transfer_rates
+from jaxsim.engine.lower.systems import (
+    Pool,
+    System,
+    host_blocks,
+    kinds_of_pools,
+    knows_prompts,
+    of_one,
+    swap_block_bytes,
+)
 from jaxsim.kernels import clock
 from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, PartArrivals, Sessions, SortedArrivals
 from jaxsim.policy.batching import Batching
@@ -20,7 +28,7 @@ from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.policy.fairness import OUTPUT_PRICE, PROMPT_PRICE, TokenCounters, most_ahead, token_counters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
-from jaxsim.policy.routing import AbstractRouting, DataParallel, router
+from jaxsim.policy.routing import DataParallel, router
 from jaxsim.policy.scaling import Scaling
 from jaxsim.policy.swap import DRAWN_BITS, Swap
 from jaxsim.spec.cluster import AdmissionSection, TransferSection
@@ -191,7 +199,7 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
     except InputError as error:
         field = error.field.replace("cluster.", "cluster.transfer.")
         raise InputError(field, error.value, error.problem, error.remedy) from None
-    if _knows(routing):
+    if knows_prompts(routing):
         raise InputError("cluster.transfer.router", given.router,
                          "chooses by prompts, which decode engines do not keep",
                          "use 'least_outstanding', or another that reads loads only")
@@ -200,12 +208,6 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
         most_held=np.repeat(np.array(most, np.int32), replicas),
         seconds_per_token=np.float32(bytes_per_token / bytes_per_s), latency_s=np.float32(1e-6 * given.latency_us),
         layers=np.int32(system.model.layers if given.by_layer else 0))
-
-
-def _knows(routing: AbstractRouting) -> bool:
-    """Whether a router reads anything of `jaxsim.engine.caches`, or random numbers or hashes of its own."""
-    return bool(routing.reads_cache or routing.reads_sent or routing.reads_prefill or routing.reads_noise
-                or routing.route_by)
 
 
 def make_encoding_batching(pool: Pool) -> Batching:
@@ -222,19 +224,15 @@ MOST_PART_TOKENS = 1 << 30
 def make_encoding(scenario: Scenario, system: System) -> Encoding:
     """Who encodes images, and the way of embeddings. Raises `InputError`."""
     given, images = scenario.cluster.encode, scenario.workload.images
-    try:
-        dealing = router(given.router, {})
-    except InputError as error:
-        raise InputError("cluster.encode.router", error.value, error.problem, error.remedy) from None
     width = given.embedding_width or system.model.hidden
     num_bytes = images.tokens_per_tile * width * EMBEDDING_BYTES
     count = system.num_executors
     most = math.ceil(given.waiting_tile_share * given.cache_tiles)
     return Encoding(
         encodes=np.repeat([pool.role == "encode" for pool in system.pools], [pool.replicas for pool in system.pools]),
-        dealing=dealing, cache_tiles=np.full(count, given.cache_tiles, np.int32),
+        dealing=router(given.router, {}), cache_tiles=np.full(count, given.cache_tiles, np.int32),
         most_tiles=np.full(count, most, np.int32),
-        seconds_per_tile=np.float32(num_bytes / transfer_rates(scenario, system)[1]))
+        seconds_per_tile=np.float32(num_bytes / embedding_rate(scenario, system)))
 
 
 def make_encoder(scenario: Scenario, system: System) -> Encoder:

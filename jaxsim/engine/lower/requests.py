@@ -41,7 +41,10 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
         key = workload.predicted_tokens
     if order == "edf":
         key = workload.arrival_s + workload.limit_s
+    if dims.has_urgent:
+        # Whatever the queue is sorted by.
+        shared["is_urgent"] = workload.priority < 0
     if dims.num_tenants:
         shared["tenant"] = workload.tenant
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,
-                         workload.uniforms, dims.num_requests, key, has_urgent=dims.has_urgent, **shared)
+                         workload.uniforms, dims.num_requests, key, **shared)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxsim._core.errors import InputError
-from jaxsim.policy.routing import router
+from jaxsim.policy.routing import AbstractRouting, router
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.engine import SwapSection
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
@@ -64,10 +64,11 @@ class System:
 
     @property
     def blocks_of_executors(self) -> Int[np.ndarray, " executors"] | None:
-        """KV blocks of each, of pools that may differ."""
+        """KV blocks of each, of pools that may differ; none where images are encoded."""
         if not self.pools:
             return None
-        return np.repeat([p.system.num_blocks for p in self.pools], [p.replicas for p in self.pools])
+        blocks = [0 if p.role == "encode" else p.system.num_blocks for p in self.pools]
+        return np.repeat(blocks, [p.replicas for p in self.pools])
 
     @property
     def num_ranks(self) -> int:
@@ -117,6 +118,8 @@ def resolve_system(scenario: Scenario) -> System:
     system = dataclasses.replace(first.system, pools=tuple(pools))
     _check_pools(system, scenario)
     _check_caches(scenario, system)
+    if system.has_parts:
+        _check_dealing(scenario)
     return system
 
 
@@ -144,6 +147,8 @@ def _check_pools(system: System, scenario: Scenario) -> None:
                  or s.reserve not in ("none", "prompt")
                  or not (s.kv_accounting or s.decode_context_limit is not None) or s.gathers or s.admit != "any_time",
                  "use a preset 'vllm-v1', 'vllm-v0', 'sarathi' or 'distserve-sim'"),
+                ("preset", s.preset, not s.kv_accounting and system.has_parts,
+                 "use preset 'vllm-v1@0.9', 'vllm-v0' or 'sarathi': embeddings wait for places in a cache"),
                 ("async_scheduling", True, s.async_scheduling and system.has_parts,
                  "set it to false, or use preset 'vllm-v1@0.9'")):
             if is_wrong and system.has_roles:
@@ -226,11 +231,32 @@ def _check_caches(scenario: Scenario, system: System) -> None:
         raise InputError("cluster.router", scenario.cluster.router,
                          "routes by what prompts have in common, which nobody keeps without prefix caching",
                          "set engine.enable_prefix_caching = true (vLLM V1 presets), or use 'least_outstanding'")
+    if routing.route_by and system.has_roles:
+        raise InputError("cluster.router", scenario.cluster.router, "is not simulated with prefill and decode engines",
+                         "use 'least_outstanding'")
     reads_caches = routing.reads_cache or routing.reads_sent or routing.reads_prefill
     if reads_caches and (system.num_ranks > 1 or system.scheduler.num_stages > 1):
         what = "data-parallel ranks that iterate together" if system.num_ranks > 1 else "pipeline stages"
         raise InputError("cluster.router", scenario.cluster.router, f"is not simulated with {what} yet",
                          "use 'prefix_hash', or 'least_outstanding'")
+
+
+def knows_prompts(routing: AbstractRouting) -> bool:
+    """Whether a router reads anything of `jaxsim.engine.caches`, or random numbers or hashes of its own."""
+    return bool(routing.reads_cache or routing.reads_sent or routing.reads_prefill or routing.reads_noise
+                or routing.route_by)
+
+
+def _check_dealing(scenario: Scenario) -> None:
+    """Refuse routers of images that read what engines that encode do not keep. Raises `InputError`."""
+    name = scenario.cluster.encode.router
+    try:
+        dealing = router(name, {})
+    except InputError as error:
+        raise InputError("cluster.encode.router", error.value, error.problem, error.remedy) from None
+    if knows_prompts(dealing) or dealing.reads_loads:
+        raise InputError("cluster.encode.router", name, "reads what engines that encode do not keep",
+                         "use 'round_robin' or 'least_outstanding'")
 
 
 def _check_swap(scenario: Scenario, system: System) -> None:
