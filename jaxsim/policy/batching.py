@@ -14,8 +14,8 @@ PHASE_MIXES = ("unified", "prefill_first")
 RESERVES = ("none", "prompt", "max_tokens", "max_model_len", "expected")
 BLOCK_RULES = ("crossing", "always")
 VICTIMS = ("last_admitted", "lowest_priority", "fewest_outputs")
-ORDERS = ("fcfs", "priority", "sjf", "edf", "vtc")
-SORTED = ("priority", "sjf", "edf")
+ORDERS = ("fcfs", "priority", "sjf", "edf", "least_slack", "vtc")
+SORTED = ("priority", "sjf", "edf", "least_slack")
 """Orders whose keys are known before the run: requests are ranked on the host."""
 ADMITS = ("any_time", "when_empty")
 
@@ -34,8 +34,8 @@ class Batching(eqx.Module):
         victim: who is preempted when blocks run short.
         waiting_blocked_after_preempt: nothing is admitted in a pass that preempted.
         order: the waiting queue is first come first served, by (priority, arrival), by (predicted output tokens,
-            arrival) or by (deadline, arrival); or the next request is that of the tenant with the smallest virtual
-            token counter (`jaxsim.engine.fair`).
+            arrival), by (deadline, arrival) or by slack (`jaxsim.engine.slack`); or the next request is that of the
+            tenant with the smallest virtual token counter (`jaxsim.engine.fair`).
         admit: requests join at `any_time`, or only `when_empty` (static batching).
         async_scheduling: a pass sees only requests that waited when the previous iteration started.
         kv_accounting: blocks are tracked at all.
@@ -99,7 +99,7 @@ class Batching(eqx.Module):
                                       or self.async_scheduling or self.admit != "any_time" or self.order != "fcfs"
                                       or not self.waiting_blocked_after_preempt or self.has_context_limit):
             raise ValueError("swap: only with the flags of vLLM V0")
-        if self.order == "vtc" and not (
+        if self.order in ("vtc", "least_slack") and not (
                 self.is_unified and self.reserve == "none" and self.kv_accounting and self.admit == "any_time"
                 and self.victim == "last_admitted" and not self.async_scheduling):
             raise ValueError(f"order = {self.order!r}: only as vLLM V1 schedules, synchronously")
