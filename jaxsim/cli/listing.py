@@ -65,6 +65,7 @@ def _devices() -> dict[str, list[dict[str, Any]]]:
 
 def _policies() -> dict[str, list[dict[str, Any]]]:
     from jaxsim.policy import routing
+    from jaxsim.spec.engine import ORDERS
     from jaxsim.spec.presets import all_presets
 
     presets = [{"preset": p.name, "also": list(p.aliases), "imitates": f"{p.engine}, {p.version}",
@@ -72,7 +73,9 @@ def _policies() -> dict[str, list[dict[str, Any]]]:
                for p in all_presets()]
     routers = [{"router": name, "rule": (cls.__doc__ or "").splitlines()[0]}
                for name, cls in routing.routers().items()]
-    return {"schedulers (engine.preset)": presets, "routers (cluster.router)": routers}
+    orders = [{"order": name, "next": rule} for name, rule in ORDERS.items()]
+    return {"schedulers (engine.preset)": presets, "orders (engine.scheduling_policy)": orders,
+            "routers (cluster.router)": routers}
 
 
 def _scenarios() -> dict[str, list[dict[str, Any]]]:

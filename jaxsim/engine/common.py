@@ -21,6 +21,7 @@ from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.policy.scaling import Scaling
+from jaxsim.policy.slack import Slack
 from jaxsim.spec.dims import Dims
 from jaxsim.state.requests import Requests
 from jaxsim.state.world import Counts, World
@@ -65,6 +66,7 @@ class Params(eqx.Module):
     encoding: Encoding | None = None
     encoder: Encoder | None = None
     counters: TokenCounters | None = None
+    slack: Slack | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

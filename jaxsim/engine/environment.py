@@ -141,8 +141,8 @@ class Environment:
         if scenario.engine.swap is not None:
             raise InputError("engine.swap", plain(scenario.engine.swap), "is not part of an environment yet",
                              "leave it out")
-        if scenario.engine.scheduling_policy == "vtc":
-            raise InputError("engine.scheduling_policy", "vtc", "is not part of an environment yet", "use 'fcfs'")
+        if (policy := scenario.engine.scheduling_policy) in ("vtc", "least_slack"):
+            raise InputError("engine.scheduling_policy", policy, "is not part of an environment yet", "use 'fcfs'")
         if scenario.cluster.pools:
             raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools],
                              "are not part of an environment yet", "use cluster.replicas")

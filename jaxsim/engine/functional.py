@@ -71,7 +71,7 @@ def inputs(scenario: Scenario, seed: int | None = None) -> tuple[Dims, Params, R
                          "leave out workload.client and cluster.admission, or use jaxsim.simulate")
     (lane,) = prepare(0, scenario, record_steps=False)
     requests = lower.make_requests(lane.workload, lane.dims, lane.prefixes, is_split=lane.is_split,
-                                   order=lane.params.flags.order)
+                                   order=lane.params.flags.order, slack=lane.params.slack)
     return lane.dims, *jax.tree.map(jnp.asarray, (lane.params, requests))
 
 

@@ -103,7 +103,7 @@ def start(dims: Dims, params: Params, requests: Requests, is_stepped: bool = Fal
     """
     rules = params.flags
     fields = 5 if rules.stamps_slots or dims.has_moves else 3
-    fields = 6 if dims.has_swap else fields
+    fields = 6 + dims.has_block_groups if dims.has_swap else fields
     words = bitmap.num_words(dims.num_requests) if rules.sorts else 1
     ratio = params.of_executors(lambda batching: batching.ratio_start)
     num_blocks = params.of_executors(lambda batching: batching.num_blocks)

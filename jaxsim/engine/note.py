@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsim.engine import caches, clients, hand_over, migration, prefix, swapping, tape
+from jaxsim.engine import caches, clients, hand_over, migration, prefix, slack, swapping, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
 from jaxsim.engine.parts import is_part
 from jaxsim.engine.touched import Touched
@@ -156,7 +156,7 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes |= clients.writes(context, t, writes, stamp, own)
     if t.sight is not None:
         writes |= swapping.writes(context, event, t.rank, jnp.where(retired.is_any, retired.request, scratch), placed,
-                                  t.moved, t.sight, jnp.where(t.is_passing, t.candidate, scratch))
+                                  t.moved, t.sight, jnp.where(t.is_passing, t.candidate, scratch), t.ended, t.kept_turn)
     if dims.all_ranks > 1:
         change = event.is_arrival.astype(jnp.int32) - (retired.is_any if t.cut_off is None else is_finished)
         if t.cut_off is not None:
@@ -173,6 +173,11 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     if rules.sorts:
         is_entering = t.is_preempting | (event.is_arrival & ~placed.is_admitted)
         is_leaving = placed.is_admitted & ~event.is_arrival
+        if t.again is not None:
+            is_entering = event.is_arrival & ~placed.is_admitted
+            is_leaving = is_leaving & ~t.is_again
+            own_writes, is_full = slack.writes(context, t)
+            writes |= own_writes
         member = jnp.where(event.is_arrival, t.places[0], t.lengths[PLACE])
         index, words = bitmap.change(lambda word: take(world.waiting_set, t.rank, word), dims.num_requests, member,
                                      is_entering, is_entering | is_leaving)
@@ -202,6 +207,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     if t.sight is not None:
         is_full = t.sight.overflows | t.moved.overflows
         progress["fault"] = progress["fault"] | jnp.where(is_full, w.WINDOW_FULL, 0)
+    if t.again is not None:
+        progress["fault"] = progress["fault"] | jnp.where(is_full, w.SLACK_WINDOW_FULL, 0)
     if dims.has_migration:
         progress["control"] = t.control
     elif t.left is not None:

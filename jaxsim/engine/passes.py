@@ -1,7 +1,7 @@
 """A scheduling pass: decodes take their blocks, prompts are placed, victims go, an iteration starts."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -19,6 +19,9 @@ from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PLACE, PROMPT
 from jaxsim.state.world import Clocks, Counts, Rank
+
+if TYPE_CHECKING:
+    from jaxsim.engine.swapping import Turn
 
 
 class Placed(NamedTuple):
@@ -107,14 +110,15 @@ def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array
 def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, times: Clocks,
           residue_row: Int[Array, " block_size"], lengths: Int[Array, " 4"], emitted: Int[Array, ""],
           request: Int[Array, ""], following: Int[Array, ""], free_slot: Int[Array, ""], slots: Slots | None,
-          found: Found | None, is_ready: Bool[Array, ""] | None, ready_stamp: Int[Array, ""] | None = None
+          found: Found | None, is_ready: Bool[Array, ""] | None, ready_stamp: Int[Array, ""] | None = None,
+          turn: "Turn | None" = None
           ) -> tuple[Counts, Clocks, Int[Array, " block_size"], Placed, Bool[Array, ""], Bool[Array, ""]]:
     """Give the forming prompt its chunk, or admit the head of the queue if it fits.
 
     is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens, place);
     emitted: its output tokens so far; following: the request behind it in the queue; found: what it has in the prefix
     cache, if there is one; is_ready: with roles, whether the candidate is the first of those whose KV is here;
-    ready_stamp: its place, where it got one with its KV. Returns counts, times,
+    ready_stamp: its place, where it got one with its KV; turn: what host memory has of it. Returns counts, times,
     residues, what was placed, whether the queue's head is blocked by something that only an event can lift, and
     whether more may be placed at this instant. Where prompts wait for each other, the candidate may only be counted.
     """
@@ -137,6 +141,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if is_ready is not None:
         # It joins as a decode: of its tokens only the last is to be computed.
         computed, seen = jnp.where(is_ready, known - 1, computed), jnp.where(is_ready, 1, seen)
+    if turn is not None:
+        computed, seen = turn.tokens, jnp.where(turn.is_here, 1, seen)
     rest = known - computed
     chunk = jnp.minimum(rest, batch.budget) if rules.chunked_prefill else rest
     if rules.walks:
@@ -153,6 +159,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if found is not None:
         reserved = reserved + found.revived
     watermark = rules.watermark_blocks
+    if turn is not None:
+        # Its blocks are here, and its place.
+        reserved = jnp.where(turn.is_here, 0, reserved)
     if is_ready is not None:
         lacking = blocks_for(known, dims) - blocks_for(computed, dims) if rules.kv_accounting else jnp.int32(0)
         must = jnp.maximum(lacking, 1) if rules.decode_needs_free_block == "always" else lacking
@@ -176,6 +185,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     has_blocks = jnp.bool_(True)
     if rules.kv_accounting:
         has_blocks = rules.num_blocks - used - reserved >= watermark
+    if turn is not None:
+        has_slot, has_blocks = has_slot | turn.is_here, has_blocks | turn.is_here
     if rules.reserve == "expected":
         own = (reserved << dims.block_bits) + jnp.minimum(max_tokens - emitted, rules.reserve_clip_tokens)
         free_tokens = ((rules.num_blocks - rank.used_blocks) << dims.block_bits).astype(jnp.float32)
@@ -242,6 +253,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         if dims.has_roles:
             own_blocks = blocks_for(prompt, dims) if rules.kv_accounting else 0
             rank = replace(rank, held_blocks=rank.held_blocks - entering * own_blocks)
+    if turn is not None:
+        is_from_queue = is_admitted & ~turn.is_here
     rank = replace(
         rank, queue=queues.pop_front(rank.queue, following, is_from_queue), running=rank.running + is_in,
         used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
@@ -271,6 +284,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if is_ready is not None and rules.has_context_limit:
         # The batch is made of who is in a slot.
         can_go_on = can_go_on | (is_placed & is_ready)
+    if turn is not None:
+        # Others may be called, or here.
+        can_go_on = can_go_on | (is_placed & turn.is_here & (batch.budget > 0))
     if rules.gathers:
         is_counted = fits & ~is_admitted
         counts, are_enough = gathering.settle(group, counts, is_counted, is_admitted, request, rest, reserved)

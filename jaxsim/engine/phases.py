@@ -25,6 +25,7 @@ from jaxsim.engine import (
     passes,
     pipeline,
     prefix,
+    slack,
     swapping,
     tape,
 )
@@ -78,7 +79,15 @@ def receive(context: Context, t: Touched) -> Touched:
         place = take(requests.table, arriving)[PLACE]
         best = bitmap.smallest(lambda word: take(world.waiting_set, t.rank, word), context.dims.num_requests)
         is_first_in_line = is_first_in_line | (place < best)
-        places = (place, jnp.where(event.is_arrival & is_first_in_line, place, best))
+        if context.dims.slack_window:
+            again = slack.look(context, t.rank)
+            best = jnp.where(counts.rank.waiting > again.count, best, context.dims.num_requests)
+            is_first_in_line = (place < best) & slack.is_before(context, again, arriving)
+            t = replace(t, again=again)
+            best = jnp.where(event.is_arrival, jnp.minimum(place, best), best)
+            places = (place, best)
+        else:
+            places = (place, jnp.where(event.is_arrival & is_first_in_line, place, best))
     if context.dims.has_swap:
         is_first_in_line = swapping.is_first(rules.swap, counts, is_first_in_line)
     tenants = None
@@ -183,7 +192,8 @@ def retire(context: Context, t: Touched) -> Touched:
     here = free_stages.keys_here(context, event, t.rank, keys) if dims.has_free_stages else keys
     counts, residue_row, retired, has_more, next_key = ending.retire(
         dims, group, event, counts, here, lambda slot: take(world.slot_entries, t.rank, slot), t.residue_row,
-        take(world.slot_entries, t.rank)[:, w.STAMP] if group.batching.prefix_caching or dims.has_roles else None,
+        take(world.slot_entries, t.rank)[:, w.STAMP]
+        if group.batching.prefix_caching or dims.has_roles or dims.keeps_turns or dims.has_block_groups else None,
         partial((hand_over if dims.has_roles else migration).is_leaving, context, event) if dims.has_moves else None)
     if dims.has_urgent:
         gone = retired.is_any * take(requests.is_urgent, retired.request)
@@ -206,9 +216,9 @@ def retire(context: Context, t: Touched) -> Touched:
         counts, opened = hand_over.take_place(context, counts, t.opened)
         t = replace(t, opened=opened)
     if dims.has_swap:
-        kept = jnp.where(retired.is_any, take(world.slot_entries, t.rank, retired.slot)[swapping.CLEAN], 0)
-        host = replace(counts.rank.swap, host_blocks=counts.rank.swap.host_blocks - kept)
-        counts = replace(counts, rank=replace(counts.rank, swap=host))
+        counts, times, ended = swapping.leave(
+            context, event, t.rank, counts, t.times, retired, t.counts.rank.used_blocks)
+        t = replace(t, times=times, ended=ended)
     longest = None
     if group.cost.reads_longest:
         is_in = (keys != packed.EMPTY) & (jnp.arange(dims.slot_width) != retired.slot)
@@ -268,6 +278,12 @@ def open_pass(context: Context, t: Touched) -> Touched:
         # Only when the first stage is free, which wakes the executor.
         is_due, is_passing = jnp.bool_(False), event.is_passing
         counts, times = free_stages.fresh(is_passing & (counts.rank.progress == 0), counts, times)
+    is_trimming = trimmed = None
+    if dims.keeps_turns:
+        # Copies that were displaced are dropped first, one a step in which nobody ends.
+        is_trimming = is_passing & swapping.is_over_full(context, counts)
+        is_passing = is_passing & ~is_trimming
+        counts, trimmed = swapping.drop_first(context, t.rank, counts, is_trimming & ~t.retired.is_any)
     counts = passes.begin_pass(group, is_passing, counts)
     if dims.has_migration:
         is_fresh = is_passing & (t.counts.rank.progress == 0)
@@ -277,6 +293,11 @@ def open_pass(context: Context, t: Touched) -> Touched:
     candidate = counts.rank.queue.front
     if rules.sorts:
         candidate = take(requests.by_place, jnp.where(counts.rank.waiting > 0, t.places[1], 0))
+    is_again = None
+    if t.again is not None:
+        is_new = (t.places[1] < dims.num_requests) & slack.is_before(context, t.again, candidate)
+        is_again = (t.again.count > 0) & ~is_new
+        candidate = jnp.where(is_again, t.again.request, candidate)
     if t.tenants is not None:
         candidate = t.tenants.head
     if rules.gathers:
@@ -291,7 +312,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
 
     is_short, is_placing = jnp.bool_(False), is_passing
     slots, residue_row = t.slots, t.residue_row
-    victim = is_preempting = is_empty = sight = None
+    victim = is_preempting = is_empty = sight = kept_turn = None
     if is_ready is not None and not rules.is_unified and not rules.grows:
         counts = mark(counts, is_passing & is_ready, w.DECODED)
     if rules.grows:
@@ -317,8 +338,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
                 victim = (slot, *take(world.slot_entries, t.rank, slot)[:2])
             is_preempting = is_passing & was_closed
             if dims.has_swap:
-                counts, sight = swapping.look(
-                    context, event, t.rank, is_passing, was_closed, counts, t.times, slots)
+                counts, sight, kept_turn = swapping.look(
+                    context, event, t.rank, is_passing, was_closed, counts, t.times, slots, t.ended)
                 victim, candidate, is_preempting = sight.victim, sight.candidate, sight.is_leaving & may_preempt
             if rules.is_unified:
                 crossing, need, grown = passes.decode_need(dims, group, counts, residue_row, tail_offset)
@@ -372,7 +393,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         has_ended=has_ended, has_work=has_work, is_passing=is_passing, is_placing=is_placing, is_short=is_short,
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
         sight=sight, candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
-        preempted_s=preempted_s,
+        preempted_s=preempted_s, is_again=is_again, kept_turn=kept_turn, is_trimming=is_trimming, trimmed=trimmed,
         # The link behind the candidate may be the one the arrival has just made.
         next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
 
@@ -411,7 +432,9 @@ def fill(context: Context, t: Touched) -> Touched:
     counts, times, residue_row, placed, is_held, can_go_on = passes.place(
         dims, group, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
         free_slot, t.slots, t.found, t.is_ready,
-        take(world.ready_before, t.candidate) if dims.has_roles and rules.has_context_limit else None)
+        take(world.ready_before, t.candidate) if dims.has_roles and rules.has_context_limit else None, t.kept_turn)
+    if t.kept_turn is not None:
+        can_go_on = can_go_on | t.kept_turn.is_called
     tenants = None if t.tenants is None else fair.place(context, t, placed)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
@@ -475,7 +498,10 @@ def fill(context: Context, t: Touched) -> Touched:
             counts, slots = limit_context(dims, rules, wants_decode, counts, slots)
     victim_emitted = None
     if t.sight is not None:
-        is_preempting, is_swapped, donor, counts = swapping.make_room(context, is_preempting, counts, slots, t.sight)
+        is_preempting, is_swapped, donor, counts, dropped = swapping.make_room(
+            context, is_preempting, counts, slots, t.sight, t.rank)
+        if t.trimmed is not None:
+            dropped = jnp.minimum(dropped, t.trimmed)
     if rules.grows:
         victim = (jnp.where(is_preempting, victim[0], null), *victim[1:])
         if t.sight is None:
@@ -503,19 +529,21 @@ def fill(context: Context, t: Touched) -> Touched:
         if t.sight is not None:
             counts, times, link, moved = swapping.move_out(
                 context, t.event, is_preempting, is_swapped, donor, before, counts, times, slots, t.sight, link,
-                own_link)
+                own_link, dropped)
             counts, times, residue_row, placed, moved, goes_on = swapping.bring_in(
                 context, t.event, t.is_passing, counts, times, residue_row, placed, moved, t.sight, t.lengths,
-                t.emitted, t.preempted_s, free_slot)
+                t.emitted, t.preempted_s, free_slot, t.kept_turn, t.next_head, t.counts.rank.used_blocks)
             can_go_on = can_go_on | goes_on
             is_unknown = placed.is_admitted | t.was_closed
-            is_held = swapping.is_held(context, counts, t.sight, is_unknown, t.lengths[PROMPT] + t.emitted)
+            is_held = swapping.is_held(context, counts, t.sight, is_unknown, t.lengths[PROMPT] + t.emitted, t.kept_turn)
         else:
             link = choose(is_preempting, own_link, link)
     if dims.has_demands:
         rank, is_from_queue = counts.rank, placed.is_admitted
         if t.is_ready is not None:
             is_from_queue = is_from_queue & ~t.is_ready
+        if t.kept_turn is not None:
+            is_from_queue = t.kept_turn.is_called | (is_from_queue & ~t.kept_turn.is_here)
         blocks = rank.waiting_blocks - jnp.where(is_from_queue, blocks_for(t.lengths[PROMPT] + t.emitted, dims), 0)
         if rules.grows:
             again = blocks_for(t.lengths[PROMPT] + victim_emitted, dims)
@@ -608,6 +636,8 @@ def launch(context: Context, t: Touched) -> Touched:
         record = jnp.where(t.is_starting, context.world.num_recorded, counts.batch.record)
         counts = replace(counts, batch=replace(counts.batch, record=record))
     is_waiting_pass = (t.is_passing & ~t.is_starting) | (t.is_due & event.is_tied)
+    if t.is_trimming is not None:
+        is_waiting_pass = is_waiting_pass | t.is_trimming
     if t.is_resting is not None:
         is_waiting_pass = is_waiting_pass & ~t.is_resting
     if context.dims.has_free_stages:

@@ -32,6 +32,9 @@ MOST_BATCH_RECORDS = 1 << 21
 
 SMALLEST_SLOTS = 8
 
+SLACK_WINDOW = 64
+"""Preempted requests that wait, unless `engine.slack_window` says how many."""
+
 REQUEST_BYTES = 60
 """Of a request as the loop reads it: arrivals, lengths, uniforms."""
 
@@ -43,6 +46,7 @@ FAULTS = {
     w.LOG_FULL: "more releases of cached blocks than were foreseen: sequences are preempted over and over",
     w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
     w.WINDOW_FULL: "more requests wait for a place at once than engine.swap.window: raise it, or lower the load",
+    w.SLACK_WINDOW_FULL: "more preempted requests wait at once than engine.slack_window: raise it, or lower the load",
     w.NO_NUMBER: "an action gave a router a weight that is not a number",
 }
 
@@ -98,7 +102,8 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     for (dims, *_), group in groups.items():
         params = _stack([lane.params for lane in group])
         requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, patience=lane.patience,
-                                               is_split=lane.is_split, order=lane.params.flags.order)
+                                               is_split=lane.is_split, order=lane.params.flags.order,
+                                               slack=lane.params.slack)
                            for lane in group])
         world = jax.device_get(loop.run_on_one_device(dims, params, requests))
         done |= {id(lane): _unpack(dims, world, index, lane) for index, lane in enumerate(group)}
@@ -269,7 +274,10 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                              and system.scheduler.num_stages == 1),
                 num_stages=system.num_stages, num_batches=1 if system.has_free_stages else system.num_stages,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
-                swap_window=system.swap.window if system.swap is not None else 0)
+                swap_window=system.swap.window if system.swap is not None else 0,
+                keeps_turns=system.swap is not None and scenario.workload.has_sessions,
+                slack_window=(scenario.engine.slack_window or SLACK_WINDOW) * (system.scheduler.order == "least_slack"),
+                has_block_groups=system.swap is not None and system.swap.group_blocks is not None)
     return lower.routing_dims(routing, dims)
 
 

@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import clients, fair, hand_over, lockstep, migration, pipeline, prefix, swapping, tape
+from jaxsim.engine import clients, fair, hand_over, lockstep, migration, pipeline, prefix, slack, swapping, tape
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
@@ -42,6 +42,9 @@ class Touched(eqx.Module):
     source: PyTree = None
     link: queues.Link | None = None
     places: tuple[Int[Array, ""], Int[Array, ""]] | None = None
+    # With least slack, the preempted ones that wait (and of `open_pass`: the candidate is one of them).
+    again: slack.Again | None = None
+    is_again: Bool[Array, ""] | None = None
 
     # open_door: with roles, what it did; with migration, what the controller or a door did.
 
@@ -79,6 +82,12 @@ class Touched(eqx.Module):
     # Where victims are swapped: the line as it is.
     is_ready: Bool[Array, ""] | None = None
     sight: swapping.Sight | None = None
+    # Where turns are kept: the one that ended (of `retire`), what there is for the candidate, and whether this step
+    # only drops a copy, and whose.
+    ended: swapping.Ended | None = None
+    kept_turn: swapping.Turn | None = None
+    is_trimming: Bool[Array, ""] | None = None
+    trimmed: Int[Array, ""] | None = None
     is_due: Bool[Array, ""] | None = None
     has_ended: Bool[Array, ""] | None = None
     has_work: Bool[Array, ""] | None = None

@@ -100,7 +100,8 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     if lane.num_prefix_blocks and lane.cached_tokens is None:
         lines.append("the trace names shared prefixes, but engine.enable_prefix_caching is off: every prompt is"
                      " computed in full")
-    if lane.session is not None and workload.has_sessions and lane.cached_tokens is None:
+    keeps_nothing = lane.cached_tokens is None or (engine.swap is not None and not engine.swap.reuse)
+    if lane.session is not None and workload.has_sessions and keeps_nothing:
         lines.append("turns bring their whole context along, but engine.enable_prefix_caching is off: it is computed in"
                      " full every time")
     return lines

@@ -33,7 +33,7 @@ class LaneResult:
         stages the mean over these, of which each has its turn; None stands for `busy_s`.
     fault: the bound that stopped the simulation, empty if none did.
     num_prefix_blocks: ids of shared prefix blocks that the workload carries. cached_tokens: of each prompt, those found
-        in the prefix cache when it was first admitted; None without one.
+        in the prefix cache when it was first admitted (with engine.swap and sessions, in host memory); None without.
     decode_instance, accepted_s, delivered_s: of requests that another instance decodes than computed the prompt: which,
         when it took the request, when it had its KV; -1 and NaN for others, None without roles.
     migrations, downtime_s, last_instance: with migration, how often each request moved, for how long it stood still for

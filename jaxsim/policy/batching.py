@@ -14,8 +14,8 @@ PHASE_MIXES = ("unified", "prefill_first")
 RESERVES = ("none", "prompt", "max_tokens", "max_model_len", "expected")
 BLOCK_RULES = ("crossing", "always")
 VICTIMS = ("last_admitted", "lowest_priority", "fewest_outputs")
-ORDERS = ("fcfs", "priority", "sjf", "edf", "vtc")
-SORTED = ("priority", "sjf", "edf")
+ORDERS = ("fcfs", "priority", "sjf", "edf", "least_slack", "vtc")
+SORTED = ("priority", "sjf", "edf", "least_slack")
 """Orders whose keys are known before the run: requests are ranked on the host."""
 ADMITS = ("any_time", "when_empty")
 
@@ -34,8 +34,8 @@ class Batching(eqx.Module):
         victim: who is preempted when blocks run short.
         waiting_blocked_after_preempt: nothing is admitted in a pass that preempted.
         order: the waiting queue is first come first served, by (priority, arrival), by (predicted output tokens,
-            arrival) or by (deadline, arrival); or the next request is that of the tenant with the smallest virtual
-            token counter (`jaxsim.engine.fair`).
+            arrival), by (deadline, arrival) or by slack (`jaxsim.engine.slack`); or the next request is that of the
+            tenant with the smallest virtual token counter (`jaxsim.engine.fair`).
         admit: requests join at `any_time`, or only `when_empty` (static batching).
         async_scheduling: a pass sees only requests that waited when the previous iteration started.
         kv_accounting: blocks are tracked at all.
@@ -49,9 +49,8 @@ class Batching(eqx.Module):
         retract_free_tokens belong to `reserve="expected"`. batch_wait_timeout_iters, batch_wait_tokens: prompts that
         could join running decodes wait for so many iterations, unless together with them they are so many tokens; None
         where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one. num_stages: of a
-        pipeline that takes a batch whenever its first stage is free; None elsewhere.
-        where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one. swap: host memory
-        that victims move to; None where they are recomputed.
+        pipeline that takes a batch whenever its first stage is free; None elsewhere. swap: host memory that
+        victims move to; None where they are recomputed.
 
     Source: the schedulers named in docs/schedulers.md.
     """
@@ -99,7 +98,7 @@ class Batching(eqx.Module):
                                       or self.async_scheduling or self.admit != "any_time" or self.order != "fcfs"
                                       or not self.waiting_blocked_after_preempt or self.has_context_limit):
             raise ValueError("swap: only with the flags of vLLM V0")
-        if self.order == "vtc" and not (
+        if self.order in ("vtc", "least_slack") and not (
                 self.is_unified and self.reserve == "none" and self.kv_accounting and self.admit == "any_time"
                 and self.victim == "last_admitted" and not self.async_scheduling):
             raise ValueError(f"order = {self.order!r}: only as vLLM V1 schedules, synchronously")

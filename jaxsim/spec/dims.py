@@ -27,6 +27,9 @@ class Dims:
     among the instances is a hash of, "prefix" or "session" ("": it has none).
     swap_window: requests in line that are looked at together, 0 without swapping to host memory.
     num_tenants: that an engine shares itself among by virtual token counters, 0 without these.
+    slack_window: preempted requests that wait at once under the order of least slack, 0 without that.
+    keeps_turns: host memory may keep what the next turn of a session begins with; has_block_groups: what is copied at
+    once depends on how free blocks lie.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -59,6 +62,9 @@ class Dims:
     route_by: str = ""
     swap_window: int = 0
     num_tenants: int = 0
+    slack_window: int = 0
+    keeps_turns: bool = False
+    has_block_groups: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -91,6 +97,12 @@ class Dims:
             raise ValueError("has_encoder: executors of one rank and one stage, without others that encode")
         if self.has_swap and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
             raise ValueError("swap_window: executors of one rank and one stage, without roles and prefix caching")
+        if (self.keeps_turns or self.has_block_groups) and not self.has_swap:
+            raise ValueError("keeps_turns, has_block_groups: only with swap_window")
+        if self.slack_window and (self.num_ranks > 1 or self.num_batches > 1 or self.has_moves or self.has_clients
+                                  or self.has_swap or self.num_segments):
+            raise ValueError("slack_window: executors of one rank and one stage, without roles, migration, clients that"
+                             " give up, swapping and prefix caching")
         if self.num_tenants and (self.num_ranks > 1 or self.num_batches > 1 or self.has_roles):
             raise ValueError("num_tenants: executors of one rank and one stage, without roles")
         if self.num_tenants and (self.has_migration or self.has_clients or self.has_encoder or self.has_swap):

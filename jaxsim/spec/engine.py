@@ -15,9 +15,15 @@ Reserve = Literal["none", "prompt", "max_tokens", "max_model_len", "expected"]
 BlockRule = Literal["crossing", "always"]
 Victim = Literal["last_admitted", "lowest_priority", "fewest_outputs"]
 Order = Literal["fcfs", "priority"]
-SchedulingPolicy = Literal["fcfs", "priority", "sjf", "edf", "vtc"]
-SORTED_POLICIES = ("priority", "sjf", "edf")
-"""Orders by a key that is known before the run."""
+SchedulingPolicy = Literal["fcfs", "priority", "sjf", "edf", "least_slack", "vtc"]
+SORTED_POLICIES = ("priority", "sjf", "edf", "least_slack")
+"""Orders by a key that is known before the run, at least of who never ran."""
+ORDERS = {
+    "fcfs": "who came first", "priority": "the smallest priority, then who came first",
+    "sjf": "the fewest predicted output tokens", "edf": "the earliest deadline",
+    "least_slack": "the least time to the deadline beyond what it is predicted to need",
+    "vtc": "the oldest request of the tenant that was served least"}
+"""What each order of the waiting queue takes next."""
 Admit = Literal["any_time", "when_empty"]
 BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
 
@@ -49,10 +55,13 @@ class SwapSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             engine; fit it.
         launch_us: that the link takes for a copy beside its bytes.
         pcie_gb_per_s: of the link to the host, each way; the device's own if left out.
-        run_blocks: blocks that lie in a row and go in one copy: 1 in vLLM, the mean length of its block groups in
-            FastSwitch.
+        run_blocks: blocks that lie in a row and go in one copy: 1 in vLLM (and if left out), the mean length of its
+            block groups in FastSwitch.
+        group_blocks: instead, blocks of a block group at most (FastSwitch: 60, not confirmed): groups get shorter as
+            free blocks are scattered (a mean field; docs/reproduce/fastswitch.md).
         asynchronous: iterations go on during copies; otherwise these come first in the iteration.
-        reuse: who comes back keeps its full blocks in host memory, and does not copy them out again.
+        reuse: who comes back keeps its full blocks in host memory, and does not copy them out again. A turn of a
+            session finds those of the turn before it there, unless others needed the room since.
         redraw: priorities that are drawn anew; first come first served if left out.
         window: requests that wait for a place at once, of which the run keeps track; beyond, it stops with a fault.
             With redraw all that wait count, else those in host memory.
@@ -62,7 +71,8 @@ class SwapSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     dispatch_us: Annotated[float, Meta(ge=0, le=1e6)]
     launch_us: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     pcie_gb_per_s: Annotated[float, Meta(gt=0)] | None = None
-    run_blocks: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    run_blocks: Annotated[int, Meta(ge=1, le=1 << 16)] | None = None
+    group_blocks: Annotated[int, Meta(ge=1, le=4095)] | None = None
     asynchronous: bool = False
     reuse: bool = False
     redraw: RedrawSection | None = None
@@ -94,7 +104,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             Marlin's, which multiply 4-bit weights in 16 bits (VLLM_MXFP4_USE_MARLIN).
         enable_chunked_prefill: a prompt may be split over iterations.
         scheduling_policy: order of the waiting queue: of arrival, by priority, the shortest predicted output first
-            (sjf), the earliest deadline first (edf), or by virtual token counters of the tenants (vtc).
+            (sjf), the earliest deadline first (edf), the least slack first (least_slack), or by virtual token
+            counters of the tenants (vtc).
         async_scheduling: the next iteration is scheduled while this one runs.
         watermark: share of the KV blocks that admissions leave free.
         batch_wait_timeout_iters: iterations that prompts which could join running decodes wait for, unless they are
@@ -120,6 +131,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         schedule_conservativeness: scales the expected-growth reserve (SGLang's flag).
         input_token_weight: service of a prompt token under scheduling_policy = "vtc"; 1 if left out.
         output_token_weight: service of an output token there; 2 if left out.
+        slack_output_ms: that an output token is taken to need under scheduling_policy = "least_slack".
+        slack_prompt_ms: that a token of a prompt is taken to need there; 0 if left out.
+        slack_window: preempted requests that wait at once there, of which the run keeps track (64 if left out);
+            beyond, it stops with a fault.
     """
 
     preset: Text = "vllm-v1"
@@ -158,3 +173,6 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     schedule_conservativeness: Annotated[float, Meta(gt=0, le=10)] | None = None
     input_token_weight: Annotated[float, Meta(ge=0, le=1_000)] | None = None
     output_token_weight: Annotated[float, Meta(ge=0, le=1_000)] | None = None
+    slack_output_ms: Annotated[float, Meta(ge=0, le=10_000)] | None = None
+    slack_prompt_ms: Annotated[float, Meta(ge=0, le=10_000)] | None = None
+    slack_window: Annotated[int, Meta(ge=8, le=8192)] | None = None

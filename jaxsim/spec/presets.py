@@ -270,7 +270,7 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     # vLLM's PRIORITY policy is both an order of the queue and a choice of victim.
     # SGLang's reserve and its retraction are one mechanism.
     usual_victim = ("fewest_outputs" if reserve == "expected" else
-                    "lowest_priority" if order in SORTED_POLICIES else "last_admitted")
+                    "lowest_priority" if order in SORTED_POLICIES and order != "least_slack" else "last_admitted")
     victim = pick(engine.victim, usual_victim)
 
     if phase_mix == "unified" and max_num_batched_tokens < max_num_seqs:
@@ -300,7 +300,8 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     for field, value, is_wrong, problem, remedy in (
         ("victim", victim, (victim == "fewest_outputs") != (reserve == "expected"),
          f"does not go with reserve = {reserve!r}", "'fewest_outputs' and reserve 'expected' go together"),
-        ("victim", victim, victim == ("fewest_outputs" if order in SORTED_POLICIES else "lowest_priority"),
+        ("victim", victim, victim == ("fewest_outputs" if order in SORTED_POLICIES else "lowest_priority")
+         or (victim == "lowest_priority" and order == "least_slack"),
          f"does not go with scheduling_policy = {order!r}",
          "use 'last_admitted', or a scheduling_policy that sorts, such as 'priority'"),
         ("reserve", reserve, reserve == "expected" and phase_mix != "prefill_first",

@@ -91,6 +91,9 @@ def _check_swap(s: "Scenario", scheduler: Scheduler) -> None:
     if s.device is None and engine.swap.pcie_gb_per_s is None:
         raise InputError(f"{field}.pcie_gb_per_s", None, "missing, and without [device] it cannot be derived",
                          "give the bandwidth to host memory")
+    if engine.swap.group_blocks is not None and engine.swap.run_blocks is not None:
+        raise InputError(f"{field}.run_blocks", engine.swap.run_blocks, "has no effect with group_blocks",
+                         "give one of them")
     redraw = engine.swap.redraw
     if redraw is not None and (redraw.pattern == "markov") != (redraw.locality is not None):
         problem = "missing, and 'markov' needs it" if redraw.locality is None else "has no effect with 'random'"
@@ -111,20 +114,32 @@ def _check_order(s: "Scenario", scheduler: Scheduler) -> None:
                                            and scheduler.victim == "last_admitted"):
         raise InputError(field, order, f"with victim = {scheduler.victim!r} is not simulated with prefix caching",
                          "set engine.enable_prefix_caching = false")
-    if order == "sjf" and w.prediction is None and w.kind != "trace":
-        raise InputError("workload.prediction", None, "missing, and scheduling_policy = 'sjf' goes by it",
+    for name in ("slack_output_ms", "slack_prompt_ms", "slack_window"):
+        if getattr(s.engine, name) is not None and order != "least_slack":
+            raise InputError(f"engine.{name}", getattr(s.engine, name),
+                             f"has no effect with scheduling_policy = {order!r}",
+                             "leave it out, or use scheduling_policy = 'least_slack'")
+    if order == "least_slack" and s.engine.slack_output_ms is None:
+        raise InputError("engine.slack_output_ms", None, "missing, and scheduling_policy = 'least_slack' goes by it",
+                         "give the time between tokens that the engine is expected to have")
+    if order == "least_slack" and s.workload.images is not None:
+        raise InputError(field, order, "is not simulated with images", "use 'fcfs'")
+    if order == "least_slack" and s.has_clients:
+        raise InputError(field, order, "is not simulated where requests end without an answer", "use 'edf'")
+    if order in ("sjf", "least_slack") and w.prediction is None and w.kind != "trace":
+        raise InputError("workload.prediction", None, f"missing, and scheduling_policy = {order!r} goes by it",
                          "give e.g. { sigma = 0.0 } for exact predictions of output lengths")
     if order == "vtc" and (w.kind == "closed-loop" or w.has_sessions):
         raise InputError(field, order, "is not simulated yet where answers bring requests about",
                          "use 'fcfs', or an open loop of single requests")
-    if order == "edf" and w.kind == "closed-loop":
+    if order in ("edf", "least_slack") and w.kind == "closed-loop":
         raise InputError(field, order, "goes by arrivals, which are results with kind = 'closed-loop'",
                          "use another policy, or an open loop")
-    if order == "edf" and w.kind != "trace":
+    if order in ("edf", "least_slack") and w.kind != "trace":
         own = [t.deadline_ms or t.ttft_ms for t in w.tenants] or [None]
         if None in own and s.slo.e2e_ms is None and s.slo.ttft_ms is None:
             which = f"workload.tenants[{own.index(None)}].deadline_ms" if w.tenants else "slo.e2e_ms"
-            raise InputError(which, None, "missing, and scheduling_policy = 'edf' goes by deadlines",
+            raise InputError(which, None, f"missing, and scheduling_policy = {order!r} goes by deadlines",
                              "give it, or ttft_ms, there or in [slo]")
 
 
@@ -219,7 +234,7 @@ def _check_migration(s: "Scenario") -> None:
     where = f"cluster.{moving}" if moving else "cluster.router"
     value = plain(getattr(cluster, moving)) if moving else cluster.router
     scheduler = _scheduler(engine)
-    if scheduler.order != "fcfs" and (scheduler.order == "vtc" or scheduler.victim != "last_admitted"):
+    if scheduler.order != "fcfs" and (scheduler.order in ("vtc", "least_slack") or scheduler.victim != "last_admitted"):
         raise InputError("engine.scheduling_policy", scheduler.order,
                          f"is not simulated with {where} where it says who is preempted too",
                          "use 'fcfs', or 'priority' with engine.victim = 'last_admitted'")

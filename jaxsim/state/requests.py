@@ -35,7 +35,8 @@ class Requests(eqx.Module):
     many blocks as tiles. order: rows in the order they arrive, then the scratch row; a request with parts does not.
     home, noise: for routers that ask, the instance that a hash of each request falls to, and a draw from Gumbel's law
     for every instance. is_urgent: whether its priority is below 0, where that is asked. tenant: of each, with virtual
-    token counters.
+    token counters. before: of each turn the one before it in its session, which it begins with (-1: none), where that
+    may be kept. slack: with the order of least slack, columns as in `jaxsim.engine.slack`.
     """
 
     table: Int[Array, "rows 4"]
@@ -54,6 +55,8 @@ class Requests(eqx.Module):
     home: Int[Array, " rows"] | None = None
     noise: Float[Array, "rows instances"] | None = None
     tenant: Int[Array, " rows"] | None = None
+    before: Int[Array, " rows"] | None = None
+    slack: Int[Array, "rows 2"] | None = None
 
     def stretched(self, factor: Float[Array, ""]) -> "Requests":
         """With every arrival time multiplied by a factor, and rounded to the arrival grid."""
@@ -85,7 +88,8 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
                   home: Int[np.ndarray, " requests"] | None = None,
                   noise: Float[np.ndarray, "requests instances"] | None = None,
                   is_urgent: Bool[np.ndarray, " requests"] | None = None,
-                  tenant: Int[np.ndarray, " requests"] | None = None) -> Requests:
+                  tenant: Int[np.ndarray, " requests"] | None = None, keeps_turns: bool = False,
+                  slack: Int[np.ndarray, "requests 2"] | None = None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.
@@ -93,7 +97,8 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
     bounds: of prompts through shared segments (-1: none), of which there is room for `num_segments`. successor,
     think_s: of sessions, the turn behind each (-1: none), and the time between the answer before it and each, on the
     arrival grid. patience: as `jaxsim.policy.clients.patience` makes it. images: of requests with images; their parts
-    are rows behind. home, noise, is_urgent: as in `Requests`.
+    are rows behind. home, noise, is_urgent, slack: as in `Requests`. keeps_turns: note the turn before each, where that
+    is long enough to begin with it.
     """
     count = len(arrival_s)
     rows = (num_requests or count) + 1
@@ -117,6 +122,13 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
         paths = np.pad(np.where(paths < 0, num_segments, paths), ((0, behind), (0, 0)), constant_values=num_segments)
         bounds = np.pad(bounds, ((0, behind), (0, 0)))
         paths, bounds = paths.astype(np.int32), bounds.astype(np.int32)
+    before = None
+    if keeps_turns:
+        before = np.full(rows, -1, np.int32)
+        begun = np.flatnonzero(successor >= 0)
+        follows = successor[begun]
+        is_whole = input_tokens[follows] >= np.asarray(input_tokens)[begun] + np.asarray(output_tokens)[begun]
+        before[follows[is_whole]] = begun[is_whole]
     think = None
     if successor is not None:
         think = np.zeros((rows, 2), np.int32)
@@ -135,7 +147,8 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
     if tenant is not None:
         tenant = np.pad(tenant, (0, rows - count)).astype(np.int32)
     packed = Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think,
-                      patience=patience, home=home, noise=noise, is_urgent=is_urgent, tenant=tenant)
+                      patience=patience, home=home, noise=noise, is_urgent=is_urgent, tenant=tenant, before=before,
+                      slack=None if slack is None else np.pad(slack, ((0, rows - count), (0, 0))).astype(np.int32))
     return packed if images is None else images.put_in(packed)
 
 

@@ -34,11 +34,11 @@ all; the forming prompt's chunk is settled; the walk over running sequences ende
 more."""
 
 STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL, NO_NUMBER = 1, 2, 4, 8, 16, 32
-WINDOW_FULL = 64
+WINDOW_FULL, SLACK_WINDOW_FULL = 64, 128
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
 takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen; more
 releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN; more requests
-in line than `Dims.swap_window`."""
+in line than `Dims.swap_window`; more that were preempted and wait than `Dims.slack_window`."""
 
 DRAWN = 1 << 10
 """Further progress: somebody was swapped out for a draw of priorities, or called in."""
@@ -54,7 +54,8 @@ TENANT_FIELDS = 5
 
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
-           "references", "log", "newest", "sent_blocks", "window", "copies", "tenants", "slot_ends")
+           "references", "log", "newest", "sent_blocks", "window", "copies", "tenants", "slot_ends",
+           "again")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -84,8 +85,10 @@ class Cache(eqx.Module):
 
 class SwapCounts(eqx.Module):
     """Requests swapped out (or on the way), and on the way in; blocks of copies out that are not through, which are in
-    use; blocks of host memory in use; blocks copied out so far, and those spared since host memory had them. See
-    `jaxsim.engine.swapping`."""
+    use; blocks of host memory in use; blocks copied out so far, and those spared since host memory had them. With
+    turns kept: the copies of finished turns in the order in which they ended (those that were used or dropped since
+    among them), and the blocks of those still there. With block groups: holes among the free blocks beyond one, in
+    parts as of `jaxsim.policy.swap`. See `jaxsim.engine.swapping`."""
 
     out: Int[Array, "*shape"]
     coming: Int[Array, "*shape"]
@@ -93,6 +96,9 @@ class SwapCounts(eqx.Module):
     host_blocks: Int[Array, "*shape"]
     copied_blocks: Int[Array, "*shape"]
     spared_blocks: Int[Array, "*shape"]
+    turns: Queue | None = None
+    turn_blocks: Int[Array, "*shape"] | None = None
+    holes: Int[Array, "*shape"] | None = None
 
 
 class Rank(eqx.Module):
@@ -430,9 +436,15 @@ class World(eqx.Module):
     sent_blocks: Int[Array, "ranks segments"] | None = None
     # Swapping to host memory, else None: who is in line, when copies are through (hi, lo), and of requests what swaps
     # came to (columns of both as in `swapping`).
-    window: Int[Array, "ranks places 5"] | None = None
+    window: Int[Array, "ranks places window_fields"] | None = None
     copies: Float[Array, "ranks places 2"] | None = None
     swaps: Int[Array, "rows 5"] | None = None
+    # With turns kept, else None: of requests, one more than the rank whose host memory has a copy of the whole finished
+    # turn (0: none has), and the finished turn behind it. `cached` is then what they found.
+    kept: Int[Array, " rows"] | None = None
+    next_kept: Int[Array, " rows"] | None = None
+    # Least slack, else None: who was preempted and waits (columns as in `jaxsim.engine.slack`).
+    again: Int[Array, "ranks places 2"] | None = None
     # Virtual token counters, else None: the tenants' queues and counters (`jaxsim.engine.fair.Tenants`).
     tenants: Int[Array, "ranks tenant_fields"] | None = None
 
@@ -440,6 +452,12 @@ class World(eqx.Module):
 def _zeros(cls, **fields):
     names = cls.__dataclass_fields__
     return cls(**{name: fields.get(name, jnp.int32(0)) for name in names})
+
+
+def _swap_counts(dims: Dims) -> SwapCounts:
+    zero = jnp.int32(0)
+    return _zeros(SwapCounts, turns=Queue(zero, zero, zero) if dims.keeps_turns else None,
+                  turn_blocks=zero if dims.keeps_turns else None, holes=zero if dims.has_block_groups else None)
 
 
 def empty_counts(dims: Dims) -> Counts:
@@ -455,7 +473,7 @@ def empty_counts(dims: Dims) -> Counts:
                   waiting_blocks=zero if dims.has_demands else None, urgent=zero if dims.has_urgent else None,
                   **dict.fromkeys(("cached_tiles", "waiting_tiles"), zero if dims.has_parts else None),
                   prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None,
-                  swap=_zeros(SwapCounts) if dims.has_swap else None)
+                  swap=_swap_counts(dims) if dims.has_swap else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
                    taken=zero if is_pipeline or dims.has_moves else None,
@@ -532,6 +550,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         tape |= dict(tape_first=ints(rows + dims.num_more_logs, value=-1))
     if dims.num_tenants:
         cached["tenants"] = ints(ranks, TENANT_FIELDS * dims.num_tenants + 1)
+    if dims.slack_window:
+        cached["again"] = ints(ranks, dims.slack_window + 1, 2)
     roles, doors = {}, executors + 1
     if dims.has_roles:
         roles = dict(
@@ -560,7 +580,10 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
     swapping = {}
     if dims.has_swap:
         places = dims.swap_window + 1
-        swapping = dict(window=ints(ranks, places, 5), copies=floats(ranks, places, 2), swaps=ints(rows, 5))
+        fields = 6 if dims.has_block_groups else 5
+        swapping = dict(window=ints(ranks, places, fields), copies=floats(ranks, places, 2), swaps=ints(rows, 5))
+    if dims.keeps_turns:
+        swapping |= dict(kept=ints(rows), next_kept=ints(rows), cached=ints(rows))
     return World(
         epoch=ints(), steps=ints(), num_routed=ints(), source=source,
         due=floats(1, 3) if due is None else due, num_finished=ints(), num_logged=ints(),

@@ -112,7 +112,7 @@ def _is_stretched(scenario: Scenario) -> bool:
     w = scenario.workload
     # The order of deadlines is another at every rate.
     return (w.kind in _STRETCHED and w.rate_rps is not None and not w.has_sessions
-            and scenario.engine.scheduling_policy != "edf")
+            and scenario.engine.scheduling_policy not in ("edf", "least_slack"))
 
 
 def stamps(scenario: Scenario) -> list[str]:
@@ -153,7 +153,9 @@ def _content(path: str, *_: int) -> str:
 def _deadlines(scenario: Scenario) -> tuple:
     """What else a workload depends on, where the order of the queue goes by it."""
     policy = scenario.engine.scheduling_policy
-    return () if policy not in ("sjf", "edf") else (policy, scenario.slo) if policy == "edf" else (policy,)
+    if policy == "sjf":
+        return (policy,)
+    return (policy, scenario.slo) if policy in ("edf", "least_slack") else ()
 
 
 def _bytes(*parts: Any) -> bytes:

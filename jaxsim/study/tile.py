@@ -88,12 +88,13 @@ def together(dims: Dims, runs: Sequence[Run]) -> tuple[Params, Requests]:
     """Parameters and requests with a leading axis of runs; what runs share is stacked once."""
     params = _gathered([run.params for run in runs])
     params = eqx.tree_at(lambda p: p.max_steps, params, np.array([run.max_steps for run in runs], np.int32))
-    packed: dict[tuple[int, int, bool, str], Requests] = {}
-    keys = [(id(run.workload), id(run.patience), lower.is_split(run.scenario), run.params.flags.order) for run in runs]
+    packed: dict[tuple, Requests] = {}
+    keys = [(id(run.workload), id(run.patience), lower.is_split(run.scenario), run.params.flags.order,
+             tuple(int(x) for x in jax.tree.leaves(run.params.slack))) for run in runs]
     for key, run in zip(keys, runs, strict=True):
         if key not in packed:
             packed[key] = lower.make_requests(run.workload, dims, run.prefixes, patience=run.patience,
-                                              is_split=key[2], order=key[3])
+                                              is_split=key[2], order=key[3], slack=run.params.slack)
     requests = _gathered([packed[key] for key in keys])
     rows = dims.num_requests + 1
     seconds = np.full((len(runs), rows + 1), np.inf)

@@ -301,7 +301,7 @@ def test_a_platform_that_is_not_there_is_one_line(tiny):
 def test_lists(capsys):
     for what, words in (("models", ("llama-3.1-8b", "Mixtral")), ("devices", ("h100", "GiB")),
                         ("scenarios", ("default", "trace-replay")), ("studies", ("batch-limits", "DistServe")),
-                        ("policies", ("vllm-v1@0.19", "leaves out", "valid for", "least_outstanding"))):
+                        ("policies", ("vllm-v1@0.19", "leaves out", "valid for", "least_slack", "least_outstanding"))):
         assert cli.main(["list", what]) == 0
         text = capsys.readouterr().out
         assert all(word in text for word in words), what

@@ -39,6 +39,9 @@ def scenario(swap: dict | None = None, engine: dict | None = None, **sections) -
     ("engine.swap.redraw.locality", dict(swap={"redraw": {"period_iterations": 25, "locality": 0.5}})),
     ("engine.swap.redraw.period_iterations", dict(swap={"redraw": {"period_iterations": 0}})),
     ("engine.swap.run_blocks", dict(swap={"run_blocks": 0})),
+    ("engine.swap.run_blocks", dict(swap={"run_blocks": 2, "group_blocks": 60})),
+    ("engine.swap.group_blocks", dict(swap={"group_blocks": 4096})),
+    ("engine.swap.group_blocks", dict(swap={"group_blocks": 60}, engine={"num_gpu_blocks_override": 1 << 23})),
     ("engine.pipeline_parallel_size", dict(engine={"pipeline_parallel_size": 2})),
     ("cluster.pools", dict(cluster={"pools": [{"role": "mixed"}]})),
     ("engine.swap", dict(model={"name": "deepseek-v3"})),
@@ -117,6 +120,28 @@ def test_turns_of_sessions():
             order = np.argsort(lane.turn[mine])
             starts, ends = lane.arrival_s[mine][order], lane.finish_s[mine][order]
             assert np.allclose(starts[1:], ends[:-1] + 0.5 + lane.front_end_s, atol=1e-5)
+
+
+def test_a_turn_finds_the_one_before_it():
+    """One session with room for everything: all but the first turn find all that was computed before, and the last
+    answer is copied out block by block once. Without reuse nothing is found, and the prompts take longer."""
+    one = {"kind": "poisson", "rate_rps": 0.1, "num_requests": 4, "input": 40, "output": 21,
+           "sessions": {"turns": 4, "think_s": 5.0, "context_limit": 500}}
+    result = simulate([scenario({"reuse": True, "group_blocks": 60}, workload=one),
+                       scenario({"group_blocks": 60}, workload=one)])
+    assert result.faults == ()
+    for kept, plain in zip(*result.lanes, strict=True):
+        order = np.argsort(kept.turn[kept.session == 0])
+        mine = np.flatnonzero(kept.session == 0)[order]
+        before = kept.input_tokens[mine][:-1] + kept.output_tokens[mine][:-1] - 1
+        assert kept.cached_tokens[mine].tolist() == [0, *before] and not plain.cached_tokens.any()
+        assert np.all(kept.first_token_s[mine][1:] - kept.arrival_s[mine][1:]
+                      < plain.first_token_s[mine][1:] - plain.arrival_s[mine][1:])
+        last = kept.input_tokens + kept.output_tokens - 1
+        # Each turn's blocks but the full ones that were there.
+        found = kept.cached_tokens // 16
+        assert kept.swapped_blocks.tolist() == [int((-(-last // 16) - found).sum()), int(found.sum())]
+        assert plain.swapped_blocks.tolist() == [0, 0]
 
 
 def test_the_schema_knows_the_fields():

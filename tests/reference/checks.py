@@ -73,7 +73,8 @@ def check_instance(instance: Instance, flags: Flags) -> None:
         assert instance.free_blocks + held_here == flags.num_blocks
     assert all(job.blocks == 0 and job.is_prefilled for job in swapped)
     if instance.swap is not None:
-        assert instance.swap.host_used == sum(instance.swap.on_host.values()) <= flags.swapping.host_blocks
+        kept = sum(blocks for blocks, _ in instance.swap.kept.values())
+        assert instance.swap.host_used == sum(instance.swap.on_host.values()) + kept <= flags.swapping.host_blocks
     if flags.track_blocks:
         assert all(job.blocks * flags.block_size >= job.scheduled_tokens for job in running + ready)
     flying = {id(job) for flight in instance.flights for job, _ in flight}

@@ -4,7 +4,9 @@ Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, Al
 not say: a preempted request comes in again (lines 7 to 13) at the front of its tenant's, and is charged once.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from .flags import Flags
@@ -15,9 +17,19 @@ if TYPE_CHECKING:
 
 def queue_key(job: "Job", flags: Flags) -> tuple:
     """By which a sorted queue is sorted, and the largest of which is preempted."""
+    if flags.order == "least_slack":
+        return slack_ms(job, flags), job.request.id
     key = {"priority": job.request.priority, "sjf": job.request.predicted,
            "edf": job.request.arrival_s + job.request.limit_s}[flags.order]
     return key, job.request.id
+
+
+def slack_ms(job: "Job", flags: Flags) -> int:
+    """Whole milliseconds to the deadline less those of its work, halves of these up, as of time zero."""
+    emitted = 0 if flags.keeps_slack else job.emitted
+    work = Fraction(flags.pace[0], 64) * (job.request.prompt + emitted)
+    work += Fraction(flags.pace[1], 64) * max(job.request.predicted - emitted, 1)
+    return round(1e3 * (job.request.arrival_s + job.request.limit_s)) - math.floor(work + Fraction(1, 2))
 
 
 class VirtualTokenCounters:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 UNLIMITED = 1 << 30  # a count (sequences, tokens) that never binds
 
-SORTED = ("priority", "sjf", "edf")
+SORTED = ("priority", "sjf", "edf", "least_slack")
 
 CAN_GROW = ("none", "prompt", "expected")  # reservations under which a decode may ask for one more block
 
@@ -24,7 +24,9 @@ class Flags:
     - victim: who is preempted: `last_admitted`, `lowest_priority`, `fewest_outputs`.
     - waiting_blocked_after_preempt: a pass that preempted admits nobody.
     - order: `fcfs`; sorted by a key, then by id: `priority` (small is urgent), `sjf` (predicted output tokens), `edf`
-      (arrival and limit); `vtc`, virtual token counters with the `prices` of a prompt and an output token by tenant.
+      (arrival and limit), `least_slack` (that less what is left to do, at `pace`: 64ths of a millisecond of a token
+      known and of an output token to come; keeps_slack: as of its arrival, for ever); `vtc`, virtual token counters
+      with the `prices` of a prompt and an output token by tenant.
     - admit: `any_time`, or `when_empty` (static batches).
     - async_scheduling: a pass sees only what waited when the iteration that just ended was started.
     - decode_context_limit: decodes are a FIFO, a batch holds at most this many context tokens (simdistserve).
@@ -86,6 +88,8 @@ class Flags:
     headroom_blocks: int = 0  # counted as used by freeness (Llumnix) where a request of a priority below 0 runs
     swapping: object = None
     prices: tuple[tuple[float, float], ...] = ()
+    pace: tuple[int, int] = (0, 64)
+    keeps_slack: bool = False
 
     def __post_init__(self):
         for name, allowed in (
@@ -159,6 +163,7 @@ PRESETS: dict[str, dict] = {
     "vllm-v1-sjf": {"order": "sjf", "victim": "lowest_priority"},
     "vllm-v1-sjf-tail": {"order": "sjf"},
     "vllm-v1-edf": {"order": "edf", "victim": "lowest_priority"},
+    "vllm-v1-slack": {"order": "least_slack"},
     "vllm-v1-vtc": {"order": "vtc", "prices": ((1, 2),) * 3},
     "vllm-v1-async": {"async_scheduling": True},
     "vllm-v0": {

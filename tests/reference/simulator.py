@@ -61,7 +61,7 @@ from .results import (
 from .routing import ROUTERS, Router, fewest_prefills, fewest_queued_decodes
 from .scaling import Fleet, Scaling
 from .state import BatchStatsRef, Instance, Job, Request, batch_stats
-from .swapping import SwapState, swapping_pass
+from .swapping import Pool, SwapState, answer_is_out, swapping_pass
 from .transfers import Transfer
 
 __all__ = [
@@ -182,6 +182,8 @@ class Simulation:
         for instance in instances:
             if instance.flags.swapping is not None:
                 instance.swap = SwapState()
+                if instance.flags.swapping.group_blocks:
+                    instance.swap.pool = Pool(instance.flags.num_blocks, instance.flags.swapping.group_blocks)
         self.num_routed = self.num_finished = 0
         self.clients = clients
         self.earlier_jobs: list[Job] = []  # sendings behind which there was another
@@ -365,6 +367,8 @@ class Simulation:
         entries = instance.flights.pop(0)
         if instance.on_first_stage is entries:
             instance.on_first_stage = []
+        if instance.swap is not None:
+            entries = sorted(entries, key=lambda entry: entry[0].sequence)  # who came first leaves first
         for job, tokens in entries:
             job.computed += tokens
             job.pending -= tokens
@@ -389,7 +393,7 @@ class Simulation:
                 job.finish = job.ended = self.now
                 job.status = "finished"
                 if instance.swap is not None:
-                    instance.swap.host_used -= instance.swap.on_host.pop(job, 0)
+                    answer_is_out(instance, job, self.now, self.clock.ticks)
                     gone = instance.swap.stood - instance.swap.at_arrival[job.request.id]
                     instance.swap.waited[job.request.id] = instance.swap.waited.get(job.request.id, 0) + gone
                 self.num_finished += 1
@@ -525,7 +529,8 @@ class Simulation:
         """Everybody was served once, in full, and all blocks are free."""
         for instance in self.instances:
             assert not instance.has_work and not instance.outstanding and not instance.flights and not instance.leaving
-            assert instance.free_blocks == instance.flags.num_blocks
+            copies = 0 if instance.swap is None else instance.swap.leaving_blocks
+            assert instance.free_blocks + copies == instance.flags.num_blocks
         everybody = self.jobs + self.earlier_jobs
         for job in everybody:
             assert job.ended is not None and job.blocks == 0

@@ -21,6 +21,14 @@ that called somebody and has nothing to compute is followed by another at once.
 `reuse`: whoever comes back keeps its full blocks in host memory, and is spared copying them out again. Where room lacks
 the last of the running that have such a copy loses it.
 
+`turns`, with `reuse`: an answer that is out leaves its blocks in host memory for the next turn. Those without a copy
+there are copied out on the link, beside iterations in any case, and are in use until they are through. Where room
+lacks, copies of turns go first, that of the answer which was out first; an answer takes the place of no others. If that
+is not enough it is not kept. The next turn, at the same instance, waits for the copy to be through; then it comes back
+as who is swapped out does, and computes only what is behind it, before the line.
+
+`group_blocks`: blocks lie in groups. See `Pool`.
+
 Source: vLLM 0.3.3 `core/scheduler.py`; FastSwitch (arXiv 2411.18424), sections on its scheduler and swap manager.
 """
 
@@ -46,14 +54,16 @@ class Swapping:
     dispatch_s: float = 0.0
     launch_s: float = 0.0
     run_blocks: int = 1
+    group_blocks: int = 0  # 0: copies are of `run_blocks`
+    turns: bool = False
     is_async: bool = False
     reuse: bool = False
     period: int = 0
     levels: int = 4096
     locality: float = 0.0
 
-    def seconds(self, blocks: int) -> float:
-        copies = 2 * self.layers * math.ceil(blocks / self.run_blocks)
+    def seconds(self, blocks: int, run: int) -> float:
+        copies = 2 * self.layers * math.ceil(blocks / run)
         wire = copies * self.launch_s + 2 * self.layers * blocks * self.block_copy_bytes / self.bandwidth
         return max(copies * self.dispatch_s, wire)
 
@@ -66,6 +76,42 @@ def draw(request: int, epoch: int, stream: int) -> int:
     return (x ^ (x >> 16)) >> 16
 
 
+class Pool:
+    """How many holes the free blocks of an instance are in, 256ths of one; who takes blocks, takes holes.
+
+    A hole is as long as the mean one. Somebody who needs blocks takes them from one after the other, at most
+    `group_blocks` in one; holes that are not longer are gone with that. A group that is given back, with a share f of
+    all blocks free, is next to free ones at each end with probability f, and is one hole more, less one for either.
+    Blocks that a job grows by lie in groups of the length that it found when it came; they are taken out of the holes
+    when it leaves.
+    """
+
+    def __init__(self, blocks: int, most: int):
+        self.blocks, self.most = blocks, most
+        self.holes, self.of = 256, {}
+        self.lengths: list[int] = []
+
+    def take(self, job: Job, blocks: int, free: int) -> None:
+        mean = 256 * free // self.holes
+        length = max(1, min(mean, self.most))
+        self.of[job] = (length, ceil_div(blocks, length))
+        self.lengths.append(length)
+        if length < self.most:
+            self.holes -= 256 * (blocks // length)
+        self._bound(free - blocks)
+
+    def give(self, job: Job, blocks: int, free: int) -> None:
+        length, before = self.of.pop(job)
+        groups = ceil_div(blocks, length)
+        self.holes += groups * (256 - 2 * (256 * free // self.blocks))
+        if length < self.most:
+            self.holes -= 256 * (groups - before)
+        self._bound(free + blocks)
+
+    def _bound(self, free: int) -> None:
+        self.holes = max(256, min(self.holes, 256 * max(free, 1)))
+
+
 @dataclass(eq=False)
 class SwapState:
     """Of one instance. Times are ticks."""
@@ -76,6 +122,10 @@ class SwapState:
     served: set = field(default_factory=set)  # on the device when priorities were drawn
     host_used: int = 0
     on_host: dict = field(default_factory=dict)  # blocks of a job in host memory
+    kept: dict = field(default_factory=dict)  # of answers that are out, by request in their order: (blocks, tokens)
+    coming_turns: dict = field(default_factory=dict)  # tokens of such a copy that is on the way in, by job
+    pool: Pool | None = None
+    taken: int = 0  # by decodes in the pass, who take theirs once there are enough for all
     leaving: list = field(default_factory=list)  # (job, when its copy out is through, blocks)
     due: dict = field(default_factory=dict)  # when the copy in is through
     decided: dict = field(default_factory=dict)
@@ -91,7 +141,7 @@ class SwapState:
     stalled: dict = field(default_factory=dict)  # by request, ticks without a place
     seen: dict = field(default_factory=lambda: dict.fromkeys(
         ("out", "in", "recomputed", "dropped", "drawn_out", "reused_blocks", "boosted", "ties", "in_and_prompt",
-         "copied_blocks"), 0))
+         "copied_blocks", "kept", "not_kept", "forgotten", "found", "called", "found_tokens", "held_up"), 0))
 
     @property
     def leaving_blocks(self) -> int:
@@ -123,15 +173,67 @@ def line_of(instance: Instance) -> list[Job]:
     return sorted(instance.swapped, key=key) + instance.waiting
 
 
+def run_of(instance: Instance, job: Job) -> int:
+    """Blocks of a job that lie in a row."""
+    rules, pool = instance.flags.swapping, instance.swap.pool
+    return rules.run_blocks if pool is None else pool.of[job][0]
+
+
+def take_groups(instance: Instance, job: Job, blocks: int) -> None:
+    if instance.swap.pool is not None:
+        instance.swap.pool.take(job, blocks, instance.free_blocks)
+
+
+def give_groups(instance: Instance, job: Job) -> None:
+    if instance.swap.pool is not None:
+        instance.swap.pool.give(job, job.blocks, instance.free_blocks + instance.swap.taken)
+
+
+def forget_first(s: SwapState) -> None:
+    blocks, _ = s.kept.pop(next(iter(s.kept)))
+    s.host_used -= blocks
+    s.seen["forgotten"] += 1
+
+
+def answer_is_out(instance: Instance, job: Job, now: float, ticks) -> None:
+    """The last token of a job: what is kept of it in host memory."""
+    rules, s = instance.flags.swapping, instance.swap
+    length = run_of(instance, job)
+    give_groups(instance, job)
+    clean = s.on_host.pop(job, 0)
+    s.host_used -= clean
+    if not (rules.turns and rules.reuse):
+        return
+    used_by_turns = sum(blocks for blocks, _ in s.kept.values())
+    if job.blocks > rules.host_blocks - s.host_used + used_by_turns:
+        s.seen["not_kept"] += 1
+        return
+    while job.blocks > rules.host_blocks - s.host_used:
+        forget_first(s)
+    s.host_used += job.blocks
+    s.kept[job.request.id] = (job.blocks, job.computed)
+    s.seen["kept"] += 1
+    s.seen["copied_blocks"] += job.blocks - clean
+    s.seen["reused_blocks"] += clean
+    s.busy["out"] = max(now, s.busy["out"]) + ticks(rules.seconds(job.blocks - clean, length))
+    if s.busy["out"] > now:
+        s.leaving.append((job, s.busy["out"], job.blocks))
+        job.blocks = 0
+
+
 def swap_out(instance: Instance, job: Job, plan: Plan, ticks) -> None:
     """To host memory; recomputed where there is no room."""
     rules, s = instance.flags.swapping, instance.swap
+    length = run_of(instance, job)
+    give_groups(instance, job)
     instance.running.remove(job)
     job.preemptions += 1
     s.left_at[job.request.id] = s.now
     plan.preempted.append(job)
     clean = s.on_host.get(job, 0)
     lacking = job.blocks - clean
+    while s.kept and rules.host_blocks - s.host_used < lacking:
+        forget_first(s)
     donors = [other for other in instance.running if s.on_host.get(other, 0)]
     donors.sort(key=lambda other: key_of(instance, other))
     while donors and rules.host_blocks - s.host_used < lacking:
@@ -153,7 +255,7 @@ def swap_out(instance: Instance, job: Job, plan: Plan, ticks) -> None:
     s.seen["copied_blocks"] += lacking
     s.swaps[job.request.id] = s.swaps.get(job.request.id, 0) + 1
     instance.swapped.append(job)
-    length = ticks(rules.seconds(lacking))
+    length = ticks(rules.seconds(lacking, length))
     if rules.is_async:
         s.busy["out"] = max(s.now, s.busy["out"]) + length
         s.leaving.append((job, s.busy["out"], job.blocks))
@@ -179,6 +281,19 @@ def join(instance: Instance, job: Job, plan: Plan) -> None:
     note_return(s, job)
     s.seen["in"] += 1
     plan.add(job, 1)
+
+
+def begin_turn(instance: Instance, job: Job, tokens: int, plan: Plan) -> None:
+    """The copy of the turn before is here."""
+    s, kept = instance.swap, tokens // instance.flags.block_size
+    s.host_used -= s.on_host[job] - kept
+    s.on_host[job] = kept
+    job.computed = job.cached_tokens = tokens
+    job.hit_tokens += tokens
+    instance.running.append(job)
+    s.seen["found"] += 1
+    s.seen["found_tokens"] += tokens
+    plan.add(job, job.known - tokens)
 
 
 def swapping_pass(instance: Instance, ticks) -> Plan:
@@ -212,21 +327,56 @@ def swapping_pass(instance: Instance, ticks) -> Plan:
                     swap_out(instance, job, plan, ticks)
                     s.seen["drawn_out"] += 1
 
-    while True:
+    while plan.budget > 0:
+        # Turns whose copy is here go first, in the order in which they were called.
+        here = [job for job in s.coming_turns if s.due[job] <= s.now]
+        if here:
+            job = here[0]
+            tokens = s.coming_turns[job]
+            if job.known - tokens > plan.budget:
+                break
+            del s.coming_turns[job]
+            instance.in_transfer.remove(job)
+            s.waited[job.request.id] = s.waited.get(job.request.id, 0) + s.now - s.decided[job]
+            del s.due[job]
+            begin_turn(instance, job, tokens, plan)
+            continue
         line = line_of(instance)
         if not line or line[0] not in instance.waiting:
             break
         job = line[0]
+        tokens = 0
+        if rules.turns and rules.reuse and job.request.after in s.kept and not job.preemptions:
+            tokens = s.kept[job.request.after][1]
+            if any(other.request.id == job.request.after for other, _, _ in s.leaving):
+                s.seen["held_up"] += 1
+                break
         blocks = ceil_div(job.known, flags.block_size)
-        if (held() >= flags.max_num_seqs or job.known > plan.budget
-                or instance.free_blocks - blocks < flags.watermark_blocks):
+        if held() >= flags.max_num_seqs or instance.free_blocks - blocks < flags.watermark_blocks:
+            break
+        if job.known - tokens > plan.budget and not (tokens and rules.is_async):
             break
         instance.waiting.remove(job)
-        instance.running.append(job)
-        note_return(s, job)
+        take_groups(instance, job, blocks)
         instance.free_blocks -= blocks
         job.blocks = blocks
-        plan.add(job, job.known)
+        if not tokens:
+            instance.running.append(job)
+            note_return(s, job)
+            plan.add(job, job.known)
+            continue
+        s.on_host[job], _ = s.kept.pop(job.request.after)
+        length = ticks(rules.seconds(s.on_host[job], run_of(instance, job)))
+        if rules.is_async:
+            s.busy["in"] = max(s.now, s.busy["in"]) + length
+            s.due[job], s.decided[job] = s.busy["in"], s.now
+            s.coming_turns[job] = tokens
+            instance.in_transfer.append(job)
+            s.has_called = True
+            s.seen["called"] += 1
+        else:
+            s.delay += length
+            begin_turn(instance, job, tokens, plan)
     if plan.entries:
         s.seen["in_and_prompt"] += bool(instance.swapped)
         return plan
@@ -241,10 +391,12 @@ def swapping_pass(instance: Instance, ticks) -> Plan:
             break
         lacking = ceil_div(job.known, flags.block_size) - job.blocks
         instance.free_blocks -= lacking
+        s.taken += lacking
         job.blocks += lacking
         plan.add(job, 1)
+    s.taken = 0
 
-    for job in [job for job in instance.in_transfer if s.due[job] <= s.now]:
+    for job in [job for job in instance.in_transfer if s.due[job] <= s.now and job not in s.coming_turns]:
         instance.in_transfer.remove(job)
         s.waited[job.request.id] = s.waited.get(job.request.id, 0) + s.now - s.decided[job]
         del s.due[job]
@@ -259,9 +411,10 @@ def swapping_pass(instance: Instance, ticks) -> Plan:
             break
         if instance.free_blocks - (s.on_host[job] + 1) < flags.watermark_blocks:
             break
-        length = ticks(rules.seconds(s.on_host[job]))
         instance.swapped.remove(job)
         job.blocks = ceil_div(job.known, flags.block_size)
+        take_groups(instance, job, job.blocks)
+        length = ticks(rules.seconds(s.on_host[job], run_of(instance, job)))
         instance.free_blocks -= job.blocks
         if rules.is_async:
             s.busy["in"] = max(s.now, s.busy["in"]) + length

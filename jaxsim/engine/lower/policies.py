@@ -30,6 +30,7 @@ from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
 from jaxsim.policy.routing import DataParallel, router
 from jaxsim.policy.scaling import Scaling
+from jaxsim.policy.slack import PARTS_MS, Slack
 from jaxsim.policy.swap import DRAWN_BITS, Swap
 from jaxsim.spec.cluster import AdmissionSection, TransferSection
 from jaxsim.spec.dims import Dims
@@ -67,7 +68,7 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
                   hand_over=make_hand_over(scenario, system) if system.has_roles else None,
                   **make_migration(scenario, system), clients=make_clients(scenario),
                   encoding=make_encoding(scenario, system) if system.has_parts else None,
-                  encoder=make_encoder(scenario, system) if has_encoder else None)
+                  encoder=make_encoder(scenario, system) if has_encoder else None, slack=make_slack(scenario, system))
 
 
 def make_source(scenario: Scenario, system: System, workload: Workload | None = None) -> AbstractSource:
@@ -143,6 +144,19 @@ def make_batching(scenario: Scenario, system: System) -> Batching:
     return batching
 
 
+def make_slack(scenario: Scenario, system: System) -> Slack | None:
+    """The pace that least slack goes by, in the parts of `jaxsim.policy.slack`. Raises `InputError`."""
+    if system.scheduler.order != "least_slack":
+        return None
+    engine = scenario.engine
+    output, prompt = (round(PARTS_MS * (value or 0.0)) for value in (engine.slack_output_ms, engine.slack_prompt_ms))
+    if (output + prompt) * system.max_model_len >= 1 << 30:
+        raise InputError("engine.slack_output_ms", engine.slack_output_ms,
+                         f"a token, for max_model_len = {system.max_model_len}, is longer than can be ranked",
+                         "lower it, engine.slack_prompt_ms or engine.max_model_len")
+    return Slack(np.int32(prompt), np.int32(output))
+
+
 def make_swap(scenario: Scenario, system: System) -> Swap | None:
     """Host memory, copies and draws of an instance, as the loop takes them."""
     given, integer, real = system.swap, np.int32, np.float32
@@ -157,8 +171,8 @@ def make_swap(scenario: Scenario, system: System) -> Swap | None:
         host_blocks=integer(host_blocks(scenario, system)), layers=integer(layers),
         block_copy_bytes=real(swap_block_bytes(scenario, system) / (2 * layers)), bytes_per_s=real(link),
         dispatch_s=real(1e-6 * given.dispatch_us), launch_s=real(1e-6 * given.launch_us),
-        run_blocks=integer(given.run_blocks), is_async=np.bool_(given.asynchronous), reuse=np.bool_(given.reuse),
-        **drawn)
+        run_blocks=integer(given.run_blocks or 1), is_async=np.bool_(given.asynchronous), reuse=np.bool_(given.reuse),
+        group_blocks=None if given.group_blocks is None else integer(given.group_blocks), **drawn)
 
 
 def with_counters(params: Params, scenario: Scenario, system: System, workload: Workload, dims: Dims) -> Params:

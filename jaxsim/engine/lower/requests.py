@@ -6,6 +6,7 @@ from jaxtyping import Int
 from jaxsim.engine.lower.prefixes import Prefixes
 from jaxsim.engine.lower.workloads import parts_of
 from jaxsim.policy.cache_routing import PREFIX_TOKENS
+from jaxsim.policy.slack import Slack
 from jaxsim.spec.dims import Dims
 from jaxsim.state.requests import Images, Requests, pack_requests
 from jaxsim.workload import ring
@@ -14,9 +15,9 @@ from jaxsim.workload.workload import Workload
 
 def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = None, *,
                   patience: Int[np.ndarray, "requests 4"] | None = None, is_split: bool = True,
-                  order: str = "fcfs") -> Requests:
+                  order: str = "fcfs", slack: Slack | None = None) -> Requests:
     """The workload as the loop reads it, padded. patience: of `make_patience`; is_split: images of a request are
-    encoded apart; order: of the waiting queue, as of `Batching`."""
+    encoded apart; order: of the waiting queue, as of `Batching`; slack: of `Params`, with that of least slack."""
     shared = {} if patience is None else dict(patience=patience)
     if workload.num_images is not None and (dims.has_parts or dims.has_encoder):
         none = np.zeros(0, np.int64)
@@ -35,7 +36,7 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
     if dims.has_noise:
         shared["noise"] = ring.gumbels(workload.uniforms, dims.all_ranks)
     if workload.think_s is not None:
-        shared |= dict(successor=workload.successors(), think_s=workload.think_s)
+        shared |= dict(successor=workload.successors(), think_s=workload.think_s, keeps_turns=dims.keeps_turns)
     key = workload.priority
     if order == "sjf":
         key = workload.predicted_tokens
@@ -44,6 +45,10 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
     if dims.has_urgent:
         # Whatever the queue is sorted by.
         shared["is_urgent"] = workload.priority < 0
+    if order == "least_slack":
+        due_ms = np.rint(1e3 * (workload.arrival_s + workload.limit_s)).astype(np.int64)
+        shared["slack"] = np.stack([due_ms, workload.predicted_tokens], axis=1)
+        key = slack.key_ms(due_ms, workload.input_tokens.astype(np.int64), workload.predicted_tokens.astype(np.int64))
     if dims.num_tenants:
         shared["tenant"] = workload.tenant
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,

@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from jaxsim._core.errors import InputError
 from jaxsim.policy.routing import AbstractRouting, router
+from jaxsim.policy.swap import MOST_GROUPED_BLOCKS
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.engine import SwapSection
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
@@ -154,7 +155,7 @@ def _check_pools(system: System, scenario: Scenario) -> None:
             if is_wrong and system.has_roles:
                 field = where + name if name in scenario.cluster.pools[index].engine else f"engine.{name}"
                 raise InputError(field, value, "is not simulated with prefill and decode engines", remedy)
-        if s.order == "vtc":
+        if s.order in ("vtc", "least_slack"):
             raise InputError(where + "scheduling_policy", s.order, "is not simulated in pools", "use cluster.replicas")
     if is_free and not system.has_roles:
         raise InputError("cluster.pools", "all mixed",
@@ -214,8 +215,8 @@ def _resolve_alone(scenario: Scenario) -> System:
                          "with data-parallel ranks that iterate together is not there yet",
                          "use 1, or engine.data_parallel_size = 1")
     _check_caches(scenario, system)
-    if system.num_ranks > 1 and scheduler.order == "vtc":
-        raise InputError("engine.scheduling_policy", "vtc",
+    if system.num_ranks > 1 and scheduler.order in ("vtc", "least_slack"):
+        raise InputError("engine.scheduling_policy", scheduler.order,
                          "is not simulated with data-parallel ranks that iterate together",
                          "use 'fcfs', or engine.data_parallel_size = 1")
     return system
@@ -273,6 +274,9 @@ def _check_swap(scenario: Scenario, system: System) -> None:
     if system.swap.pcie_gb_per_s is None and system.device.host_link_bytes_per_s is None:
         raise InputError("engine.swap.pcie_gb_per_s", None,
                          f"missing, and the link of {system.device.name} to the host is not known", "give it")
+    if system.swap.group_blocks is not None and system.num_blocks > MOST_GROUPED_BLOCKS:
+        raise InputError("engine.swap.group_blocks", system.swap.group_blocks,
+                         f"is not simulated with more than {MOST_GROUPED_BLOCKS:,} KV blocks", "use run_blocks")
     if host_blocks(scenario, system) < 1:
         raise InputError("engine.swap.space_gb", system.swap.space_gb,
                          f"holds not one KV block of {swap_block_bytes(scenario, system):,.0f} bytes",

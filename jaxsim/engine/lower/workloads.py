@@ -7,6 +7,7 @@ from jaxtyping import Int
 
 from jaxsim._core.errors import InputError
 from jaxsim.engine.lower.systems import System
+from jaxsim.policy.slack import LATEST_DUE_MS
 from jaxsim.spec.scenario import Scenario
 from jaxsim.spec.workload import WorkloadSection
 from jaxsim.traces import read_lengths, read_trace
@@ -28,18 +29,22 @@ def ordered(scenario: Scenario, workload: Workload, seed: int) -> Workload:
     order, prediction, slo = scenario.engine.scheduling_policy, scenario.workload.prediction, scenario.slo
     if prediction is not None:
         workload = with_predictions(workload, prediction.sigma, seed)
-    if order == "sjf" and workload.predicted_tokens is None:
-        raise InputError("workload.prediction", None, "missing, and the trace has no predicted_tokens for 'sjf'",
+    if order in ("sjf", "least_slack") and workload.predicted_tokens is None:
+        raise InputError("workload.prediction", None, f"missing, and the trace has no predicted_tokens for {order!r}",
                          "give e.g. { sigma = 0.0 } for exact predictions of output lengths")
-    if order != "edf":
+    if order not in ("edf", "least_slack"):
         return workload
     own = {t.name: t.deadline_ms or t.ttft_ms for t in scenario.workload.tenants}
     limits_ms = [own.get(name) or slo.e2e_ms or slo.ttft_ms for name in workload.tenant_names]
     if None in limits_ms:
         raise InputError("workload.tenants", workload.tenant_names[limits_ms.index(None)],
-                         "has no limit, and scheduling_policy = 'edf' goes by deadlines",
+                         f"has no limit, and scheduling_policy = {order!r} goes by deadlines",
                          "give its deadline_ms or ttft_ms, or those of [slo]")
-    return dataclasses.replace(workload, limit_s=np.array(limits_ms)[workload.tenant] / 1e3)
+    limit_s = np.array(limits_ms)[workload.tenant] / 1e3
+    if order == "least_slack" and not 1e3 * (workload.arrival_s + limit_s).max() < LATEST_DUE_MS:
+        raise InputError("engine.scheduling_policy", order, f"ranks deadlines up to {LATEST_DUE_MS / 1e3:,.0f} s only",
+                         "raise the rate, or simulate in parts")
+    return dataclasses.replace(workload, limit_s=limit_s)
 
 
 def _make_workload(scenario: Scenario, seed: int) -> Workload:
