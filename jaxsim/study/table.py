@@ -19,6 +19,7 @@ from jaxsim.metrics import (
     UNFINISHED,
     fairness_of,
     limits_ms,
+    outages,
     outcomes,
     share_inside,
     token_weights,
@@ -134,6 +135,10 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     if runs.attempts is not None:
         ends = outcomes(is_measured, runs.status, runs.attempts)
         found |= {f"outcomes.{name}": value for name, value in ends.items()}
+    if runs.losses is not None:
+        of_outages = outages(is_measured, runs.status, runs.losses, runs.restarts, runs.num_outages, runs.down_s,
+                             runs.ended_s)
+        found |= {f"outages.{name}": value for name, value in of_outages.items()}
     if tenants is not None:
         found |= _fairness(runs, tenants)
     if runs.delivered_s is not None:
@@ -193,7 +198,8 @@ def requests(runs: Runs) -> Columns:
              "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": runs.scheduled_s - runs.arrival_s,
              "stall_s": runs.stall_s, **_moves(runs), **_swaps(runs), "cached_tokens": cached,
              "preemptions": runs.preemptions, "status": status,
-             **({} if runs.attempts is None else {"attempts": runs.attempts})}
+             **({} if runs.attempts is None else {"attempts": runs.attempts}),
+             **({} if runs.restarts is None else {"restarts": runs.restarts})}
     return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
 
 
