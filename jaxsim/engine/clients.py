@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.engine import ending
+from jaxsim.engine import ending, failures
 from jaxsim.engine.common import Context, choose, take
 from jaxsim.engine.events import Event
 from jaxsim.engine.writes import Add, Put, Writes
@@ -53,7 +53,8 @@ class CutOff(NamedTuple):
 
     is_any: a request was cut off; is_kept: it has its first token in time, and its client goes on waiting. is_waiting,
     is_running: where it was; if it ran, its slot, its entry and completion key from now on; is_forming: its prompt was
-    partly computed, and the slot joins the running list behind `tail`.
+    partly computed, and the slot joins the running list behind `tail`. loss: the same of an instance that goes down;
+    a slot that is held for nobody is then running too, but nobody is cut off.
     """
 
     is_any: Bool[Array, ""]
@@ -65,6 +66,7 @@ class CutOff(NamedTuple):
     entry: Int[Array, " entry_fields"]
     key: Int[Array, ""]
     tail: Int[Array, ""]
+    loss: failures.Loss | None = None
 
 
 def start(requests: Requests, is_async: bool) -> dict[str, Array]:
@@ -88,9 +90,10 @@ def _doubled(instant: Instant, is_again: Bool[Array, "*shape"] | int) -> Instant
 
 
 def give_up(context: Context, event: Event, at_rank: Int[Array, ""], counts: Counts, times: Clocks, wake: Time,
-            phase: Int[Array, ""], residue_row: Int[Array, " block_size"], link: Link
+            phase: Int[Array, ""], residue_row: Int[Array, " block_size"], link: Link,
+            loss: failures.Loss | None = None
             ) -> tuple[Counts, Time, Int[Array, ""], Int[Array, " block_size"], Link, CutOff]:
-    """A timeout: the request leaves its queue, or its slot is marked to leave. Returns what this changes."""
+    """A timeout, or a loss: the request leaves its queue, or its slot is marked to leave. Returns what this changes."""
     dims, _, requests, world, group = context
     request, now, nobody, null = event.request, event.now, dims.num_requests, jnp.int32(dims.null_slot)
     log_row = take(world.placed, request)[0]
@@ -99,6 +102,8 @@ def give_up(context: Context, event: Event, at_rank: Int[Array, ""], counts: Cou
     is_kept = event.is_timeout & waits_for_first & (log_row >= 0) & (first_token <= now)
     is_any = event.is_timeout & ~is_kept
     slot = jnp.where(is_any, take(world.slot_of, request), null)
+    if loss is not None:
+        is_any, slot = is_any | loss.is_request, jnp.where(loss.is_running, loss.slot, slot)
     is_running, is_waiting = slot != null, is_any & (slot == null)
 
     # Where somebody could join now who could not before, the jump in flight ends with the iteration.
@@ -142,7 +147,7 @@ def give_up(context: Context, event: Event, at_rank: Int[Array, ""], counts: Cou
     wake = clock.select(leaves_now, now, clock.select(rests, clock.never(), wake))
     phase = jnp.where(leaves_now, w.ENDING, jnp.where(rests, w.IDLE, phase))
     key = packed.pack_key(end_counter, slot, dims.slot_bits)
-    cut_off = CutOff(is_any, is_kept, is_waiting, is_running, is_forming, slot, entry, key, tail)
+    cut_off = CutOff(is_any, is_kept, is_waiting, is_running, is_forming, slot, entry, key, tail, loss)
     return counts, wake, phase, residue_row, link, cut_off
 
 
@@ -159,6 +164,9 @@ def _outcome(context: Context, event: Event, cut_off: CutOff) -> _Outcome:
     state, backoff = take(context.world.clients, event.request)[0], context.params.clients.backoff
     sendings = (state >> 1) + event.is_again
     is_over = cut_off.is_any | event.is_refused
+    if cut_off.loss is not None:
+        # Who is sent on is in the same sending as before.
+        sendings, is_over = sendings - event.is_rerouted, is_over & ~cut_off.loss.is_sent_on
     wait = Instant(*take(backoff, jnp.minimum(sendings, backoff.shape[0]) - 1))
     return _Outcome(is_over, is_over & (wait.seconds != NEVER.seconds), sendings, wait)
 
@@ -178,14 +186,18 @@ def writes(context: Context, t, known: Writes, stamp: Float[Array, " 3"], own) -
     wait = choose(is_over, wait, choose(cut_off.is_kept, rest, first))
     due = _doubled(timers.later(now, wait), is_over)
     due = choose(is_own, due, Instant(*map(jnp.int32, NEVER)))
+    status = jnp.where(cut_off.is_any, TIMED_OUT, jnp.where(event.is_refused, REJECTED, 0))
+    is_kept = cut_off.is_kept
+    if cut_off.loss is not None:
+        due, is_own, status, is_kept = failures.on_its_way(
+            context, event, cut_off.loss, now, failures.Timer(due, is_own, status, is_kept))
     is_answered = retired.is_any & (retired.request != nobody)
     positions, rows = timers.change(lambda row: take(world.timers, row), nobody,
                                     jnp.where(is_own, request, retired.request), due, is_own | is_answered)
-    status = jnp.where(cut_off.is_any, TIMED_OUT, jnp.where(event.is_refused, REJECTED, 0))
     changed = {
         "timers": Put((positions,), rows),
         "clients": Put((jnp.where(is_own, request, nobody),),
-                       jnp.stack([2 * sendings + cut_off.is_kept, status])),
+                       jnp.stack([2 * sendings + is_kept, status])),
         "finished": Put((jnp.where(is_over, request, known["finished"].index[0]),), stamp),
         "placed": Put((jnp.where(is_again, request, known["placed"].index[0]),),
                       jnp.where(is_again, -1, known["placed"].value))}
@@ -217,7 +229,12 @@ def writes(context: Context, t, known: Writes, stamp: Float[Array, " 3"], own) -
                                  jnp.where(is_over, value, stalled.value))
     changed["slot_of"] = Put((moved,), jnp.where(placed.is_admitted, placed.slot, null))
     index, value = queues.mirrored(known["next_waiting"].index + (known["next_waiting"].value,), nobody)
+    if group.batching.grows:
+        # Behind who is alone in a queue its link means nothing: that request may be in another queue by now.
+        index = jnp.where(t.is_preempting & (t.counts.rank.queue.length == 1), nobody, index)
     changed["previous_waiting"] = Put((index,), value)
+    if cut_off.loss is not None:
+        changed |= failures.writes(context, event, cut_off.loss, is_again, t.rank, known | changed)
     return changed
 
 
@@ -227,6 +244,9 @@ def progress(context: Context, t, is_answered: Bool[Array, ""]) -> dict[str, Arr
     outcome = _outcome(context, event, cut_off)
     ended = is_answered.astype(jnp.int32) + (outcome.is_over & ~outcome.is_again)
     freed = (retired.is_any & ~is_answered).astype(jnp.int32) - cut_off.is_running
+    if cut_off.loss is not None:
+        # Counted before, where its client gave up.
+        freed = freed + (cut_off.is_running & ~cut_off.is_any)
     there = event.is_arrival.astype(jnp.int32) - is_answered - cut_off.is_any
     return dict(num_finished=world.num_finished + ended + freed, num_outstanding=world.num_outstanding + there,
                 num_routed=world.num_routed + (event.is_arrival | event.is_routed))

@@ -16,6 +16,7 @@ from jaxsim.policy.arrivals import AbstractSource, SortedArrivals
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.clients import Clients
 from jaxsim.policy.encoding import Encoder, Encoding
+from jaxsim.policy.failures import Failures
 from jaxsim.policy.fairness import TokenCounters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
@@ -48,6 +49,7 @@ class Params(eqx.Module):
     migration: of running requests, None without; scaling: of executors, None where all are on. headroom_blocks: what
     freeness keeps for urgent requests where any run, None where nobody is.
     clients: where requests may end without an answer, who sends them again and who refuses them.
+    failures: when executors are down, None where they never are.
     encoding, encoder: images that others encode, or those that compute the prompts.
     counters: with virtual token counters, what tokens cost every tenant.
     """
@@ -67,6 +69,7 @@ class Params(eqx.Module):
     encoder: Encoder | None = None
     counters: TokenCounters | None = None
     slack: Slack | None = None
+    failures: Failures | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

@@ -46,14 +46,24 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
     counted, spent_s = times.executor.counted, total_s
     if dims.num_stages > 1:
         counted, spent_s = event.now, pipeline.since_counted(event.now, own.start, times.executor)
-    mean_s = own.pace.hi + own.growth_s * (0.5 * (batch.extra - 1))
+    whole, counter, most_used = batch.extra, after_first + batch.extra, used
+    if dims.has_failures:
+        # The last iteration may be lost: it took its blocks and its time up to now, and computed nothing.
+        is_lost = batch.is_lost == 1
+        whole, counter = jnp.maximum(batch.extra - batch.is_lost, 0), counter - batch.is_lost
+        if group.batching.grows:
+            used = used - jnp.where(is_lost, residues.crossing_at(counts_by_residue, counter), 0)
+        spent_s = jnp.where(is_lost, clock.elapsed(own.start, event.now), spent_s)
+        before = clock.add(clock.add(own.start, own.first), span(own.pace, own.growth_s, whole))
+        begun = clock.select(batch.extra > 0, before, own.start)
+    mean_s = own.pace.hi + own.growth_s * (0.5 * (whole - 1))
     if group.batching.is_unified:
         gap_s, gap_count = jnp.float32(0), jnp.int32(0)
         samples_s = jnp.stack([own.first.hi, mean_s])
         known = batch.count - batch.stalled
         if dims.has_moves:
             known = known - batch.entering
-        weights = jnp.stack([known, decoding * batch.extra])
+        weights = jnp.stack([known, decoding * whole])
     else:
         # Sequences kept waiting by prompt-only iterations see the whole gap as one time between tokens, at the
         # next decode iteration: this one, or the first of the jump behind a prompt-only one.
@@ -77,9 +87,13 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         resumed_s = own.resume_s / jnp.maximum(batch.resuming, 1) + own.first.hi
         samples_s, weights = jnp.append(samples_s, resumed_s), jnp.append(weights, batch.resuming)
         own = replace(own, resume_s=jnp.where(is_first_look, 0.0, own.resume_s))
+    if dims.has_failures:
+        # Of the first iteration nothing counts where it is the one that is lost.
+        is_behind = jnp.arange(weights.shape[0]) == 1
+        weights = jnp.where(is_behind | ~is_lost | (batch.extra > 0), weights, 0)
     weights = jnp.where(is_first_look, weights, 0)
     settled_batch = replace(
-        batch, counter=after_first + batch.extra, count=decoding,
+        batch, counter=counter, count=decoding,
         offsets=batch.offsets + batch.joining_offsets,
         joining=jnp.int32(0), joining_offsets=jnp.int32(0), joining_first=jnp.int32(0), resuming=jnp.int32(0),
         stalled=jnp.int32(0), stalled_offsets=jnp.int32(0),
@@ -88,7 +102,7 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         taken=None if batch.taken is None else jnp.int32(0),
         entering=None if batch.entering is None else jnp.int32(0),
         joining_prefill=None if batch.joining_prefill is None else jnp.int32(0))
-    settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used))
+    settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, most_used))
     if batch.tiles is not None:
         settled_batch = replace(settled_batch, tiles=jnp.int32(0))
         if rank.cached_tiles is not None:
@@ -115,6 +129,9 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         alone = clock.add(alone, jump_s)
     settled_times = Clocks(replace(times.executor, busy=busy, counted=counted, alone=alone), integrals,
                            replace(own, gap_s=gap_s, chunk_pairs=jnp.float32(0)))
+    if dims.has_failures:
+        start = clock.select(is_lost, begun, own.start)
+        settled_times = replace(settled_times, batch=replace(settled_times.batch, start=start))
     settled = Counts(replace(executor, num_iterations=num_iterations), settled_rank, settled_batch)
     times = replace(times, batch=own)
     return choose(is_first_look, settled, counts), choose(is_first_look, settled_times, times), samples_s, weights

@@ -152,7 +152,7 @@ class Environment:
                                  "is not part of an environment yet", "leave it out")
         if scenario.has_clients:
             raise InputError("workload.client", None, "requests that end without an answer are not part of an"
-                             " environment yet", "leave out workload.client and cluster.admission")
+                             " environment yet", "leave out workload.client, cluster.admission and cluster.failures")
         if scenario.workload.images is not None:
             raise InputError("workload.images", True, "are not part of an environment yet", "leave them out")
         (lane, *_) = engine.prepare(0, scenario, record_steps=False)

@@ -12,6 +12,7 @@ from jaxsim.engine.loads import loads_of, pool_sizes
 from jaxsim.kernels import clock, packed, residues, timers
 from jaxsim.kernels.clock import Time
 from jaxsim.policy.arrivals import Coming, relative_to
+from jaxsim.policy.failures import ON_ITS_WAY
 from jaxsim.policy.routing import AbstractRouting, View
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
@@ -21,6 +22,15 @@ from jaxsim.state.world import Batch, BatchTimes, World
 
 FREEZE_S = 1.5 * clock.EPOCH_S
 """A scenario whose next event lies beyond this waits for the outer loop to move its epoch."""
+
+
+class OutageChange(NamedTuple):
+    """The next instance to go down or to come back, and when; is_due: that is what the step is about."""
+
+    time: Time
+    executor: Int[Array, ""]
+    is_back: Bool[Array, ""]
+    is_due: Bool[Array, ""] | bool = False
 
 
 class Event(NamedTuple):
@@ -34,7 +44,8 @@ class Event(NamedTuple):
     looks at all instances instead, and wants one more, one less.
     With clients: `is_timeout`, a client has waited for long enough; `is_again`, the arrival is not the first of its
     request; `is_refused`, nobody takes it, and `is_routed`, if by the instance it was routed to. `met`: with routers
-    that know caches, what the request meets.
+    that know caches, what the request meets. With instances that fail: `outage`, and `is_rerouted`, the arrival is of
+    a request that one of them lost.
 
     An arrival may bring the end of an iteration along: where the executor it meets stops before the following
     arrival, both are one step, and `now` is the time of the later one.
@@ -59,6 +70,8 @@ class Event(NamedTuple):
     is_again: Bool[Array, ""] | None = None
     is_refused: Bool[Array, ""] | None = None
     is_routed: Bool[Array, ""] | None = None
+    outage: OutageChange | None = None
+    is_rerouted: Bool[Array, ""] | None = None
     met: caches.Met | None = None
 
     @property
@@ -152,6 +165,13 @@ def before(timer: Timer, coming: Coming) -> tuple[Coming, Bool[Array, ""], Bool[
     return first, is_timeout, is_again
 
 
+def next_outage(params: Params, world: World) -> OutageChange:
+    """The next instance to go down or to come back; `clock.never()` behind the last."""
+    table = params.failures
+    time = relative_to(world.epoch, tuple(take(table.times, world.next_outage)))
+    return OutageChange(time, take(table.instance, world.next_outage), take(table.is_back, world.next_outage))
+
+
 def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]:
     """Blocks every rank holds at `now`, inside its jumps: those of passes up to the last boundary."""
     def taken(batch: Batch, t: BatchTimes, counts_by_residue):
@@ -197,6 +217,8 @@ def route(context: Context, request: Int[Array, ""], now: Time, known: caches.Ca
     if dims.has_scaling:
         is_on = world.control.fleet.is_on(now)
         is_active = is_on if is_active is None else is_on & is_active
+    if dims.has_failures:
+        is_active = ~world.is_down if is_active is None else ~world.is_down & is_active
     if dims.has_parts:
         encoding = params.encoding
         dealt = chosen_by(context, request, now, encoding.dealing, world.num_dealt, encoding.encodes)
@@ -262,10 +284,20 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         door, its_executor = earliest_door(world)
         is_door = door <= now
         is_arrival, now = is_arrival & ~is_door, clock.select(is_door, door, now)
+    outage = None
+    if dims.has_failures:
+        # Behind ends and timeouts of its instant, before arrivals and passes.
+        outage = next_outage(params, world)
+        is_due = (outage.time < wake) | (outage.time.equals(wake) & (phase == w.PASSING))
+        is_due = is_due & (outage.time <= arrival) & ~(is_timer_timeout & outage.time.equals(arrival))
+        is_arrival, now = is_arrival & ~is_due, clock.select(is_due, outage.time, now)
     is_frozen = (now.hi >= FREEZE_S) | ~jnp.asarray(is_allowed(world, now))
     is_live = (world.num_finished < requests.count) & (world.fault == 0) & ~is_frozen
     is_arrival = is_arrival & is_live
     is_wake = ~is_arrival & is_live
+    if outage is not None:
+        outage = outage._replace(is_due=is_due & is_live)
+        is_wake = is_wake & ~outage.is_due
     has_pair = partner = scales = None
     if dims.has_migration:
         is_tick = is_tick & is_live & ~is_door
@@ -301,15 +333,22 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     executor = jnp.where(is_there, target, executor)
     following = clock.select(is_arrival, after_it, arrival)
     more = {}
+    if outage is not None:
+        executor = jnp.where(outage.is_due, outage.executor, executor)
+        following = clock.select(outage.time <= following, outage.time, following)
     if dims.has_clients:
         is_timeout, is_arrival = is_arrival & is_timer_timeout, is_arrival & ~is_timer_timeout
         clients = params.clients
         waiting = take(w.count_rows(dims).everything(world.counts).rank.waiting.ravel(), target)
         is_full = is_arrival & (world.num_outstanding >= clients.max_outstanding)
+        if outage is not None:
+            is_full = is_arrival & (is_full | jnp.all(world.is_down))
+            is_again = is_again & ~outage.is_due
+            more = dict(outage=outage, is_rerouted=is_again & (take(world.clients, request)[1] == ON_ITS_WAY))
         is_routed = is_arrival & ~is_full & (waiting >= clients.max_waiting)
         is_arrival = is_arrival & ~is_full & ~is_routed
         executor = jnp.where(is_timeout, take(world.routed, request), executor)
-        more = dict(is_timeout=is_timeout, is_again=is_again, is_refused=is_full | is_routed, is_routed=is_routed)
+        more |= dict(is_timeout=is_timeout, is_again=is_again, is_refused=is_full | is_routed, is_routed=is_routed)
     event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
                   is_wake & (phase == w.PASSING), is_door, is_tick=is_tick, has_pair=has_pair, partner=partner,
                   scales=scales, met=met, **more)

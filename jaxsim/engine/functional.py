@@ -68,7 +68,7 @@ def inputs(scenario: Scenario, seed: int | None = None) -> tuple[Dims, Params, R
         scenario = msgspec.structs.replace(scenario, workload=msgspec.structs.replace(scenario.workload, seed=seed))
     if scenario.has_clients:
         raise InputError("workload.client", None, "requests that end without an answer have no derivatives here",
-                         "leave out workload.client and cluster.admission, or use jaxsim.simulate")
+                         "leave out workload.client, cluster.admission and cluster.failures, or use jaxsim.simulate")
     (lane,) = prepare(0, scenario, record_steps=False)
     requests = lower.make_requests(lane.workload, lane.dims, lane.prefixes, is_split=lane.is_split,
                                    order=lane.params.flags.order, slack=lane.params.slack)

@@ -58,6 +58,8 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
         ahead = jnp.minimum(ahead, events.next_tick(world).hi)
     if dims.has_clients:
         ahead = jnp.minimum(ahead, events.first_timer(requests, world).time.hi)
+    if dims.has_failures:
+        ahead = jnp.minimum(ahead, events.next_outage(params, world).time.hi)
     is_starved = jnp.isinf(ahead) & (world.num_finished < requests.count)
     epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
     back = -epochs * clock.EPOCH_S

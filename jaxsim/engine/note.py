@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsim.engine import caches, clients, hand_over, migration, prefix, slack, swapping, tape
+from jaxsim.engine import caches, clients, failures, hand_over, migration, prefix, slack, swapping, tape
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
 from jaxsim.engine.parts import is_part
 from jaxsim.engine.touched import Touched
@@ -33,6 +33,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         is_active = is_active | event.is_tick
     if t.cut_off is not None:
         is_active = is_active | event.is_timeout | event.is_refused
+        if event.outage is not None:
+            is_active = is_active | event.outage.is_due
         is_finished = is_finished & (retired.request != scratch)
     logs = t.is_starting & (counts.batch.joining_first > 0)
     own_key = jnp.where(placed.is_completing, placed.key, packed.EMPTY)
@@ -216,6 +218,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
                          num_accepted=world.num_accepted + (t.opened.accepted != scratch))
     if t.cut_off is not None:
         progress |= clients.progress(context, t, is_finished)
+    if dims.has_failures:
+        progress |= failures.progress(context, event, t.cut_off.loss)
     if dims.has_parts:
         is_dealt = event.is_arrival & is_part(context, event.request)
         progress |= dict(num_dealt=world.num_dealt + is_dealt,

@@ -15,6 +15,7 @@ from jaxsim.engine import (
     decode_queue,
     ending,
     events,
+    failures,
     fair,
     free_stages,
     gathering,
@@ -162,11 +163,17 @@ def open_door(context: Context, t: Touched) -> Touched:
 
 
 def give_up(context: Context, t: Touched) -> Touched:
-    """A client has waited for long enough: its request leaves the queue, or its slot at the end of the iteration."""
+    """A client has waited for long enough: its request leaves the queue, or its slot at the end of the iteration. Or an
+    instance goes down, and what is there is lost."""
     if not context.dims.has_clients:
         return t
+    loss = None
+    if context.dims.has_failures:
+        event, counts, wake, phase, loss = failures.strike(
+            context, t.event, t.rank, t.counts, t.times, t.wake, t.phase)
+        t = replace(t, event=event, counts=counts, wake=wake, phase=phase)
     counts, wake, phase, residue_row, link, cut_off = clients.give_up(
-        context, t.event, t.rank, t.counts, t.times, t.wake, t.phase, t.residue_row, t.link)
+        context, t.event, t.rank, t.counts, t.times, t.wake, t.phase, t.residue_row, t.link, loss)
     return replace(t, counts=counts, wake=wake, phase=phase, residue_row=residue_row, link=link, cut_off=cut_off)
 
 

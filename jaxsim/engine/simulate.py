@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.engine import hand_over, loop, lower, measured, swapping, tape
+from jaxsim.engine import failures, hand_over, loop, lower, measured, swapping, tape
 from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock
 from jaxsim.metrics import FINISHED, UNFINISHED, LaneResult, Result
+from jaxsim.policy.failures import down_seconds, outages_of
 from jaxsim.policy.routing import router
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import ProfiledCost, Scenario
@@ -222,13 +223,13 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     return [Lane(index, system, workload, dims,
-                  lower.with_counters(
+                  lower.with_failures(lower.with_counters(
                       lower.make_params(scenario, system, cost, most_steps(scenario, dims, workload), workload),
-                      scenario, system, workload, dims),
+                      scenario, system, workload, dims), scenario, dims, seed),
                   longest,
                   prefix, lower.front_end_s(scenario, system), lower.make_patience(scenario, system, workload),
                   lower.is_split(scenario))
-            for workload, prefix in zip(workloads, prefixes, strict=True)]
+            for seed, workload, prefix in zip(scenario.seeds, workloads, prefixes, strict=True)]
 
 
 def turns(dims: Dims) -> int:
@@ -278,6 +279,9 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 keeps_turns=system.swap is not None and scenario.workload.has_sessions,
                 slack_window=(scenario.engine.slack_window or SLACK_WINDOW) * (system.scheduler.order == "least_slack"),
                 has_block_groups=system.swap is not None and system.swap.group_blocks is not None)
+    rows = lower.outage_rows(scenario, dims.num_executors)
+    # With every outage a first token may be lost.
+    dims = dataclasses.replace(dims, num_outages=rows, num_more_logs=dims.num_more_logs + rows)
     return lower.routing_dims(routing, dims)
 
 
@@ -287,12 +291,14 @@ def sendings(scenario: Scenario) -> int:
 
 
 def most_steps(scenario: Scenario, dims: Dims, workload: Workload) -> int:
-    """Steps after which a run is stopped, every sending counted, and every look of a controller."""
+    """Steps after which a run is stopped, every sending and outage counted, and every look of a controller."""
     given, looks = scenario.cluster.migration, 0
     if given is not None:
         # It looks while there are requests: as long as they come, twice, and an hour.
         looks = dims.num_executors * (2 * float(workload.arrival_s[-1]) + 3600) / given.polling_s
-    return int(min(lower.step_limit(workload, turns(dims)) * sendings(scenario) + looks, 2**31 - 1))
+    # An outage may have everything computed again.
+    steps = lower.step_limit(workload, turns(dims)) * sendings(scenario) * (1 + dims.num_outages)
+    return int(min(steps + looks, 2**31 - 1))
 
 
 def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
@@ -321,6 +327,8 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         clients = ends(world, np.s_[lane, :count], finish_s, first_token_s)
         status, instance = clients.pop("status"), clients.pop("instance")
         first_token_s, is_finished = clients.pop("first_token_s"), status == FINISHED
+    lost = lost_of(world, made.params, np.s_[lane, :count], clients.get("ended_s"))
+    preemptions = world.progress[lane, :count, 1] - lost.pop("repeated", 0)
     fault = int(world.fault[lane])
     names = [text for bit, text in FAULTS.items() if fault & bit]
     return LaneResult(
@@ -328,7 +336,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         output_tokens=workload.output_tokens, max_tokens=workload.max_tokens,
         scheduled_s=scheduled_s, first_token_s=first_token_s,
         finish_s=np.where(is_finished, finish_s, np.nan),
-        stall_s=clock.from_integers_reference(world.stalled[lane, :count]), preemptions=world.progress[lane, :count, 1],
+        stall_s=clock.from_integers_reference(world.stalled[lane, :count]), preemptions=preemptions,
         instance=instance, priority=workload.priority, tenant=workload.tenant,
         tenant_names=workload.tenant_names, status=status,
         itl_counts=world.itl[lane], busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks),
@@ -341,7 +349,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
         **handed_over(world, np.s_[lane, :count]), **migrated(world, np.s_[lane], np.s_[lane, :count], finish_s),
-        **clients, **images_of(dims, world, lane, made.workload, made.is_split),
+        **clients, **lost, **images_of(dims, world, lane, made.workload, made.is_split),
         **swapped(dims, world, np.s_[lane, :count], lane),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
@@ -358,6 +366,18 @@ def ends(world: World, rows: tuple, ended_s: np.ndarray, first_token_s: np.ndarr
     first_token_s = np.where(~is_over | (first_token_s <= ended_s), first_token_s, np.nan)
     return {"status": status, "attempts": sendings >> 1, "ended_s": np.where(is_over, ended_s, np.nan),
             "instance": world.routed[rows].astype(np.int64), "first_token_s": first_token_s}
+
+
+def lost_of(world: World, params: Params, rows: tuple, ended_s: np.ndarray) -> dict[str, np.ndarray]:
+    """Where instances fail: `losses` and `restarts` of these requests, and how often they were `repeated`, which counts
+    among preemptions in the loop; `num_outages`, `down_s` up to the last end of a request. Of one run."""
+    if world.lost is None:
+        return {}
+    lost, until_s = world.lost[rows], float(np.nan_to_num(ended_s).max(initial=0.0))
+    outages = outages_of(params.failures)
+    return {"losses": lost[:, failures.LOSSES], "restarts": lost[:, failures.RESTARTS],
+            "repeated": lost[:, failures.REPEATED], "num_outages": sum(one.start_s <= until_s for one in outages),
+            "down_s": down_seconds(outages, world.phase.shape[-1], until_s)}
 
 
 def handed_over(world: World, rows: tuple) -> dict[str, np.ndarray]:

@@ -196,6 +196,11 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
         facts.append(("without an answer", f"{share(ends['failed_share'])} of requests:"
                       f" {share(ends['timed_out_share'])} timed out, {share(ends['rejected_share'])} refused;"
                       f" sent {number(ends['mean_attempts'])} times on average"))
+    if "outages" in m:
+        out = m["outages"]
+        facts.append(("outages", f"{number(out['number'])}, instances down {share(out['down_share'])} of the time;"
+                      f" {number(out['lost'])} requests lost, {number(out['rerouted'])} taken by another instance,"
+                      f" {number(out['failed'])} failed"))
     slo = m["slo"]
     if slo["attainment"] is not None:
         limits = ", ".join(f"{label} <= {slo[f'{name}_ms']:,.10g} ms: {share(slo[f'{name}_attainment'])}"

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int, Int8
 
-FINISHED, UNFINISHED, TIMED_OUT, REJECTED = range(4)
-STATUS_NAMES = ("finished", "unfinished", "timed_out", "rejected")
+FINISHED, UNFINISHED, TIMED_OUT, REJECTED, FAILED = range(5)
+STATUS_NAMES = ("finished", "unfinished", "timed_out", "rejected", "failed")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class LaneResult:
     stall_s: time between tokens in which the request was not computed (preempted and waiting again).
     prefill_stall_s: the part of `stall_s` before the first token; None where the engine does not tell.
     max_tokens: the limit the engine knew. tenant: index into tenant_names. status: FINISHED, UNFINISHED (when a bound
-        stopped the run), TIMED_OUT or REJECTED.
+        stopped the run), TIMED_OUT, REJECTED or FAILED (lost as its instance went down, or with nowhere to go then).
     itl_counts: tokens after the first, by gap, in the bins of `jaxsim.kernels.histogram`; the outer bins take
         what lies beyond.
     busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
@@ -50,6 +50,9 @@ class LaneResult:
     attempts, ended_s: with clients that give up or clusters that refuse, how often a request was sent, and when the
         last of these sendings ended, answered or not; None where every request is answered. All times but the arrival,
         `instance` (-1: refused) and `preemptions` are of the last sending.
+    losses, restarts: where instances fail, how often a request was lost as its instance went down, and how often
+        another instance took it then, over all sendings; num_outages: that began before the last request ended;
+        down_s: of instances, up to there, from the start of the run. None where instances do not fail.
     session, turn: whose turn a request is, and which; None without sessions. num_context_limited: sessions that ended
         at a context limit.
     num_images: of requests, None without images. encoded_s, embedded_s: of requests with images that other instances
@@ -111,6 +114,10 @@ class LaneResult:
     swap_delay_s: Float[np.ndarray, " instances"] | None = None
     swapped_blocks: Int[np.ndarray, " 2"] | None = None
     predicted_tokens: Int[np.ndarray, " requests"] | None = None
+    losses: Int[np.ndarray, " requests"] | None = None
+    restarts: Int[np.ndarray, " requests"] | None = None
+    num_outages: int | None = None
+    down_s: Float[np.ndarray, " instances"] | None = None
 
     @property
     def num_requests(self) -> int:
@@ -198,6 +205,7 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "priority": np.asarray(lane.priority, np.int64),
         "status": np.asarray(STATUS_NAMES, object)[np.asarray(lane.status)],
         **({} if lane.attempts is None else {"attempts": np.asarray(lane.attempts, np.int64)}),
+        **({} if lane.restarts is None else {"restarts": np.asarray(lane.restarts, np.int64)}),
         **({} if lane.predicted_tokens is None else
            {"predicted_tokens": np.asarray(lane.predicted_tokens, np.int64)}),
         **sessions,

@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int, Int8
 
 from jaxsim.kernels import histogram
 from jaxsim.metrics.fairness import TOKEN_WEIGHTS, fairness_of, service
-from jaxsim.metrics.lane import FINISHED, REJECTED, STATUS_NAMES, TIMED_OUT, LaneResult, request_frame
+from jaxsim.metrics.lane import FAILED, FINISHED, REJECTED, STATUS_NAMES, TIMED_OUT, LaneResult, request_frame
 from jaxsim.metrics.limits import NO_LIMITS, meets
 from jaxsim.metrics.power import Devices, energy
 from jaxsim.metrics.stability import is_unstable
@@ -115,6 +115,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
         {} if lane.migrations is None else {"migrations": _migration_group(lane, measured)}) | (
         {} if lane.instance_s is None else {"scaling": _scaling_group(lane)}) | (
         {} if lane.swaps is None else {"swaps": _swaps_group(lane, measured)}) | (
+        {} if lane.losses is None else {"outages": _outages_group(lane, is_mine)}) | (
         {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)}) | (
         {} if len(lane.tenant_names) < 2 else {"fairness": fairness_of(lane, tenants, token_weights)})
 
@@ -133,6 +134,27 @@ def outcomes(is_measured: Bool[np.ndarray, "runs requests"], status: Int8[np.nda
         found |= {STATUS_NAMES[code]: number, f"{STATUS_NAMES[code]}_share": share(number)}
     return found | {"failed_share": share((is_measured & (status != FINISHED)).sum(axis=1)),
                     "mean_attempts": share(np.where(is_measured, attempts, 0).sum(axis=1))}
+
+
+def _outages_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) -> dict[str, Any]:
+    """Outages of the whole run, and what measured requests had of them."""
+    found = outages(is_mine[None], *(np.asarray(x)[None] for x in (
+        lane.status, lane.losses, lane.restarts, lane.num_outages, lane.down_s, lane.ended_s)))
+    return {name: None if np.isnan(value[0]) else value[0].item() for name, value in found.items()}
+
+
+def outages(is_measured: Bool[np.ndarray, "runs requests"], status: Int8[np.ndarray, "runs requests"],
+            losses: Int[np.ndarray, "runs requests"], restarts: Int[np.ndarray, "runs requests"],
+            number: Int[np.ndarray, " runs"], down_s: Float[np.ndarray, "runs instances"],
+            ended_s: Float[np.ndarray, "runs requests"]) -> dict[str, np.ndarray]:
+    """Outages, the share of the time of all instances from the start of the run to the last end of a request in which
+    one was down; how often measured requests were lost and taken by another instance, and how many failed by it for
+    good; an entry a run, NaN where nothing ended."""
+    whole_s = np.where(np.isnan(ended_s), 0.0, ended_s).max(axis=1)
+    share = np.divide(down_s.mean(axis=1), whole_s, out=np.full(len(whole_s), np.nan), where=whole_s > 0)
+    return {"number": number, "down_share": share, "lost": np.where(is_measured, losses, 0).sum(axis=1),
+            "rerouted": np.where(is_measured, restarts, 0).sum(axis=1),
+            "failed": (is_measured & (status == FAILED)).sum(axis=1)}
 
 
 def _distribution(seconds: Float[np.ndarray, " values"]) -> dict[str, float | None]:

@@ -109,6 +109,40 @@ class AdmissionSection(Section, frozen=True):
     max_outstanding: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
 
 
+class OutageSection(Section, frozen=True):
+    """One engine is down for a while.
+
+        instance: which, from 0.
+        at_s: from when, in seconds from the start of the run.
+        down_s: for how long.
+    """
+
+    instance: Annotated[int, Meta(ge=0, le=4095)]
+    at_s: Annotated[float, Meta(ge=0, le=1e9)]
+    down_s: Annotated[float, Meta(ge=1e-6, le=1e9)]
+
+
+class FailuresSection(Section, frozen=True):
+    """Engines that go down, with everything that runs and waits there, and come back empty.
+
+        on_failure: what becomes of the requests there: reroute (the router sends them to other engines at once, which
+            compute the prompt and the tokens emitted so far and go on) or fail (their clients may send them again).
+        max_restarts: with reroute, how often a request is sent on before it fails; as often as need be if left out.
+        outages: given ones.
+        mtbf_s: of every engine, mean time to the next outage from the start of the run or from the end of the last
+            outage, drawn from an exponential law.
+        mttr_s: mean duration of these outages, drawn from an exponential law.
+        until_s: outages that would begin from here on are not drawn.
+    """
+
+    on_failure: Literal["reroute", "fail"] = "reroute"
+    max_restarts: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
+    outages: tuple[OutageSection, ...] = ()
+    mtbf_s: Annotated[float, Meta(ge=1e-3, le=1e9)] | None = None
+    mttr_s: Annotated[float, Meta(ge=1e-3, le=1e9)] | None = None
+    until_s: Annotated[float, Meta(ge=1e-3, le=1e9)] | None = None
+
+
 class EncodeSection(Section, frozen=True):
     """The encoding of images: base_ms + tile_ms x tiles for a batch of them.
 
@@ -143,6 +177,7 @@ class ClusterSection(Section, frozen=True):
         scaling: replicas are switched on and off.
         headroom_blocks: KV blocks that freeness keeps for requests of a priority below 0 on an engine where one runs.
         admission: what is refused; nothing if left out.
+        failures: when engines are down; never if left out.
         transfer: of KV between pools, with prefill and decode engines, and of embeddings, with encode engines.
         encode: how images are encoded: by the pools of role encode, otherwise by all that compute prompts.
     """
@@ -156,6 +191,7 @@ class ClusterSection(Section, frozen=True):
     scaling: ScalingSection | None = None
     headroom_blocks: Annotated[int, Meta(ge=1, le=1 << 27)] | None = None
     admission: AdmissionSection | None = None
+    failures: FailuresSection | None = None
     encode: EncodeSection | None = None
 
     @property

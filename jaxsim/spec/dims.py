@@ -25,6 +25,7 @@ class Dims:
     tracks_prefill, tracks_sent, has_noise: what routers read (`jaxsim.engine.caches`): prompt tokens on their way to a
     first token, what was sent where, random numbers of each request and instance; route_by: what a request's home
     among the instances is a hash of, "prefix" or "session" ("": it has none).
+    num_outages: rows for instances that go down or come back, 0 where none does.
     swap_window: requests in line that are looked at together, 0 without swapping to host memory.
     num_tenants: that an engine shares itself among by virtual token counters, 0 without these.
     slack_window: preempted requests that wait at once under the order of least slack, 0 without that.
@@ -65,6 +66,7 @@ class Dims:
     slack_window: int = 0
     keeps_turns: bool = False
     has_block_groups: bool = False
+    num_outages: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -107,11 +109,18 @@ class Dims:
             raise ValueError("num_tenants: executors of one rank and one stage, without roles")
         if self.num_tenants and (self.has_migration or self.has_clients or self.has_encoder or self.has_swap):
             raise ValueError("num_tenants: without migration, clients that give up, images and swapping")
+        if self.has_failures and not self.has_clients:
+            raise ValueError("num_outages: what is lost may end without an answer, so has_clients too")
 
     @property
     def has_moves(self) -> bool:
         """A request may go on at another executor than it began on."""
         return self.has_roles or self.has_migration
+
+    @property
+    def has_failures(self) -> bool:
+        """Instances go down, and come back."""
+        return self.num_outages > 0
 
     @property
     def has_swap(self) -> bool:

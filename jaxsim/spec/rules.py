@@ -39,6 +39,7 @@ def check(s: "Scenario") -> None:
     _check_migration(s)
     _check_workload(s)
     _check_clients(s)
+    _check_failures(s)
     _check_images(s)
     _check_sizes(s)
 
@@ -244,7 +245,8 @@ def _check_migration(s: "Scenario") -> None:
     impatient = [t.name for t in workload.tenants if (t.deadline_s, t.first_token_deadline_s) != (None, None)]
     others = (("workload.images", workload.images), ("engine.swap", engine.swap),
               ("workload.client", workload.client if workload.has_deadlines else None),
-              ("workload.tenants", impatient or None), ("cluster.admission", cluster.admission))
+              ("workload.tenants", impatient or None), ("cluster.admission", cluster.admission),
+              ("cluster.failures", cluster.failures))
     for field, given in others:
         if given is not None:
             raise InputError(field, plain(given), f"is not simulated with {where}", "leave one of them out")
@@ -430,7 +432,8 @@ def _check_clients(s: "Scenario") -> None:
     if client is not None:
         if client.retries and not s.has_clients:
             raise InputError("workload.client.retries", client.retries, "has no effect where every request is answered",
-                             "give client.deadline_s or client.first_token_deadline_s, or [cluster.admission]")
+                             "give client.deadline_s or client.first_token_deadline_s, [cluster.admission] or"
+                             " [cluster.failures]")
         for name, default in (("backoff_s", 0.0), ("backoff_factor", 1.0)):
             if getattr(client, name) != default and not client.retries:
                 raise InputError(f"workload.client.{name}", getattr(client, name), "has no effect without retries",
@@ -443,7 +446,8 @@ def _check_clients(s: "Scenario") -> None:
     if not s.has_clients:
         return
     field, what = (("workload.client", "clients that give up") if w.has_deadlines else
-                   ("cluster.admission", "refused requests"))
+                   ("cluster.admission", "refused requests") if s.cluster.admission is not None else
+                   ("cluster.failures", "engines that fail"))
     scheduler = _scheduler(s.engine)
     for name, value, is_wrong, remedy in (
             ("workload.kind", w.kind, w.kind == "closed-loop", "use an open loop, as kind = 'poisson'"),
@@ -458,6 +462,53 @@ def _check_clients(s: "Scenario") -> None:
             ("cluster.pools", [pool.role for pool in s.cluster.pools], s.cluster.has_roles, "use roles 'mixed'")):
         if is_wrong:
             raise InputError(name, value, f"is not simulated with {what} ({field})", remedy)
+
+
+MAX_OUTAGES = 4096
+"""Of all engines of a run, about."""
+
+
+def _check_failures(s: "Scenario") -> None:
+    given, cluster, field = s.cluster.failures, s.cluster, "cluster.failures"
+    if given is None:
+        return
+    drawn = {name: getattr(given, name) for name in ("mtbf_s", "mttr_s", "until_s")}
+    if not given.outages and not any(drawn.values()):
+        raise InputError(field, plain(given), "lets no engine fail",
+                         "give outages, or mtbf_s, mttr_s and until_s, or leave it out")
+    for name, value in drawn.items():
+        if value is None and any(drawn.values()):
+            raise InputError(f"{field}.{name}", None, "missing, and outages are drawn by mtbf_s, mttr_s and until_s",
+                             "give all three of them, or none")
+    if given.max_restarts is not None and given.on_failure == "fail":
+        raise InputError(f"{field}.max_restarts", given.max_restarts, "has no effect with on_failure = 'fail'",
+                         "leave it out, or use 'reroute'")
+    scheduler = _scheduler(s.engine)
+    for name, value, is_wrong, remedy in (
+            ("cluster.pools", [pool.role for pool in cluster.pools], bool(cluster.pools), "use cluster.replicas"),
+            ("engine.data_parallel_size", s.engine.data_parallel_size, s.engine.data_parallel_size > 1,
+             "use 1, and more replicas for a dense model"),
+            ("engine.preset", scheduler.preset, scheduler.reserve not in ("none", "prompt")
+             or not scheduler.kv_accounting or scheduler.victim != "last_admitted", "use a preset 'vllm-v1', or"
+             " 'sarathi'")):
+        if is_wrong:
+            raise InputError(name, value, f"is not simulated with engines that fail ({field})", remedy)
+    if given.mtbf_s is not None:
+        number = cluster.replicas * (given.until_s / (given.mtbf_s + given.mttr_s) + 1)
+        if number > MAX_OUTAGES:
+            raise InputError(f"{field}.mtbf_s", given.mtbf_s, f"makes some {number:.0f} outages, more than the"
+                             f" {MAX_OUTAGES} simulated", "raise it, or lower until_s or cluster.replicas")
+    spans: dict[int, list[tuple[float, float]]] = {}
+    for index, one in enumerate(given.outages):
+        if one.instance >= cluster.replicas:
+            raise InputError(f"{field}.outages[{index}].instance", one.instance,
+                             f"is not one of cluster.replicas = {cluster.replicas}", "count from 0")
+        for start_s, end_s in spans.get(one.instance, ()):
+            if one.at_s < end_s and start_s < one.at_s + one.down_s:
+                raise InputError(f"{field}.outages[{index}].at_s", one.at_s,
+                                 f"is in another outage of instance {one.instance}, from {start_s:g} to {end_s:g} s",
+                                 "make one of them")
+        spans.setdefault(one.instance, []).append((one.at_s, one.at_s + one.down_s))
 
 
 def _arrival_span_s(s: "Scenario") -> float | None:

@@ -158,7 +158,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def has_clients(self) -> bool:
         """Whether requests may end without an answer."""
-        return self.workload.has_deadlines or self.cluster.admission is not None
+        cluster = self.cluster
+        return self.workload.has_deadlines or cluster.admission is not None or cluster.failures is not None
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jaxsim.kernels import clock, histogram, packed, stack, timers
 from jaxsim.kernels.clock import Time
@@ -168,7 +168,8 @@ class Batch(eqx.Module):
     have taken their blocks, those of all before the jump ends if others may be admitted beside it; with roles that too,
     and `entering`, how many of `count` came with their KV. tiles: of images that the iteration encodes, or where others
     do, whose prompts it completes. `joining_prefill`: of those whose first token the iteration
-    computes, their part of the rank's `prefill_tokens`.
+    computes, their part of the rank's `prefill_tokens`. `is_lost`: where executors fail, the last iteration of the
+    jump, or the first without any, did not come to its end.
     """
 
     counter: Int[Array, "*shape"]
@@ -195,6 +196,7 @@ class Batch(eqx.Module):
     entering: Int[Array, "*shape"] | None
     tiles: Int[Array, "*shape"] | None
     joining_prefill: Int[Array, "*shape"] | None
+    is_lost: Int[Array, "*shape"] | None = None
 
 
 class Counts(eqx.Module):
@@ -447,6 +449,11 @@ class World(eqx.Module):
     again: Int[Array, "ranks places 2"] | None = None
     # Virtual token counters, else None: the tenants' queues and counters (`jaxsim.engine.fair.Tenants`).
     tenants: Int[Array, "ranks tenant_fields"] | None = None
+    # Outages (`jaxsim.engine.failures`), else None: the next row of their table, who is down, and of requests how often
+    # they were lost (columns as there).
+    next_outage: Int[Array, ""] | None = None
+    is_down: Bool[Array, " executors"] | None = None
+    lost: Int[Array, "rows 6"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -479,7 +486,8 @@ def empty_counts(dims: Dims) -> Counts:
                    taken=zero if is_pipeline or dims.has_moves else None,
                    entering=zero if dims.has_moves or dims.has_swap else None,
                    tiles=zero if dims.has_parts or dims.has_encoder else None,
-                   joining_prefill=zero if dims.tracks_prefill else None)
+                   joining_prefill=zero if dims.tracks_prefill else None,
+                   is_lost=zero if dims.has_failures else None)
     return Counts(executor, rank, batch)
 
 
@@ -570,6 +578,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         clients = dict(timers=ints(timers.num_rows(dims.num_requests), 3), clients=ints(rows, 2),
                        slot_of=ints(rows, value=dims.null_slot), previous_waiting=ints(rows), num_outstanding=ints(),
                        routed=ints(rows, value=-1))
+    if dims.has_failures:
+        clients |= dict(next_outage=ints(), is_down=jnp.zeros(executors, bool), lost=ints(rows, 6))
     if dims.has_parts:
         roles |= dict(steps_of_parts=ints(rows), num_dealt=ints())
     kept = {}

@@ -312,6 +312,7 @@ class Lanes:
             many = [lower.with_counters(params, scenario, system, workload, dims) for workload in workloads]
         else:
             many = [params] * len(workloads)
+        many = [lower.with_failures(one, scenario, dims, seed) for one, seed in zip(many, scenario.seeds, strict=True)]
         return dims, [Run(scenario, system, params, workload, prefix, workload.arrival_s,
                           simulate.most_steps(scenario, dims, workload), front_end_s,
                           lower.make_patience(scenario, system, workload))

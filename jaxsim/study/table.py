@@ -19,6 +19,7 @@ from jaxsim.metrics import (
     UNFINISHED,
     fairness_of,
     limits_ms,
+    outages,
     outcomes,
     share_inside,
     token_weights,
@@ -136,6 +137,10 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     if runs.attempts is not None:
         ends = outcomes(is_measured, runs.status, runs.attempts)
         found |= {f"outcomes.{name}": value for name, value in ends.items()}
+    if runs.losses is not None:
+        of_outages = outages(is_measured, runs.status, runs.losses, runs.restarts, runs.num_outages, runs.down_s,
+                             runs.ended_s)
+        found |= {f"outages.{name}": value for name, value in of_outages.items()}
     if tenants is not None:
         found |= _fairness(runs, tenants)
     if runs.delivered_s is not None:
@@ -196,7 +201,8 @@ def requests(runs: Runs) -> Columns:
              "queue_s": runs.scheduled_s - runs.arrival_s - _before_queue(runs),
              "stall_s": runs.stall_s, **_moves(runs), **_images(runs), **_swaps(runs), "cached_tokens": cached,
              "preemptions": runs.preemptions, "status": status,
-             **({} if runs.attempts is None else {"attempts": runs.attempts})}
+             **({} if runs.attempts is None else {"attempts": runs.attempts}),
+             **({} if runs.restarts is None else {"restarts": runs.restarts})}
     return {"run": run, "request_id": request, **{name: values[runs.is_real] for name, values in whole.items()}}
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over, images_of, migrated, swapped
+from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over, images_of, lost_of, migrated, swapped
 from jaxsim.kernels import clock
 from jaxsim.metrics import FINISHED
 from jaxsim.spec.dims import Dims
@@ -71,6 +71,10 @@ class Runs:
     num_images: Int[np.ndarray, "runs requests"] | None = None
     encoded_s: Float[np.ndarray, "runs requests"] | None = None
     embedded_s: Float[np.ndarray, "runs requests"] | None = None
+    losses: Int[np.ndarray, "runs requests"] | None = None
+    restarts: Int[np.ndarray, "runs requests"] | None = None
+    num_outages: Int[np.ndarray, " runs"] | None = None
+    down_s: Float[np.ndarray, "runs instances"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -167,13 +171,15 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         clients = ends(world, np.s_[:, rows], np.where(is_real, finish_s, 0.0), first_token_s)
         del clients["instance"]
         first_token_s, is_finished = clients.pop("first_token_s"), clients["status"] == FINISHED
+    lost = lost_of_runs(world, runs, rows, clients.get("ended_s"))
+    preemptions = world.progress[:, rows, 1] - lost.pop("repeated", 0)
     moved = handed_over(world, np.s_[:, rows]) | migrated(world, np.s_[:], np.s_[:, rows], finish_s)
     return Runs(
         is_real=is_real, is_finished=is_finished, arrival_s=arrival_s, input_tokens=column("input_tokens"),
         output_tokens=column("output_tokens"),
         scheduled_s=np.where(is_real & (instance >= 0), seconds(world.scheduled[:, rows]), nan),
         first_token_s=first_token_s, finish_s=np.where(is_finished, finish_s, nan),
-        stall_s=clock.from_integers_reference(world.stalled[:, rows]), preemptions=world.progress[:, rows, 1],
+        stall_s=clock.from_integers_reference(world.stalled[:, rows]), preemptions=preemptions,
         itl_counts=world.itl, busy_s=np.repeat(joined(times.executor.busy), dims.num_ranks, axis=1),
         device_busy_s=np.repeat(joined(times.executor.alone) / dims.num_stages if dims.num_stages > 1
                                 else joined(times.executor.busy), dims.num_ranks, axis=1),
@@ -189,7 +195,7 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
         fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault),
-        **clients, **swapped(dims, world, np.s_[:, rows], slice(None)), **_images(dims, world, runs))
+        **clients, **lost, **swapped(dims, world, np.s_[:, rows], slice(None)), **_images(dims, world, runs))
 
 
 def _images(dims: Dims, world: World, runs: Sequence[Run]) -> dict[str, np.ndarray]:
@@ -201,6 +207,14 @@ def _images(dims: Dims, world: World, runs: Sequence[Run]) -> dict[str, np.ndarr
             whole = found.setdefault(name, np.zeros((len(runs), dims.num_requests), values.dtype))
             whole[row, :len(values)] = values
     return found
+
+
+def lost_of_runs(world: World, runs: Sequence[Run], rows: slice, ended_s: np.ndarray | None) -> dict[str, np.ndarray]:
+    """`lost_of` every run, with an axis of runs in front."""
+    if world.lost is None:
+        return {}
+    each = [lost_of(world, run.params, np.s_[k, rows], ended_s[k]) for k, run in enumerate(runs)]
+    return {name: np.stack([one[name] for one in each]) for name in each[0]}
 
 
 def _labels(runs: Sequence[Run], name: str, rows: slice) -> Int[np.ndarray, "runs requests"] | None:

@@ -34,6 +34,7 @@ class Stream(enum.IntEnum):
     IMAGES = 10
     PREFIX_GROUPS = 11
     PREDICTIONS = 16
+    FAILURES = 21
 
 
 def as_key(seed: int | PRNGKeyArray) -> PRNGKeyArray:

@@ -5,6 +5,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from .failures import Outages
 from .migration import LiveMigration
 from .state import BatchStatsRef
 
@@ -39,6 +40,8 @@ class RequestResult:
     last_sent_s: float | None = None
     swaps: int = 0
     swap_s: float = 0.0
+    losses: int = 0  # times that an instance went down with it
+    restarts: int = 0  # times that another took it then
 
     @property
     def ttft_s(self) -> float:
@@ -100,7 +103,8 @@ class ReferenceResult:
     """Requests in the order given, iterations in the order started, and how close arrivals came to ties.
 
     `transfers` are in the order accepted. `merges_left_out`: times when simdistserve would have put two batches of
-    decodes into one before a stage. `live`: the controller of migrations, as it was at the end.
+    decodes into one before a stage. `live`: the controller of migrations, as it was at the end;
+    `outages`: the same of instances that fail.
     `lifts`: of virtual token counters that were raised as a request came in;
     `lifts_of_empty`: of these into an empty queue. `turns`: when another request was next only as counters went up.
 
@@ -116,6 +120,7 @@ class ReferenceResult:
     transfers: list[TransferRecord] = field(default_factory=list)
     merges_left_out: int = 0
     live: LiveMigration | None = None
+    outages: Outages | None = None
     parts: list[PartRecord] = field(default_factory=list)
     encode_iterations: dict[int, tuple[int, float]] = field(default_factory=dict)  # number and busy seconds
     encode_waits: int = 0  # requests whose embeddings were not accepted at once

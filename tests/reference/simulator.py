@@ -9,7 +9,8 @@ engine and the stages, each of which works on one at a time. A pass sees the seq
 
 With `Request.after` a request waits for the answer to another: a turn of a session.
 
-With `Clients` requests may end without an answer, and be sent again.
+With `Clients` requests may end without an answer, and be sent again. With `Failures` instances are down for a while,
+with everything that is there.
 
 With `Disaggregation` prompts are computed on some instances and outputs on others; with `Encoding` images on others
 again, with `encoder` by the instances that compute the prompts. With `Migration` running requests move between
@@ -45,6 +46,7 @@ from .clients import PHASE_TIMEOUT, Clients
 from .clock import ARRIVAL_GRID_TICKS, Clock
 from .disaggregation import Disaggregation, HandOver
 from .encoding import Encoders, Encoding
+from .failures import BACK, PHASE_OUTAGE, Failures, Outages
 from .flags import PRESETS, UNLIMITED, Flags, preset
 from .memory import release
 from .migration import LiveMigration, Migration
@@ -90,6 +92,7 @@ def simulate(
     migration: Migration | None = None,
     scaling: Scaling | None = None,
     clients: Clients | None = None,
+    failures: Failures | None = None,
     encoding: Encoding | None = None,
     encoder: Sequence[tuple[float, float]] | None = None,
 ) -> ReferenceResult:
@@ -105,6 +108,7 @@ def simulate(
     - stage_cost: seconds of one iteration in the engine and in each stage of a pipeline; by default nothing in the
       engine, and `cost` in equal parts.
     - clients: what they and the cluster do where an answer takes too long; by default all wait for ever.
+    - failures: when instances are down; with `clients`.
     - disaggregation: roles of the instances and what is between them; by default all are mixed.
     - migration: of running requests; by default there is none. scaling: of how many instances are on, beside it.
     - encoding: rules of the instances whose role is to encode images.
@@ -134,7 +138,7 @@ def simulate(
                 refuse_impossible(request, one)
     instances = [Instance(i, one, role) for i, (one, role) in enumerate(zip(all_flags, roles, strict=True))]
     simulation = Simulation(requests, instances, router, of_each(cost), of_each(stage_cost), Clock(round_times), ranks,
-                            disaggregation, clients, encoding, encoder, migration, scaling)
+                            disaggregation, clients, encoding, encoder, migration, scaling, failures)
     simulation.run()
     simulation.check_end()
     return simulation.result()
@@ -147,7 +151,7 @@ class Simulation:
                  stage_costs: list[StageCost | None], clock: Clock, ranks: int, rules: Disaggregation | None,
                  clients: Clients | None = None, encoding: Encoding | None = None,
                  encoder: Sequence[tuple[float, float]] | None = None, migration: Migration | None = None,
-                 scaling: Scaling | None = None):
+                 scaling: Scaling | None = None, failures: Failures | None = None):
         self.instances, self.costs, self.clock, self.ranks = instances, costs, clock, ranks
         self.route = ROUTERS[router] if isinstance(router, str) else router
         self.prefilling = [instance for instance in instances if instance.can_prefill]
@@ -193,6 +197,9 @@ class Simulation:
                                     if job.request.after is None]
         if self.fleet:
             self.events.append((clock.ticks(scaling.check_s), PHASE_CONTROL, 0))
+        self.outages = failures and Outages(failures, instances, clock)
+        if self.outages:
+            self.events += self.outages.events()
         heapq.heapify(self.events)
 
     @staticmethod
@@ -220,6 +227,8 @@ class Simulation:
                 self.encoders.end(index, self.now)
             elif phase == PHASE_PASS and self.instances[index].role == "encode":
                 self.encoders.start(index, self.now)
+            elif phase == PHASE_ITERATION_END and self.outages and self.outages.ends.get(index) != time:
+                continue  # it was lost
             elif phase == PHASE_ITERATION_END:
                 for instance in self.together(self.instances[index]):
                     if instance.flights:
@@ -236,6 +245,8 @@ class Simulation:
                 self.live.look(self.now)
                 self.look_at = None
                 self.expect_look()
+            elif phase == PHASE_OUTAGE:
+                self.change_outage(*index)
             elif phase == PHASE_TIMEOUT:
                 self.time_out(*index)
             elif phase == PHASE_ARRIVAL:
@@ -286,7 +297,7 @@ class Simulation:
         assert sum(i.outstanding for i in self.instances) == self.num_routed - self.num_finished
     def choose(self, job: Job) -> Instance:
         """Who computes the prompt."""
-        able = self.prefilling
+        able = self.prefilling if self.outages is None else self.outages.able
         if self.fleet:
             able = [self.instances[i] for i in self.fleet.those("on", self.now)]
         instance = able[self.route(job.request, able, self.num_routed)]
@@ -312,6 +323,8 @@ class Simulation:
     def send(self, number: int) -> Job:
         """The first sending of a request, or the next one, and how long its client waits for it."""
         job = self.jobs[number]
+        if job.is_on_its_way:
+            return job
         if job.ended is not None:
             self.earlier_jobs.append(job)
             job = self.jobs[number] = Job(job.request, self.now, sending=job.sending + 1)
@@ -320,6 +333,24 @@ class Simulation:
                 until = self.now + self.clock.ticks(wait_s, ARRIVAL_GRID_TICKS)
                 heapq.heappush(self.events, (until, PHASE_TIMEOUT, (number, job.sending, is_first_token)))
         return job
+
+    def change_outage(self, change: int, index: int) -> None:
+        if change == BACK:
+            self.outages.down.remove(index)
+            return
+        if self.instances[index].flights:
+            last = max(i for i, record in enumerate(self.iterations) if record.instance == index)
+            done_s = self.clock.seconds(self.now) - self.iterations[last].start_s
+            self.iterations[last] = replace(self.iterations[last], duration_s=done_s)
+        sent_on, failed = self.outages.go_down(index, self.now)
+        for job in sent_on:
+            heapq.heappush(self.events, (self.now, PHASE_ARRIVAL, self.jobs.index(job)))
+        for job in failed:
+            self.fail(self.jobs.index(job), "failed")
+
+    def refuse(self, job: Job, is_lost: bool) -> None:
+        job.instance = None
+        self.fail(self.jobs.index(job), "failed" if is_lost else "rejected")
 
     def time_out(self, number: int, sending: int, is_first_token: bool) -> None:
         job = self.jobs[number]
@@ -346,17 +377,23 @@ class Simulation:
 
     def arrive(self, job: Job) -> None:
         limits = self.clients
+        is_lost, job.is_on_its_way = job.is_on_its_way, False
         if limits is not None and sum(i.outstanding for i in self.instances) >= limits.max_outstanding:
-            self.fail(self.jobs.index(job), "rejected")
+            self.refuse(job, is_lost)
+            return
+        if self.outages and not self.outages.able:
+            self.outages.refused_all_down += 1
+            self.refuse(job, is_lost)
             return
         if self.encoders is not None and job.request.tiles:
             self.encoders.arrive(job)
             return
         instance = self.choose(job)
         if limits is not None and len(instance.waiting) >= limits.max_waiting:
-            job.instance = None
-            self.fail(self.jobs.index(job), "rejected")
+            self.refuse(job, is_lost)
             return
+        if is_lost:
+            self.outages.restarts[job.request.id] += 1
         if instance.swap is not None:
             instance.swap.at_arrival[job.request.id] = instance.swap.stood
         self.enter(instance, job)
@@ -364,6 +401,8 @@ class Simulation:
     def end_iteration(self, instance: Instance) -> None:
         flags = instance.flags
         self.iteration_ends[instance.index].append(self.now)
+        if self.outages:
+            self.outages.whole_ends.setdefault(instance.index, set()).add(self.clock.seconds(self.now))
         entries = instance.flights.pop(0)
         if instance.on_first_stage is entries:
             instance.on_first_stage = []
@@ -439,6 +478,8 @@ class Simulation:
             ends = [end for end in ends if end is not None]
             if ends:
                 heapq.heappush(self.events, (max(ends), PHASE_ITERATION_END, leader.index))
+                if self.outages:
+                    self.outages.ends[leader.index] = max(ends)
 
     def start_iteration(self, instance: Instance) -> float | None:
         """Returns its end, None if nothing can be scheduled until a batch or blocks return."""
@@ -545,6 +586,8 @@ class Simulation:
             if is_handed_over:
                 assert job.first_token <= job.accepted <= job.delivered <= job.finish
         emitted = self.num_unheard + sum(job.emitted for job in everybody)
+        if self.outages:
+            emitted += self.outages.num_unheard
         assert sum(record.stats.num_sampled for record in self.iterations) == emitted
         processed = sum(sum(record.batch.values()) for record in self.iterations)
         assert processed == sum(job.computed + job.lost_tokens - job.hit_tokens for job in everybody)
@@ -596,6 +639,9 @@ class Simulation:
                     delivered_s=if_any(job.delivered),
                     swaps=self._swaps(job, "swaps"),
                     swap_s=seconds(self._swaps(job, "waited")),
+                    losses=0 if not self.outages else sum(
+                        loss.request == job.request.id for loss in self.outages.losses),
+                    restarts=0 if not self.outages else self.outages.restarts[job.request.id],
                 )
                 for job, arrival in zip(self.jobs, arrivals, strict=True)
             ],
@@ -614,6 +660,7 @@ class Simulation:
                 for transfer in transfers
             ],
             live=self.live,
+            outages=self.outages or None,
             lifts=sum(i.counters.lifts for i in self.instances if i.counters is not None),
             lifts_of_empty=sum(i.counters.lifts_of_empty for i in self.instances if i.counters is not None),
             turns=sum(i.counters.turns for i in self.instances if i.counters is not None),

@@ -85,6 +85,8 @@ class Job:
     status: str = "sent"
     ended: float | None = None
     is_given_up: bool = False  # its client is gone
+    restarts: int = 0  # times that it was sent on, its instance down
+    is_on_its_way: bool = False  # to another instance
     # Disaggregated: who decodes, blocks still held by who prefilled, when the transfer was accepted and over.
     decode_instance: int | None = None
     source_blocks: int = 0

@@ -209,7 +209,7 @@ def _resolve_alone(scenario: Scenario) -> System:
     if system.num_ranks > 1 and scenario.has_clients:
         raise InputError("engine.data_parallel_size", plan.data_parallel_size,
                          "with ranks that iterate together is not simulated where requests end without an answer",
-                         "use 1, or leave out workload.client and cluster.admission")
+                         "use 1, or leave out workload.client, cluster.admission and cluster.failures")
     if system.num_ranks > 1 and scheduler.num_stages > 1:
         raise InputError("engine.pipeline_parallel_size", scheduler.num_stages,
                          "with data-parallel ranks that iterate together is not there yet",
