@@ -19,6 +19,7 @@ from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.policy.fairness import TokenCounters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
+from jaxsim.policy.role_switching import RoleSwitching
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.policy.scaling import Scaling
 from jaxsim.spec.dims import Dims
@@ -49,6 +50,7 @@ class Params(eqx.Module):
     clients: where requests may end without an answer, who sends them again and who refuses them.
     encoding, encoder: images that others encode, or those that compute the prompts.
     counters: with virtual token counters, what tokens cost every tenant.
+    switching: of roles, None where these stay; a step then sees `hand_over`, `encoding` and `group_of` as they are now.
     """
 
     groups: tuple[Group, ...]
@@ -65,6 +67,7 @@ class Params(eqx.Module):
     encoding: Encoding | None = None
     encoder: Encoder | None = None
     counters: TokenCounters | None = None
+    switching: RoleSwitching | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

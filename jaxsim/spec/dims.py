@@ -26,6 +26,7 @@ class Dims:
     first token, what was sent where, random numbers of each request and instance; route_by: what a request's home
     among the instances is a hash of, "prefix" or "session" ("": it has none).
     swap_window: requests in line that are looked at together, 0 without swapping to host memory.
+    has_role_switching: executors change between roles.
     num_tenants: that an engine shares itself among by virtual token counters, 0 without these.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
@@ -59,6 +60,7 @@ class Dims:
     route_by: str = ""
     swap_window: int = 0
     num_tenants: int = 0
+    has_role_switching: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -91,6 +93,8 @@ class Dims:
             raise ValueError("num_tenants: executors of one rank and one stage, without roles")
         if self.num_tenants and (self.has_migration or self.has_clients or self.has_encoder or self.has_swap):
             raise ValueError("num_tenants: without migration, clients that give up, images and swapping")
+        if self.has_role_switching and not self.has_roles:
+            raise ValueError("has_role_switching: only with has_roles")
 
     @property
     def has_moves(self) -> bool:
