@@ -20,6 +20,7 @@ from jaxsim.policy.failures import Failures
 from jaxsim.policy.fairness import TokenCounters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
+from jaxsim.policy.role_switching import RoleSwitching
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.policy.scaling import Scaling
 from jaxsim.policy.slack import Slack
@@ -52,6 +53,7 @@ class Params(eqx.Module):
     failures: when executors are down, None where they never are.
     encoding, encoder: images that others encode, or those that compute the prompts.
     counters: with virtual token counters, what tokens cost every tenant.
+    switching: of roles, None where these stay; a step then sees `hand_over`, `encoding` and `group_of` as they are now.
     """
 
     groups: tuple[Group, ...]
@@ -70,6 +72,7 @@ class Params(eqx.Module):
     counters: TokenCounters | None = None
     slack: Slack | None = None
     failures: Failures | None = None
+    switching: RoleSwitching | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

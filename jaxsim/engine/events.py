@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxsim.engine import caches
+from jaxsim.engine import caches, role_switching
 from jaxsim.engine.common import Context, Params, iterations_to_reach, span, take
 from jaxsim.engine.loads import loads_of, pool_sizes
 from jaxsim.kernels import clock, packed, residues, timers
@@ -45,7 +45,8 @@ class Event(NamedTuple):
     With clients: `is_timeout`, a client has waited for long enough; `is_again`, the arrival is not the first of its
     request; `is_refused`, nobody takes it, and `is_routed`, if by the instance it was routed to. `met`: with routers
     that know caches, what the request meets. With instances that fail: `outage`, and `is_rerouted`, the arrival is of
-    a request that one of them lost.
+    a request that one of them lost. With roles that change: `is_turn`, their controller has one, and `is_handed`, it is
+    the arrival of a part that another executor had; `is_idle`, nothing but its turns lies ahead.
 
     An arrival may bring the end of an iteration along: where the executor it meets stops before the following
     arrival, both are one step, and `now` is the time of the later one.
@@ -73,6 +74,9 @@ class Event(NamedTuple):
     outage: OutageChange | None = None
     is_rerouted: Bool[Array, ""] | None = None
     met: caches.Met | None = None
+    is_turn: Bool[Array, ""] | None = None
+    is_handed: Bool[Array, ""] | None = None
+    is_idle: Bool[Array, ""] | None = None
 
     @property
     def is_tied(self) -> Bool[Array, ""]:
@@ -124,6 +128,9 @@ def next_time(params: Params, requests: Requests, world: World) -> Time:
     if world.control is not None:
         tick = next_tick(world)
         first = clock.select(tick <= first, tick, first)
+    if world.roles is not None:
+        turn = role_switching.next_turn(world.roles)
+        first = clock.select(turn <= first, turn, first)
     if world.timers is not None:
         timer = first_timer(requests, world).time
         first = clock.select(timer <= first, timer, first)
@@ -212,7 +219,7 @@ def route(context: Context, request: Int[Array, ""], now: Time, known: caches.Ca
         return jnp.int32(0)
     is_active = params.is_active
     if dims.has_roles:
-        takes_prompts = ~params.hand_over.decodes
+        takes_prompts = role_switching.taking(context, ~params.hand_over.decodes)
         is_active = takes_prompts if is_active is None else takes_prompts & is_active
     if dims.has_scaling:
         is_on = world.control.fleet.is_on(now)
@@ -221,7 +228,8 @@ def route(context: Context, request: Int[Array, ""], now: Time, known: caches.Ca
         is_active = ~world.is_down if is_active is None else ~world.is_down & is_active
     if dims.has_parts:
         encoding = params.encoding
-        dealt = chosen_by(context, request, now, encoding.dealing, world.num_dealt, encoding.encodes)
+        dealt = chosen_by(context, request, now, encoding.dealing, world.num_dealt,
+                          role_switching.taking(context, encoding.encodes))
         prompt = chosen_by(context, request, now, params.routing, world.num_routed, is_active & ~encoding.encodes)
         return jnp.where(take(context.requests.images, request)[PARENT] >= 0, dealt, prompt)
     return chosen_by(context, request, now, params.routing, world.num_routed, is_active, known)
@@ -280,6 +288,12 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         poll = next_tick(world)
         is_tick = (poll <= arrival) & ((poll < wake) | (poll.equals(wake) & (phase == w.PASSING)))
         is_arrival, now = is_arrival & ~is_tick, clock.select(is_tick, poll, now)
+    is_turn = is_handed = is_idle = None
+    if dims.has_role_switching:
+        turn = role_switching.next_turn(world.roles)
+        is_turn = (turn <= arrival) & ((turn < wake) | (turn.equals(wake) & (phase == w.PASSING)))
+        is_arrival, now = is_arrival & ~is_turn, clock.select(is_turn, turn, now)
+        is_idle = jnp.isinf(arrival.hi) & jnp.isinf(wake.hi) & jnp.isinf(earliest_door(world)[0].hi)
     if dims.has_moves:
         door, its_executor = earliest_door(world)
         is_door = door <= now
@@ -316,6 +330,11 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     if dims.has_moves:
         is_door, is_wake = is_door & is_live, is_wake & ~is_door
         executor = jnp.where(is_door, its_executor, executor)
+    if dims.has_role_switching:
+        is_turn = is_turn & is_live & ~is_door
+        is_wake, is_handed = is_wake & ~is_turn, is_turn & role_switching.is_handing(world.roles)
+        executor = jnp.where(is_turn, role_switching.who_acts(world.roles), executor)
+        request = jnp.where(is_handed, world.roles.handed.front, request)
     if dims.has_migration:
         executor = jnp.where(is_tick & has_pair, source, executor)
     known = caches.look(context, request, now, used_blocks(context, now)) if caches.are_read(context) else None
@@ -330,6 +349,8 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     if dims.num_ranks > 1:
         rank = jnp.where(is_there, target % dims.num_ranks, rank)
         target = target // dims.num_ranks
+    if dims.has_role_switching:
+        is_there = is_there | is_handed
     executor = jnp.where(is_there, target, executor)
     following = clock.select(is_arrival, after_it, arrival)
     more = {}
@@ -349,6 +370,9 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         is_arrival = is_arrival & ~is_full & ~is_routed
         executor = jnp.where(is_timeout, take(world.routed, request), executor)
         more |= dict(is_timeout=is_timeout, is_again=is_again, is_refused=is_full | is_routed, is_routed=is_routed)
+    if dims.has_role_switching:
+        is_arrival = is_arrival | is_handed
+        more |= dict(is_turn=is_turn, is_handed=is_handed, is_idle=is_idle)
     event = Event(now, following, request, executor, rank, jnp.int32(0), is_arrival, is_wake & (phase == w.ENDING),
                   is_wake & (phase == w.PASSING), is_door, is_tick=is_tick, has_pair=has_pair, partner=partner,
                   scales=scales, met=met, **more)
@@ -365,4 +389,6 @@ def _is_met(dims: Dims, world: World, now: Time, executor: Int[Array, ""]) -> Bo
     is_met = jnp.any(ends & (jnp.arange(ends.shape[0]) != executor))
     if dims.has_migration:
         is_met = is_met | next_tick(world).equals(now)
+    if dims.has_role_switching:
+        is_met = is_met | role_switching.next_turn(world.roles).equals(now)
     return is_met | earliest_door(world)[0].equals(now) if dims.has_moves else is_met

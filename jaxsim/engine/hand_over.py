@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.engine import ending, parts
+from jaxsim.engine import ending, parts, role_switching
 from jaxsim.engine.common import Context, blocks_for, choose, has, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import AT_ONCE, Event, chosen_by
@@ -314,7 +314,8 @@ def leave(context: Context, event: Event, retired: Retired, times: Clocks) -> Le
     hand_over = params.hand_over
     lengths = take(requests.table, retired.request)
     is_any = retired.is_any & is_leaving(context, event, retired.request)
-    target = chosen_by(context, retired.request, event.now, hand_over.routing, world.num_handed_over, hand_over.decodes)
+    target = chosen_by(context, retired.request, event.now, hand_over.routing, world.num_handed_over,
+                       role_switching.taking(context, hand_over.decodes))
     leaver, part = retired.request, None
     if dims.has_parts:
         part = parts.encoded(context, event, retired.request, retired.is_any)

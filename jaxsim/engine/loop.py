@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from jaxsim.engine import clients, events, hand_over, migration, pipeline, swapping
+from jaxsim.engine import clients, events, hand_over, migration, pipeline, role_switching, swapping
 from jaxsim.engine.common import Params
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
@@ -60,6 +60,8 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
         ahead = jnp.minimum(ahead, events.first_timer(requests, world).time.hi)
     if dims.has_failures:
         ahead = jnp.minimum(ahead, events.next_outage(params, world).time.hi)
+    if dims.has_role_switching:
+        ahead = jnp.minimum(ahead, role_switching.next_turn(world.roles).hi)
     is_starved = jnp.isinf(ahead) & (world.num_finished < requests.count)
     epochs = jnp.where(jnp.isinf(ahead), 0.0, jnp.floor(ahead / clock.EPOCH_S))
     back = -epochs * clock.EPOCH_S
@@ -72,6 +74,8 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
     wake = clock.shift(Time(world.wake_hi, world.wake_lo), jnp.broadcast_to(back, world.wake_hi.shape))
     if dims.has_roles:
         world = hand_over.shifted(world, back)
+    if dims.has_role_switching:
+        world = role_switching.shifted(world, back)
     if dims.has_free_stages:
         ends = Time(world.slot_ends[..., 0], world.slot_ends[..., 1])
         ends = clock.shift(ends, jnp.broadcast_to(back, ends.hi.shape))
@@ -112,6 +116,8 @@ def start(dims: Dims, params: Params, requests: Requests, is_stepped: bool = Fal
     world = w.initial_world(dims, *params.source.start(requests), fields, words, ratio, num_blocks)
     if dims.has_scaling:
         world = migration.opened(world, params.scaling)
+    if dims.has_role_switching:
+        world = role_switching.opened(world, params.switching)
     if dims.has_clients:
         world = replace(world, **clients.start(requests, rules.async_scheduling))
     if is_stepped:

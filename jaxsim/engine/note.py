@@ -3,7 +3,18 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsim.engine import caches, clients, failures, hand_over, migration, prefix, slack, swapping, tape
+from jaxsim.engine import (
+    caches,
+    clients,
+    failures,
+    hand_over,
+    migration,
+    prefix,
+    role_switching,
+    slack,
+    swapping,
+    tape,
+)
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
 from jaxsim.engine.parts import is_part
 from jaxsim.engine.touched import Touched
@@ -85,6 +96,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
                                 jnp.where(is_returning, parts, jnp.where(is_stalling, -parts, 0)))
         writes["preempted"] = Put((jnp.where(t.is_preempting, t.victim[1], scratch),), stamp)
         writes["residues"] = Put(own("residues"), t.residue_row)
+    if t.switched is not None:
+        writes |= role_switching.writes(t.switched)
     link = t.link
     if dims.has_migration:
         index = jnp.where(t.left.is_any, t.left.request, writes["progress"].index[0])
@@ -163,6 +176,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         change = event.is_arrival.astype(jnp.int32) - (retired.is_any if t.cut_off is None else is_finished)
         if t.cut_off is not None:
             change = change - t.cut_off.is_any
+        if t.switched is not None:
+            change = change - t.switched.gone
         writes["outstanding"] = Add((t.rank,), change)
         if dims.has_migration:
             gone = t.acted.is_commit.astype(jnp.int32)
@@ -224,6 +239,9 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         is_dealt = event.is_arrival & is_part(context, event.request)
         progress |= dict(num_dealt=world.num_dealt + is_dealt,
                          num_routed=progress["num_routed"] - is_dealt + t.left.part.is_last)
+    if t.switched is not None:
+        progress |= dict(roles=t.switched.roles,
+                         fault=progress["fault"] | jnp.where(t.switched.is_starved, w.STARVED, 0))
     if dims.num_records:
         progress["num_recorded"] = world.num_recorded + (
             t.plan.is_any if t.turn is None else dims.num_ranks * t.turn.is_launching)

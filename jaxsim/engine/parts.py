@@ -24,6 +24,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsim.engine import role_switching
 from jaxsim.engine.common import Context, take
 from jaxsim.engine.events import Event, chosen_by
 from jaxsim.kernels import clock
@@ -82,7 +83,8 @@ def is_part(context: Context, row: Int[Array, ""]) -> Bool[Array, ""]:
 
 def takes_prompts(context: Context) -> Bool[Array, " executors"]:
     """Who computes prompts."""
-    return ~context.params.hand_over.decodes & ~context.params.encoding.encodes
+    computes = ~context.params.hand_over.decodes & ~context.params.encoding.encodes
+    return role_switching.taking(context, computes)
 
 
 class Encoded(NamedTuple):

@@ -26,6 +26,7 @@ from jaxsim.engine import (
     passes,
     pipeline,
     prefix,
+    role_switching,
     slack,
     swapping,
     tape,
@@ -141,6 +142,8 @@ def receive(context: Context, t: Touched) -> Touched:
     is_delivered = event.is_arrival
     if context.dims.has_clients:
         is_delivered = (event.is_arrival | event.is_refused) & ~event.is_again
+    if context.dims.has_role_switching:
+        is_delivered = is_delivered & ~event.is_handed
     source = params.source.delivered(world.source, arriving, is_delivered)
     if event.met is not None:
         counts = caches.receive(event.met, event.is_arrival, counts)
@@ -159,7 +162,13 @@ def open_door(context: Context, t: Touched) -> Touched:
         return t
     counts, wake, phase, opened = hand_over.open_door(
         context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row)
-    return replace(t, counts=counts, wake=wake, phase=phase, opened=opened)
+    switched = None
+    if context.dims.has_role_switching:
+        event = t.event
+        counts, wake, phase, switched = role_switching.act(
+            context, event.now, event.is_turn, event.is_handed, event.is_idle, event.executor, counts, wake, phase)
+        t = replace(t, link=choose(event.is_turn & ~event.is_handed, switched.link, t.link))
+    return replace(t, counts=counts, wake=wake, phase=phase, opened=opened, switched=switched)
 
 
 def give_up(context: Context, t: Touched) -> Touched:

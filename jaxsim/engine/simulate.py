@@ -20,6 +20,7 @@ from jaxsim.policy.routing import router
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import ProfiledCost, Scenario
 from jaxsim.spec.values import plain
+from jaxsim.state import roles
 from jaxsim.state import world as w
 from jaxsim.state.control import OFF
 from jaxsim.state.world import World
@@ -43,7 +44,8 @@ FAULTS = {
     w.STUCK: "a scheduling pass could place nothing and never would: a request needs more than the engine has",
     w.STEP_LIMIT: f"more than {lower.MAX_STEPS_A_TOKEN} steps for every token of the workload: the scheduler is"
                   " going in circles (the KV pool is too small for the preemption rule)",
-    w.STARVED: "requests are left that nothing will bring: the source of arrivals has stopped",
+    w.STARVED: "requests are left that nothing will bring: the source of arrivals has stopped, or parts of images wait"
+               " for each other in full caches (raise cluster.encode.cache_tiles)",
     w.LOG_FULL: "more releases of cached blocks than were foreseen: sequences are preempted over and over",
     w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
     w.WINDOW_FULL: "more requests wait for a place at once than engine.swap.window: raise it, or lower the load",
@@ -269,6 +271,7 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 num_more_logs=(sendings(scenario) - 1) * num_requests,
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
                 num_ranks=system.num_ranks, has_roles=system.has_roles, has_parts=system.has_parts,
+                has_role_switching=scenario.cluster.role_switching is not None,
                 **lower.moves_of(scenario),
                 # What cannot have one is refused with its requests (`lower.check_requests`).
                 has_encoder=(scenario.workload.images is not None and not system.has_parts and system.num_ranks == 1
@@ -349,6 +352,8 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         fault="; ".join(names), front_end_s=made.front_end_s,
         cached_tokens=None if world.cached is None else world.cached[lane, :count],
         **handed_over(world, np.s_[lane, :count]), **migrated(world, np.s_[lane], np.s_[lane, :count], finish_s),
+        **switched_roles(world, np.s_[lane]),
+        role_changes=None if world.roles is None else role_changes(world, lane),
         **clients, **lost, **images_of(dims, world, lane, made.workload, made.is_split),
         **swapped(dims, world, np.s_[lane, :count], lane),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
@@ -442,6 +447,36 @@ def embedded(world: World, lane: int, rows: slice) -> dict[str, np.ndarray]:
             "delivered_s": seconds(transfers[:, hand_over.DUE:hand_over.DUE + 3], is_sent)}
 
 
+def switched_roles(world: World, lanes: tuple | int | slice) -> dict[str, np.ndarray]:
+    """With roles that change: `role_switches` and `drain_s` of these runs."""
+    if world.roles is None:
+        return {}
+    rows = world.switches[lanes][..., :-1, :]
+
+    def seconds(column):
+        return clock.join_reference(*np.moveaxis(rows[..., column:column + 3], -1, 0))
+
+    are_done = rows[..., roles.CHANGED] >= 0
+    drain_s = np.where(are_done, seconds(roles.CHANGED) - seconds(roles.STOPPED), 0.0).sum(axis=-1)
+    count = are_done.sum(axis=-1)
+    return {"role_switches": world.roles.num_changed[lanes],
+            "drain_s": np.where(count > 0, drain_s / np.maximum(count, 1), np.nan)}
+
+
+def role_changes(world: World, lane: int) -> np.ndarray:
+    """With roles that change: of every switch the executor, the role it left and the one it was to have
+    (`jaxsim.policy.role_switching`), and when it was decided, took nobody any more, was seen empty, had its new role;
+    NaN for what had not happened. The first `MOST_SWITCHES` of them."""
+    rows = world.switches[lane, :min(int(world.roles.num_switches[lane]), roles.MOST_SWITCHES)]
+
+    def seconds(column):
+        stamps = rows[:, column:column + 3]
+        return np.where(stamps[:, 0] >= 0, clock.join_reference(*stamps.T), np.nan)
+
+    return np.column_stack([rows[:, :3], *(seconds(column) for column in (
+        roles.DECIDED, roles.STOPPED, roles.EMPTIED, roles.CHANGED))])
+
+
 def swapped(dims: Dims, world: World, rows: tuple, lanes: int | slice) -> dict[str, np.ndarray]:
     """With host memory: `swaps` and `swap_s` of these requests, `swap_delay_s` and `swapped_blocks` of these runs."""
     if world.swaps is None:
@@ -461,6 +496,8 @@ def blocks_of(system: lower.System) -> int | np.ndarray:
     if not system.scheduler.kv_accounting:
         return 0
     blocks = system.blocks_of_executors
+    if system.switches_roles:
+        blocks = np.full_like(blocks, blocks.max())
     return system.num_blocks if blocks is None else blocks
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import jax
 
-from jaxsim.engine import phases
+from jaxsim.engine import phases, role_switching
 from jaxsim.engine.common import Context, Params
 from jaxsim.engine.note import note
 from jaxsim.engine.touched import Touched
@@ -53,6 +53,8 @@ def step(dims: Dims, packing: packed.Packing, params: Params, requests: Requests
 
 def context_of(dims: Dims, params: Params, requests: Requests, world: World, t: Touched | None) -> Context:
     """What a phase reads, with the group of the executor that the step is about."""
+    if dims.has_role_switching:
+        params = role_switching.as_of_now(params, world)
     return Context(dims, params, requests, world, None if t is None else params.group(t.event.executor))
 
 

@@ -4,7 +4,19 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import clients, fair, hand_over, lockstep, migration, pipeline, prefix, slack, swapping, tape
+from jaxsim.engine import (
+    clients,
+    fair,
+    hand_over,
+    lockstep,
+    migration,
+    pipeline,
+    prefix,
+    role_switching,
+    slack,
+    swapping,
+    tape,
+)
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
@@ -46,11 +58,13 @@ class Touched(eqx.Module):
     again: slack.Again | None = None
     is_again: Bool[Array, ""] | None = None
 
-    # open_door: with roles, what it did; with migration, what the controller or a door did.
+    # open_door: with roles, what it did; with migration, what the controller or a door did; with roles that change,
+    # what their controller did.
 
     control: Control | None = None
     acted: migration.Acted | None = None
     opened: hand_over.Opened | None = None
+    switched: role_switching.Switched | None = None
 
     # give_up: with clients, whose request was cut off.
     cut_off: clients.CutOff | None = None

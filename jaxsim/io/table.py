@@ -240,6 +240,11 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
     if fleet is not None:
         facts.append(("instances", f"{number(fleet['mean_instances'])} on average, {number(fleet['starts'])} started,"
                                    f" {number(fleet['drains'])} drained"))
+    switching = m.get("role_switching")
+    if switching is not None:
+        drained = "" if switching["mean_drain_s"] is None else (
+            f", {number(switching['mean_drain_s'])} s on average from its last request taken to the new role")
+        facts.append(("role switches", f"{number(switching['switches'])}{drained}"))
     sessions = m.get("sessions")
     if sessions:
         facts.append(("sessions", f"{number(sessions['completed'])} completed, {number(sessions['mean_turns'])} turns"

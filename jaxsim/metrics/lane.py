@@ -40,6 +40,10 @@ class LaneResult:
         that, and where it ended; aborted_migrations: those given up, in the order of `ABORTS`; all None without.
     instance_s, starts, drains: with scaling, seconds for which instances were on, starting or draining, summed over
         them up to the last completion; instances started and drained. None without.
+    role_switches, drain_s: with roles that change, how often an instance got another, and seconds on average from when
+        it took nobody any more to then, NaN if none did; role_changes: of those that were decided, the instance, the
+        role it left and the one it was to have (0 encode, 1 prefill, 2 decode), and when it was decided, took nobody
+        any more, was seen empty, had the new role; NaN for what had not happened. All None without.
     swaps, swap_s: of requests, to host memory, and seconds lost to copies: those by which copies delayed iterations of
         its instance, and those in which its own was on the way in; swap_delay_s: of instances, the former, part of
         `busy_s`; swapped_blocks: of all instances, blocks copied out, and those that were in host memory already. None
@@ -98,6 +102,9 @@ class LaneResult:
     instance_s: float | None = None
     starts: int | None = None
     drains: int | None = None
+    role_switches: int | None = None
+    drain_s: float | None = None
+    role_changes: Float[np.ndarray, "switches 7"] | None = None
     extrapolated_share: float | None = None
     front_end_s: float = 0.0
     lost_steps: int = 0

@@ -114,6 +114,9 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
     } | ({} if lane.decode_instance is None else {"transfers": _transfer_group(lane, is_mine)}) | (
         {} if lane.migrations is None else {"migrations": _migration_group(lane, measured)}) | (
         {} if lane.instance_s is None else {"scaling": _scaling_group(lane)}) | (
+        {} if lane.role_switches is None else {"role_switching": {
+            "switches": int(lane.role_switches),
+            "mean_drain_s": None if np.isnan(lane.drain_s) else float(lane.drain_s)}}) | (
         {} if lane.swaps is None else {"swaps": _swaps_group(lane, measured)}) | (
         {} if lane.losses is None else {"outages": _outages_group(lane, is_mine)}) | (
         {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)}) | (

@@ -165,6 +165,29 @@ class EncodeSection(Section, frozen=True):
     embedding_width: Tokens | None = None
 
 
+class RoleSwitchingSection(Section, frozen=True):
+    """Engines change between the roles of the pools: now and then one goes to the stage with the longest queue (EPD).
+
+    pools[k].replicas are those of the beginning; an engine has the limits, the KV pool and the costs of its role.
+
+        sample_s: between two samples of the queues of the stages.
+        decide_s: between two decisions, each of which looks at the mean of the samples since the one before and moves
+            one engine at most, to the stage with the longest queue.
+        poll_s: between two polls of an engine, which learns then that it is to move, and takes nobody from then on.
+        drain_check_s: between two looks at whether it is empty.
+        switch_s: from there to when it has its new role, for loading other weights. Published for no engine.
+        deal_anew: parts of images that wait are dealt out again when one more engine encodes; otherwise they stay where
+            they are, and it gets new ones only.
+    """
+
+    sample_s: Annotated[float, Meta(ge=0.001, le=3600)] = 1.0
+    decide_s: Annotated[float, Meta(ge=0.001, le=3600)] = 5.0
+    poll_s: Annotated[float, Meta(ge=0.001, le=3600)] = 2.0
+    drain_check_s: Annotated[float, Meta(ge=0.001, le=3600)] = 1.0
+    switch_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+    deal_anew: bool = False
+
+
 class ClusterSection(Section, frozen=True):
     """How many engines, and who chooses among them.
 
@@ -180,6 +203,7 @@ class ClusterSection(Section, frozen=True):
         failures: when engines are down; never if left out.
         transfer: of KV between pools, with prefill and decode engines, and of embeddings, with encode engines.
         encode: how images are encoded: by the pools of role encode, otherwise by all that compute prompts.
+        role_switching: engines change between the roles of the pools; they keep theirs if left out.
     """
 
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
@@ -193,6 +217,7 @@ class ClusterSection(Section, frozen=True):
     admission: AdmissionSection | None = None
     failures: FailuresSection | None = None
     encode: EncodeSection | None = None
+    role_switching: RoleSwitchingSection | None = None
 
     @property
     def has_roles(self) -> bool:

@@ -27,6 +27,7 @@ class Dims:
     among the instances is a hash of, "prefix" or "session" ("": it has none).
     num_outages: rows for instances that go down or come back, 0 where none does.
     swap_window: requests in line that are looked at together, 0 without swapping to host memory.
+    has_role_switching: executors change between roles.
     num_tenants: that an engine shares itself among by virtual token counters, 0 without these.
     slack_window: preempted requests that wait at once under the order of least slack, 0 without that.
     keeps_turns: host memory may keep what the next turn of a session begins with; has_block_groups: what is copied at
@@ -67,6 +68,7 @@ class Dims:
     keeps_turns: bool = False
     has_block_groups: bool = False
     num_outages: int = 0
+    has_role_switching: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -111,6 +113,8 @@ class Dims:
             raise ValueError("num_tenants: without migration, clients that give up, images and swapping")
         if self.has_failures and not self.has_clients:
             raise ValueError("num_outages: what is lost may end without an answer, so has_clients too")
+        if self.has_role_switching and not self.has_roles:
+            raise ValueError("has_role_switching: only with has_roles")
 
     @property
     def has_moves(self) -> bool:

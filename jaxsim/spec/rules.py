@@ -36,6 +36,7 @@ def check(s: "Scenario") -> None:
     _check_engine(s)
     _check_system(s)
     _check_pools(s)
+    _check_role_switching(s)
     _check_migration(s)
     _check_workload(s)
     _check_clients(s)
@@ -217,6 +218,49 @@ def _check_pools(s: "Scenario") -> None:
         if share is not None:
             raise InputError("cluster.transfer.waiting_block_share", share, "has no effect with hand_over = 'push'",
                              "leave it out, or use 'pull'")
+
+
+def _check_role_switching(s: "Scenario") -> None:
+    given, cluster = s.cluster.role_switching, s.cluster
+    if given is None:
+        return
+    where, scheduler = "cluster.role_switching", _scheduler(s.engine)
+    roles = [pool.role for pool in cluster.pools]
+    if not cluster.has_roles:
+        raise InputError(where, plain(given), "has no effect without engines of different roles",
+                         "add [[cluster.pools]] of role 'prefill' and 'decode', or leave it out")
+    for index, pool in enumerate(cluster.pools):
+        at = f"cluster.pools[{index}]"
+        if pool.role == "mixed":
+            raise InputError(f"{at}.role", "mixed", f"is not simulated with [{where}]",
+                             "use roles 'encode', 'prefill' and 'decode'")
+        if roles.index(pool.role) != index:
+            raise InputError(f"{at}.role", pool.role, f"is that of another pool, which is not simulated with [{where}]:"
+                             " an engine has the settings of its role", "put their replicas together")
+        if pool.device is not None:
+            raise InputError(f"{at}.device", pool.device, f"is not simulated with [{where}], since engines keep their"
+                             " devices", "use one [device] for all")
+        degree = pool.engine.get("tensor_parallel_size", s.engine.tensor_parallel_size)
+        first = cluster.pools[0].engine.get("tensor_parallel_size", s.engine.tensor_parallel_size)
+        if degree != first:
+            raise InputError(f"{at}.engine.tensor_parallel_size", degree,
+                             f"differs from the first pool's, {first}, and engines keep their devices",
+                             "give all the same")
+    if max(pool.replicas for pool in cluster.pools) == 1:
+        raise InputError("cluster.pools", roles, f"have one engine each, so [{where}] leaves nobody to move",
+                         "give one of them more replicas, or leave it out")
+    if given.decide_s < given.sample_s:
+        raise InputError(f"{where}.decide_s", given.decide_s, f"is below sample_s = {given.sample_s:g}: decisions would"
+                         " have nothing to look at", "raise it, or lower sample_s")
+    if s.workload.images is not None and "encode" not in roles:
+        raise InputError("workload.images", plain(s.workload.images), f"are not simulated with [{where}] and encoders"
+                         " beside the model", "add a pool of role 'encode', or leave them out")
+    for name, value, is_wrong, remedy in (
+            ("preset", scheduler.preset, not scheduler.kv_accounting or scheduler.phase_mix != "unified",
+             "use preset 'vllm-v1@0.9', or 'sarathi'"),
+            ("async_scheduling", True, scheduler.async_scheduling, "set it to false, or use preset 'vllm-v1@0.9'")):
+        if is_wrong:
+            raise InputError(f"engine.{name}", value, f"is not simulated with [{where}]", remedy)
 
 
 def _check_migration(s: "Scenario") -> None:

@@ -22,6 +22,7 @@ from jaxsim.kernels.clock import Time
 from jaxsim.kernels.queues import Queue
 from jaxsim.spec.dims import Dims
 from jaxsim.state.control import Control, no_control
+from jaxsim.state.roles import Roles, no_roles
 
 ENDING, PASSING, IDLE, RESTING = 0, 2, 3, 4
 """What an executor's wake-up is: an iteration's end, a scheduling pass, nothing, or nothing although somebody waits,
@@ -454,6 +455,10 @@ class World(eqx.Module):
     next_outage: Int[Array, ""] | None = None
     is_down: Bool[Array, " executors"] | None = None
     lost: Int[Array, "rows 6"] | None = None
+    # Roles that change (`jaxsim.engine.role_switching`), else None: what their controller keeps, and of every switch
+    # who and when (columns of `jaxsim.state.roles`).
+    roles: Roles | None = None
+    switches: Float[Array, "switches 15"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -569,6 +574,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
             num_accepted=ints())
     if dims.has_free_stages:
         roles["slot_ends"] = floats(ranks, width, 2)
+    if dims.has_role_switching:
+        roles |= dict(zip(("roles", "switches"), no_roles(executors), strict=True))
     if dims.has_migration:
         roles = dict(
             doors=jnp.broadcast_to(jnp.array([jnp.inf, 0.0, -1.0], jnp.float32), (doors, 3)), ready_before=ints(rows),

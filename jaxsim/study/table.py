@@ -161,6 +161,8 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         last_s = np.where(runs.is_finished, runs.finish_s, -np.inf).max(axis=1)
         found |= {"scaling.instance_s": runs.instance_s, "scaling.mean_instances": runs.instance_s / last_s,
                   "scaling.starts": runs.starts, "scaling.drains": runs.drains}
+    if runs.role_switches is not None:
+        found |= {"role_switching.switches": runs.role_switches, "role_switching.mean_drain_s": runs.drain_s}
     if runs.session is not None:
         found |= _sessions(runs, is_measured)
     if runs.swaps is not None:

@@ -11,7 +11,17 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over, images_of, lost_of, migrated, swapped
+from jaxsim.engine.simulate import (
+    FAULTS,
+    blocks_of,
+    ends,
+    handed_over,
+    images_of,
+    lost_of,
+    migrated,
+    swapped,
+    switched_roles,
+)
 from jaxsim.kernels import clock
 from jaxsim.metrics import FINISHED
 from jaxsim.spec.dims import Dims
@@ -54,6 +64,8 @@ class Runs:
     instance_s: Float[np.ndarray, " runs"] | None
     starts: Int[np.ndarray, " runs"] | None
     drains: Int[np.ndarray, " runs"] | None
+    role_switches: Int[np.ndarray, " runs"] | None
+    drain_s: Float[np.ndarray, " runs"] | None
     session: Int[np.ndarray, "runs requests"] | None
     turn: Int[np.ndarray, "runs requests"] | None
     num_context_limited: Int[np.ndarray, " runs"]
@@ -189,6 +201,7 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         delivered_s=moved.get("delivered_s"), decode_instance=moved.get("decode_instance"),
         **{name: moved.get(name) for name in ("migrations", "downtime_s", "last_instance", "aborted_migrations",
                                               "instance_s", "starts", "drains")},
+        **{name: switched_roles(world, np.s_[:]).get(name) for name in ("role_switches", "drain_s")},
         session=_labels(runs, "session", rows), turn=_labels(runs, "turn", rows),
         num_context_limited=np.array([run.workload.num_context_limited for run in runs]),
         num_blocks=np.stack([np.broadcast_to(blocks_of(run.system), dims.all_ranks) for run in runs]),

@@ -91,10 +91,13 @@ class Encoders:
     """
 
     def __init__(self, rules: Encoding, roles: Sequence[str], jobs: Sequence[Job], clock: Clock, hand_over: HandOver,
-                 choose: Callable, expect_end: Callable, expect_pass: Callable, enter: Callable):
+                 choose: Callable, expect_end: Callable, expect_pass: Callable, enter: Callable,
+                 can_switch: bool = False):
         self.rules, self.clock, self.hand_over = rules, clock, hand_over
         self.choose, self.expect_end, self.expect_pass, self.enter = choose, expect_end, expect_pass, enter
-        self.instances = {i: EncodeInstance(i, rules.cache_tiles) for i, role in enumerate(roles) if role == "encode"}
+        self.instances = {i: EncodeInstance(i, rules.cache_tiles) for i, role in enumerate(roles)
+                          if role == "encode" or can_switch}
+        self.able = list(self.instances.values())  # who takes parts
         self.num_dealt = 0
         self.parts: dict[int, list[Part]] = {}
         for job in jobs:
@@ -109,13 +112,15 @@ class Encoders:
         self.waits = 0  # requests that were not accepted at once
 
     def arrive(self, job: Job) -> None:
-        encoders = list(self.instances.values())
         for part in self.parts[job.request.id]:
-            chosen = encoders[ROUTERS[self.rules.dealing](job.request, encoders, self.num_dealt)]
-            self.num_dealt += 1
-            part.owner = chosen.index
-            chosen.waiting.append(part)
-            self.ask(chosen)
+            self.deal(part)
+
+    def deal(self, part: Part) -> None:
+        chosen = self.able[ROUTERS[self.rules.dealing](part.request, self.able, self.num_dealt)]
+        self.num_dealt += 1
+        part.owner = chosen.index
+        chosen.waiting.append(part)
+        self.ask(chosen)
 
     def ask(self, instance: EncodeInstance) -> None:
         if instance.waiting and not instance.batch and not instance.is_pass_due:
@@ -125,6 +130,8 @@ class Encoders:
     def start(self, index: int, now: float) -> None:
         instance = self.instances[index]
         instance.is_pass_due = False
+        if not instance.waiting:
+            return  # others have them now
         while instance.waiting and len(instance.batch) < self.rules.max_batch:
             if instance.waiting[0].tiles > instance.free_blocks:
                 break

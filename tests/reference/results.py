@@ -125,6 +125,8 @@ class ReferenceResult:
     encode_iterations: dict[int, tuple[int, float]] = field(default_factory=dict)  # number and busy seconds
     encode_waits: int = 0  # requests whose embeddings were not accepted at once
     swapping: list = field(default_factory=list)
+    switches: list = field(default_factory=list)  # of roles, in the order decided (`role_switching.Switch`)
+    dealt_again: int = 0  # parts of images
     lifts: int = 0
     lifts_of_empty: int = 0
     turns: int = 0

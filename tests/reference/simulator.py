@@ -14,7 +14,7 @@ with everything that is there.
 
 With `Disaggregation` prompts are computed on some instances and outputs on others; with `Encoding` images on others
 again, with `encoder` by the instances that compute the prompts. With `Migration` running requests move between
-instances.
+instances. With `RoleSwitching` instances change their role (`role_switching`).
 
 Order of events at one instant: (time, phase, index), phases: deliveries of KV in the order of acceptance,
 iteration ends by instance, the look of a controller, arrivals by request, scheduling passes by instance. What an event
@@ -60,6 +60,7 @@ from .results import (
     arrival_margins,
     neighbour_margins,
 )
+from .role_switching import Controller, RoleSwitching
 from .routing import ROUTERS, Router, fewest_prefills, fewest_queued_decodes
 from .scaling import Fleet, Scaling
 from .state import BatchStatsRef, Instance, Job, Request, batch_stats
@@ -68,7 +69,7 @@ from .transfers import Transfer
 
 __all__ = [
     "PRESETS", "ROUTERS", "UNLIMITED", "BatchStatsRef", "Disaggregation", "Encoding", "Flags", "IterationRecord",
-    "Migration", "ReferenceResult", "Request", "RequestResult", "Router", "Scaling", "TransferRecord",
+    "Migration", "ReferenceResult", "Request", "RequestResult", "RoleSwitching", "Router", "Scaling", "TransferRecord",
     "arrival_margins", "fewest_prefills", "fewest_queued_decodes", "preset", "simulate",
 ]
 
@@ -95,6 +96,7 @@ def simulate(
     failures: Failures | None = None,
     encoding: Encoding | None = None,
     encoder: Sequence[tuple[float, float]] | None = None,
+    switching: RoleSwitching | None = None,
 ) -> ReferenceResult:
     """Serves all requests to the end.
 
@@ -114,6 +116,7 @@ def simulate(
     - encoding: rules of the instances whose role is to encode images.
     - encoder: of each instance the seconds (base, a tile) by which an iteration is longer that has the first tokens of
       requests with images, where these are not encoded elsewhere.
+    - switching: of the roles of `disaggregation`, which are those at the beginning.
 
     Raises ValueError for a request that can never be served, AssertionError where a law is broken.
     """
@@ -138,7 +141,7 @@ def simulate(
                 refuse_impossible(request, one)
     instances = [Instance(i, one, role) for i, (one, role) in enumerate(zip(all_flags, roles, strict=True))]
     simulation = Simulation(requests, instances, router, of_each(cost), of_each(stage_cost), Clock(round_times), ranks,
-                            disaggregation, clients, encoding, encoder, migration, scaling, failures)
+                            disaggregation, clients, encoding, encoder, migration, scaling, failures, switching)
     simulation.run()
     simulation.check_end()
     return simulation.result()
@@ -151,7 +154,8 @@ class Simulation:
                  stage_costs: list[StageCost | None], clock: Clock, ranks: int, rules: Disaggregation | None,
                  clients: Clients | None = None, encoding: Encoding | None = None,
                  encoder: Sequence[tuple[float, float]] | None = None, migration: Migration | None = None,
-                 scaling: Scaling | None = None, failures: Failures | None = None):
+                 scaling: Scaling | None = None, failures: Failures | None = None,
+                 switching: RoleSwitching | None = None):
         self.instances, self.costs, self.clock, self.ranks = instances, costs, clock, ranks
         self.route = ROUTERS[router] if isinstance(router, str) else router
         self.prefilling = [instance for instance in instances if instance.can_prefill]
@@ -174,7 +178,8 @@ class Simulation:
             self.encoders = Encoders(
                 encoding, rules.roles, self.jobs, clock, self.hand_over, self.choose,
                 lambda index, end: heapq.heappush(self.events, (end, PHASE_ITERATION_END, index)),
-                lambda index: heapq.heappush(self.events, (self.now, PHASE_PASS, index)), self.enter)
+                lambda index: heapq.heappush(self.events, (self.now, PHASE_PASS, index)), self.enter,
+                can_switch=switching is not None)
         self.transfers: dict[tuple, Transfer] = {}  # on the way
         self.look_at: float | None = None  # when the controller looks next
         self.fleet = scaling and Fleet(scaling, instances, clock)
@@ -200,6 +205,10 @@ class Simulation:
         self.outages = failures and Outages(failures, instances, clock)
         if self.outages:
             self.events += self.outages.events()
+        self.controller = switching and Controller(
+            switching, instances, clock, self.encoders, self.hand_over, costs,
+            lambda time, number: heapq.heappush(self.events, (time, PHASE_CONTROL, number)),
+            lambda able: setattr(self, "prefilling", able))
         heapq.heapify(self.events)
 
     @staticmethod
@@ -234,6 +243,10 @@ class Simulation:
                     if instance.flights:
                         self.end_iteration(instance)
                 self.ask_for_pass(self.instances[index], is_return=True)
+            elif phase == PHASE_CONTROL and self.controller:
+                is_quiet = all(other == PHASE_CONTROL for _, other, _ in self.events)
+                self.controller.turn(index, self.now, self.num_finished == len(self.jobs), is_quiet)
+                self.controller.other_events -= 1
             elif phase == PHASE_CONTROL and index == 0:
                 if self.num_finished < len(self.jobs):
                     self.fleet.switch_off(self.now, self.live.is_busy)
@@ -253,6 +266,8 @@ class Simulation:
                 self.arrive(self.jobs[index] if self.clients is None else self.send(index))
             else:
                 self.start_iterations(self.instances[index])
+            if self.controller:
+                self.controller.other_events += 1
             if self.rules is not None:
                 check_cluster(self.instances, self.num_routed - self.num_finished)
             if self.live:
@@ -581,7 +596,8 @@ class Simulation:
             assert job.finish is not None and job.emitted == job.request.output
             assert job.computed == job.request.prompt + job.request.output - 1
             assert job.arrival <= job.scheduled <= job.first_token <= job.finish
-            is_handed_over = self.instances[job.instance].role == "prefill" and job.request.output > 1
+            is_handed_over = job.request.output > 1 and (self.controller is not None
+                                                          or self.instances[job.instance].role == "prefill")
             assert (job.delivered is not None) == is_handed_over
             if is_handed_over:
                 assert job.first_token <= job.accepted <= job.delivered <= job.finish
@@ -661,6 +677,8 @@ class Simulation:
             ],
             live=self.live,
             outages=self.outages or None,
+            switches=[] if self.controller is None else self.controller.switches,
+            dealt_again=0 if self.controller is None else self.controller.num_dealt,
             lifts=sum(i.counters.lifts for i in self.instances if i.counters is not None),
             lifts_of_empty=sum(i.counters.lifts_of_empty for i in self.instances if i.counters is not None),
             turns=sum(i.counters.turns for i in self.instances if i.counters is not None),

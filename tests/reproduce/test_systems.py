@@ -320,3 +320,34 @@ def test_dealing_is_held_against_the_closed_form():
         assert claim.verdict == NO_GATE and claim.ours == pytest.approx(claim.paper)
     rows.loc[rows["cluster.encode.split_images"], "mean_ttft_ms"] *= 1.1
     assert all(claim.ours < claim.paper for claim in epd.split_claims(rows))
+
+
+def made_up_spans(anew_s: float, stuck_s: float) -> pd.DataFrame:
+    """Runs of the demonstration that take a hundred seconds where roles stay."""
+    spans = {(epd.STAYS_S, False): 100.0, (epd.SWITCHES_S, False): stuck_s, (epd.SWITCHES_S, True): anew_s}
+    return pd.DataFrame([
+        {epd.DECIDE_S: decide_s, epd.DEAL_ANEW: anew, epd.TILE_MS: tile, "workload.output": output, "duration": span}
+        for (decide_s, anew), span in spans.items() for tile in (15, 60) for output in (5, 200)])
+
+
+def test_roles_that_change_must_end_sooner():
+    for anew_s, stuck_s, verdicts in ((40.0, 100.0, [REPRODUCED] * 2 + [NOT_REPRODUCED]),
+                                      (100.0, 99.0, [NOT_REPRODUCED] * 2 + [REPRODUCED])):
+        *orders, long, times = epd.switch_claims(made_up_spans(anew_s, stuck_s))
+        assert [claim.verdict for claim in orders] == verdicts
+        assert {long.verdict, times.verdict} == {NO_GATE} and times.ours == pytest.approx(100 / anew_s)
+        assert times.paper == pytest.approx(2.72)
+
+
+def test_engines_are_counted_from_what_they_change():
+    """Two of four that decode go to encode, and one back: on the way they are neither."""
+    changes = np.array([[2, 2, 0, 5, 6, 7, 7], [3, 2, 0, 10, 10, 12, 13], [2, 0, 2, 15, 16, 18, 18],
+                        [4, 2, 1, 20, 21, np.nan, np.nan]])
+
+    class Lane:
+        role_changes = changes
+
+    encode, prefill, decode = epd.engines_over_time(Lane, [1, 1, 4], 30.0)
+    assert encode[0].tolist() == [0, 7, 13, 16, 30] and encode[1].tolist() == [1, 2, 3, 2, 2]
+    assert prefill[0].tolist() == [0, 30] and prefill[1].tolist() == [1, 1]
+    assert decode[0].tolist() == [0, 6, 10, 18, 21, 30] and decode[1].tolist() == [4, 3, 2, 3, 2, 2]

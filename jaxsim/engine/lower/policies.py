@@ -28,6 +28,7 @@ from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.policy.fairness import OUTPUT_PRICE, PROMPT_PRICE, TokenCounters, most_ahead, token_counters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
+from jaxsim.policy.role_switching import ROLES, RoleSwitching
 from jaxsim.policy.routing import DataParallel, router
 from jaxsim.policy.scaling import Scaling
 from jaxsim.policy.slack import PARTS_MS, Slack
@@ -68,7 +69,8 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
                   hand_over=make_hand_over(scenario, system) if system.has_roles else None,
                   **make_migration(scenario, system), clients=make_clients(scenario),
                   encoding=make_encoding(scenario, system) if system.has_parts else None,
-                  encoder=make_encoder(scenario, system) if has_encoder else None, slack=make_slack(scenario, system))
+                  encoder=make_encoder(scenario, system) if has_encoder else None, slack=make_slack(scenario, system),
+                  switching=make_role_switching(scenario, system))
 
 
 def make_source(scenario: Scenario, system: System, workload: Workload | None = None) -> AbstractSource:
@@ -207,6 +209,9 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
     # More blocks than there are bound nothing.
     share = (given.waiting_block_share or WAITING_BLOCK_SHARE) if given.hand_over == "pull" else 2.0
     most = [max(math.ceil(share * pool.system.num_blocks), 1) for pool in system.pools]
+    if scenario.cluster.role_switching is not None:
+        # Whoever decodes has those of who decodes.
+        most = [m for m, pool in zip(most, system.pools, strict=True) if pool.role == "decode"] * len(most)
     bytes_per_token, bytes_per_s = transfer_rates(scenario, system)
     try:
         routing = router(given.router, given.router_weights)
@@ -253,6 +258,22 @@ def make_encoder(scenario: Scenario, system: System) -> Encoder:
     """Those that compute prompts encode images too."""
     given, count = scenario.cluster.encode, system.num_executors or scenario.cluster.replicas * system.num_independent
     return Encoder(np.full(count, 1e-3 * given.base_ms, np.float32), np.full(count, 1e-3 * given.tile_ms, np.float32))
+
+
+def make_role_switching(scenario: Scenario, system: System) -> RoleSwitching | None:
+    """Who has which role at the beginning, and when the controller does what; None where roles stay."""
+    given, x = scenario.cluster.role_switching, np.float32
+    if given is None:
+        return None
+    kinds, group_of = kinds_of_pools(system), None
+    if len(kinds) > 1:
+        group_of = np.zeros(len(ROLES), np.int32)
+        for pool in system.pools:
+            group_of[ROLES.index(pool.role)] = next(k for k, kind in enumerate(kinds) if of_one(kind) == of_one(pool))
+    roles = [ROLES.index(pool.role) for pool in system.pools for _ in range(pool.replicas)]
+    periods = (given.sample_s, given.decide_s, given.poll_s, given.drain_check_s, given.switch_s)
+    return RoleSwitching(*(x(on_grid(seconds)) for seconds in periods), np.bool_(given.deal_anew),
+                         np.array(roles, np.int32), group_of)
 
 
 def moves_of(scenario: Scenario) -> dict[str, bool]:

@@ -25,7 +25,8 @@ class System:
     """A scenario resolved, except for its workload.
 
     num_blocks: KV blocks of an instance; `memory` their arithmetic where they were derived. pools: where a cluster has
-    any, all of them; the rest is then the first's. swap: host memory that victims move to, if they do.
+    any, all of them; the rest is then the first's. swap: host memory that victims move to, if they do. switches_roles:
+    engines of the pools change between their roles.
     """
 
     scheduler: Scheduler
@@ -37,6 +38,7 @@ class System:
     max_model_len: int
     pools: tuple["Pool", ...] = ()
     swap: SwapSection | None = None
+    switches_roles: bool = False
 
     @property
     def num_executors(self) -> int:
@@ -116,7 +118,8 @@ def resolve_system(scenario: Scenario) -> System:
             raise InputError(field, error.value, error.problem, error.remedy) from None
     # What stands for all of them is one that runs the model.
     first = next(pool for pool in pools if pool.role != "encode")
-    system = dataclasses.replace(first.system, pools=tuple(pools))
+    system = dataclasses.replace(first.system, pools=tuple(pools),
+                                 switches_roles=scenario.cluster.role_switching is not None)
     _check_pools(system, scenario)
     _check_caches(scenario, system)
     if system.has_parts:
