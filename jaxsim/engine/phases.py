@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxsim.engine import (
     caches,
     clients,
+    context_reuse,
     decode_queue,
     ending,
     events,
@@ -21,6 +22,7 @@ from jaxsim.engine import (
     hand_over,
     lockstep,
     migration,
+    offload,
     parts,
     passes,
     pipeline,
@@ -397,7 +399,14 @@ def look_up(context: Context, t: Touched) -> Touched:
     rank, found, is_settled = prefix.look_up(
         context, t.rank, rank, is_trying, t.candidate, t.lengths[PROMPT] + t.emitted, batch.budget, t.preemptions,
         released, used)
-    return replace(t, counts=replace(counts, rank=rank), released=released, found=found,
+    behind = None
+    if dims.has_offload:
+        rank, found, behind, is_stored = offload.look(
+            context, t.rank, rank, t.is_placing, t.candidate, t.lengths[PROMPT] + t.emitted, found)
+        is_settled = is_settled & is_stored
+    if dims.has_reuse:
+        found = context_reuse.look(dims, t.lengths[PROMPT] + t.emitted, found)
+    return replace(t, counts=replace(counts, rank=rank), released=released, found=found, behind=behind,
                    is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
 
 
@@ -413,6 +422,11 @@ def fill(context: Context, t: Touched) -> Touched:
         free_slot, t.slots, t.found, t.is_ready,
         take(world.ready_before, t.candidate) if dims.has_roles and rules.has_context_limit else None)
     tenants = None if t.tenants is None else fair.place(context, t, placed)
+    kept = None
+    if dims.has_offload:
+        counts, kept = offload.keep(context, counts, placed, t.behind, t.found, t.lengths[PROMPT] + t.emitted)
+    if dims.has_reuse:
+        counts, times = context_reuse.recompute(context, counts, times, placed, t.found)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     rank, tail = counts.rank, counts.batch.tail
@@ -532,7 +546,7 @@ def fill(context: Context, t: Touched) -> Touched:
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
-        victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants)
+        victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants, kept=kept)
 
 
 def price(context: Context, t: Touched) -> Touched:
@@ -593,6 +607,10 @@ def launch(context: Context, t: Touched) -> Touched:
         most_extra=None if t.tenants is None else fair.iterations_alike(context, t.tenants, t.counts))
     if t.sight is not None:
         counts, times, plan = swapping.begin(context, t.is_starting, counts, times, plan, t.sight)
+    if context.dims.has_offload:
+        times, plan = offload.begin(context, t.is_starting, counts, times, plan)
+    if context.dims.has_reuse:
+        times, plan = context_reuse.begin(context, t.is_starting, counts, times, plan)
     if context.dims.num_ranks > 1:
         is_skipped = event.is_passing & ~t.has_work
         counts, times = lockstep.runs_along(context.dims, is_skipped, counts, times)

@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
-from jaxsim.engine import clients, fair, hand_over, lockstep, migration, pipeline, prefix, swapping, tape
+from jaxsim.engine import clients, fair, hand_over, lockstep, migration, offload, pipeline, prefix, swapping, tape
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import Event
 from jaxsim.engine.passes import Placed, Plan
@@ -96,8 +96,9 @@ class Touched(eqx.Module):
     preempted_s: Float[Array, ""] | None = None
     next_head: Int[Array, ""] | None = None
 
-    # look_up: what is cached of the candidate.
+    # look_up: what is cached of the candidate, and what host memory has of it.
     found: prefix.Found | None = None
+    behind: offload.Behind | None = None
 
     # fill: who was placed; whether a first token opens a row of the log, the head of the queue waits for an event, more
     # can be placed at this instant; tokens the victim has emitted.
@@ -112,6 +113,8 @@ class Touched(eqx.Module):
     slot_ends: Float[Array, "slot_width 2"] | None = None
     # Where victims are swapped: what changes in the line.
     moved: swapping.Moved | None = None
+    # What goes to host memory behind the prefix cache.
+    kept: offload.Kept | None = None
 
     # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
     # behind it; whether it starts.

@@ -27,6 +27,8 @@ class Dims:
     among the instances is a hash of, "prefix" or "session" ("": it has none).
     swap_window: requests in line that are looked at together, 0 without swapping to host memory.
     num_tenants: that an engine shares itself among by virtual token counters, 0 without these.
+    has_offload: host memory behind the prefix cache; offload_log: touches of it on record, a power of two, 0 where it
+    holds everything; has_reuse: contexts come from siblings instead.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -59,6 +61,9 @@ class Dims:
     route_by: str = ""
     swap_window: int = 0
     num_tenants: int = 0
+    has_offload: bool = False
+    offload_log: int = 0
+    has_reuse: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -91,6 +96,12 @@ class Dims:
             raise ValueError("num_tenants: executors of one rank and one stage, without roles")
         if self.num_tenants and (self.has_migration or self.has_clients or self.has_encoder or self.has_swap):
             raise ValueError("num_tenants: without migration, clients that give up, images and swapping")
+        if self.has_offload and self.has_reuse:
+            raise ValueError("has_offload, has_reuse: one of them")
+        if self.has_loads and (not self.num_segments or self.num_ranks > 1 or self.num_batches > 1):
+            raise ValueError("has_offload, has_reuse: behind a prefix cache, with executors of one rank and one stage")
+        if self.offload_log and not self.has_offload:
+            raise ValueError("offload_log: only with has_offload")
 
     @property
     def has_moves(self) -> bool:
@@ -101,6 +112,11 @@ class Dims:
     def has_swap(self) -> bool:
         """Who is preempted moves to host memory."""
         return self.swap_window > 0
+
+    @property
+    def has_loads(self) -> bool:
+        """Blocks that the prefix cache lacks may be loaded."""
+        return self.has_offload or self.has_reuse
 
     @property
     def has_free_stages(self) -> bool:

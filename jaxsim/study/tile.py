@@ -11,7 +11,16 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import FAULTS, blocks_of, ends, handed_over, migrated, swapped
+from jaxsim.engine.simulate import (
+    FAULTS,
+    block_seconds,
+    blocks_of,
+    ends,
+    handed_over,
+    loaded,
+    migrated,
+    swapped,
+)
 from jaxsim.kernels import clock
 from jaxsim.metrics import FINISHED
 from jaxsim.spec.dims import Dims
@@ -68,6 +77,9 @@ class Runs:
     swap_s: Float[np.ndarray, "runs requests"] | None = None
     swap_delay_s: Float[np.ndarray, "runs instances"] | None = None
     swapped_blocks: Int[np.ndarray, "runs 2"] | None = None
+    loaded_tokens: Int[np.ndarray, "runs requests"] | None = None
+    load_s: Float[np.ndarray, "runs instances"] | None = None
+    load_delay_s: Float[np.ndarray, "runs instances"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -185,7 +197,8 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
         fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault),
-        **clients, **swapped(dims, world, np.s_[:, rows], slice(None)))
+        **clients, **swapped(dims, world, np.s_[:, rows], slice(None)),
+        **loaded(dims, world, np.s_[:, rows], slice(None), np.array([block_seconds(run.params) for run in runs])))
 
 
 def _labels(runs: Sequence[Run], name: str, rows: slice) -> Int[np.ndarray, "runs requests"] | None:

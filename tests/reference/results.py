@@ -17,8 +17,9 @@ class RequestResult:
     decode_instance, accepted_s, delivered_s: who decoded, and when the transfer to it was accepted and over; None where
     `instance` did it all. With clients, of the last of so many sendings, at last_sent_s, but for arrival_s; status is
     then also timed_out or rejected, and ended_s when that was.
-    `instance` did it all. swaps: to host memory; swap_s: seconds between arrival and end by which copies delayed
-    iterations of the instance, and those in which this one's own copy was on the way in.
+    `instance` did it all. loaded_tokens: at the first admission, from behind the cache. swaps: to host memory; swap_s:
+    seconds between arrival and end by which copies delayed iterations of the instance, and those in which this one's
+    own copy was on the way in.
     """
 
     id: int
@@ -39,6 +40,7 @@ class RequestResult:
     last_sent_s: float | None = None
     swaps: int = 0
     swap_s: float = 0.0
+    loaded_tokens: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -120,6 +122,7 @@ class ReferenceResult:
     encode_iterations: dict[int, tuple[int, float]] = field(default_factory=dict)  # number and busy seconds
     encode_waits: int = 0  # requests whose embeddings were not accepted at once
     swapping: list = field(default_factory=list)
+    stores: list = field(default_factory=list)
     lifts: int = 0
     lifts_of_empty: int = 0
     turns: int = 0
