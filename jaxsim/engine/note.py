@@ -6,9 +6,11 @@ from jaxtyping import Array
 from jaxsim.engine import (
     caches,
     clients,
+    context_reuse,
     failures,
     hand_over,
     migration,
+    offload,
     prefix,
     role_switching,
     slack,
@@ -135,6 +137,10 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         is_placed = placed.slot != null
         writes |= prefix.writes(context, t.rank, t.found, t.released, t.candidate, is_placed, placed.is_admitted,
                                 is_new, computed)
+    if t.behind is not None:
+        writes |= offload.writes(context, t.rank, t.behind, t.kept, t.candidate, is_new)
+    if dims.has_reuse:
+        writes |= context_reuse.writes(dims, t.found, t.candidate, is_new)
     if event.met is not None:
         writes |= caches.writes(context, event.met, event.request, event.is_arrival, t.rank)
     if t.due is not None:
@@ -221,6 +227,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
                                                w.LOG_FULL, 0))
         | jnp.where(is_active & (world.steps >= params.max_steps), w.STEP_LIMIT, 0),
         is_frozen=t.is_frozen.astype(jnp.int32))
+    if dims.offload_log:
+        progress["fault"] = progress["fault"] | offload.fault(dims, counts)
     if t.sight is not None:
         is_full = t.sight.overflows | t.moved.overflows
         progress["fault"] = progress["fault"] | jnp.where(is_full, w.WINDOW_FULL, 0)

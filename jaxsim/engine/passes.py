@@ -137,6 +137,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if rules.chunked_prefill:
         is_forming = (rank.forming_slot != null) & ~has(counts, w.FORMED)
     cached = 0 if found is None else found.blocks << dims.block_bits
+    if found is not None and found.loaded is not None:
+        cached = cached + (found.loaded << dims.block_bits)
     computed = jnp.where(is_forming, rank.forming_computed, cached)
     if is_ready is not None:
         # It joins as a decode: of its tokens only the last is to be computed.
@@ -158,6 +160,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         reserved = jnp.int32(0)
     if found is not None:
         reserved = reserved + found.revived
+        if found.loaded is not None:
+            reserved = reserved + found.loaded
     watermark = rules.watermark_blocks
     if turn is not None:
         # Its blocks are here, and its place.
@@ -260,6 +264,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
     if found is not None:
         rank = admit(rank, found, is_admitted)
+    if batch.loading is not None:
+        batch = replace(batch, loading=batch.loading + jnp.where(is_admitted, found.loaded, 0))
     if rules.async_scheduling:
         rank = replace(rank, visible=rank.visible - is_from_queue)
         if is_ready is not None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxsim.engine import (
     caches,
     clients,
+    context_reuse,
     decode_queue,
     ending,
     events,
@@ -22,6 +23,7 @@ from jaxsim.engine import (
     hand_over,
     lockstep,
     migration,
+    offload,
     parts,
     passes,
     pipeline,
@@ -434,7 +436,14 @@ def look_up(context: Context, t: Touched) -> Touched:
     rank, found, is_settled = prefix.look_up(
         context, t.rank, rank, is_trying, t.candidate, t.lengths[PROMPT] + t.emitted, batch.budget, t.preemptions,
         released, used)
-    return replace(t, counts=replace(counts, rank=rank), released=released, found=found,
+    behind = None
+    if dims.has_offload:
+        rank, found, behind, is_stored = offload.look(
+            context, t.rank, rank, t.is_placing, t.candidate, t.lengths[PROMPT] + t.emitted, found)
+        is_settled = is_settled & is_stored
+    if dims.has_reuse:
+        found = context_reuse.look(dims, t.lengths[PROMPT] + t.emitted, found)
+    return replace(t, counts=replace(counts, rank=rank), released=released, found=found, behind=behind,
                    is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
 
 
@@ -452,6 +461,11 @@ def fill(context: Context, t: Touched) -> Touched:
     if t.kept_turn is not None:
         can_go_on = can_go_on | t.kept_turn.is_called
     tenants = None if t.tenants is None else fair.place(context, t, placed)
+    kept = None
+    if dims.has_offload:
+        counts, kept = offload.keep(context, counts, placed, t.behind, t.found, t.lengths[PROMPT] + t.emitted)
+    if dims.has_reuse:
+        counts, times = context_reuse.recompute(context, counts, times, placed, t.found)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     rank, tail = counts.rank, counts.batch.tail
@@ -576,7 +590,7 @@ def fill(context: Context, t: Touched) -> Touched:
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
-        victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants)
+        victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants, kept=kept)
 
 
 def price(context: Context, t: Touched) -> Touched:
@@ -637,6 +651,10 @@ def launch(context: Context, t: Touched) -> Touched:
         most_extra=None if t.tenants is None else fair.iterations_alike(context, t.tenants, t.counts))
     if t.sight is not None:
         counts, times, plan = swapping.begin(context, t.is_starting, counts, times, plan, t.sight)
+    if context.dims.has_offload:
+        times, plan = offload.begin(context, t.is_starting, counts, times, plan)
+    if context.dims.has_reuse:
+        times, plan = context_reuse.begin(context, t.is_starting, counts, times, plan)
     if context.dims.num_ranks > 1:
         is_skipped = event.is_passing & ~t.has_work
         counts, times = lockstep.runs_along(context.dims, is_skipped, counts, times)

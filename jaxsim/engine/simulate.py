@@ -221,6 +221,7 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     if scenario.engine.enable_prefix_caching:
         prefixes = [lower.shared_prefixes(workload, system.scheduler.block_size) for workload in workloads]
         dims = with_prefixes(dims, prefixes)
+    dims = with_offload(dims, scenario, system, workloads, prefixes)
     dims = with_tenants(dims, system, workloads)
     lower.check_counters(dims, workloads)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
@@ -249,6 +250,33 @@ def with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
         dims, num_segments=padded(max(p.num_segments for p in prefixes) + 1),
         path_width=padded(max(p.paths.shape[1] for p in prefixes)),
         log_size=padded(2 * max(p.num_releases for p in prefixes) + 4096))
+
+
+def with_offload(dims: Dims, scenario: Scenario, system: lower.System, workloads: list[Workload],
+                 prefixes: list[lower.Prefixes | None]) -> Dims:
+    """Sizes with what is behind the prefix cache: siblings, or host memory with a log of its touches unless it holds
+    all that there could be."""
+    if scenario.engine.context_reuse is not None:
+        return dataclasses.replace(dims, has_reuse=True)
+    if scenario.engine.offload is None:
+        return dims
+    capacity, s, log = lower.offload_blocks(scenario, system), system.scheduler, 0
+    for workload, prefix in zip(workloads, prefixes, strict=True):
+        blocks, touches = offloaded_at_most(workload, prefix, s.block_size, s.max_num_batched_tokens)
+        if blocks > capacity:
+            log = max(log, 1 << (2 * touches + 4096 - 1).bit_length())
+    return dataclasses.replace(dims, has_offload=True, offload_log=log)
+
+
+def offloaded_at_most(workload: Workload, prefixes: lower.Prefixes, block_size: int, budget: int) -> tuple[int, int]:
+    """Blocks that a workload could store in host memory, and entries of segments that it touches if nobody is
+    preempted, in chunks of `budget` tokens."""
+    is_in = prefixes.paths >= 0
+    lengths = np.zeros(prefixes.num_segments, np.int64)
+    lengths[prefixes.paths[is_in]] = np.diff(prefixes.bounds, axis=1)[is_in]
+    tokens = workload.input_tokens.astype(np.int64) + workload.output_tokens
+    own = np.maximum(tokens // block_size - prefixes.bounds[:, -1], 0)
+    return int(lengths.sum() + own.sum()), int(((is_in.sum(axis=1) + 1) * (2 + tokens // budget)).sum())
 
 
 def with_tenants(dims: Dims, system: lower.System, workloads: list[Workload]) -> Dims:
@@ -356,6 +384,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         role_changes=None if world.roles is None else role_changes(world, lane),
         **clients, **lost, **images_of(dims, world, lane, made.workload, made.is_split),
         **swapped(dims, world, np.s_[lane, :count], lane),
+        **loaded(dims, world, np.s_[lane, :count], lane, block_seconds(made.params)),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
         predicted_tokens=workload.predicted_tokens,
@@ -489,6 +518,28 @@ def swapped(dims: Dims, world: World, rows: tuple, lanes: int | slice) -> dict[s
     return {"swaps": records[..., swapping.SWAPS], "swap_s": seconds,
             "swap_delay_s": delay.reshape(*delay.shape[:-2], -1),
             "swapped_blocks": np.stack([counts.copied_blocks.sum((-2, -1)), counts.spared_blocks.sum((-2, -1))], -1)}
+
+
+def block_seconds(params: Params) -> float:
+    """Of a block that is loaded on its link; NaN where none is."""
+    offload, reuse = params.flags.offload, params.flags.reuse
+    if reuse is not None:
+        return float(reuse.kv_s) + (float(reuse.hidden_s) if reuse.recomputed_share > 0 else 0.0)
+    return float("nan") if offload is None else float(offload.seconds_per_block)
+
+
+def loaded(dims: Dims, world: World, rows: tuple, lanes: int | slice, block_s: float | np.ndarray
+           ) -> dict[str, np.ndarray]:
+    """Where blocks are loaded behind the prefix cache: `loaded_tokens` of these requests, `load_s` and `load_delay_s`
+    of the instances of these runs; block_s: seconds of a block, of each run where they are many."""
+    if world.loaded is None:
+        return {}
+    blocks = w.count_rows(dims).everything(world.counts[lanes]).rank.offload.loaded_blocks
+    loads = w.clock_rows(dims).everything(world.clocks[lanes]).rank.loads
+    delay = loads.hi.astype(np.float64) + loads.lo
+    load_s = blocks * np.asarray(block_s)[..., None, None]
+    return {"loaded_tokens": world.loaded[rows], "load_s": load_s.reshape(*blocks.shape[:-2], -1),
+            "load_delay_s": delay.reshape(*delay.shape[:-2], -1)}
 
 
 def blocks_of(system: lower.System) -> int | np.ndarray:

@@ -10,6 +10,7 @@ from jaxsim.engine import (
     hand_over,
     lockstep,
     migration,
+    offload,
     pipeline,
     prefix,
     role_switching,
@@ -119,8 +120,9 @@ class Touched(eqx.Module):
     preempted_s: Float[Array, ""] | None = None
     next_head: Int[Array, ""] | None = None
 
-    # look_up: what is cached of the candidate.
+    # look_up: what is cached of the candidate, and what host memory has of it.
     found: prefix.Found | None = None
+    behind: offload.Behind | None = None
 
     # fill: who was placed; whether a first token opens a row of the log, the head of the queue waits for an event, more
     # can be placed at this instant; tokens the victim has emitted.
@@ -135,6 +137,8 @@ class Touched(eqx.Module):
     slot_ends: Float[Array, "slot_width 2"] | None = None
     # Where victims are swapped: what changes in the line.
     moved: swapping.Moved | None = None
+    # What goes to host memory behind the prefix cache.
+    kept: offload.Kept | None = None
 
     # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
     # behind it; whether it starts.

@@ -236,6 +236,12 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
             f"; copies stood before iterations for {100 * swaps['delay_share']:.1f} % of the time with one in flight")
         facts.append(("swaps", f"{number(swaps['total'])}, {number(swaps['copied_blocks'])} blocks copied to host"
                                f" memory{lost}"))
+    tiers = m.get("loads")
+    if tiers is not None and tiers["device_share"] is not None:
+        lost = "" if tiers["delay_share"] is None else (
+            f"; loads lengthened iterations by {100 * tiers['delay_share']:.1f} % of the time with one in flight")
+        facts.append(("prompt tokens", f"{share(tiers['device_share'])} found on the device,"
+                                       f" {share(tiers['loaded_share'])} loaded{lost}"))
     fleet = m.get("scaling")
     if fleet is not None:
         facts.append(("instances", f"{number(fleet['mean_instances'])} on average, {number(fleet['starts'])} started,"

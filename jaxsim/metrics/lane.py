@@ -48,6 +48,9 @@ class LaneResult:
         its instance, and those in which its own was on the way in; swap_delay_s: of instances, the former, part of
         `busy_s`; swapped_blocks: of all instances, blocks copied out, and those that were in host memory already. None
         without host memory.
+    loaded_tokens: of each prompt, those loaded from host memory, or from a sibling, when it was first admitted; load_s:
+        of instances, seconds of all loads on the link, latencies apart; load_delay_s: those by which loads, and what is
+        recomputed of a sibling's context, lengthened iterations, part of `busy_s`. None where nothing is loaded.
     extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs. lost_steps: rows that it had no room for.
@@ -120,6 +123,9 @@ class LaneResult:
     swap_s: Float[np.ndarray, " requests"] | None = None
     swap_delay_s: Float[np.ndarray, " instances"] | None = None
     swapped_blocks: Int[np.ndarray, " 2"] | None = None
+    loaded_tokens: Int[np.ndarray, " requests"] | None = None
+    load_s: Float[np.ndarray, " instances"] | None = None
+    load_delay_s: Float[np.ndarray, " instances"] | None = None
     predicted_tokens: Int[np.ndarray, " requests"] | None = None
     losses: Int[np.ndarray, " requests"] | None = None
     restarts: Int[np.ndarray, " requests"] | None = None
@@ -200,6 +206,7 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         "front_end_s": np.full(lane.num_requests, lane.front_end_s),
         "cached_tokens": np.zeros(lane.num_requests, np.int64) if lane.cached_tokens is None else
         np.asarray(lane.cached_tokens, np.int64),
+        **({} if lane.loaded_tokens is None else {"loaded_tokens": np.asarray(lane.loaded_tokens, np.int64)}),
         "preemptions": np.asarray(lane.preemptions, np.int64),
         **({} if lane.swaps is None else {"swaps": np.asarray(lane.swaps, np.int64),
                                           "swap_s": np.asarray(lane.swap_s, np.float64)}),

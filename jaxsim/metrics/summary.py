@@ -119,6 +119,7 @@ def lane_metrics(lane: LaneResult, slo: SloSection = NO_LIMITS, warmup_s: float 
             "mean_drain_s": None if np.isnan(lane.drain_s) else float(lane.drain_s)}}) | (
         {} if lane.swaps is None else {"swaps": _swaps_group(lane, measured)}) | (
         {} if lane.losses is None else {"outages": _outages_group(lane, is_mine)}) | (
+        {} if lane.loaded_tokens is None else {"loads": _loads_group(lane, measured)}) | (
         {} if lane.session is None else {"sessions": _sessions_group(lane, is_mine)}) | (
         {} if len(lane.tenant_names) < 2 else {"fairness": fairness_of(lane, tenants, token_weights)})
 
@@ -248,6 +249,18 @@ def _swaps_group(lane: LaneResult, frame: pd.DataFrame) -> dict[str, Any]:
             "copied_blocks": int(lane.swapped_blocks[0]),
             "spared_share": float(lane.swapped_blocks[1] / lane.swapped_blocks.sum())
             if lane.swapped_blocks.any() else None}
+
+
+def _loads_group(lane: LaneResult, frame: pd.DataFrame) -> dict[str, Any]:
+    """Of the prompt tokens of measured requests, those found on the device, loaded from elsewhere, and neither, when
+    each was first admitted; seconds of all loads on the links, and the part of the time with an iteration in flight by
+    which they lengthened these."""
+    prompt, busy_s = frame["input_tokens"].sum(), float(np.sum(lane.busy_s))
+    shares = {name: float(frame[column].sum() / prompt) if prompt else None
+              for name, column in (("device_share", "cached_tokens"), ("loaded_share", "loaded_tokens"))}
+    return {**shares, "computed_share": 1 - sum(shares.values()) if prompt else None,
+            "load_s": float(np.sum(lane.load_s)),
+            "delay_share": float(np.sum(lane.load_delay_s)) / busy_s if busy_s else None}
 
 
 def _tenants_group(lane: LaneResult, frame: pd.DataFrame, met: Mapping[str, np.ndarray],

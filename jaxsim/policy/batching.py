@@ -8,6 +8,8 @@ each flag does, in the order of a scheduling pass, is stated in docs/design.md; 
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
+from jaxsim.policy.context_reuse import ContextReuse
+from jaxsim.policy.offload import Offload
 from jaxsim.policy.swap import Swap
 
 PHASE_MIXES = ("unified", "prefill_first")
@@ -85,6 +87,8 @@ class Batching(eqx.Module):
     pass_on_arrival: bool = eqx.field(static=True, default=False)
     num_stages: Int[Array, ""] | None = None
     swap: Swap | None = None
+    offload: Offload | None = None
+    reuse: ContextReuse | None = None
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),
@@ -98,6 +102,8 @@ class Batching(eqx.Module):
                                       or self.async_scheduling or self.admit != "any_time" or self.order != "fcfs"
                                       or not self.waiting_blocked_after_preempt or self.has_context_limit):
             raise ValueError("swap: only with the flags of vLLM V0")
+        if (self.offload is not None or self.reuse is not None) and not self.prefix_caching:
+            raise ValueError("offload, reuse: only behind a prefix cache")
         if self.order in ("vtc", "least_slack") and not (
                 self.is_unified and self.reserve == "none" and self.kv_accounting and self.admit == "any_time"
                 and self.victim == "last_admitted" and not self.async_scheduling):

@@ -32,6 +32,8 @@ class Dims:
     slack_window: preempted requests that wait at once under the order of least slack, 0 without that.
     keeps_turns: host memory may keep what the next turn of a session begins with; has_block_groups: what is copied at
     once depends on how free blocks lie.
+    has_offload: host memory behind the prefix cache; offload_log: touches of it on record, a power of two, 0 where it
+    holds everything; has_reuse: contexts come from siblings instead.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -69,6 +71,9 @@ class Dims:
     has_block_groups: bool = False
     num_outages: int = 0
     has_role_switching: bool = False
+    has_offload: bool = False
+    offload_log: int = 0
+    has_reuse: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -115,6 +120,12 @@ class Dims:
             raise ValueError("num_outages: what is lost may end without an answer, so has_clients too")
         if self.has_role_switching and not self.has_roles:
             raise ValueError("has_role_switching: only with has_roles")
+        if self.has_offload and self.has_reuse:
+            raise ValueError("has_offload, has_reuse: one of them")
+        if self.has_loads and (not self.num_segments or self.num_ranks > 1 or self.num_batches > 1):
+            raise ValueError("has_offload, has_reuse: behind a prefix cache, with executors of one rank and one stage")
+        if self.offload_log and not self.has_offload:
+            raise ValueError("offload_log: only with has_offload")
 
     @property
     def has_moves(self) -> bool:
@@ -130,6 +141,11 @@ class Dims:
     def has_swap(self) -> bool:
         """Who is preempted moves to host memory."""
         return self.swap_window > 0
+
+    @property
+    def has_loads(self) -> bool:
+        """Blocks that the prefix cache lacks may be loaded."""
+        return self.has_offload or self.has_reuse
 
     @property
     def has_free_stages(self) -> bool:

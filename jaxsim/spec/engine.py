@@ -79,6 +79,52 @@ class SwapSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     window: Annotated[int, Meta(ge=8, le=8192)] = 256
 
 
+class OffloadSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Host memory behind the prefix cache: every full block of a prompt is stored there, and loaded where the device
+    has dropped it. As LMCache's connector does it, in the iteration that first schedules a request.
+
+        space_gb: of each device, 10^9 bytes. The longest untouched blocks go first.
+        gb_per_s: of the link to the host, toward the device; the device's own if left out.
+        load: "serial" (before the layers of that iteration) or "by_layer" (beside the layers before). Stores overlap
+            with iterations and cost nothing.
+    """
+
+    space_gb: Annotated[float, Meta(gt=0, le=1e6)]
+    gb_per_s: Annotated[float, Meta(gt=0)] | None = None
+    load: Literal["serial", "by_layer"] = "serial"
+
+
+class QualityRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """What reuse does to answers, measured offline for a pair of models.
+
+        recomputed_layers: of the model, the best group of so many.
+        loss: of the measure of quality, whichever it is.
+    """
+
+    recomputed_layers: Annotated[int, Meta(ge=0, le=4096)]
+    loss: float
+
+
+class ContextReuseSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Contexts that siblings, fine-tunes of the same base, have computed before the run (DroidSpeak): those of
+    workload.prefix_groups. Their KV is behind a link, with the hidden states before the recomputed layers.
+
+        gb_per_s: of the link of an instance.
+        latency_us: of the link, once for the hidden states and once for the KV that an iteration loads.
+        recomputed_layers: of the receiver.
+        quality: instead, losses by recomputed layers: the fewest of them with a loss of at most max_loss are taken.
+        max_loss: with quality.
+        pipelined: KV comes while layers are recomputed; otherwise before.
+    """
+
+    gb_per_s: Annotated[float, Meta(gt=0)]
+    latency_us: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    recomputed_layers: Annotated[int, Meta(ge=0, le=4096)] | None = None
+    quality: tuple[QualityRow, ...] = ()
+    max_loss: float | None = None
+    pipelined: bool = True
+
+
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One serving engine, as its command line describes it. A field left out is what the preset says.
 
@@ -118,6 +164,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         kv_cache_dtype: KV cache, the same as model.kv_dtype.
         enforce_eager: no CUDA graphs, so that every launch is paid by the host.
         swap: host memory that preempted requests move to (presets 'vllm-v0'); recomputed if left out.
+        offload: host memory behind the prefix cache, with enable_prefix_caching; what the device drops is gone if left
+            out.
+        context_reuse: contexts that siblings have computed, with enable_prefix_caching; all are computed if left out.
 
     Flags of the scheduler itself (docs/schedulers.md):
         phase_mix: decodes and prompt chunks share an iteration, or prompts go first and alone.
@@ -161,6 +210,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     kv_cache_dtype: Text | None = None
     enforce_eager: bool = False
     swap: SwapSection | None = None
+    offload: OffloadSection | None = None
+    context_reuse: ContextReuseSection | None = None
 
     phase_mix: PhaseMix | None = None
     reserve: Reserve | None = None

@@ -65,6 +65,10 @@ def _check_engine(s: "Scenario") -> None:
                          "use a preset 'vllm-v1', or leave it out")
     if engine.swap is not None:
         _check_swap(s, scheduler)
+    if engine.offload is not None:
+        _check_offload(s)
+    if engine.context_reuse is not None:
+        _check_reuse(s, scheduler)
     _check_order(s, scheduler)
     for ours, theirs in (("dtype", "dtype"), ("kv_dtype", "kv_cache_dtype")):
         given, other = s.model and getattr(s.model, ours), getattr(engine, theirs)
@@ -101,6 +105,55 @@ def _check_swap(s: "Scenario", scheduler: Scheduler) -> None:
         problem = "missing, and 'markov' needs it" if redraw.locality is None else "has no effect with 'random'"
         raise InputError(f"{field}.redraw.locality", redraw.locality, problem,
                          "give a probability" if redraw.locality is None else "leave it out, or use 'markov'")
+
+
+def _check_offload(s: "Scenario") -> None:
+    engine, field = s.engine, "engine.offload"
+    for name, given, is_wrong, problem, remedy in (
+            ("engine.enable_prefix_caching", False, not engine.enable_prefix_caching,
+             f"and {field} is behind a prefix cache", "set it to true, or leave engine.offload out"),
+            ("engine.pipeline_parallel_size", engine.pipeline_parallel_size, engine.pipeline_parallel_size > 1,
+             f"is not simulated with {field}", "use 1, or leave engine.offload out"),
+            ("cluster.pools", [pool.role for pool in s.cluster.pools], bool(s.cluster.pools),
+             f"are not simulated with {field}", "use cluster.replicas, or leave engine.offload out"),
+            ("model", None, s.model is None, "missing, and the bytes of a KV block cannot be known without it",
+             "name a model, also beside a fitted cost, or leave engine.offload out"),
+            (f"{field}.gb_per_s", None, s.device is None and engine.offload.gb_per_s is None,
+             "missing, and without [device] it cannot be derived", "give the bandwidth from host memory")):
+        if is_wrong:
+            raise InputError(name, given, problem, remedy)
+
+
+def _check_reuse(s: "Scenario", scheduler: Scheduler) -> None:
+    engine, groups, field = s.engine, s.workload.prefix_groups, "engine.context_reuse"
+    given, budget = engine.context_reuse, scheduler.max_num_batched_tokens
+    fewest = [row.loss for row in given.quality]
+    for name, value, is_wrong, problem, remedy in (
+            ("engine.enable_prefix_caching", False, not engine.enable_prefix_caching,
+             f"and {field} is behind a prefix cache", "set it to true, or leave engine.context_reuse out"),
+            ("engine.offload", engine.offload and plain(engine.offload), engine.offload is not None,
+             f"is not simulated with {field}", "leave one of them out"),
+            ("engine.pipeline_parallel_size", engine.pipeline_parallel_size, engine.pipeline_parallel_size > 1,
+             f"is not simulated with {field}", "use 1, or leave engine.context_reuse out"),
+            ("cluster.pools", [pool.role for pool in s.cluster.pools], bool(s.cluster.pools),
+             f"are not simulated with {field}", "use cluster.replicas, or leave engine.context_reuse out"),
+            ("model", None, s.model is None, "missing, and its layers cannot be known without it",
+             "name a model, also beside a fitted cost, or leave engine.context_reuse out"),
+            ("workload.prefix_groups", None, groups is None, f"missing, and they are the contexts of {field}",
+             "give e.g. { number = 16, tokens = 4096 }, or leave engine.context_reuse out"),
+            ("workload.prefix_groups.tokens", groups and groups.tokens, groups is not None and groups.tokens > budget,
+             f"are more than the {budget} tokens of an iteration, in which some layers of them are recomputed",
+             "raise engine.max_num_batched_tokens, or give fewer"),
+            (f"{field}.recomputed_layers", given.recomputed_layers,
+             (given.recomputed_layers is None) == (not given.quality), "and a table of quality: exactly one is needed",
+             "give recomputed_layers, or quality with max_loss"),
+            (f"{field}.max_loss", given.max_loss, (given.max_loss is None) == bool(given.quality),
+             "goes with quality, and quality with it", "give both, or recomputed_layers alone"),
+            (f"{field}.max_loss", given.max_loss,
+             bool(fewest) and given.max_loss is not None and min(fewest) > given.max_loss,
+             "is met by no row of quality", "raise it, or measure more layers")):
+        if is_wrong:
+            raise InputError(name, value, problem, remedy)
 
 
 def _check_order(s: "Scenario", scheduler: Scheduler) -> None:

@@ -18,7 +18,14 @@ from msgspec import Meta
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.spec.cluster import ClusterSection, PoolSection
 from jaxsim.spec.costs import FittedCost, ProfiledCost, RooflineCost
-from jaxsim.spec.engine import EngineConfig, RedrawSection, SwapSection
+from jaxsim.spec.engine import (
+    ContextReuseSection,
+    EngineConfig,
+    OffloadSection,
+    QualityRow,
+    RedrawSection,
+    SwapSection,
+)
 from jaxsim.spec.messages import explain
 from jaxsim.spec.rules import check
 from jaxsim.spec.sections import DeviceSection, ModelSection, SloSection
@@ -333,7 +340,8 @@ def _field_docs(struct: type) -> dict[str, str]:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of `scenario.toml`, descriptions taken from the docstrings."""
     (_,), definitions = msgspec.json.schema_components([Scenario], ref_template="#/$defs/{name}")
-    sections = [Scenario, EngineConfig, SwapSection, RedrawSection, *every_section()]
+    sections = [Scenario, EngineConfig, SwapSection, RedrawSection, OffloadSection, ContextReuseSection, QualityRow,
+                *every_section()]
     for struct in sections:
         node = definitions.get(struct.__name__)
         if node is None:

@@ -55,8 +55,8 @@ TENANT_FIELDS = 5
 
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
-           "references", "log", "newest", "sent_blocks", "window", "copies", "tenants", "slot_ends",
-           "again")
+           "references", "log", "newest", "sent_blocks", "window", "copies", "tenants", "slot_ends", "stored",
+           "touches", "touched", "again")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -82,6 +82,16 @@ class Cache(eqx.Module):
     head: Int[Array, "*shape"]
     end: Int[Array, "*shape"]
     shared: Int[Array, "*shape"]
+
+
+class OffloadCounts(eqx.Module):
+    """Of host memory behind the prefix cache: blocks loaded so far, and stored; where the log of touches begins and
+    ends. See `jaxsim.engine.offload`."""
+
+    loaded_blocks: Int[Array, "*shape"]
+    stored_blocks: Int[Array, "*shape"]
+    head: Int[Array, "*shape"]
+    end: Int[Array, "*shape"]
 
 
 class SwapCounts(eqx.Module):
@@ -149,6 +159,7 @@ class Rank(eqx.Module):
     prefill_tokens: Int[Array, "*shape"] | None
     tree_tokens: Int[Array, "*shape"] | None
     swap: SwapCounts | None = None
+    offload: OffloadCounts | None = None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -170,7 +181,8 @@ class Batch(eqx.Module):
     and `entering`, how many of `count` came with their KV. tiles: of images that the iteration encodes, or where others
     do, whose prompts it completes. `joining_prefill`: of those whose first token the iteration
     computes, their part of the rank's `prefill_tokens`. `is_lost`: where executors fail, the last iteration of the
-    jump, or the first without any, did not come to its end.
+    jump, or the first without any, did not come to its end. loading: blocks that are loaded for the
+    iteration.
     """
 
     counter: Int[Array, "*shape"]
@@ -198,6 +210,7 @@ class Batch(eqx.Module):
     tiles: Int[Array, "*shape"] | None
     joining_prefill: Int[Array, "*shape"] | None
     is_lost: Int[Array, "*shape"] | None = None
+    loading: Int[Array, "*shape"] | None = None
 
 
 class Counts(eqx.Module):
@@ -231,12 +244,15 @@ class SwapTimes(eqx.Module):
 
 class RankTimes(eqx.Module):
     """Integrals over time: `running` sequence-seconds, `held` block-seconds (two-float). `ratio` of expected outputs
-    that admission reserves for."""
+    that admission reserves for; `loads`: seconds by which loads lengthened iterations; `recompute`: of
+    layers of siblings' contexts, in the iteration being formed."""
 
     ratio: Float[Array, "*shape"]
     running: Time
     held: Time
     swap: SwapTimes | None = None
+    loads: Time | None = None
+    recompute: Time | None = None
 
 
 class BatchTimes(eqx.Module):
@@ -459,6 +475,13 @@ class World(eqx.Module):
     # who and when (columns of `jaxsim.state.roles`).
     roles: Roles | None = None
     switches: Float[Array, "switches 15"] | None = None
+    # Host memory behind the prefix cache (`jaxsim.engine.offload`), else None: of every segment (then the null one,
+    # then what each request has behind its path) the blocks there, and its newest entry in the log of touches; of
+    # requests, tokens loaded at first.
+    stored: Int[Array, "ranks items"] | None = None
+    touches: Int[Array, "ranks entries"] | None = None
+    touched: Int[Array, "ranks items"] | None = None
+    loaded: Int[Array, " rows"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -485,14 +508,15 @@ def empty_counts(dims: Dims) -> Counts:
                   waiting_blocks=zero if dims.has_demands else None, urgent=zero if dims.has_urgent else None,
                   **dict.fromkeys(("cached_tiles", "waiting_tiles"), zero if dims.has_parts else None),
                   prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None,
-                  swap=_swap_counts(dims) if dims.has_swap else None)
+                  swap=_swap_counts(dims) if dims.has_swap else None,
+                  offload=_zeros(OffloadCounts) if dims.has_loads else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
                    taken=zero if is_pipeline or dims.has_moves else None,
                    entering=zero if dims.has_moves or dims.has_swap else None,
                    tiles=zero if dims.has_parts or dims.has_encoder else None,
                    joining_prefill=zero if dims.tracks_prefill else None,
-                   is_lost=zero if dims.has_failures else None)
+                   is_lost=zero if dims.has_failures else None, loading=zero if dims.has_loads else None)
     return Counts(executor, rank, batch)
 
 
@@ -503,7 +527,8 @@ def empty_clocks(dims: Dims) -> Clocks:
     if dims.num_stages > 1:
         free, counted, alone, end = (at_zero,) * (dims.num_stages + 1), at_zero, at_zero, clock.never()
     return Clocks(ExecutorTimes(at_zero, free, counted, alone), RankTimes(
-        zero, at_zero, at_zero, SwapTimes(at_zero, at_zero, at_zero, at_zero) if dims.has_swap else None),
+        zero, at_zero, at_zero, SwapTimes(at_zero, at_zero, at_zero, at_zero) if dims.has_swap else None,
+        at_zero if dims.has_loads else None, at_zero if dims.has_reuse else None),
                   BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero, end))
 
 
@@ -555,6 +580,13 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         cached = dict(resident=ints(ranks, items), newest=ints(ranks, items, value=-1),
                       references=ints(ranks, dims.num_segments + 1), log=ints(ranks, dims.log_size + 1),
                       shared=ints(rows, 2), cached=ints(rows))
+    if dims.has_loads:
+        cached["loaded"] = ints(rows)
+    if dims.has_offload:
+        items = dims.num_segments + 1 + rows
+        cached |= dict(stored=ints(ranks, items))
+        if dims.offload_log:
+            cached |= dict(touches=ints(ranks, dims.offload_log + 1), touched=ints(ranks, items, value=-1))
     tape, records = {}, dims.num_records + 1
     if dims.num_records:
         tape = dict(tape_times=floats(records, 7), tape_counts=ints(records, 7), tape_stats=ints(records, 10),

@@ -246,6 +246,7 @@ class Lanes:
                scenario.workload.has_sessions, _of_roles(scenario, system), _of_migration(scenario),
                self._cost_kind(scenario, system),
                scenario.engine.enable_prefix_caching, bool(scenario.engine.swap and scenario.engine.swap.redraw),
+               scenario.engine.offload is not None, scenario.engine.context_reuse is not None,
                dataclasses.replace(dims, num_slots=0))
         schedulers = tuple(pool.system.scheduler for pool in system.pools) or (s,)
         return Shape(key, dims.num_requests, dims.num_slots, schedulers, longest, output, work, requests, dims, last_s)
@@ -296,6 +297,7 @@ class Lanes:
                                            lambda w=w: lower.shared_prefixes(w, block))
                         for seed, w in zip(scenario.seeds, workloads, strict=True)]
             dims = simulate.with_prefixes(dims, prefixes)
+        dims = simulate.with_offload(dims, scenario, system, workloads, prefixes)
         dims = simulate.with_tenants(dims, system, workloads)
         lower.check_counters(dims, workloads)
         key = _bytes(scenario.model, scenario.device, scenario.engine, scenario.cluster.pools, scenario.cluster.encode,

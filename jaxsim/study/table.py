@@ -174,6 +174,13 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         found["swaps.delay_share"] = _ratio(runs.swap_delay_s.sum(axis=1), runs.busy_s.sum(axis=1))
         found["swaps.copied_blocks"] = runs.swapped_blocks[:, 0]
         found["swaps.spared_share"] = _ratio(runs.swapped_blocks[:, 1], runs.swapped_blocks.sum(axis=1))
+    if runs.loaded_tokens is not None:
+        prompt = np.where(is_measured, runs.input_tokens, 0).sum(axis=1)
+        for name, tokens in (("device_share", runs.cached_tokens), ("loaded_share", runs.loaded_tokens)):
+            found[f"loads.{name}"] = _ratio(np.where(is_measured, tokens, 0).sum(axis=1), prompt)
+        found["loads.computed_share"] = 1 - found["loads.device_share"] - found["loads.loaded_share"]
+        found["loads.load_s"] = runs.load_s.sum(axis=1)
+        found["loads.delay_share"] = _ratio(runs.load_delay_s.sum(axis=1), runs.busy_s.sum(axis=1))
     if runs.cached_tokens is not None:
         found["cached_share"] = _ratio(np.where(is_measured, runs.cached_tokens, 0).sum(axis=1),
                                        np.where(is_measured, runs.input_tokens, 0).sum(axis=1))
@@ -202,6 +209,7 @@ def requests(runs: Runs) -> Columns:
              "ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e,
              "queue_s": runs.scheduled_s - runs.arrival_s - _before_queue(runs),
              "stall_s": runs.stall_s, **_moves(runs), **_images(runs), **_swaps(runs), "cached_tokens": cached,
+             **({} if runs.loaded_tokens is None else {"loaded_tokens": runs.loaded_tokens}),
              "preemptions": runs.preemptions, "status": status,
              **({} if runs.attempts is None else {"attempts": runs.attempts}),
              **({} if runs.restarts is None else {"restarts": runs.restarts})}

@@ -13,10 +13,12 @@ from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
 from jaxsim.engine.simulate import (
     FAULTS,
+    block_seconds,
     blocks_of,
     ends,
     handed_over,
     images_of,
+    loaded,
     lost_of,
     migrated,
     swapped,
@@ -87,6 +89,9 @@ class Runs:
     restarts: Int[np.ndarray, "runs requests"] | None = None
     num_outages: Int[np.ndarray, " runs"] | None = None
     down_s: Float[np.ndarray, "runs instances"] | None = None
+    loaded_tokens: Int[np.ndarray, "runs requests"] | None = None
+    load_s: Float[np.ndarray, "runs instances"] | None = None
+    load_delay_s: Float[np.ndarray, "runs instances"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -208,7 +213,8 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         num_iterations=counts.executor.num_iterations.reshape(len(runs), -1).sum(axis=1),
         front_end_s=np.array([run.front_end_s for run in runs]),
         fault=tuple("; ".join(text for bit, text in FAULTS.items() if int(bits) & bit) for bits in world.fault),
-        **clients, **lost, **swapped(dims, world, np.s_[:, rows], slice(None)), **_images(dims, world, runs))
+        **clients, **lost, **swapped(dims, world, np.s_[:, rows], slice(None)), **_images(dims, world, runs),
+        **loaded(dims, world, np.s_[:, rows], slice(None), np.array([block_seconds(run.params) for run in runs])))
 
 
 def _images(dims: Dims, world: World, runs: Sequence[Run]) -> dict[str, np.ndarray]:

@@ -72,20 +72,36 @@ def release_source(instance: Instance, job: Job) -> None:
     job.source_blocks = 0
 
 
+def stored_behind(instance: Instance, job: Job, cached: int) -> int:
+    """Tokens that host memory has right behind the cached ones."""
+    if instance.store is None:
+        return 0
+    size = instance.flags.block_size
+    return instance.store.find(job.for_cache, cached // size, size) * size
+
+
 def hold_cached(instance: Instance, job: Job, chunk: int) -> None:
-    """Admission with a prefix cache: the job holds what is cached of it, and room for its first chunk behind."""
+    """Admission with a prefix cache: the job holds what is cached of it, and room for what it loads and its first chunk
+    behind."""
     cached = instance.cache.lookup(job.for_cache)
-    assert instance.cache.allocate(job.for_cache, chunk), "admitted without room"
-    job.computed = cached
-    job.hit_tokens += cached
+    loaded = stored_behind(instance, job, cached)
+    assert instance.cache.allocate(job.for_cache, loaded + chunk), "admitted without room"
+    job.computed = cached + loaded
+    job.hit_tokens += cached + loaded
     if job.cached_tokens is None:
-        job.cached_tokens = cached
+        job.cached_tokens, job.loaded_tokens = cached, loaded
+    if instance.store is not None:
+        size = instance.flags.block_size
+        instance.store.load(job.for_cache, cached // size, loaded // size)
+        instance.store.store(job.for_cache, job.computed + chunk, size)
     follow_cache(instance, job)
 
 
 def grow_cached(instance: Instance, job: Job, tokens: int) -> None:
     """Room in the prefix cache for the next tokens of a running job."""
     assert instance.cache.grow(job.for_cache, tokens), "scheduled without room"
+    if instance.store is not None and not job.is_prefilled:
+        instance.store.store(job.for_cache, job.scheduled_tokens + tokens, instance.flags.block_size)
     follow_cache(instance, job)
 
 

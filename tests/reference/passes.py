@@ -10,6 +10,7 @@ from .memory import (
     hold_cached,
     is_expected_to_fit,
     release,
+    stored_behind,
     take,
 )
 from .state import Instance, Job, Plan
@@ -182,11 +183,13 @@ def admit(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | None
             return
         # With a prefix cache the first chunk starts behind what is cached now.
         cached = 0 if instance.cache is None else instance.cache.lookup(job.for_cache)
+        loaded = stored_behind(instance, job, cached)
+        cached += loaded
         if not flags.chunked_prefill and job.known - cached > plan.budget:
             return
         chunk = min(job.known - cached, plan.budget)
         if instance.cache is not None:
-            blocks = instance.cache.blocks_to_allocate(job.for_cache, chunk)
+            blocks = instance.cache.blocks_to_allocate(job.for_cache, loaded + chunk)
         else:
             blocks = blocks_at_admission(job, chunk, flags)
         if flags.track_blocks and instance.free_blocks - blocks < flags.watermark_blocks:

@@ -566,6 +566,12 @@ class Simulation:
         else:
             seconds = self.stage_costs[instance.index](stats)
         assert all(math.isfinite(x) and x >= 0 for x in seconds)
+        if instance.store is not None:
+            (alone,) = seconds
+            def prompt_s(start: int, end: int) -> float:
+                return self.costs[instance.index](BatchStatsRef(0, 0, 1, end - start, end**2 - start**2, end, 1))
+
+            return self.now + instance.store.lengthened(self.clock.ticks(alone), self.clock.ticks, prompt_s)
         swapped_s = instance.swapped_tokens * flags.kv_bytes_per_token / flags.swap_bandwidth
         instance.swapped_tokens = 0
         end = self.now + self.clock.ticks(swapped_s)
@@ -649,6 +655,7 @@ class Simulation:
                     sendings=job.sending,
                     last_sent_s=seconds(job.arrival),
                     cached_tokens=job.cached_tokens or 0,
+                    loaded_tokens=job.loaded_tokens or 0,
                     hit_tokens=job.hit_tokens,
                     decode_instance=job.decode_instance,
                     accepted_s=if_any(job.accepted),
@@ -684,6 +691,7 @@ class Simulation:
             turns=sum(i.counters.turns for i in self.instances if i.counters is not None),
             merges_left_out=sum(instance.merges_left_out for instance in self.instances),
             swapping=[instance.swap for instance in self.instances if instance.swap is not None],
+            stores=[instance.store for instance in self.instances if instance.store is not None],
         )
 
     def _swaps(self, job: Job, name: str) -> float:

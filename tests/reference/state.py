@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from . import fairness, prefix_cache
+from . import fairness, offload, prefix_cache
 from .flags import Flags
 
 
@@ -75,6 +75,7 @@ class Job:
     lost_tokens: int = 0  # held and given back by preemptions
     cached_tokens: int | None = None  # found in the prefix cache at the first admission
     hit_tokens: int = 0  # at all admissions
+    loaded_tokens: int | None = None  # from host memory at the first admission
     instance: int | None = None
     scheduled: float | None = None
     first_token: float | None = None
@@ -153,6 +154,7 @@ class Instance:
     preempted_before: list[int] = field(default_factory=list)
     swapped_tokens: int = 0  # moved out of the pool and into it since the last iteration
     cache: prefix_cache.PrefixCache | None = None
+    store: offload.HostStore | offload.SiblingStore | None = None  # behind the cache
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
     swap: object = None  # `swapping.SwapState`
     counters: "fairness.VirtualTokenCounters | None" = None
@@ -166,6 +168,8 @@ class Instance:
             self.counters = fairness.VirtualTokenCounters(self.flags.prices)
         if self.flags.prefix_caching:
             self.cache = prefix_cache.PrefixCache(self.flags.num_blocks, self.flags.block_size)
+        if self.flags.offloading is not None:
+            self.store = offload.store_of(self.flags.offloading)
 
     @property
     def can_prefill(self) -> bool:

@@ -16,10 +16,19 @@ from jaxsim.engine.lower.checks import (
 from jaxsim.engine.lower.costs import front_end_s, make_cost
 from jaxsim.engine.lower.failures import outage_rows, with_failures
 from jaxsim.engine.lower.links import migration_rates, transfer_rates
-from jaxsim.engine.lower.policies import make_params, make_patience, make_slack, make_swap, moves_of, with_counters
+from jaxsim.engine.lower.policies import (
+    make_offload,
+    make_params,
+    make_patience,
+    make_reuse,
+    make_slack,
+    make_swap,
+    moves_of,
+    with_counters,
+)
 from jaxsim.engine.lower.prefixes import Prefixes, shared_prefixes
 from jaxsim.engine.lower.requests import make_requests
-from jaxsim.engine.lower.systems import Pool, System, kinds_of_pools, resolve_system
+from jaxsim.engine.lower.systems import Pool, System, kinds_of_pools, offload_blocks, resolve_system
 from jaxsim.engine.lower.workloads import (
     MAX_STEPS_A_TOKEN,
     is_split,
@@ -33,7 +42,8 @@ from jaxsim.engine.lower.workloads import (
 __all__ = [
     "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "Pool", "Prefixes", "System", "check_counters", "check_requests",
     "check_routing", "check_transfers", "counter_room", "front_end_s", "is_split", "kinds_of_pools", "make_cost",
-    "make_params", "make_patience", "make_requests", "make_slack", "make_swap", "make_workload", "migration_rates",
-    "moves_of", "num_rows", "ordered", "outage_rows", "parts_of", "resolve_system", "routing_dims", "shared_prefixes",
-    "step_limit", "transfer_rates", "with_counters", "with_failures",
+    "make_offload", "make_params", "make_patience", "make_requests", "make_reuse", "make_slack", "make_swap",
+    "make_workload", "migration_rates", "moves_of", "num_rows", "offload_blocks", "ordered", "outage_rows", "parts_of",
+    "resolve_system", "routing_dims", "shared_prefixes", "step_limit", "transfer_rates", "with_counters",
+    "with_failures",
 ]

@@ -18,16 +18,20 @@ from jaxsim.engine.lower.systems import (
     kinds_of_pools,
     knows_prompts,
     of_one,
+    offload_blocks,
+    recomputed_layers,
     swap_block_bytes,
 )
 from jaxsim.kernels import clock
 from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, PartArrivals, Sessions, SortedArrivals
 from jaxsim.policy.batching import Batching
 from jaxsim.policy.clients import UNBOUNDED, Clients, backoffs, patience
+from jaxsim.policy.context_reuse import ContextReuse
 from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.policy.fairness import OUTPUT_PRICE, PROMPT_PRICE, TokenCounters, most_ahead, token_counters
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
+from jaxsim.policy.offload import Offload
 from jaxsim.policy.role_switching import ROLES, RoleSwitching
 from jaxsim.policy.routing import DataParallel, router
 from jaxsim.policy.scaling import Scaling
@@ -35,6 +39,7 @@ from jaxsim.policy.slack import PARTS_MS, Slack
 from jaxsim.policy.swap import DRAWN_BITS, Swap
 from jaxsim.spec.cluster import AdmissionSection, TransferSection
 from jaxsim.spec.dims import Dims
+from jaxsim.spec.plan import kv_cache_bytes
 from jaxsim.spec.scenario import Scenario
 from jaxsim.spec.vision import EMBEDDING_BYTES
 from jaxsim.spec.workload import ClientSection
@@ -137,6 +142,10 @@ def make_batching(scenario: Scenario, system: System) -> Batching:
         prefix_caching=scenario.engine.enable_prefix_caching)
     if system.swap is not None:
         batching = dataclasses.replace(batching, swap=make_swap(scenario, system))
+    if scenario.engine.offload is not None:
+        batching = dataclasses.replace(batching, offload=make_offload(scenario, system))
+    if scenario.engine.context_reuse is not None:
+        batching = dataclasses.replace(batching, reuse=make_reuse(scenario, system))
     if s.gathers:
         batching = dataclasses.replace(batching, batch_wait_timeout_iters=integer(s.batch_wait_timeout_iters),
                                        batch_wait_tokens=integer(s.batch_wait_tokens))
@@ -175,6 +184,28 @@ def make_swap(scenario: Scenario, system: System) -> Swap | None:
         dispatch_s=real(1e-6 * given.dispatch_us), launch_s=real(1e-6 * given.launch_us),
         run_blocks=integer(given.run_blocks or 1), is_async=np.bool_(given.asynchronous), reuse=np.bool_(given.reuse),
         group_blocks=None if given.group_blocks is None else integer(given.group_blocks), **drawn)
+
+
+def make_offload(scenario: Scenario, system: System) -> Offload:
+    """Host memory behind the prefix cache of an instance, and its loads, as the loop takes them."""
+    given = scenario.engine.offload
+    link = system.device.host_link_bytes_per_s if given.gb_per_s is None else 1e9 * given.gb_per_s
+    return Offload(np.int32(offload_blocks(scenario, system)), np.float32(swap_block_bytes(scenario, system) / link),
+                   np.int32(system.model.layers), np.bool_(given.load == "by_layer"))
+
+
+HIDDEN_BYTES = 2
+"""Of a number of the hidden states: activations are of 16 bits."""
+
+
+def make_reuse(scenario: Scenario, system: System) -> ContextReuse:
+    """Contexts that siblings have computed, as the loop takes them; the link carries those of all devices."""
+    given, model, real = scenario.engine.context_reuse, system.model, np.float32
+    share = recomputed_layers(scenario) / model.layers
+    size = system.scheduler.block_size / (1e9 * given.gb_per_s)
+    kv_bytes = model.kv_bytes_per_token(kv_cache_bytes(scenario.kv_dtype, scenario.dtype, model))
+    return ContextReuse(real(share), real(size * model.hidden * HIDDEN_BYTES), real(size * (1 - share) * kv_bytes),
+                        real(1e-6 * given.latency_us), np.bool_(given.pipelined))
 
 
 def with_counters(params: Params, scenario: Scenario, system: System, workload: Workload, dims: Dims) -> Params:

@@ -209,6 +209,8 @@ def _resolve_alone(scenario: Scenario) -> System:
         num_blocks = memory.num_blocks
     system = System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len, swap=engine.swap)
     _check_swap(scenario, system)
+    _check_offload(scenario, system)
+    _check_reuse(scenario, system)
     if system.num_ranks > 1 and scenario.has_clients:
         raise InputError("engine.data_parallel_size", plan.data_parallel_size,
                          "with ranks that iterate together is not simulated where requests end without an answer",
@@ -284,6 +286,48 @@ def _check_swap(scenario: Scenario, system: System) -> None:
         raise InputError("engine.swap.space_gb", system.swap.space_gb,
                          f"holds not one KV block of {swap_block_bytes(scenario, system):,.0f} bytes",
                          "raise it, or leave engine.swap out: preempted requests are recomputed")
+
+
+def _check_offload(scenario: Scenario, system: System) -> None:
+    """Refuse what is not simulated with host memory behind the prefix cache, or none of it. Raises `InputError`."""
+    given = scenario.engine.offload
+    if given is None:
+        return
+    if system.num_ranks > 1:
+        raise InputError("engine.data_parallel_size", system.plan.data_parallel_size,
+                         "with ranks that iterate together is not simulated with engine.offload", "use 1")
+    if given.gb_per_s is None and system.device.host_link_bytes_per_s is None:
+        raise InputError("engine.offload.gb_per_s", None,
+                         f"missing, and the link of {system.device.name} to the host is not known", "give it")
+    if offload_blocks(scenario, system) < 1:
+        raise InputError("engine.offload.space_gb", given.space_gb,
+                         f"holds not one KV block of {swap_block_bytes(scenario, system):,.0f} bytes",
+                         "raise it, or leave engine.offload out")
+
+
+def _check_reuse(scenario: Scenario, system: System) -> None:
+    """Refuse what is not simulated with siblings' contexts. Raises `InputError`."""
+    if scenario.engine.context_reuse is None:
+        return
+    if system.num_ranks > 1:
+        raise InputError("engine.data_parallel_size", system.plan.data_parallel_size,
+                         "with ranks that iterate together is not simulated with engine.context_reuse", "use 1")
+    if recomputed_layers(scenario) > system.model.layers:
+        raise InputError("engine.context_reuse.recomputed_layers", recomputed_layers(scenario),
+                         f"is more than the {system.model.layers} layers of {system.model.name}", "lower it")
+
+
+def recomputed_layers(scenario: Scenario) -> int:
+    """Layers of a sibling's context that a receiver recomputes: as told, or the fewest that quality allows."""
+    given = scenario.engine.context_reuse
+    if given.recomputed_layers is not None:
+        return given.recomputed_layers
+    return min(row.recomputed_layers for row in given.quality if row.loss <= given.max_loss)
+
+
+def offload_blocks(scenario: Scenario, system: System) -> int:
+    """KV blocks of host memory behind the prefix cache."""
+    return min(int(1e9 * scenario.engine.offload.space_gb / swap_block_bytes(scenario, system)), 1 << 30)
 
 
 def swap_block_bytes(scenario: Scenario, system: System) -> float:
