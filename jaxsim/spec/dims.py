@@ -27,6 +27,7 @@ class Dims:
     among the instances is a hash of, "prefix" or "session" ("": it has none).
     swap_window: requests in line that are looked at together, 0 without swapping to host memory.
     num_tenants: that an engine shares itself among by virtual token counters, 0 without these.
+    num_flights: transfers that may be under way at a time over links that are shared, 0 where each waits for its turn.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -59,6 +60,7 @@ class Dims:
     route_by: str = ""
     swap_window: int = 0
     num_tenants: int = 0
+    num_flights: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -81,6 +83,8 @@ class Dims:
             raise ValueError("has_migration: without clients that give up, images and swapping")
         if self.has_clients and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
             raise ValueError("has_clients: executors of one rank and one stage, without prefix caching or roles")
+        if self.num_flights and (not self.has_roles or self.has_parts):
+            raise ValueError("num_flights: only with has_roles, and without has_parts")
         if self.has_parts and not self.has_roles:
             raise ValueError("has_parts: only with has_roles")
         if self.has_encoder and (self.num_ranks > 1 or self.num_batches > 1 or self.has_parts):

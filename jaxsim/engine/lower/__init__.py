@@ -14,7 +14,7 @@ from jaxsim.engine.lower.checks import (
     routing_dims,
 )
 from jaxsim.engine.lower.costs import front_end_s, make_cost
-from jaxsim.engine.lower.links import migration_rates, transfer_rates
+from jaxsim.engine.lower.links import flights_of, migration_rates, transfer_rates
 from jaxsim.engine.lower.policies import make_params, make_patience, make_swap, moves_of, with_counters
 from jaxsim.engine.lower.prefixes import Prefixes, shared_prefixes
 from jaxsim.engine.lower.requests import make_requests
@@ -31,8 +31,8 @@ from jaxsim.engine.lower.workloads import (
 
 __all__ = [
     "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "Pool", "Prefixes", "System", "check_counters", "check_requests",
-    "check_routing", "check_transfers", "counter_room", "front_end_s", "is_split", "kinds_of_pools", "make_cost",
-    "make_params", "make_patience", "make_requests", "make_swap", "make_workload", "migration_rates", "moves_of",
-    "num_rows", "ordered", "parts_of", "resolve_system", "routing_dims", "shared_prefixes", "step_limit",
+    "check_routing", "check_transfers", "counter_room", "flights_of", "front_end_s", "is_split", "kinds_of_pools",
+    "make_cost", "make_params", "make_patience", "make_requests", "make_swap", "make_workload", "migration_rates",
+    "moves_of", "num_rows", "ordered", "parts_of", "resolve_system", "routing_dims", "shared_prefixes", "step_limit",
     "transfer_rates", "with_counters",
 ]
