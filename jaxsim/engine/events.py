@@ -17,6 +17,7 @@ from jaxsim.policy.routing import AbstractRouting, View
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.control import DRAINING, ON, PARTNER, STARTING
+from jaxsim.state.flights import TARGET
 from jaxsim.state.requests import PARENT, PROMPT, Requests
 from jaxsim.state.world import Batch, BatchTimes, World
 
@@ -104,13 +105,22 @@ def earliest_wake(world: World) -> tuple[Time, Int[Array, ""], Int[Array, ""]]:
 
 
 def earliest_door(world: World) -> tuple[Time, Int[Array, ""]]:
-    """When a door opens next, and whose: at one instant those that open at once, then in the order of acceptance."""
+    """When a door opens next, and whose: at one instant those that open at once, then in the order of acceptance.
+
+    Before all of them, where links are shared: that into which a transfer ends.
+    """
     hi, lo, turn = world.doors[:-1].T
     first_hi = jnp.min(hi)
     first_lo = jnp.min(jnp.where(hi == first_hi, lo, jnp.inf))
     is_first = (hi == first_hi) & (lo == first_lo)
     executor = jnp.argmin(jnp.where(is_first, turn, jnp.inf)).astype(jnp.int32)
-    return Time(first_hi, jnp.where(jnp.isinf(first_hi), 0.0, first_lo)), executor
+    time = Time(first_hi, jnp.where(jnp.isinf(first_hi), 0.0, first_lo))
+    if world.flights is not None:
+        end = world.flights.next_end
+        is_end = end <= time
+        into = take(world.flights.rows, world.flights.next_row)[TARGET]
+        executor, time = jnp.where(is_end & ~jnp.isinf(end.hi), into, executor), clock.select(is_end, end, time)
+    return time, executor
 
 
 AT_ONCE = -1

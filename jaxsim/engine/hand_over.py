@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.engine import ending, parts, role_switching
+from jaxsim.engine import ending, fair_links, parts, role_switching
 from jaxsim.engine.common import Context, blocks_for, choose, has, take
 from jaxsim.engine.ending import Retired
 from jaxsim.engine.events import AT_ONCE, Event, chosen_by
@@ -33,6 +33,7 @@ from jaxsim.kernels.clock import Time
 from jaxsim.kernels.queues import Link, Queue
 from jaxsim.policy.arrivals import relative_to
 from jaxsim.state import world as w
+from jaxsim.state.flights import REQUEST, Flights
 from jaxsim.state.requests import OUTPUT, PROMPT, TILES
 from jaxsim.state.world import Clocks, Counts, World
 
@@ -56,7 +57,8 @@ class Opened(NamedTuple):
     changes. accepted, due: the request, and when its transfer ends; links: the two that are busy until then. delivered:
     the request; ready_before: who was ready last before it; owed: to whom its blocks come back, and how many; woken:
     the same, if it rests for want of them. returned: those taken back here. parent: of the part that was accepted or
-    delivered. What there is none of is the scratch row.
+    delivered. Where links are shared: transfers under way, whether there are too many, and whose has ended, after which
+    `due` is known. What there is none of is the scratch row.
     """
 
     is_any: Bool[Array, ""]
@@ -73,6 +75,9 @@ class Opened(NamedTuple):
     woken: Int[Array, ""]
     returned: Int[Array, ""]
     parent: Int[Array, ""] | None = None
+    flights: Flights | None = None
+    overflows: Bool[Array, ""] | None = None
+    ended: Int[Array, ""] | None = None
 
 
 class Left(NamedTuple):
@@ -156,6 +161,8 @@ def who_gives_way(context: Context, is_joining: Bool[Array, ""], counts: Counts,
         need = jnp.maximum(need, 1)
     gives_way = (is_joining & (rank.running == 0) & (rank.in_transfer.length == 0) & ~has(counts, w.CLOSED)
                  & (need > group.batching.num_blocks - rank.used_blocks))
+    if dims.num_flights:
+        gives_way = gives_way & (rank.on_links == 0)
     if dims.has_migration:
         gives_way = gives_way & (rank.kept_blocks == 0) & (rank.held_blocks == 0)
     last = jnp.where(gives_way, rank.ready.back, victim[1])
@@ -183,7 +190,8 @@ def without_last_ready(context: Context, is_gone: Bool[Array, ""], counts: Count
 
 def is_waiting_for_blocks(counts: Counts) -> Bool[Array, ""]:
     """Blocks will come back to this executor, or somebody to it, without any pass."""
-    return (counts.rank.kept_blocks > 0) | (counts.rank.in_transfer.length > 0)
+    is_any = (counts.rank.kept_blocks > 0) | (counts.rank.in_transfer.length > 0)
+    return is_any if counts.rank.on_links is None else is_any | (counts.rank.on_links > 0)
 
 
 def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wake: Time, phase: Int[Array, ""],
@@ -196,6 +204,13 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
     part = None
     is_trying = event.is_door & (turn == AT_ONCE) & (queue.length > 0)
     is_delivering = event.is_door & (turn != AT_ONCE)
+    if dims.num_flights:
+        # Of a transfer that leaves its link nobody knows yet but who waits for it.
+        is_landing = event.is_door & world.flights.next_end.equals(now)
+        was_open = (turn == AT_ONCE) & Time(*take(world.doors, e)[:2]).equals(now)
+        is_trying, is_delivering = is_trying & ~is_landing, is_delivering & ~is_landing
+        flight = take(world.flights.rows, world.flights.next_row)
+        ended = jnp.where(is_landing, flight[REQUEST], nowhere)
     rank = counts.rank
     counts = replace(counts, rank=replace(rank, used_blocks=rank.used_blocks - returned,
                                           kept_blocks=rank.kept_blocks - returned))
@@ -227,7 +242,16 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
         behind = jnp.where(part.is_kv, following, take(world.next_waiting, queue.front))
         is_gone = is_accepting & (part.is_kv | part.is_last)
     queue = queues.pop_front(queue, behind, is_gone)
-    in_transfer, joined = queues.push_back(in_transfer, accepted, is_accepting, nowhere)
+    work = take(world.transfers, accepted)[SECONDS]
+    if part is not None:
+        work = jnp.where(part.is_kv, work, parts.transfer_s(context, accepted))
+    if dims.num_flights:
+        is_flying = is_accepting & (work > 0)
+        landed = jnp.where(is_landing, ended, jnp.where(is_flying, nowhere, accepted))
+        in_transfer, joined = queues.push_back(in_transfer, landed, landed != nowhere, nowhere)
+        rank = replace(rank, on_links=rank.on_links + is_flying - is_landing)
+    else:
+        in_transfer, joined = queues.push_back(in_transfer, accepted, is_accepting, nowhere)
     if group.batching.async_scheduling:
         is_seen = is_delivering & (phase == w.ENDING) & ending.is_before_last(event, counts, times)
         rank = replace(rank, visible_ready=rank.visible_ready + is_seen)
@@ -240,6 +264,8 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
         waiting, joined_waiting = queues.push_back(rank.queue, part.parent, is_whole, nowhere)
         rank, became = replace(rank, queue=waiting), choose(part.is_kv, became, joined_waiting)
     link = jnp.where(is_delivering, became[0], joined[0]), moving
+    if dims.num_flights:
+        link = jnp.where(is_delivering, became[0], joined[0]), jnp.where(is_landing, ended, moving)
     if part is not None:
         link = choose(is_delivering, became, joined)
     taken = jnp.where(is_accepting if part is None else is_accepting & part.is_kv, front.blocks, 0)
@@ -252,26 +278,38 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
         counts = parts.with_tiles(counts, jnp.where(is_begun, part.tiles, 0))
         rank = counts.rank
 
-    work = take(world.transfers, accepted)[SECONDS]
-    if part is not None:
-        work = jnp.where(part.is_kv, work, parts.transfer_s(context, accepted))
     ends = source, nobody + 1 + e
     begin = now
     for end in ends:
         busy = Time(*take(world.links, end))
         begin = clock.select((begin < busy) & (work > 0), busy, begin)
     due = clock.add(clock.add(begin, params.hand_over.latency_s), work)
+    newest, more = accepted, {}
+    if dims.num_flights:
+        starting = jnp.stack([accepted, source, e, world.num_accepted])
+        flights, overflows = fair_links.change(
+            world.flights, now, nowhere, is_ending=is_landing, is_starting=is_flying, starting=starting, work_s=work)
+        due, newest = clock.add(now, params.hand_over.latency_s), landed
+        more = dict(flights=flights, overflows=overflows, ended=ended)
     # When the next transfer is through: the one accepted now if it is the only one.
     first = in_transfer.front
-    is_only, known = is_accepting & (first == accepted), take(world.transfers, first)
+    is_only, known = (is_accepting & (first == accepted)), take(world.transfers, first)
     first_due = clock.select(is_only, due, relative_to(world.epoch, tuple(known[DUE:DUE + 3])))
     first_turn = jnp.where(is_only, world.num_accepted.astype(jnp.float32), known[NUMBER])
+    if dims.num_flights:
+        # One that has landed has its number from when it was accepted.
+        is_new = (newest != nowhere) & (first == newest)
+        first_due = clock.select(is_new, due, first_due)
     opens_again = (is_accepting | is_delivering) & (queue.length > 0)
     next_time = clock.select(in_transfer.length > 0, first_due, clock.never())
     next_time = clock.select(opens_again, now, next_time)
+    if dims.num_flights:
+        opens_again = opens_again | (is_landing & was_open)
+        next_time = clock.select(opens_again, now, next_time)
 
     has_work = (rank.running > 0) | (rank.waiting > 0) | (ready.length > 0)
-    is_asked = event.is_door & ((is_delivering & (phase == w.IDLE)) | (phase == w.RESTING)) & has_work
+    is_open = event.is_door if not dims.num_flights else event.is_door & ~is_landing
+    is_asked = is_open & ((is_delivering & (phase == w.IDLE)) | (phase == w.RESTING)) & has_work
     wake, phase = clock.select(is_asked, now, wake), jnp.where(is_asked, w.PASSING, phase)
     is_linked, prompt_blocks = is_accepting & (work > 0), _blocks(context, moving)
     is_woken = is_delivering & (take(world.phase, source) == w.RESTING)
@@ -285,7 +323,7 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
         event.is_door, next_time, jnp.where(opens_again, AT_ONCE, first_turn), front, link, accepted, due,
         tuple(jnp.where(is_linked, end, nobody) for end in ends), delivered, last_ready,
         (jnp.where(is_delivering, source, nobody), jnp.where(is_delivering, prompt_blocks, 0)),
-        jnp.where(is_woken, source, nobody), returned, parent)
+        jnp.where(is_woken, source, nobody), returned, parent, **more)
     return counts, wake, phase, opened
 
 
@@ -353,6 +391,12 @@ def writes(context: Context, event: Event, opened: Opened, left: Left, is_lookin
                          due]),
         jnp.concatenate([jnp.stack([left.seconds, jnp.float32(-1), target]), nothing, nothing]))
     steps = {}
+    accepted = opened.accepted
+    if dims.num_flights:
+        is_ended = opened.ended != dims.num_requests
+        accepted = jnp.where(is_ended, opened.ended, accepted)
+        known = take(world.transfers, accepted)
+        transfer = jnp.where(is_ended, jnp.concatenate([known[:DUE], stamp[:1], due]), transfer)
     if left.part is not None:
         row = jnp.where(opened.is_any, opened.parent, left.part.parent)
         steps = {"steps_of_parts": Add((row,), jnp.int32(1))}
@@ -362,7 +406,7 @@ def writes(context: Context, event: Event, opened: Opened, left: Left, is_lookin
         "links": Put((jnp.stack(opened.links),), jnp.stack([due, due])),
         "returned": Add((jnp.stack([opened.owed[0], e]),), jnp.stack([opened.owed[1], -opened.returned])),
         "ready_before": Put((opened.delivered,), opened.ready_before),
-        "transfers": Put((jnp.where(left.is_kv, left.request, opened.accepted),), transfer),
+        "transfers": Put((jnp.where(left.is_kv, left.request, accepted),), transfer),
     }
 
 
@@ -371,6 +415,8 @@ def shifted(world: World, back_s: Float[Array, ""]) -> World:
     def moved(times):
         return clock.shift(Time(times[:, 0], times[:, 1]), jnp.broadcast_to(back_s, times.shape[:1]))
 
+    if world.flights is not None:
+        world = replace(world, flights=fair_links.shifted(world.flights, back_s))
     doors, links = moved(world.doors), moved(world.links)
     links = clock.select(links.hi < 0, Time(jnp.zeros_like(links.hi), jnp.zeros_like(links.lo)), links)
     return replace(world, doors=jnp.stack([*doors, world.doors[:, 2]], axis=-1), links=jnp.stack(links, axis=-1))

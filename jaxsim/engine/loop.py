@@ -54,6 +54,8 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
     ahead = jnp.minimum(coming.time.hi, jnp.min(world.wake_hi))
     if dims.has_moves:
         ahead = jnp.minimum(ahead, jnp.min(world.doors[:-1, 0]))
+    if dims.num_flights:
+        ahead = jnp.minimum(ahead, world.flights.next_end.hi)
     if dims.has_migration:
         ahead = jnp.minimum(ahead, events.next_tick(world).hi)
     if dims.has_clients:

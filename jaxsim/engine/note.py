@@ -239,6 +239,9 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     elif t.left is not None:
         progress |= dict(num_handed_over=world.num_handed_over + t.left.is_kv,
                          num_accepted=world.num_accepted + (t.opened.accepted != scratch))
+        if dims.num_flights:
+            progress |= dict(flights=t.opened.flights,
+                             fault=progress["fault"] | jnp.where(t.opened.overflows, w.LINKS_FULL, 0))
     if t.cut_off is not None:
         progress |= clients.progress(context, t, is_finished)
     if dims.has_failures:

@@ -48,6 +48,7 @@ FAULTS = {
                " for each other in full caches (raise cluster.encode.cache_tiles)",
     w.LOG_FULL: "more releases of cached blocks than were foreseen: sequences are preempted over and over",
     w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
+    w.LINKS_FULL: "more transfers are under way at once than cluster.transfer.most_at_once: raise it",
     w.WINDOW_FULL: "more requests wait for a place at once than engine.swap.window: raise it, or lower the load",
     w.SLACK_WINDOW_FULL: "more preempted requests wait at once than engine.slack_window: raise it, or lower the load",
     w.NO_NUMBER: "an action gave a router a weight that is not a number",
@@ -300,7 +301,7 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
                 num_ranks=system.num_ranks, has_roles=system.has_roles, has_parts=system.has_parts,
                 has_role_switching=scenario.cluster.role_switching is not None,
-                **lower.moves_of(scenario),
+                num_flights=lower.flights_of(scenario), **lower.moves_of(scenario),
                 # What cannot have one is refused with its requests (`lower.check_requests`).
                 has_encoder=(scenario.workload.images is not None and not system.has_parts and system.num_ranks == 1
                              and system.scheduler.num_stages == 1),

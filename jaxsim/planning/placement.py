@@ -5,8 +5,9 @@ limit of TTFT only, and as decode engine alone, with that of TPOT only. Of each 
 per GPU is taken, as often as the rate asks for. Algorithm 2 (`low`: KV must stay inside a node): stages of the model
 are spread over `segments` nodes, in each of which lie the same segment of a prefill and of a decode engine; every pair
 that fits a node is simulated as a pair, and the one with the highest goodput per GPU is taken as often as needed. All
-rates, seeds and configurations of a round are one batch (`jaxsim.study.goodput`), where the public tool bisects in
-processes.
+rates, seeds and configurations of a round are a few batches (`jaxsim.study.goodput`) of two queues, one behind the
+other (`jaxsim.planning.tandem`), where the public tool bisects in processes; what those do not know is simulated by the
+event engine. Who cannot win any more is not searched further.
 
 A configuration is a number of tensor-parallel ranks that divides the heads and of stages that divides the layers, whose
 weights fit. An engine alone is one beside an engine of the other phase that takes no time: prefills beside decodes that
@@ -26,6 +27,7 @@ import pandas as pd
 
 from jaxsim._core.errors import InputError
 from jaxsim.cost.simdistserve import CHAT_LIMITS_MS, Degrees, Engines, pair
+from jaxsim.planning import tandem
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.scenario import Scenario
 from jaxsim.spec.sections import SloSection
@@ -43,10 +45,10 @@ def chat(model: str) -> Scenario:
     ShareGPT as the paper prepares it (755.5 and 200.3 tokens, which is not confirmed); its lengths are not here."""
     ttft_ms, tpot_ms = CHAT_LIMITS_MS[model]
     return Scenario.from_dict({
-        "schema_version": 1, "num_seeds": 4, "cost": NO_TIME,
+        "schema_version": 1, "num_seeds": 2, "cost": NO_TIME,
         "engine": {"num_gpu_blocks_override": 1 << 20, "max_model_len": 2048},
         "slo": {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms},
-        "workload": {"kind": "poisson", "rate_rps": 10.0, "num_requests": 300,
+        "workload": {"kind": "poisson", "rate_rps": 10.0, "num_requests": 1000,
                      "input": {"kind": "log-normal", "mu": 6.2, "sigma": 1.0, "min_tokens": 4, "max_tokens": 1800},
                      "output": {"kind": "log-normal", "mu": 4.9, "sigma": 0.9, "min_tokens": 4, "max_tokens": 247}}})
 
@@ -62,8 +64,10 @@ class Placement:
     """What was found.
 
     table: a row a configuration that was simulated: phase (prefill, decode or pair), prefill and decode degrees,
-    devices, goodput and goodput per device in requests/s; the best of each phase first. refused: what was not, and
-    why. prefill, decode: the chosen degrees, of whole engines; num_prefill, num_decode: how many of each.
+    devices, goodput and goodput per device in requests/s, the lowest rate known to miss the limits (next_rps: one step
+    of the tolerance above the goodput of the best, further above that of others, whose goodput may be more than is said
+    and not enough to win); the best of each phase first. refused: what was not, and why. prefill, decode: the chosen
+    degrees, of whole engines; num_prefill, num_decode: how many of each.
     """
 
     table: pd.DataFrame
@@ -105,7 +109,9 @@ def search(scenario: Scenario, model: ModelSpec, engines: Callable[[Degrees], En
         raise InputError("nodes", [num_nodes, devices_per_node], f"no configuration can run ({reasons})",
                          "use more devices, or another model")
     found = goodput.search([one for _, one in asked], attainment=attainment, rule=rule, rates=rates,
-                           tolerance=tolerance, workers=workers)
+                           tolerance=tolerance, workers=workers,
+                           batches=tandem.Tandem() if all(tandem.follows(one) for _, one in asked) else None,
+                           contests=[(row["phase"], row["devices"]) for row, _ in asked])
     rows = []
     for (row, _), (_, result) in zip(asked, found.sort_values("scenario").iterrows(), strict=True):
         if isinstance(result.get("refused"), str):
@@ -117,7 +123,7 @@ def search(scenario: Scenario, model: ModelSpec, engines: Callable[[Degrees], En
                              f"are so few that {row['prefill'] or row['decode']} keeps its limits in the {row['phase']}"
                              " phase with all of them at once", "raise it: runs at high rates are short")
         rows.append(row | {"goodput_rps": rate, "goodput_rps_per_device": rate / row["devices"],
-                           "limited_by": result["limited_by"]})
+                           "next_rps": result.get("next_rps"), "limited_by": result["limited_by"]})
     if not rows:
         raise InputError("nodes", [num_nodes, devices_per_node], f"no configuration can run ({refused})", "change it")
     table = pd.DataFrame(rows).sort_values(["phase", "goodput_rps_per_device", "devices"],
@@ -158,12 +164,17 @@ def _alone(scenario, model, engines, devices_per_node, num_nodes, refused) -> It
 
 def _pairs(scenario, model, engines, devices_per_node, num_nodes, refused) -> Iterable[tuple[dict[str, Any], Scenario]]:
     """Every pair of which each segment lies in a node."""
+    seen = set()
     for segments in range(1, num_nodes + 1):
         if model.layers % segments:
             continue
         inside = configurations(model, devices_per_node, devices_per_node, segments)
         for own, other in ((p, d) for p in inside for d in inside if p.num_devices + d.num_devices <= devices_per_node):
             both = [Degrees(part.tensors, part.stages * segments) for part in (own, other)]
+            # The same engines, whether their stages lie in one node or in several.
+            if tuple(both) in seen:
+                continue
+            seen.add(tuple(both))
             known = [engines(degrees) for degrees in both]
             if None in known:
                 lacking = both[known.index(None)]

@@ -33,9 +33,13 @@ class TransferSection(Section, frozen=True):
         hand_over: pull (a decode engine takes no more while what it has taken and does not run yet holds
             waiting_block_share of its blocks) or push (as soon as its free blocks suffice).
         waiting_block_share: for pull; 0.05, DistServe's, if left out.
-        gb_per_s: of a link, out of a prefill and into a decode engine, each of which carries one transfer after the
-            other; that of the devices between them if left out, times the ranks of the narrower engine.
+        gb_per_s: of a link, out of a prefill and into a decode engine; that of the devices between them if left out,
+            times the ranks of the narrower engine.
         latency_us: of a transfer; none if left out.
+        discipline: of a link, fifo (one transfer after the other, each for its latency too) or fair (all at once: a
+            transfer goes at an equal part of the busier of its two links, and its latency is shared by nobody).
+        most_at_once: transfers under way in the whole cluster, for fair: a run with more is given up; 64 if left out.
+            A step takes longer with its square.
         by_layer: layers are sent as they are computed, so that what is left when the prompt is done is what took longer
             than its last iteration, at least one layer; else all of it then.
         router: of decode engines, as cluster.router; least_outstanding if left out.
@@ -46,6 +50,8 @@ class TransferSection(Section, frozen=True):
     waiting_block_share: Annotated[float, Meta(gt=0, le=1)] | None = None
     gb_per_s: Positive | None = None
     latency_us: NotNegative = 0.0
+    discipline: Literal["fifo", "fair"] = "fifo"
+    most_at_once: Annotated[int, Meta(ge=1, le=1024)] | None = None
     by_layer: bool = False
     router: Text = "least_outstanding"
     router_weights: dict[str, float] = {}

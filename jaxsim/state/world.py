@@ -22,6 +22,7 @@ from jaxsim.kernels.clock import Time
 from jaxsim.kernels.queues import Queue
 from jaxsim.spec.dims import Dims
 from jaxsim.state.control import Control, no_control
+from jaxsim.state.flights import Flights, no_flights
 from jaxsim.state.roles import Roles, no_roles
 
 ENDING, PASSING, IDLE, RESTING = 0, 2, 3, 4
@@ -35,11 +36,12 @@ all; the forming prompt's chunk is settled; the walk over running sequences ende
 more."""
 
 STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL, NO_NUMBER = 1, 2, 4, 8, 16, 32
-WINDOW_FULL, SLACK_WINDOW_FULL = 64, 128
+WINDOW_FULL, SLACK_WINDOW_FULL, LINKS_FULL = 64, 128, 256
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
 takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen; more
 releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN; more requests
-in line than `Dims.swap_window`; more that were preempted and wait than `Dims.slack_window`."""
+in line than `Dims.swap_window`; more that were preempted and wait than `Dims.slack_window`; more transfers under way than
+`Dims.num_flights`."""
 
 DRAWN = 1 << 10
 """Further progress: somebody was swapped out for a draw of priorities, or called in."""
@@ -127,7 +129,7 @@ class Rank(eqx.Module):
     `urgent` counts urgent ones that run. Where others encode images: tiles in the multimodal cache, and
     those of requests that no pass has taken yet. For routers that ask (`jaxsim.engine.caches`): prompt tokens
     of requests sent here whose first token is not out, less those found in the cache then; tokens of the tree of what
-    was sent here.
+    was sent here. Where links are shared, `in_transfer` are those who have left theirs, `on_links` counts the others.
     """
 
     queue: Queue
@@ -160,6 +162,7 @@ class Rank(eqx.Module):
     tree_tokens: Int[Array, "*shape"] | None
     swap: SwapCounts | None = None
     offload: OffloadCounts | None = None
+    on_links: Int[Array, "*shape"] | None = None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -425,6 +428,8 @@ class World(eqx.Module):
     transfers: Float[Array, "rows 9"] | None = None
     num_handed_over: Int[Array, ""] | None = None
     num_accepted: Int[Array, ""] | None = None
+    # Links that are shared (`jaxsim.engine.fair_links`), else None; then `links` are not used.
+    flights: Flights | None = None
     # Stages that take a batch whenever the first is free (`jaxsim.engine.free_stages`), else None: of slots, when the
     # iteration that each is in ends, or ended (hi, lo).
     slot_ends: Float[Array, "ranks slot_width 2"] | None = None
@@ -509,7 +514,8 @@ def empty_counts(dims: Dims) -> Counts:
                   **dict.fromkeys(("cached_tiles", "waiting_tiles"), zero if dims.has_parts else None),
                   prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None,
                   swap=_swap_counts(dims) if dims.has_swap else None,
-                  offload=_zeros(OffloadCounts) if dims.has_loads else None)
+                  offload=_zeros(OffloadCounts) if dims.has_loads else None,
+                  on_links=zero if dims.num_flights else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
                    taken=zero if is_pipeline or dims.has_moves else None,
@@ -604,6 +610,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
             unaccepted=ints(doors, 3), returned=ints(doors), links=floats(2 * doors, 2), ready_before=ints(rows),
             transfers=jnp.broadcast_to(-jnp.ones(9, jnp.float32), (rows, 9)), num_handed_over=ints(),
             num_accepted=ints())
+    if dims.num_flights:
+        roles["flights"] = no_flights(dims.num_flights, dims.num_requests)
     if dims.has_free_stages:
         roles["slot_ends"] = floats(ranks, width, 2)
     if dims.has_role_switching:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -45,13 +45,18 @@ _LIMITS = ("ttft", "tpot", "e2e")
 def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, attainment: float = 0.9,
            rule: Literal["joint", "separate", "both"] = "joint", rates: tuple[float, float] = (0.1, 100.0),
            tolerance: float = 0.02, workers: int | None = None,
-           progress: Callable[[str, int, int], None] = lambda *_: None) -> pd.DataFrame:
+           progress: Callable[[str, int, int], None] = lambda *_: None, batches: "Batches | None" = None,
+           contests: Sequence[tuple[Hashable, float]] | None = None) -> pd.DataFrame:
     """The goodput of every scenario: a row each, or with `both` two.
 
     slo: limits, instead of each scenario's own. attainment: share of requests that must meet them, all of them at once
     (`joint`) or each by itself (`separate`, DistServe's rule). rates: requests/s to begin with; a bracket that they
     miss is moved on. tolerance: relative width of the bracket at the end. progress: told what, and how many brackets
-    are closed of how many.
+    are closed of how many. batches: who runs scenarios, instead of the event engine. contests: of every scenario, the
+    contest in which it stands and what its rate is divided by: only who has the highest quotient of a contest, and by
+    what rate, is found as closely as `tolerance`; the bracket of another is left as it is once it can win no more.
+    Rates are then powers of 1 + tolerance, tried from the highest down, since runs at low rates are long; so who wins
+    does not depend on the order, as long as whoever meets the target does so at all lower rates as well.
 
     Columns: scenario, the index; rule; rate_rps, the highest rate found to meet the target with all tried below it (0
     if none did, NaN if the scenario cannot be simulated: `refused` says why); rate_rps.ci95, half of the 95 % interval
@@ -67,15 +72,18 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, atta
     _check(wanted, attainment, rates, tolerance)
     brackets = [_Bracket(k, s, name, attainment) for k, s in enumerate(wanted) for name in RULES[rule]]
     tried = [_Tried() for _ in wanted]
-    batches = _Batches()
-    for turn in range(MOST_ROUNDS):
-        open_ = [b for b in brackets if b.asks(tried[b.scenario], rates, tolerance, 1)]
+    batches = batches or _Batches()
+    ask = _Bracket.asks if contests is None else _Bracket.falls
+    for turn in range(MOST_ROUNDS if contests is None else 2 * MOST_ROUNDS):
+        open_ = [b for b in brackets if ask(b, tried[b.scenario], rates, tolerance, 1)]
+        if contests is not None:
+            open_ = _may_win(open_, brackets, tried, contests)
         progress(f"round {turn + 1}", len(brackets) - len(open_), len(brackets))
         if not open_:
             break
         room = batches.rates_each([b.scenario for b in open_], wanted)
         asked = dict.fromkeys((b.scenario, float(rate)) for b in open_
-                              for rate in b.asks(tried[b.scenario], rates, tolerance, room[b.scenario]))
+                              for rate in ask(b, tried[b.scenario], rates, tolerance, room[b.scenario]))
         frame, refusals = batches.run([(k, scenario_at(wanted[k], rate)) for k, rate in asked], workers)
         for at, (k, rate) in enumerate(asked):
             tried[k].add(rate, frame[frame["point"] == at], refusals.get(at))
@@ -215,6 +223,29 @@ class _Bracket:
         closing = math.ceil(math.log(high / low) / math.log1p(tolerance) - 1e-9) - 1
         return list(np.geomspace(low, high, min(most, closing) + 2)[1:-1])
 
+    def falls(self, tried: _Tried, rates: tuple[float, float], tolerance: float, most: int) -> list[float]:
+        """The same, of powers of 1 + tolerance: from the highest down, by halves, until one meets the target."""
+        def power(rate: float) -> int:
+            return round(math.log(rate) / math.log1p(tolerance))
+
+        def rate_of(number: int) -> float:
+            return (1 + tolerance) ** number
+
+        if not tried.rates:
+            return [rate_of(power(rates[1]))]
+        low, high = self.ends(tried)
+        if tried.refusal is not None or (low == 0 and high <= LOWEST_RPS) or (high == math.inf and low >= HIGHEST_RPS):
+            return []
+        if high == math.inf:
+            # Whoever keeps the limits at these may do so with all requests at once.
+            return [rate_of(power(2 * low) + 1) if low < 8 * rates[1] else HIGHEST_RPS]
+        if low == 0:
+            # Whoever is too slow for these is so alone, more often than not.
+            return [rate_of(min(power(high / 2), power(high) - 1)) if high > 2 * rates[0] else LOWEST_RPS]
+        first, last = power(low), power(high)
+        inner = np.linspace(first, last, min(most, last - first - 1) + 2)[1:-1] if last - first > 1 else []
+        return [rate_of(round(number)) for number in inner]
+
     def row(self, tried: _Tried) -> dict[str, Any]:
         """What was found."""
         row = dict.fromkeys(("scenario", "rule", "rate_rps", "rate_rps.ci95", "next_rps", "limited_by",
@@ -273,6 +304,21 @@ def _limited(scenario: Scenario) -> list[str]:
             if any(limit is not None for limit in (getattr(scenario.slo, f"{name}_ms"), *own[name]))]
 
 
+def _may_win(open_: Sequence[_Bracket], brackets: Sequence[_Bracket], tried: Sequence[_Tried],
+             contests: Sequence[tuple[Hashable, float]]) -> list[_Bracket]:
+    """Those whose upper end is not behind the lower end of another of their contest, under the same rule."""
+    best: dict[Hashable, float] = defaultdict(float)
+
+    def known(bracket: _Bracket) -> tuple[Hashable, float, float]:
+        contest, divisor = contests[bracket.scenario]
+        low, high = bracket.ends(tried[bracket.scenario])
+        return (contest, bracket.rule), low / divisor, high / divisor
+
+    for contest, low, _ in map(known, brackets):
+        best[contest] = max(best[contest], low)
+    return [bracket for bracket in open_ for contest, _, high in [known(bracket)] if high > best[contest]]
+
+
 def _piles_up(runs: pd.DataFrame) -> Bool[np.ndarray, " seeds"]:
     return (runs["unstable"] > 0.5).to_numpy()
 
@@ -293,6 +339,16 @@ def _crossing(rates: Sequence[float], shares: Float[np.ndarray, "rates seeds"],
     # Where requests pile up before limits are missed, anywhere in between.
     part = (above - target) / (above - below) if below < target else 0.5
     return float(rates[first - 1] * (rates[first] / rates[first - 1]) ** part)
+
+
+class Batches(Protocol):
+    """Who runs scenarios for `search`."""
+
+    def rates_each(self, owners: Sequence[int], scenarios: Sequence[Scenario]) -> Mapping[int, int]:
+        """How many rates each of these systems may try at once."""
+
+    def run(self, asked: Sequence[tuple[int, Scenario]], workers: int | None) -> tuple[pd.DataFrame, dict[int, str]]:
+        """Scenarios and whose they are: a row a run with `point`, the place here, and why some were refused."""
 
 
 class _Batches:

@@ -111,8 +111,7 @@ def check_links(transfers: Sequence[Transfer], links: str, discipline: str, late
         if links == "pair":
             ends = [(transfer.source, transfer.destination)]
         else:
-            # Sharing is of the way in alone.
-            ends = [("out of", transfer.source)] * (discipline == "fifo") + [("into", transfer.destination)]
+            ends = [("out of", transfer.source), ("into", transfer.destination)]
         for end in ends:
             by_link.setdefault(end, []).append(transfer)
     for carried in by_link.values():

@@ -1,8 +1,6 @@
 """The clock of the reference: integers, so that sums of times are exact, or float64 seconds."""
 
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 TICKS_PER_SECOND = 1 << 30
 ARRIVAL_GRID_TICKS = 1 << 10  # arrivals lie on 2^-20 s
@@ -20,11 +18,3 @@ class Clock:
 
     def seconds(self, ticks: float) -> float:
         return ticks / TICKS_PER_SECOND if self.round_times else ticks
-
-    def up(self, ticks: Fraction | float) -> float:
-        """The next tick."""
-        return math.ceil(ticks) if self.round_times else ticks
-
-    def exact(self, number: int) -> Fraction | float:
-        """A divisor under which ticks stay exact."""
-        return Fraction(number) if self.round_times else float(number)

@@ -155,9 +155,9 @@ def test_sharing_follows_virtual_time():
         links = FairLinks(0, True, Clock(True))
         transfers, now = [], 0
         for number in range(rng.randint(1, 8)):
-            now += rng.choice([0, 1, rng.randint(0, 40)])
+            now += rng.choice([0, 1, rng.randint(0, 40_000)])
             job = SimpleNamespace(request=SimpleNamespace(id=number))
-            transfers.append(Transfer(job, 0, 1, 0.0, rng.randint(1, 30), now, number))
+            transfers.append(Transfer(job, 0, 1, 0.0, 1000 * rng.randint(1, 30), now, number))
             links.start(transfers[-1], now)
         real, virtual, ends, coming = Fraction(0), Fraction(0), {}, list(transfers)
         on_the_way: dict[int, Fraction] = {}
@@ -174,7 +174,9 @@ def test_sharing_follows_virtual_time():
             real = Fraction(until)
             transfer = coming.pop(0)
             on_the_way[transfer.job.request.id] = virtual + transfer.work
-        assert [t.due for t in transfers] == [-(-ends[t.job.request.id] // 1) for t in transfers]
+        # Rounding costs each less than a tick of its own at a change, of which there are two a transfer.
+        most = 2 * len(transfers) ** 2
+        assert all(ends[t.job.request.id] <= t.due <= ends[t.job.request.id] + most for t in transfers)
 
 
 # --- rules by hand: a second an iteration, a token a second on a link, unless said ------------------

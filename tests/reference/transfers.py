@@ -1,7 +1,7 @@
 """Transfers of KV between instances, over links that are served in turn or shared."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 
 from .clock import Clock
 from .state import Job
@@ -54,49 +54,57 @@ class FifoLinks:
 
 
 class FairLinks:
-    """The way into a destination is shared in equal parts by whoever is on it (processor sharing).
+    """Every transfer goes at an equal part of the busier of its two ends: the way out of its source and the way into
+    its destination, each shared by whoever is on it. With links between pairs of instances both are the pair's.
 
-    What is left of each transfer is kept exactly, as fractions of ticks where times are ticks, and all that are on the
-    way are recomputed when one joins. Between joins the one with least left goes first, so all ends follow. A delivery
-    is the end, rounded up to the tick, and the latency, in which nothing is shared. With links between pairs of
-    instances only transfers of one pair share.
+    Whenever a transfer begins or ends, anywhere, what is left of each is reckoned anew, rounded up to the tick where
+    times are ticks: it was served the time gone by divided by the number of those who share, rounded down. All ends
+    that follow if nobody else joins are worked out at every join. A delivery is the end and the latency, in which
+    nothing is shared.
     """
 
     def __init__(self, latency: float, are_shared: bool, clock: Clock):
         self.latency, self.are_shared, self.clock = latency, are_shared, clock
-        self.left: dict[tuple, list[tuple[Transfer, Fraction | float]]] = {}
-        self.seen_at: dict[tuple, float] = {}
+        self.left: dict[Transfer, float] = {}
+        self.seen_at = 0
 
     def start(self, transfer: Transfer, now: float) -> list[Transfer]:
         """Returns the transfers whose delivery is other than it was."""
-        link = ("into", transfer.destination) if self.are_shared else (transfer.source, transfer.destination)
-        on_the_way = self._advance(link, now)
+        self.left, _ = self._served(self.left, self.seen_at, now)
+        self.seen_at = now
         transfer.start = now
-        work = Fraction(transfer.work) if self.clock.round_times else transfer.work
-        on_the_way.append((transfer, work))
-        on_the_way.sort(key=lambda entry: (entry[1], entry[0].key))
-        self.left[link], self.seen_at[link] = on_the_way, now
+        self.left[transfer] = transfer.work
+        _, ends = self._served(self.left, now, None)
         changed = []
-        end, served = now, 0
-        for position, (other, left) in enumerate(on_the_way):
-            end += (left - served) * (len(on_the_way) - position)
-            served = left
-            due = self.clock.up(end) + self.latency
+        for other, end in ends.items():
+            due = end + self.latency
             if due != other.due:
                 other.due = due
                 changed.append(other)
         return changed
 
-    def _advance(self, link: tuple, now: float) -> list[tuple[Transfer, Fraction | float]]:
-        """Who is still on the way at `now`, with what is left of each; sorted by what is left."""
-        on_the_way, at = list(self.left.get(link, [])), self.seen_at.get(link, 0)
-        while on_the_way:
-            least = on_the_way[0][1]
-            end = at + least * len(on_the_way)
-            served = least if end <= now else (now - at) / self.clock.exact(len(on_the_way))
-            on_the_way = [(transfer, left - served) for transfer, left in on_the_way]
-            if end > now:
+    def _served(self, left: dict[Transfer, float], at: float, until: float | None
+                ) -> tuple[dict[Transfer, float], dict[Transfer, float]]:
+        """What is left of whom at `until`, None: until all are through; and who ended when."""
+        left, ends = dict(left), {}
+        while left:
+            parts = {one: self._sharing(one, left) for one in left}
+            end, _, first = min((at + left[one] * parts[one], one.key, one) for one in left)
+            if until is not None and end > until:
                 break
-            at = end
-            on_the_way = [entry for entry in on_the_way if entry[1] > 0]
-        return on_the_way
+            self._serve(left, parts, end - at)
+            ends[first], at = end, end
+            del left[first]
+        if left:
+            self._serve(left, {one: self._sharing(one, left) for one in left}, until - at)
+        return left, ends
+
+    def _serve(self, left: dict[Transfer, float], parts: dict[Transfer, int], span: float) -> None:
+        for one, sharing in parts.items():
+            left[one] -= span // sharing if self.clock.round_times else span / sharing
+
+    def _sharing(self, one: Transfer, among: Iterable[Transfer]) -> int:
+        if not self.are_shared:
+            return sum((other.source, other.destination) == (one.source, one.destination) for other in among)
+        return max(sum(other.source == one.source for other in among),
+                   sum(other.destination == one.destination for other in among))

@@ -6,8 +6,9 @@ import numpy as np
 
 from jaxsim._core.errors import InputError
 from jaxsim.engine.common import MAX_SPAN_S
+from jaxsim.engine.fair_links import MOST_S
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
-from jaxsim.engine.lower.links import transfer_rates
+from jaxsim.engine.lower.links import flights_of, transfer_rates
 from jaxsim.engine.lower.systems import System
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
@@ -152,3 +153,8 @@ def check_transfers(scenario: Scenario, system: System, workload: Workload) -> N
             raise InputError("cluster.transfer", f"{value:.3g} s for {what}",
                              f"is beyond the {most:g} s that are simulated",
                              "raise cluster.transfer.gb_per_s, or lower cluster.transfer.latency_us")
+    most = flights_of(scenario)
+    if not most * seconds.max() <= MOST_S:
+        raise InputError("cluster.transfer", f"{seconds.max():.3g} s for one transfer",
+                         f"is beyond the {MOST_S / most:g} s that are simulated where {most} may share a link",
+                         "raise cluster.transfer.gb_per_s, or lower cluster.transfer.most_at_once")

@@ -79,6 +79,16 @@ def _slowest_link(scenario: Scenario, pools: Sequence[Pool]) -> float:
     return min(d.link_among(2, span).bytes_per_s for d in devices)
 
 
+FLIGHTS = 64
+"""Transfers under way at a time over links that are shared, unless the scenario says."""
+
+
+def flights_of(scenario: Scenario) -> int:
+    """How many transfers may be under way at a time; 0 where each waits for its turn."""
+    given = scenario.cluster.transfer
+    return (given.most_at_once or FLIGHTS) if given is not None and given.discipline == "fair" else 0
+
+
 def on_grid(seconds: float) -> float:
     """A duration as the engine's clock holds it, in a float32: both it and sums of it are then exact."""
     return float(np.float32(np.round(seconds / clock.GRID_S) * clock.GRID_S))
