@@ -40,8 +40,8 @@ WINDOW_FULL, SLACK_WINDOW_FULL, LINKS_FULL = 64, 128, 256
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
 takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen; more
 releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN; more requests
-in line than `Dims.swap_window`; more that were preempted and wait than `Dims.slack_window`; more transfers under way than
-`Dims.num_flights`."""
+in line than `Dims.swap_window`; more that were preempted and wait than `Dims.slack_window`; more transfers under way
+than `Dims.num_flights`."""
 
 DRAWN = 1 << 10
 """Further progress: somebody was swapped out for a draw of priorities, or called in."""

@@ -43,7 +43,7 @@ __all__ = [
     "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "Pool", "Prefixes", "System", "check_counters", "check_requests",
     "check_routing", "check_transfers", "counter_room", "flights_of", "front_end_s", "is_split", "kinds_of_pools",
     "make_cost", "make_offload", "make_params", "make_patience", "make_requests", "make_reuse", "make_slack",
-    "make_swap", "make_workload", "migration_rates", "moves_of", "num_rows", "offload_blocks", "ordered", "outage_rows", "parts_of",
-    "resolve_system", "routing_dims", "shared_prefixes", "step_limit", "transfer_rates", "with_counters",
-    "with_failures",
+    "make_swap", "make_workload", "migration_rates", "moves_of", "num_rows", "offload_blocks", "ordered",
+    "outage_rows", "parts_of", "resolve_system", "routing_dims", "shared_prefixes", "step_limit", "transfer_rates",
+    "with_counters", "with_failures",
 ]
