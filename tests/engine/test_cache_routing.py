@@ -294,7 +294,7 @@ def test_what_is_refused(monkeypatch, changes, text):
 
 
 def test_a_tree_that_would_forget_is_refused(monkeypatch):
-    monkeypatch.setattr(lower, "TREE_TOKENS", 5_000)
+    monkeypatch.setattr("jaxsim.engine.lower.checks.TREE_TOKENS", 5_000)
     with pytest.raises(InputError, match="before it forgets"):
         simulate(scenario("cache_aware"))
 

@@ -104,10 +104,10 @@ def failures_of(shares: dict[float, tuple[float, ...]]) -> pd.DataFrame:
         for alpha, share in zip(burstgpt.ALPHAS, row, strict=True)])
 
 
-def test_failures_must_rise_below_saturation():
+def test_failures_must_rise_at_every_load():
     rising, falling = (0.001, 0.002, 0.01, 0.04), (0.1, 0.09, 0.08, 0.07)
     below, beyond, loads, releases = burstgpt._failure_claims(failures_of({5.0: rising, 7.0: falling}), 1.0)
-    assert below.verdict == REPRODUCED and beyond.verdict == loads.verdict == NO_GATE
+    assert below.verdict == REPRODUCED and beyond.verdict == NOT_REPRODUCED and loads.verdict == NO_GATE
     assert releases.verdict == NOT_REPRODUCED and releases.ours is None
     assert burstgpt._failure_claims(failures_of({5.0: falling}), 1.0)[0].verdict == NOT_REPRODUCED
     assert burstgpt._failure_claims(failures_of({5.0: (0.0,) * 4}), 1.0)[0].verdict == NOT_REPRODUCED
@@ -227,7 +227,8 @@ def test_instances_saved_are_read_off_curves():
 def test_copies_take_what_the_link_takes():
     """2 x 32 layers x 4096 x 2 bytes a token, over 8 GB a second."""
     claims = llumnix._memory_claims()
-    assert [claim.verdict for claim in claims] == [REPRODUCED] * 3
+    assert [claim.verdict for claim in claims] == [NO_GATE] * 3
+    assert [claim.ours for claim in claims] == pytest.approx([claim.paper for claim in claims], rel=0.01)
     assert claims[1].ours == pytest.approx(1e3 * 1024 * 2 * 32 * 4096 * 2 / 8e9)
 
 
