@@ -10,7 +10,7 @@ import pytest
 from jaxtyping import Array, Int
 
 from jaxsim._core.errors import InputError
-from jaxsim.engine import loop, lower, prefix
+from jaxsim.engine import loop, prefix
 from jaxsim.engine.environment import Environment
 from jaxsim.engine.simulate import simulate
 from jaxsim.policy import cache_routing, routing
