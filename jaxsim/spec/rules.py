@@ -316,6 +316,12 @@ def _check_role_switching(s: "Scenario") -> None:
     if s.workload.images is not None and "encode" not in roles:
         raise InputError("workload.images", plain(s.workload.images), f"are not simulated with [{where}] and encoders"
                          " beside the model", "add a pool of role 'encode', or leave them out")
+    if s.workload.kind == "closed-loop" or s.workload.has_sessions:
+        raise InputError("workload.kind", s.workload.kind, f"is not simulated with [{where}] where answers bring requests"
+                         " about", "use an open loop")
+    if cluster.router in ("llumnix_load", "remaining_steps"):
+        raise InputError("cluster.router", cluster.router, f"is not simulated with [{where}]",
+                         "use 'least_outstanding'")
     for name, value, is_wrong, remedy in (
             ("preset", scheduler.preset, not scheduler.kv_accounting or scheduler.phase_mix != "unified",
              "use preset 'vllm-v1@0.9', or 'sarathi'"),
