@@ -317,8 +317,8 @@ def _check_role_switching(s: "Scenario") -> None:
         raise InputError("workload.images", plain(s.workload.images), f"are not simulated with [{where}] and encoders"
                          " beside the model", "add a pool of role 'encode', or leave them out")
     if s.workload.kind == "closed-loop" or s.workload.has_sessions:
-        raise InputError("workload.kind", s.workload.kind, f"is not simulated with [{where}] where answers bring requests"
-                         " about", "use an open loop")
+        raise InputError("workload.kind", s.workload.kind, f"is not simulated with [{where}] where answers bring"
+                         " requests about", "use an open loop")
     if cluster.router in ("llumnix_load", "remaining_steps"):
         raise InputError("cluster.router", cluster.router, f"is not simulated with [{where}]",
                          "use 'least_outstanding'")
