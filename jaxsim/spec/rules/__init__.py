@@ -1,0 +1,25 @@
+"""Rules between the fields of a scenario, and between a scenario and its model and device."""
+
+from typing import TYPE_CHECKING
+
+from jaxsim.spec.rules.cluster import check_failures, check_migration, check_pools, check_role_switching
+from jaxsim.spec.rules.engine import check_engine, check_system
+from jaxsim.spec.rules.sizes import check_sizes
+from jaxsim.spec.rules.workload import check_clients, check_images, check_workload
+
+if TYPE_CHECKING:
+    from jaxsim.spec.scenario import Scenario
+
+
+def check(s: "Scenario") -> None:
+    """Raises `InputError` for the first rule that a scenario breaks."""
+    check_engine(s)
+    check_system(s)
+    check_pools(s)
+    check_role_switching(s)
+    check_migration(s)
+    check_workload(s)
+    check_clients(s)
+    check_failures(s)
+    check_images(s)
+    check_sizes(s)
