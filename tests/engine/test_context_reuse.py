@@ -9,6 +9,8 @@ from jaxsim.analytic.context_reuse import context_reuse
 from jaxsim.engine import lower, simulate
 from jaxsim.spec.scenario import Scenario, json_schema
 
+pytestmark = pytest.mark.unoptimised
+
 CONTEXT, QUESTION = 4096, 64
 
 

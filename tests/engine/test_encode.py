@@ -19,6 +19,8 @@ from tests.engine import cases as c
 from tests.engine import test_compiled, test_hand_over
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 EXECUTORS = 6
 MOST_REQUESTS, MOST_IMAGES = 12, 3
 """With all their parts fewer than the rows of a program."""

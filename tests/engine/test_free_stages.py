@@ -15,6 +15,8 @@ from tests.engine import cases as c
 from tests.engine import test_hand_over as roles
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 STAGES = (1, 2, 4)
 """Quarters of dyadic seconds are dyadic."""
 

@@ -14,6 +14,8 @@ from jaxsim.policy.hand_over import HandOver
 from tests.engine import cases as c
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 EXECUTORS = 4
 PLAIN_ROUTERS = tuple(c.ROUTERS)
 

@@ -11,6 +11,8 @@ from jaxsim.engine import lower
 from jaxsim.metrics import request_frame
 from jaxsim.spec.scenario import Scenario
 
+pytestmark = pytest.mark.unoptimised
+
 ENCODE = {"base_ms": 10.0, "tile_ms": 30.0}
 POOLS = [{"role": "encode", "replicas": 3, "engine": {"max_num_seqs": 1}}, {"role": "prefill"}, {"role": "decode"}]
 IMAGES = {"number": {"kind": "uniform", "least": 0, "most": 3}, "tiles_per_image": 4, "tokens_per_tile": 16}

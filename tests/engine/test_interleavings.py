@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,8 @@ from tests.engine import failure_cases as fc
 from tests.engine import test_hand_over as roles
 from tests.engine import test_migration as moves
 from tests.reference import simulator
+
+pytestmark = pytest.mark.unoptimised
 
 SEEDS = settings(max_examples=3, derandomize=True, deadline=None, database=None,
                  phases=(Phase.explicit, Phase.generate))

@@ -20,6 +20,8 @@ from tests.engine.test_compiled import large_shapes, problems
 from tests.reference import simulator
 from tests.reference.swapping import Swapping
 
+pytestmark = pytest.mark.unoptimised
+
 FLAGS = simulator.preset("vllm-v0")
 WINDOW = 43
 

@@ -16,6 +16,8 @@ from jaxsim.state.control import OFF
 from tests.engine import cases as c
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 EXECUTORS = 4
 
 

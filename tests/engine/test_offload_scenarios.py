@@ -11,6 +11,8 @@ from jaxsim.metrics import request_frame
 from jaxsim.policy.offload import Offload
 from jaxsim.spec.scenario import Scenario, json_schema
 
+pytestmark = pytest.mark.unoptimised
+
 FORM = {"a": 0.01, "b": 1e-4, "c": 1e-7, "d": 1e-5}
 
 

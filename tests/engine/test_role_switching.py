@@ -19,6 +19,8 @@ from tests.engine import test_compiled, test_encode, test_hand_over
 from tests.engine.test_encode import EXECUTORS
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 MOST_REQUESTS = 26
 """With all their parts fewer than the rows of a program; where there are many, of one image at most."""
 

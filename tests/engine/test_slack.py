@@ -18,6 +18,8 @@ from tests.engine import cases as c
 from tests.engine import test_orders, test_tenants
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 FLAGS = simulator.preset("vllm-v1-slack")
 WINDOW = 21
 

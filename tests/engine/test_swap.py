@@ -16,6 +16,8 @@ from tests.engine import cases as c
 from tests.reference import simulator
 from tests.reference.swapping import Swapping
 
+pytestmark = pytest.mark.unoptimised
+
 FLAGS = simulator.preset("vllm-v0")
 WINDOW = 27
 

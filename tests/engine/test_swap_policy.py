@@ -10,6 +10,8 @@ import pytest
 from jaxsim.policy.swap import ONE_HOLE, Swap, drawn
 from tests.reference import swapping
 
+pytestmark = pytest.mark.unoptimised
+
 LLAMA_8B = Swap(
     host_blocks=jnp.int32(1000), layers=jnp.int32(32), block_copy_bytes=jnp.float32(32768.0),
     bytes_per_s=jnp.float32(32e9), dispatch_s=jnp.float32(10e-6), launch_s=jnp.float32(0.0), run_blocks=jnp.int32(1),

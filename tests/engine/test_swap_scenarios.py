@@ -11,6 +11,8 @@ from jaxsim.metrics import request_frame
 from jaxsim.policy.swap import BOUND_BY_DISPATCH
 from jaxsim.spec.scenario import Scenario, json_schema
 
+pytestmark = pytest.mark.unoptimised
+
 FORM = {"a": 0.02, "b": 1e-4, "c": 1e-7, "d": 1e-5}
 
 
