@@ -15,6 +15,7 @@ import pytest
 from jaxsim import cli
 from jaxsim.engine.lower import make_workload
 from jaxsim.metrics import Result
+from jaxsim.reproduce.command import SYSTEMS
 from jaxsim.spec.scenario import RooflineCost, Scenario, json_schema, shipped_scenarios
 from tests.metrics.lanes import blank_lane, simulated
 
@@ -395,6 +396,10 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, simulations, capsys)
         words = shlex.split(line)
         assert words.pop(0) == "jaxsim"
         if words[0] == "bench" or "--help" in words:
+            continue
+        if words[0] == "reproduce":
+            # tests/reproduce; a whole system takes minutes.
+            assert words[1] in SYSTEMS
             continue
         if words[0] == "run":
             words.append("--no-plots")

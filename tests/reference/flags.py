@@ -130,8 +130,9 @@ class Flags:
             self.phase_mix != "unified" or self.reserve != "none" or not self.track_blocks
         ):
             raise ValueError("prefix_caching needs unified batches, no reservation, block accounting")
-        if self.prefix_caching and self.order not in ("fcfs", "priority"):
-            raise ValueError("prefix_caching: fcfs or priority")
+        if self.prefix_caching and (self.order, self.victim) not in (
+                ("fcfs", "last_admitted"), ("priority", "lowest_priority")):
+            raise ValueError("prefix_caching: fcfs or priority, as vLLM has them")
         if self.batch_wait_timeout_iters and (
             self.phase_mix != "unified" or self.chunked_prefill or self.reserve in CAN_GROW or self.order != "fcfs"
         ):

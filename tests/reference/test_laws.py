@@ -400,7 +400,7 @@ def test_impossible_requests_are_refused(name, numbers, request_):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"order": "priority"},
+        {"victim": "lowest_priority"},
         {"reserve": "expected"},
         {"decode_needs_free_block": "always"},
         {"max_num_seqs": 4096},
