@@ -265,7 +265,8 @@ def scenario(router: str, caching: bool = True, **changes) -> Scenario:
         "cost": {"kind": "fitted", "prefill": form, "decode": form}}).with_values(changes)
 
 
-@pytest.mark.parametrize("router, least", [("cache_aware", 0.8), ("prefix_hash", 0.7)])
+@pytest.mark.parametrize("router, least", [
+    pytest.param("cache_aware", 0.8, marks=pytest.mark.slow), ("prefix_hash", 0.7)])
 def test_affinity_finds_what_blind_routing_does_not(router, least):
     """Nine prefixes of thirty blocks: a cache has room for six, of nine blind routing brings to each."""
     result = simulate([scenario(router, **({} if router != "cache_aware" else
@@ -299,6 +300,7 @@ def test_a_tree_that_would_forget_is_refused(monkeypatch):
         simulate(scenario("cache_aware"))
 
 
+@pytest.mark.slow
 def test_the_loop_body_copies_nothing_large():
     """What routers keep is written in place; nothing transcendental in a step."""
     flags = replace(simulator.preset("vllm-v1"), prefix_caching=True)

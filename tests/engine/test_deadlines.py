@@ -80,6 +80,7 @@ def test_engine_equals_reference(name, num_executors):
     assert seen["finished"] > seen["timed_out"] > 100
 
 
+@pytest.mark.slow
 def test_jumps_change_nothing():
     """One iteration at a time gives what jumps give."""
     flags, dims = simulator.preset("vllm-v1"), cc.dims_of("vllm-v1", 3)
@@ -104,6 +105,7 @@ def test_clients_that_wait_for_ever_change_nothing():
         assert np.all(one["sendings"] == 1) and np.all(one["status"] == "finished")
 
 
+@pytest.mark.slow
 def test_the_loop_body_copies_nothing_large():
     """As of all programs (`test_compiled`)."""
     if jax.default_backend() != "cpu":

@@ -100,6 +100,7 @@ def bisected(is_met) -> float:
     return low
 
 
+@pytest.mark.slow
 def test_goodput_per_gpu(tmp_path):
     """Highest rate whose P90 of TTFT and of TPOT are, separately, under their limits. All rates on the way there are
     one batch; another way would lead to a rate that was not simulated."""

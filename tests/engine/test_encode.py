@@ -184,6 +184,7 @@ def test_an_encoder_beside_the_model_is_as_in_the_reference(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the text of a CPU program")
+@pytest.mark.slow
 def test_the_loop_body_copies_nothing_large():
     """Nor is anything transcendental in it."""
     flags, dims = simulator.preset("vllm-v1"), c.dims_of("vllm-v1", EXECUTORS, has_roles=True, has_parts=True)

@@ -96,6 +96,7 @@ def test_engine_equals_reference(name, num_executors):
     assert seen["finished"] > 500
 
 
+@pytest.mark.slow
 def test_jumps_change_nothing():
     """One iteration at a time gives what jumps give."""
     flags, dims = simulator.preset("vllm-v1"), fc.dims_of("vllm-v1", 3)
@@ -107,6 +108,7 @@ def test_jumps_change_nothing():
         assert one["itl"].sum() == other["itl"].sum()
 
 
+@pytest.mark.slow
 def test_outages_of_idle_instances_change_nothing():
     """Where nothing goes down while requests are there, every bit is as with clients alone."""
     flags, dims = simulator.preset("vllm-v1"), fc.dims_of("vllm-v1", 3)

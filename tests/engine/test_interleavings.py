@@ -104,6 +104,7 @@ def test_outages_deadlines_retries_and_preemptions():
                                             "losses", "sent again", "both")), seen
 
 
+@pytest.mark.slow
 def test_migrations_preemptions_and_instances_that_come_and_go():
     flags, seen = replace(simulator.preset("vllm-v1"), headroom_blocks=6), Counter()
     dims = c.dims_of("vllm-v1", moves.EXECUTORS, has_migration=True, has_demands=True, has_scaling=True,

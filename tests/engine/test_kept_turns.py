@@ -200,6 +200,7 @@ def test_a_wrong_answer_is_found():
     assert sum("finish_s" in names for names in wrong) > 10
 
 
+@pytest.mark.slow
 def test_the_loop_body_copies_nothing_large():
     """Also what is kept, and the queue through it, is written in place."""
     if jax.default_backend() != "cpu":

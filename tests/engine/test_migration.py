@@ -127,7 +127,9 @@ def compare(drawn, flags, dims, scalings=None, headroom_blocks: int = 0) -> dict
 
 
 @pytest.mark.parametrize("name, metric, choice", [
-    ("vllm-v1", *METRICS[:1], *CHOICES[:1]), ("vllm-v1", *METRICS[1:], *CHOICES[1:]),
+    ("vllm-v1", *METRICS[:1], *CHOICES[1:]),
+    pytest.param("vllm-v1", *METRICS[:1], *CHOICES[:1], marks=pytest.mark.slow),
+    pytest.param("vllm-v1", *METRICS[1:], *CHOICES[1:], marks=pytest.mark.slow),
     pytest.param("sarathi", *METRICS[:1], *CHOICES[:1], marks=pytest.mark.slow)])
 def test_engine_equals_reference(name, metric, choice):
     flags = simulator.preset(name)

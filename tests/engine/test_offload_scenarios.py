@@ -95,6 +95,7 @@ def test_what_a_run_says():
         assert np.sum(lane.load_s) == pytest.approx(blocks * 2**21 / 32e9) and blocks > 0
 
 
+@pytest.mark.slow
 def test_turns_of_sessions():
     """A turn loads what prompts before it stored; answers are not stored."""
     sessions = {"kind": "poisson", "rate_rps": 1.0, "num_requests": 60, "input": 100, "output": 40,

@@ -103,6 +103,7 @@ def test_with_prefix_caching():
     assert seen["cases"] > 40 and seen["preemptions"] > 5, seen
 
 
+@pytest.mark.slow
 def test_long_runs():
     """Outputs of thousands of tokens, of one batch alone and of several: epochs move, counters are wound back."""
     flags, dims = pipeline("sarathi", pass_on_arrival=True), dims_of("sarathi", 1)
@@ -113,6 +114,7 @@ def test_long_runs():
     assert seen["cases"] == 3 and seen["jumps"] > 1000 and seen["overlapping"] > 1000, seen
 
 
+@pytest.mark.slow
 def test_real_costs():
     """A last stage with the LM head, a host, an engine that forms one batch at a time: as far as no arrival is near the
     end of an iteration, like the reference in float64."""

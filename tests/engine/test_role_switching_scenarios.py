@@ -59,6 +59,7 @@ def test_idle_engines_go_where_the_queue_is():
     assert summary["switches"] == lanes[0].role_switches >= 2 and summary["mean_drain_s"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_requests_that_come_later_find_the_new_engines():
     """Twice as many images as one engine encodes: with others beside it they are kept up with."""
     stream = dict(workload__kind="poisson", workload__rate_rps=10.0, workload__num_requests=300)

@@ -102,6 +102,7 @@ def test_what_a_run_says():
         assert lane.itl_counts.sum() == (lane.output_tokens - 1).sum()
 
 
+@pytest.mark.slow
 def test_a_small_window_is_a_fault():
     (result,) = simulate(scenario({"redraw": {"period_iterations": 5}, "window": 8},
                                   workload={"kind": "batch", "num_requests": 24, "input": 60, "output": 60})).lanes

@@ -187,7 +187,7 @@ def heavy_tailed_workload():
 @pytest.mark.parametrize(
     ("model", "tp", "ttft_ms", "want"),
     [
-        ("13b", 1, 250, 0.0),
+        pytest.param("13b", 1, 250, 0.0, marks=pytest.mark.slow),
         ("13b", 2, 250, 2.109),
         ("13b", 4, 250, 1.602),
         ("66b", 4, 400, 0.0),

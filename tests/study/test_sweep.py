@@ -337,7 +337,8 @@ KINDS = {
     "an override that is none": ({}, {"cost.overrides.nonsense": [1.0], "workload.rate_rps": [2.0]}, {})}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "forms of fitted costs")) for name in KINDS])
 @pytest.mark.parametrize("is_turned", [False, True])
 def test_unlike_scenarios_are_as_alone(name, is_turned, tmp_path):
     """Whatever stands beside a scenario, and in whichever order: its row is that of a run by itself, or its refusal."""
