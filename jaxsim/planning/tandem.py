@@ -309,7 +309,8 @@ def run(scenarios: Sequence[Scenario]) -> tuple[Runs, Int[np.ndarray, " runs"]]:
         **{name: none(2) for name in ("busy_s", "device_busy_s", "kv_block_s", "running_s")},
         kv_peak_blocks=none(2).astype(int), num_iterations=batches + iterations,
         **dict.fromkeys(("cached_tokens", "delivered_s", "decode_instance", "migrations", "downtime_s", "last_instance",
-                         "aborted_migrations", "instance_s", "starts", "drains", "session", "turn")),
+                         "aborted_migrations", "instance_s", "starts", "drains", "session", "turn",
+                             "role_switches", "drain_s")),
         num_context_limited=np.array([w.num_context_limited for w in workloads]),
         num_blocks=np.ones((runs, 2), int), front_end_s=none(), fault=("",) * runs)
     return out, owners
