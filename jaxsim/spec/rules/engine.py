@@ -1,6 +1,6 @@
 """Rules of [engine]: order, swapping, offload, reuse, and what goes with a model and a device."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxsim._core.errors import InputError
 from jaxsim.spec.costs import ProfiledCost, RooflineCost
@@ -67,17 +67,28 @@ def _check_swap(s: "Scenario", scheduler: Scheduler) -> None:
                          "give a probability" if redraw.locality is None else "leave it out, or use 'markov'")
 
 
+Row = tuple[str, Any, bool, str, str]
+"""Field, value, whether the rule is broken, problem, remedy."""
+
+
+def _behind_a_cache(s: "Scenario", field: str, why_model: str) -> tuple[Row, ...]:
+    """What all have in common that give blocks to requests which the prefix cache has not."""
+    engine, out = s.engine, f"leave {field} out"
+    return (
+        ("engine.enable_prefix_caching", False, not engine.enable_prefix_caching,
+         f"leaves {field} without the prefix cache that it stands behind", f"set it to true, or {out}"),
+        ("engine.pipeline_parallel_size", engine.pipeline_parallel_size, engine.pipeline_parallel_size > 1,
+         f"is not simulated with {field}", f"use 1, or {out}"),
+        ("cluster.pools", [pool.role for pool in s.cluster.pools], bool(s.cluster.pools),
+         f"are not simulated with {field}", f"use cluster.replicas, or {out}"),
+        ("model", None, s.model is None, f"missing, and {why_model} cannot be known without it",
+         f"name a model, also beside a fitted cost, or {out}"))
+
+
 def _check_offload(s: "Scenario") -> None:
     engine, field = s.engine, "engine.offload"
     for name, given, is_wrong, problem, remedy in (
-            ("engine.enable_prefix_caching", False, not engine.enable_prefix_caching,
-             f"and {field} is behind a prefix cache", "set it to true, or leave engine.offload out"),
-            ("engine.pipeline_parallel_size", engine.pipeline_parallel_size, engine.pipeline_parallel_size > 1,
-             f"is not simulated with {field}", "use 1, or leave engine.offload out"),
-            ("cluster.pools", [pool.role for pool in s.cluster.pools], bool(s.cluster.pools),
-             f"are not simulated with {field}", "use cluster.replicas, or leave engine.offload out"),
-            ("model", None, s.model is None, "missing, and the bytes of a KV block cannot be known without it",
-             "name a model, also beside a fitted cost, or leave engine.offload out"),
+            *_behind_a_cache(s, field, "the bytes of a KV block"),
             (f"{field}.gb_per_s", None, s.device is None and engine.offload.gb_per_s is None,
              "missing, and without [device] it cannot be derived", "give the bandwidth from host memory")):
         if is_wrong:
@@ -89,23 +100,17 @@ def _check_reuse(s: "Scenario", scheduler: Scheduler) -> None:
     given, budget = engine.context_reuse, scheduler.max_num_batched_tokens
     fewest = [row.loss for row in given.quality]
     for name, value, is_wrong, problem, remedy in (
-            ("engine.enable_prefix_caching", False, not engine.enable_prefix_caching,
-             f"and {field} is behind a prefix cache", "set it to true, or leave engine.context_reuse out"),
+            *_behind_a_cache(s, field, "its layers"),
             ("engine.offload", engine.offload and plain(engine.offload), engine.offload is not None,
              f"is not simulated with {field}", "leave one of them out"),
-            ("engine.pipeline_parallel_size", engine.pipeline_parallel_size, engine.pipeline_parallel_size > 1,
-             f"is not simulated with {field}", "use 1, or leave engine.context_reuse out"),
-            ("cluster.pools", [pool.role for pool in s.cluster.pools], bool(s.cluster.pools),
-             f"are not simulated with {field}", "use cluster.replicas, or leave engine.context_reuse out"),
-            ("model", None, s.model is None, "missing, and its layers cannot be known without it",
-             "name a model, also beside a fitted cost, or leave engine.context_reuse out"),
             ("workload.prefix_groups", None, groups is None, f"missing, and they are the contexts of {field}",
              "give e.g. { number = 16, tokens = 4096 }, or leave engine.context_reuse out"),
             ("workload.prefix_groups.tokens", groups and groups.tokens, groups is not None and groups.tokens > budget,
              f"are more than the {budget} tokens of an iteration, in which some layers of them are recomputed",
              "raise engine.max_num_batched_tokens, or give fewer"),
             (f"{field}.recomputed_layers", given.recomputed_layers,
-             (given.recomputed_layers is None) == (not given.quality), "and a table of quality: exactly one is needed",
+             (given.recomputed_layers is None) == (not given.quality),
+             "stands against a table of quality: exactly one of them is needed",
              "give recomputed_layers, or quality with max_loss"),
             (f"{field}.max_loss", given.max_loss, (given.max_loss is None) == bool(given.quality),
              "goes with quality, and quality with it", "give both, or recomputed_layers alone"),
