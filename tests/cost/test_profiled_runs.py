@@ -164,6 +164,7 @@ def test_without_a_tape_or_a_profile_nothing_is_said(path, capsys):
 # ---- tables are kept, and refused
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_pools_that_differ(path):
     """The tape does not follow a request from one instance to another, and one table is not that of all."""
     pools = [{"role": "prefill"}, {"role": "decode"}]

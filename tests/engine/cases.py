@@ -5,6 +5,7 @@ sizes and a batch width (`LANES`), so that a preset at a number of instances com
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,13 @@ from jaxsim.workload.workload import Workload
 from tests.reference import simulator
 
 LANES = 64
+
+
+def seeds(few: int, of: int) -> range:
+    """Seeds of a comparison with the reference: a few, or with JAXSIM_THOROUGH=1 in the environment all."""
+    return range(of if os.environ.get("JAXSIM_THOROUGH") == "1" else few)
+
+
 """Scenarios in a batch; fewer are padded with copies of the first."""
 
 MOST_REQUESTS = 24

@@ -116,7 +116,7 @@ def test_engine_equals_reference(monkeypatch, name):
     flags = replace(simulator.preset(name), prefix_caching=True)
     dims = c.dims_of(name, 3, **SIZES)
     seen = Counter()
-    for seed in range(3):
+    for seed in c.seeds(2, of=3):
         rng = np.random.default_rng(seed)
         batch = [crowded(case, dims, rng) for case in draw(seed, flags, dims) if not has_whole_twins(case, dims)]
         # One that cannot be served would go round until the limit of steps, and all others with it.
@@ -140,7 +140,7 @@ def test_engine_equals_reference(monkeypatch, name):
     expected = {*NAMES, "cache_aware uneven", "cache_aware match", "cache_aware tree", "cache_aware queue",
                 "prefix_hash home", "prefix_hash elsewhere", "kv_aware cached", "dynamo_kv least", "dynamo_kv drawn",
                 "weighted_scorers tie", "weighted_scorers best"}
-    assert min(seen[key] for key in expected) > 10, seen
+    assert min(seen[key] for key in expected) > 5, seen
 
 
 # ---- rules one by one

@@ -88,12 +88,12 @@ def agree(seed: int, flags: simulator.Flags, dims) -> Counter:
 
 @pytest.mark.parametrize("name, num_executors", PROGRAMS)
 def test_engine_equals_reference(name, num_executors):
-    """512 cases."""
+    """128 cases, or 512."""
     flags, dims = simulator.preset(name), fc.dims_of(name, num_executors)
-    seen = sum((agree(seed, flags, dims) for seed in range(8)), Counter())
+    seen = sum((agree(seed, flags, dims) for seed in c.seeds(2, of=8)), Counter())
     hard = ALWAYS + (SEVERAL if num_executors == 3 else ())
     assert all(seen[what] >= 3 for what in hard), seen
-    assert seen["finished"] > 500
+    assert seen["finished"] > 150
 
 
 @pytest.mark.slow

@@ -310,6 +310,7 @@ print("REPORT", json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_shards_run_their_own_loops_quietly():
     """Over four devices: the same bits, no collective, no flag, no word."""
     root = Path(__file__).parents[2]

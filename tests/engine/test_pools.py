@@ -64,6 +64,7 @@ def iteration_s(lane) -> float:
     return float(np.max(lane.first_token_s - lane.scheduled_s))
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_what_single_runs_give():
     """Of pools that differ in device, limits and numbers, in one program."""
     pools = [{"role": "prefill", "device": "a100-80gb"}, {"role": "decode", "engine": {"max_num_seqs": 4}}]

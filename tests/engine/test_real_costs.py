@@ -20,7 +20,7 @@ NEAR_S, AGREES_S = 1e-5, 1e-4
 STAMPS = ("scheduled_s", "first_token_s", "finish_s")
 
 
-SYSTEMS = [("vllm-v1", 2), pytest.param(("vllm-v0", 3), marks=pytest.mark.slow), ("sglang", 1)]
+SYSTEMS = [("vllm-v1", 2), *(pytest.param(one, marks=pytest.mark.slow) for one in (("vllm-v0", 3), ("sglang", 1)))]
 """Presets and instances."""
 
 

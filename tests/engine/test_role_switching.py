@@ -211,11 +211,11 @@ def test_roles_change_as_in_the_reference():
     flags, dims = simulator.preset("vllm-v1"), c.dims_of(
         "vllm-v1", EXECUTORS, has_roles=True, has_parts=True, has_role_switching=True)
     seen: dict[str, int] = {}
-    for seed in (1, 2, 3):
+    for seed in c.seeds(2, of=3):
         for name, number in compare(draw(seed, flags, dims), flags, dims).items():
             seen[name] = seen.get(name, 0) + number
     print(seen)
-    assert seen["cases"] > 150 and min(seen.values()) > 2, seen
+    assert seen["cases"] > 100 and min(seen.values()) > 2, seen
 
 
 @pytest.mark.slow

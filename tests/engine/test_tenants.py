@@ -194,6 +194,7 @@ def test_orders_do_what_they_are_for(results):
     assert "predicted_tokens" in frame
 
 
+@pytest.mark.slow
 def test_a_sweep_says_the_same(results, tmp_path):
     study = Study.from_dict({"schema_version": 1, "scenario": BASE,
                              "axes": {"engine.scheduling_policy": ["edf", "vtc"]}})

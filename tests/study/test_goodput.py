@@ -100,6 +100,7 @@ def test_the_window_is_of_the_same_requests_at_all_rates(found):
         search([no_rate], slo=SLO)
 
 
+@pytest.mark.slow
 def test_interval_is_that_of_other_seeds(found):
     """Searches of other seeds scatter as the intervals say."""
     few = [msgspec.structs.replace(of(max_num_seqs=16), num_seeds=4, workload=msgspec.structs.replace(

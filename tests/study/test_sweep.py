@@ -336,9 +336,11 @@ KINDS = {
                                {"cost.decode": [FITTED["decode"], [{"a": 0.01}, {"a": 0.02, "min_sequences": 8}]]}, {}),
     "an override that is none": ({}, {"cost.overrides.nonsense": [1.0], "workload.rate_rps": [2.0]}, {})}
 
+OFTEN = ("a rate that is too low", "budgets and places", "an override that is none")
+
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name == "forms of fitted costs")) for name in KINDS])
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN)) for name in KINDS])
 @pytest.mark.parametrize("is_turned", [False, True])
 def test_unlike_scenarios_are_as_alone(name, is_turned, tmp_path):
     """Whatever stands beside a scenario, and in whichever order: its row is that of a run by itself, or its refusal."""
