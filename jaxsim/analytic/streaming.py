@@ -1,0 +1,127 @@
+"""Weights that stream from host memory once an iteration, and KV that stays there: what the throughput can be.
+
+A model that is larger than the GPU's memory runs offline: every iteration moves all W bytes of weights over the link,
+in delta = W / B seconds, and computes as many tokens as it has, prompts beside decodes, while the CPU attends over the
+KV cache in its own memory. So the throughput is set by how many tokens share a pass, thus by room for KV:
+
+    PME        2 (p + g) / ((2 p + g) g)            tokens processed an iteration and a token of room: a sequence of p
+                                                    prompt and g output tokens holds p, p + 1, ... p + g for g of them
+    bound      min(PME M / delta, T_gpu)            tokens/s, prompts and outputs; M: tokens of KV that fit
+    finite     K (p + g) / ((K / q + g) delta)      K sequences, q = M / (g (p + g / 2)) admitted an iteration; a
+                                                    sequence takes whole pages
+    serial     n g / (n p / T_gpu + g max(delta, n / T_gpu))     outputs/s of n = u M / (p + g) sequences that are
+                                                    computed together and then decoded together
+
+Source: MoE-Lens (arXiv 2504.09345), intensity, saturation, PME and bound as published; the finite form is rebuilt from
+these and from its effective room, (p + g) / (p + g / 2). The serial baseline is of the kind of MoE-Lightning.
+
+Every number is traced: differentiate `throughput` by a field of `Streaming` to see which resource is worth more.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Scalar = Float[Array, "*shape"] | float
+
+
+class Streaming(eqx.Module):
+    """A model that streams to one GPU; all numbers broadcast.
+
+    weight_bytes: W; link_bytes_per_s: B, host memory to GPU; gpu_tokens_per_s: T_gpu, of iterations full of tokens;
+    kv_bytes: room for the KV cache in host memory; token_bytes: KV of a token.
+    """
+
+    weight_bytes: Scalar
+    link_bytes_per_s: Scalar
+    gpu_tokens_per_s: Scalar
+    kv_bytes: Scalar
+    token_bytes: Scalar
+
+    @property
+    def pass_s(self) -> Scalar:
+        """Seconds in which all weights cross the link."""
+        return self.weight_bytes / self.link_bytes_per_s
+
+    @property
+    def room_tokens(self) -> Scalar:
+        """Tokens of KV that fit."""
+        return self.kv_bytes / self.token_bytes
+
+    def link_tokens_per_s(self, prompt: Scalar, output: Scalar) -> Scalar:
+        """Tokens/s, prompts and outputs, that room and link allow without end."""
+        return parallelism_memory_efficiency(prompt, output) * self.room_tokens / self.pass_s
+
+    def throughput(self, prompt: Scalar, output: Scalar) -> Scalar:
+        """The bound: tokens/s, prompts and outputs, of endlessly many sequences."""
+        return jnp.minimum(self.link_tokens_per_s(prompt, output), self.gpu_tokens_per_s)
+
+    def output_throughput(self, prompt: Scalar, output: Scalar) -> Scalar:
+        """Of the bound, output tokens/s."""
+        return self.throughput(prompt, output) * output / (prompt + output)
+
+    def gpu_utilisation(self, prompt: Scalar, output: Scalar) -> Scalar:
+        """Share of `gpu_tokens_per_s` that the bound takes."""
+        return self.throughput(prompt, output) / self.gpu_tokens_per_s
+
+    def admitted(self, prompt: Scalar, output: Scalar, page: int = 1) -> Scalar:
+        """Sequences admitted an iteration where room is what limits; page: tokens that KV is given by."""
+        held = held_pages(prompt, output, page) * page
+        return self.room_tokens / (output * held)
+
+    def finite_throughput(self, sequences: Scalar, prompt: Scalar, output: Scalar, page: int = 1) -> Scalar:
+        """Tokens/s, prompts and outputs, of so many sequences in all: the last ones run in passes that are not full."""
+        iterations = sequences / self.admitted(prompt, output, page) + output
+        linked = sequences * (prompt + output) / (iterations * self.pass_s)
+        return jnp.minimum(linked, self.gpu_tokens_per_s)
+
+    def serial_output_throughput(self, prompt: Scalar, output: Scalar, used: Scalar = 1.0) -> Scalar:
+        """Output tokens/s where a batch is computed, then decoded, then the next; used: share of the room taken."""
+        sequences = used * self.room_tokens / (prompt + output)
+        computed_s = sequences * prompt / self.gpu_tokens_per_s
+        decoded_s = output * jnp.maximum(self.pass_s, sequences / self.gpu_tokens_per_s)
+        return sequences * output / (computed_s + decoded_s)
+
+    def kv_bytes_per_s(self) -> Scalar:
+        """What the CPU must read of KV where all room is read once a pass."""
+        return self.kv_bytes / self.pass_s
+
+    def cpu_bytes_per_s(self) -> Scalar:
+        """Bandwidth that host memory needs: KV for the CPU, and weights for the link."""
+        return self.kv_bytes_per_s() + self.link_bytes_per_s
+
+    def cpu_flops(self, queries_per_kv_head: Scalar, kv_bytes: Scalar = 2.0) -> Scalar:
+        """FLOP/s of attention over that KV: a multiplication and an addition for a query head and a number of KV."""
+        return 2 * queries_per_kv_head / kv_bytes * self.kv_bytes_per_s()
+
+
+def parallelism_memory_efficiency(prompt: Scalar, output: Scalar) -> Scalar:
+    """Tokens processed an iteration, prompts among them, by each token of room for KV."""
+    return 2 * (prompt + output) / ((2 * prompt + output) * output)
+
+
+def room_gain(prompt: Scalar, output: Scalar) -> Scalar:
+    """How much more the room holds where sequences are of all ages than where all are to reach their ends together."""
+    return (prompt + output) / (prompt + output / 2)
+
+
+def held_pages(prompt: Scalar, output: Scalar, page: int = 1) -> Scalar:
+    """Mean pages of a sequence over its decodes.
+
+    With pages of one token p + g / 2, as published; with larger ones half a page is lost on average.
+    """
+    return (prompt + output / 2) / page + (0.5 - 0.5 / page)
+
+
+def intensity(tokens: Scalar, experts: Scalar, active_experts: Scalar, queries_per_kv_head: Scalar,
+              ffn_ratio: Scalar, weight_bytes: Scalar = 2.0) -> Scalar:
+    """FLOP a byte of weights in a pass over so many tokens; ffn_ratio: FFN inner size over hidden size."""
+    attention = 2 + 2 / queries_per_kv_head
+    computed = 6 * ffn_ratio * active_experts + attention
+    moved = 6 * ffn_ratio * experts + attention
+    return 2 / weight_bytes * tokens * computed / moved
+
+
+def saturating_tokens(gpu_flops: Scalar, link_bytes_per_s: Scalar, experts: Scalar, active_experts: Scalar) -> Scalar:
+    """Tokens of a pass from which the GPU, not the link, is what limits; 16-bit weights."""
+    return gpu_flops / link_bytes_per_s * experts / active_experts

@@ -1,0 +1,78 @@
+"""Host and device lanes: the closed form against the recurrence, the recurrence in plain Python, its limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsim.analytic import launches
+
+pytestmark = pytest.mark.unoptimised
+
+US = 2.0**-20
+"""About a microsecond; all numbers below are dyadic, so sums are exact."""
+
+
+def replay(issue, launch, kernel, queue_depth=None):
+    """Kernel by kernel: (latency, sum of start - call, starts)."""
+    called = end = waited = 0.0
+    starts = []
+    for j, (c, d) in enumerate(zip(issue, kernel, strict=True)):
+        called += c
+        if queue_depth is not None and j >= queue_depth:
+            called = max(called, starts[j - queue_depth])
+        starts.append(max(called + launch, end))
+        waited += starts[-1] - called
+        end = starts[-1] + d
+    return end, waited
+
+
+@pytest.mark.parametrize(("issue", "kernel"), [(8, 2), (2, 8), (4, 4), (1, 0)])
+def test_equal_kernels_in_closed_form(issue, kernel):
+    for number in (1, 2, 100):
+        ours = launches.alike(number, issue * US, 2 * US, kernel * US)
+        scanned = launches.lanes(np.full(number, issue * US), 2 * US, np.full(number, kernel * US))
+        latency, waited = replay([issue * US] * number, 2 * US, [kernel * US] * number)
+        assert float(ours.latency_s) == float(scanned.latency_s) == latency
+        assert float(ours.launch_and_queue_s) == float(scanned.launch_and_queue_s) == waited
+        assert float(ours.idle_s) == float(scanned.idle_s) == latency - number * kernel * US
+        assert float(scanned.mean_kernel_s) == kernel * US
+
+
+def test_any_kernels():
+    rng = np.random.default_rng(0)
+    for number in (1, 3, 64):
+        issue, kernel = (rng.integers(0, 16, number) * US for _ in range(2))
+        ours = launches.lanes(issue, 3 * US, kernel)
+        assert (float(ours.latency_s), float(ours.launch_and_queue_s)) == replay(issue, 3 * US, kernel)
+        for depth in (1, 2, 1000):
+            ours = launches.lanes_with_queue(issue, 3 * US, kernel, depth)
+            assert (float(ours.latency_s), float(ours.launch_and_queue_s)) == replay(issue, 3 * US, kernel, depth)
+
+
+def test_knee():
+    """Time in the queue is that of the launches alone while the host is behind, and rises from the turn on."""
+    batches = 2.0 ** np.arange(9)
+    fixed, slope, issue = 1 * US, US / 2, 8 * US
+    waited = np.asarray(launches.alike(64, issue, 2 * US, fixed + slope * batches).launch_and_queue_s)
+    turn = launches.turning_batch(issue, fixed, slope)
+    assert turn == 14
+    assert (waited[batches <= turn] == 64 * 2 * US).all() and (np.diff(waited[batches >= turn]) > 0).all()
+    assert waited[batches > turn].min() > waited[0]
+    # A host half as fast and a device twice as fast: four times the batch, as far as kernels have no fixed part.
+    assert launches.turning_batch(2 * issue, 0.0, slope / 2) == 4 * launches.turning_batch(issue, 0.0, slope)
+
+
+def test_fusion():
+    """1,000 kernels, 60 chains of 16: 100 left, ten times fewer, and ten times sooner done where the host is behind."""
+    left = launches.fused(1000, 16, 60)
+    assert left == 100
+    before, after = (launches.alike(n, 8 * US, 2 * US, 1 * US).latency_s for n in (1000, left))
+    assert float(before / after) == pytest.approx(10, rel=0.01)
+
+
+def test_gradient_by_the_lane_that_limits():
+    def latency(issue, kernel):
+        return launches.lanes(issue * jnp.ones(100), 2.0, kernel * jnp.ones(100)).latency_s
+    assert [float(x) for x in jax.grad(latency, (0, 1))(8.0, 1.0)] == [100, 1]
+    assert [float(x) for x in jax.grad(latency, (0, 1))(1.0, 8.0)] == [1, 100]
