@@ -8,7 +8,16 @@ import pandas as pd
 
 from jaxsim.io.figure import FAINT, INK, LIMIT, LINE, drawn, heading
 from jaxsim.io.table import number
-from jaxsim.metrics import FINISHED, STATUS_NAMES, Interval, LaneResult, Result, is_measured, request_frame
+from jaxsim.metrics import (
+    FINISHED,
+    STATUS_NAMES,
+    Interval,
+    LaneResult,
+    Result,
+    is_measured,
+    request_frame,
+    waiting_and_running_until,
+)
 from jaxsim.spec.scenario import Scenario
 
 PHASES = {"encode": "#56B4E9", "embedding": "#999999", "queue": "#E69F00", "prefill": "#0072B2", "transfer": "#CC79A7",
@@ -221,9 +230,11 @@ def plot_load(result: Result, path: str | Path, index: int = 0) -> Path:
 def _curves(lane: LaneResult) -> list[tuple[str, tuple, str, bool]]:
     """Title, (times, total, least, most), colour and whether it is a share, from top to bottom."""
     if lane.steps is None:
-        # Without a tape the requests still tell how many were where; a preempted one counts as running.
-        return [("Running", _count(lane.scheduled_s, lane.finish_s), PHASES["prefill"], False),
-                ("Waiting", _count(lane.arrival_s, lane.scheduled_s), PHASES["queue"], False)]
+        # Without a tape the requests still tell how many were where; one that was preempted, or lost with an instance
+        # and sent on, counts as running, one that is to be sent again as waiting.
+        waiting_until, running_until = waiting_and_running_until(lane.scheduled_s, lane.finish_s, lane.ended_s)
+        return [("Running", _count(lane.scheduled_s, running_until), PHASES["prefill"], False),
+                ("Waiting", _count(lane.arrival_s, waiting_until), PHASES["queue"], False)]
     curves = [("Running", _over_time(lane, lane.steps["running"]), PHASES["prefill"], False),
               ("Waiting", _waiting(lane), PHASES["queue"], False)]
     num_instances = len(lane.busy_s)
@@ -240,15 +251,33 @@ def _curves(lane: LaneResult) -> list[tuple[str, tuple, str, bool]]:
 
 
 def _count(start_s: np.ndarray, end_s: np.ndarray) -> tuple:
-    times = np.concatenate([start_s, end_s])
+    return _thin(*_counted(start_s, end_s))
+
+
+def _counted(start_s: np.ndarray, end_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those that have started and not ended, from each time on. Who never started did not end either."""
+    times = np.concatenate([start_s, np.where(np.isnan(start_s), np.nan, end_s)])
     change = np.concatenate([np.ones(len(start_s)), -np.ones(len(end_s))])
     known = ~np.isnan(times)
     order = np.argsort(times[known], kind="stable")
-    return _thin(times[known][order], np.cumsum(change[known][order])[None])
+    return times[known][order], np.cumsum(change[known][order])[None]
 
 
 def _waiting(lane: LaneResult) -> tuple:
-    """Requests not scheduled yet, at any time, and preempted ones that wait again, as every step leaves them."""
+    """Requests not scheduled yet, at any time, and preempted ones that wait again, as every step leaves them.
+
+    Where requests end without an answer: all that have not ended and do not run, so also those that were lost with an
+    instance, or are to be sent again.
+    """
+    if lane.ended_s is not None:
+        arrived = _counted(lane.arrival_s, lane.ended_s)
+        ran = _held(lane, lane.steps["running"])
+        # A tape that was too short says nothing beyond its end.
+        both = np.union1d(arrived[0], ran[0])
+        both = both[both < ran[0][-1]]
+        there, running = (np.append(0, levels.sum(0))[np.searchsorted(times, both, side="right")]
+                          for times, levels in (arrived, ran))
+        return _thin(both, np.maximum(there - running, 0)[None])
     times, first, _, _ = _count(lane.arrival_s, lane.scheduled_s)
     if not np.any(lane.preemptions):
         return times, first, None, None
@@ -274,6 +303,11 @@ def _over_time(lane: LaneResult, column: np.ndarray, is_empty_at_rest: bool = Tr
 
     is_empty_at_rest: or to its end, where no other follows at once.
     """
+    return _thin(*_held(lane, column, is_empty_at_rest))
+
+
+def _held(lane: LaneResult, column: np.ndarray, is_empty_at_rest: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The count of every instance, from each time on."""
     steps, num_instances = lane.steps, len(lane.busy_s)
     order = np.argsort(steps["time_s"], kind="stable")
     times, ends = (np.asarray(x, np.float64)[order] for x in (
@@ -297,7 +331,7 @@ def _over_time(lane: LaneResult, column: np.ndarray, is_empty_at_rest: bool = Tr
             continue
         latest = np.searchsorted(mine, np.arange(len(times)), side="right") - 1
         held[i, :-1] = np.where(latest >= 0, value[mine[np.maximum(latest, 0)]], 0)
-    return _thin(np.append(times, end), held)
+    return np.append(times, end), held
 
 
 def _thin(times: np.ndarray, held: np.ndarray) -> tuple:

@@ -10,8 +10,9 @@ from jaxsim._core.errors import InputError
 from jaxsim.cost.apex import ParallelPlan, candidate_plans
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, kv_cache_bytes, weight_format
-from jaxsim.spec.presets import Scheduler, load_preset
+from jaxsim.spec.presets import Scheduler, load_preset, resolve
 from jaxsim.spec.scenario import Scenario
+from jaxsim.spec.values import plain
 
 NO_CELLS = ("no engine here copies attention over ranks that share a dense FFN: screened and not simulated")
 
@@ -23,6 +24,10 @@ ONLINE = ("fp8",)
 
 KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 """vLLM's --kv-cache-dtype, in all versions; "auto" is the width of the activations."""
+
+WITHOUT_FLAG = ("victim", "phase_mix", "reserve", "decode_needs_free_block", "waiting_blocked_after_preempt", "admit",
+                "kv_accounting", "decode_context_limit")
+"""What a scheduler is bent by (docs/schedulers.md), and vLLM's is not."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +149,7 @@ def vllm_line(scenario: Scenario, scheduler: Scheduler, candidate: Candidate) ->
     if engine.scheduling_policy not in (None, "fcfs", "priority"):
         raise InputError("engine.scheduling_policy", engine.scheduling_policy, "is no policy of vLLM",
                          "use 'fcfs' or 'priority' for a command line")
+    _check_flags(scenario, scheduler)
     for field in ("block_size", "num_gpu_blocks_override", "scheduling_policy"):
         if getattr(engine, field) is not None:
             flags.append((field.replace("_", "-"), getattr(engine, field)))
@@ -164,6 +170,21 @@ def vllm_line(scenario: Scenario, scheduler: Scheduler, candidate: Candidate) ->
     for flag, value in flags:
         words += [f"--{flag}"] + ([] if value is None else [str(value)])
     return shlex.join(words)
+
+
+def _check_flags(scenario: Scenario, scheduler: Scheduler) -> None:
+    """Refuse what decides the timing and has no flag. Raises `InputError`."""
+    engine = scenario.engine
+    for name in ("swap", "offload", "context_reuse"):
+        if getattr(engine, name) is not None:
+            raise InputError(f"engine.{name}", plain(getattr(engine, name)), "is not written as a flag of vLLM",
+                             "leave it out, or read the degrees in the table")
+    usual = resolve(msgspec.structs.replace(engine, **dict.fromkeys(WITHOUT_FLAG)))
+    for name in WITHOUT_FLAG:
+        if getattr(engine, name) is not None and getattr(scheduler, name) != getattr(usual, name):
+            raise InputError(f"engine.{name}", getattr(engine, name),
+                             f"is not what vLLM does, {getattr(usual, name)!r}, and it has no flag for it",
+                             "leave it out, or read the degrees in the table")
 
 
 def _formats(scenario: Scenario) -> list[tuple[str, str]]:

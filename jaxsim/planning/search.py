@@ -86,11 +86,16 @@ def search(scenario: Scenario, devices: Sequence[tuple[str, int]], *, attainment
     _check(scenario, devices, attainment, top, rank_by)
     listed = [c for name, count in devices for c in candidates(scenario.model.spec(), load_device(name).name, count)]
     load = load_of_scenario(scenario)
-    made = [_scenario(scenario, candidate) for candidate in listed]
+    made: dict[int, Scenario] = {}
     rows, screen = [], _Screen(scenario, load)
-    for number, (candidate, one) in enumerate(zip(listed, made, strict=True)):
+    for number, candidate in enumerate(listed):
         progress("screening", number, len(listed))
-        rows.append(_described(candidate) | screen(candidate, one))
+        try:
+            made[number] = _scenario(scenario, candidate)
+        except InputError as error:
+            rows.append(_described(candidate) | {"refused": str(error)})
+        else:
+            rows.append(_described(candidate) | screen(candidate, made[number]))
     table = pd.DataFrame(rows)
     if "screened.tpot_ms" not in table:
         reasons = "; ".join(f"{row['device']} {row['plan']}: {row['refused']}" for row in rows)

@@ -222,7 +222,8 @@ class TenantSection(Section, frozen=True):
         ttft_ms: its limit of the time to first token, instead of slo.ttft_ms.
         tpot_ms: its limit of the time per output token, instead of slo.tpot_ms.
         deadline_ms: its limit from arrival to last token, instead of slo.e2e_ms. Under engine.scheduling_policy = "edf"
-            a request is due at its arrival and the first given of deadline_ms, ttft_ms, slo.e2e_ms, slo.ttft_ms.
+            and "least_slack" a request is due at its arrival and the first given of deadline_ms, ttft_ms, slo.e2e_ms,
+            slo.ttft_ms.
     """
 
     name: Text
@@ -310,8 +311,8 @@ class WorkloadSection(Section, frozen=True):
             it is told the exact output length, as in benchmarks that ignore the end-of-sequence token.
         tenants: classes of requests, or of sessions. Of a trace, which has its own, those whose limits or weights are
             other than the rest's.
-        prediction: of output lengths, which engine.scheduling_policy = "sjf" goes by; instead of those that a trace may
-            have.
+        prediction: of output lengths, which engine.scheduling_policy = "sjf" and "least_slack" go by; instead of those
+            that a trace may have.
         sessions: turns of conversations or agentic loops, instead of single requests.
         client: how long clients wait, and what they do then; for ever if left out.
         images: of requests, which have to be encoded first; none if left out.

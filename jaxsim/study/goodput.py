@@ -19,6 +19,7 @@ from scipy.special import stdtrit
 
 from jaxsim._core.errors import InputError
 from jaxsim.spec.scenario import Scenario, SloSection
+from jaxsim.spec.values import plain
 from jaxsim.study import runner
 from jaxsim.study.lanes import Shape
 from jaxsim.study.plan import Tile, plan_of
@@ -66,7 +67,8 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, atta
     and `SHOWN` at rate_rps. Raises `InputError`.
 
     A warm-up and a cool-down are of the scenario's own rate, and are stretched with the arrivals: the same requests
-    are measured at all rates.
+    are measured at all rates. Outages that are drawn are not: none begins after `cluster.failures.until_s`, whatever
+    the rate; given ones are refused.
     """
     wanted = [s if slo is None else msgspec.structs.replace(s, slo=slo) for s in scenarios]
     _check(wanted, attainment, rates, tolerance)
@@ -148,6 +150,11 @@ def _check(scenarios, attainment, rates, tolerance) -> None:
             raise InputError("workload.sessions", scenario.workload.kind,
                              "begin at a rate, but their requests come as answers come out",
                              "sweep workload.rate_rps with `jaxsim sweep`, or use single requests")
+        failures = scenario.cluster.failures
+        if failures is not None and failures.outages:
+            raise InputError("cluster.failures.outages", plain(failures.outages),
+                             "are at given times, before which a run at a higher rate may be over",
+                             "have them drawn, by mtbf_s, mttr_s and until_s")
         for field in ("warmup_s", "cooldown_s"):
             if getattr(scenario, field) and scenario.workload.rate_rps is None:
                 raise InputError(field, getattr(scenario, field),

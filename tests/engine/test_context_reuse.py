@@ -67,6 +67,14 @@ def test_refused(field, reuse, changes):
     assert caught.value.field == field
 
 
+def test_the_budget_is_that_of_the_device():
+    """vLLM takes 8192 tokens an iteration on an H100 unless told, 2048 on an A100."""
+    made = scenario({"recomputed_layers": 8}, engine={"max_num_batched_tokens": None})
+    with pytest.raises(InputError, match="more than the 2048 tokens of an iteration"):
+        lower.resolve_system(made)
+    assert lower.resolve_system(made.with_values({"device.name": "h100"})).scheduler.max_num_batched_tokens == 8192
+
+
 def test_quality_chooses_the_layers():
     """The fewest whose loss is small enough, in whatever order they stand."""
     table = [{"recomputed_layers": k, "loss": loss} for k, loss in ((16, 0.001), (4, 0.05), (8, 0.01), (32, 0.0))]

@@ -112,6 +112,7 @@ FIELDS = {"engine__scheduling_policy": "least_slack", "engine__slack_output_ms":
     ({"engine__slack_output_ms": 10_000.0, "engine__max_model_len": 1 << 20,
       "engine__num_gpu_blocks_override": 1 << 20}, "engine.slack_output_ms", "can be ranked"),
     ({"cluster": {"pools": [{"replicas": 2}]}}, "cluster.pools[0].engine.scheduling_policy", "in pools"),
+    ({"cluster": {"admission": {"max_waiting": 9}}}, "engine.scheduling_policy", "use 'fcfs'"),
 ])
 def test_refused(fields, field, problem):
     with pytest.raises(InputError) as caught:

@@ -16,7 +16,7 @@ from jaxsim.io import result as files
 from jaxsim.io.listing import print_groups
 from jaxsim.kernels import histogram
 from jaxsim.metrics import LATENCIES, PERCENTILES, Result, flatten, request_frame
-from tests.metrics.lanes import blank_lane, scenario, simulated
+from tests.metrics.lanes import blank_lane, scenario, simulated, with_everything
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +261,46 @@ def test_waiting_adds_up_to_queues_and_stalls(starved):
     assert (np.diff(times) * total[:-1]).sum() == pytest.approx(waited, rel=0.02)
 
 
+def test_waiting_adds_up_where_requests_may_end_without_an_answer(starved):
+    """The other way to count gives the same where all are answered."""
+    lane = starved.lanes[0][0]
+    frame = request_frame(lane)
+    times, total, _, _ = plots._waiting(dataclasses.replace(lane, ended_s=lane.finish_s))
+    waited = frame["queue_s"].sum() + frame["stall_s"].sum()
+    assert (np.diff(times) * total[:-1]).sum() == pytest.approx(waited, rel=0.02)
+
+
+def at(curve, *when_s) -> list[float]:
+    """A curve at some times; before its first it is 0."""
+    return np.append(0, curve[1])[np.searchsorted(curve[0], when_s, side="right")].tolist()
+
+
+def test_who_has_ended_does_not_wait():
+    """By hand: served from 1 to 4, given up while waiting at 5, refused at 2, given up while running at 6, and one that
+    nobody knows the end of."""
+    nan = np.nan
+    lane = blank_lane([0.0, 0.0, 2.0, 3.0, 7.0], [4.0, nan, nan, nan, nan],
+                      scheduled_s=np.array([1.0, nan, nan, 4.0, nan]), ended_s=np.array([4.0, 5.0, 2.0, 6.0, nan]))
+    running, waiting = (curve for _, curve, _, _ in plots._curves(lane))
+    assert at(running, 0.5, 1.5, 4.5, 6.5, 9.0) == [0, 1, 1, 0, 0]
+    assert at(waiting, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 8.0) == [2, 1, 1, 2, 1, 0, 1]
+
+
+def test_who_was_lost_waits_again():
+    """By hand: one that runs from 0 to 2 s, goes down with its instance, and runs on another from 6 to 10 s; one that
+    is refused at 1 s, and one that waits from 3 to 5 s and gives up. The tape may end early."""
+    steps = {"time_s": np.array([0.0, 6.0]), "duration_s": np.array([2.0, 4.0]), "instance": np.array([0, 1]),
+             "running": np.ones(2), "waiting": np.zeros(2), "used_blocks": np.ones(2)}
+    nan = np.nan
+    lane = blank_lane([0.0, 1.0, 3.0], [10.0, nan, nan], scheduled_s=np.array([0.0, nan, nan]), busy_s=np.ones(2),
+                      ended_s=np.array([10.0, 1.0, 5.0]), losses=np.array([1, 0, 0]), steps=steps)
+    running, waiting, _ = (curve for _, curve, _, _ in plots._curves(lane))
+    assert at(running, 1.0, 3.0, 7.0) == [1, 0, 1]
+    assert at(waiting, 0.5, 1.5, 2.5, 4.0, 5.5, 7.0) == [0, 0, 1, 2, 1, 0]
+    short = dataclasses.replace(lane, steps={name: values[:1] for name, values in steps.items()})
+    assert max(plots._waiting(short)[1]) == 0
+
+
 def drawn(draw, monkeypatch, path):
     """The figure that a plot drew."""
     from matplotlib.figure import Figure
@@ -366,8 +406,12 @@ def documented() -> set[str]:
 
 
 def test_every_key_and_column_is_on_the_page(starved):
-    classes = [dataclasses.replace(lane, tenant_names=("a", "b")) for lane in starved.lanes[0]]
-    content = files.summary(Result(starved.scenarios, [classes]))
+    """Of a run that has all that any run may have."""
+    classes = [dataclasses.replace(with_everything(lane, seed), tenant_names=("a", "b"))
+               for seed, lane in enumerate(starved.lanes[0])]
+    assert all(getattr(classes[0], field.name) is not None for field in dataclasses.fields(classes[0]))
+    result = Result(starved.scenarios, [classes])
+    content = files.summary(result)
     spans = documented()
     assert set(content["tenants"]) == {"a", "b"} and "tenants.NAME" in spans
     of_a_class = spans | {f"{s}_{latency}_ms" for s in ("mean", "p50", "p99") for latency in ("ttft", "tpot", "e2el")
@@ -375,11 +419,13 @@ def test_every_key_and_column_is_on_the_page(starved):
     assert set(content["tenants"]["a"]) <= of_a_class
     metrics = {k: v for k, v in content.items() if k not in ("tenants", "intervals", "seeds", "scenario", "provenance")}
     assert set(flatten(metrics)) <= spans, set(flatten(metrics)) - spans
-    assert set(content) <= spans | {"slo", "queueing", "preemptions", "kv", "utilisation", "cost", "tenants",
-                                  "fairness"}
+    groups = {"slo", "queueing", "preemptions", "kv", "utilisation", "cost", "tenants", "fairness", "outcomes",
+              "outages", "transfers", "migrations", "scaling", "role_switching", "swaps", "loads", "sessions"}
+    assert groups <= set(content) <= spans | groups
     provenance = content["provenance"]
     assert set(provenance) | set(provenance["imitates"]) <= spans and provenance["format"] in spans
-    assert set(starved.requests.columns) <= spans
+    assert len(result.requests.columns) > len(starved.requests.columns) + 12
+    assert set(result.requests.columns) <= spans, set(result.requests.columns) - spans
     assert set(files.FILES) <= spans
 
 

@@ -1,9 +1,12 @@
 """Lanes for tests of what is made from them: real schedules, from the reference simulator."""
 
+import dataclasses
+
 import numpy as np
 
 from jaxsim.kernels import histogram
-from jaxsim.metrics import FINISHED, LaneResult
+from jaxsim.metrics import ABORTS, FINISHED, LaneResult
+from jaxsim.metrics.lane import FAILED, REJECTED, TIMED_OUT
 from jaxsim.spec.scenario import Scenario
 from tests.reference import simulator
 
@@ -117,3 +120,33 @@ def blank_lane(arrival_s, finish_s, **fields) -> LaneResult:
         kv_block_s=np.ones(1), kv_peak_blocks=np.ones(1, int), running_s=np.ones(1), num_blocks=10,
         num_iterations=1)
     return LaneResult(**{**defaults, **fields})
+
+
+def with_everything(lane: LaneResult, seed: int = 0) -> LaneResult:
+    """A lane with a value, drawn and of no deeper meaning, wherever a run may have none: of no run, but the columns and
+    groups of all of them. Some requests end without an answer."""
+    rng = np.random.default_rng(seed)
+    count, instances = lane.num_requests, len(lane.busy_s)
+    few, times = (lambda: rng.integers(0, 3, count)), (lambda: rng.exponential(0.1, count))
+    status = np.where(rng.random(count) < 0.2, rng.choice([TIMED_OUT, REJECTED, FAILED], count), FINISHED)
+    is_done = status == FINISHED
+    first_token_s, finish_s = (np.where(is_done, x, np.nan) for x in (lane.first_token_s, lane.finish_s))
+    has_moved, num_images = is_done & (rng.random(count) < 0.5), few()
+    migrations, cached = few(), rng.integers(0, np.asarray(lane.input_tokens) // 2 + 1)
+    # Requests are scheduled after their images came.
+    embedded_s = np.where(num_images > 0, lane.arrival_s + 0.6 * (lane.scheduled_s - lane.arrival_s), np.nan)
+    return dataclasses.replace(
+        lane, first_token_s=first_token_s, finish_s=finish_s, status=status.astype(np.int8), attempts=1 + few(),
+        ended_s=np.where(is_done, lane.finish_s, lane.arrival_s + times()), device_busy_s=0.9 * np.asarray(lane.busy_s),
+        num_prefix_blocks=3, cached_tokens=cached, loaded_tokens=cached // 2, load_s=rng.random(instances),
+        load_delay_s=rng.random(instances), decode_instance=np.where(has_moved, 1, -1),
+        accepted_s=np.where(has_moved, first_token_s + 0.001, np.nan),
+        delivered_s=np.where(has_moved, first_token_s + 0.002 + 0.001 * rng.random(count), np.nan),
+        migrations=migrations, downtime_s=np.where(migrations > 0, times(), 0.0), last_instance=np.zeros(count, int),
+        aborted_migrations=rng.integers(0, 9, len(ABORTS)), instance_s=0.7 * instances * np.nanmax(finish_s), starts=2,
+        drains=1, role_switches=2, drain_s=1.5, role_changes=np.ones((2, 7)), extrapolated_share=0.25, lost_steps=1,
+        session=np.arange(count) // 3, turn=np.arange(count) % 3, num_context_limited=4, num_images=num_images,
+        encoded_s=np.where(num_images > 0, lane.arrival_s + 0.5 * (embedded_s - lane.arrival_s), np.nan),
+        embedded_s=embedded_s, swaps=few(), swap_s=times(), swap_delay_s=rng.random(instances),
+        swapped_blocks=rng.integers(1, 99, 2), predicted_tokens=1 + few(), losses=2 * few(), restarts=few(),
+        num_outages=5, down_s=rng.random(instances))

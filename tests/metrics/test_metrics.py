@@ -1,5 +1,6 @@
 """Metrics against their definitions, on real schedules and on hand-made lanes."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -162,6 +163,15 @@ def test_energy_is_between_idle_and_busy():
             assert device.power.idle_w < device.power.busy_w <= device.tdp_w and device.power.source
     with pytest.raises(InputError, match="busy_w"):
         ServingPower(idle_w=100.0, busy_w=50.0)
+
+
+def test_instances_that_are_off_draw_nothing():
+    """By hand: two devices, from 0 to 10 s, one of them on for 5 s; busy for 4 and 2 s."""
+    lane = blank_lane([0.0, 1.0], [5.0, 10.0], busy_s=np.array([4.0, 2.0]), instance_s=15.0, starts=1, drains=0)
+    devices = Devices(*np.array([[1.0, 1.0], [100.0, 100.0], [400.0, 400.0], [math.nan, math.nan]]))
+    assert lane_metrics(lane, devices=devices)["energy_j"] == pytest.approx(100 * 15 + 300 * 6)
+    always = dataclasses.replace(lane, instance_s=None)
+    assert lane_metrics(always, devices=devices)["energy_j"] == pytest.approx(100 * 20 + 300 * 6)
 
 
 def test_phases_add_up_to_the_whole(starved):

@@ -109,6 +109,30 @@ def test_flags_of_the_older_engine():
         assert import_vllm(line, device="h100", preset="vllm-v0").engine.enable_chunked_prefill is False
 
 
+@pytest.mark.parametrize("field, engine", [
+    ("victim", {"preset": "vllm-v1@0.9", "scheduling_policy": "priority", "victim": "last_admitted"}),
+    ("reserve", {"reserve": "max_tokens"}), ("kv_accounting", {"kv_accounting": False}),
+    ("swap", {"preset": "vllm-v0", "swap": {"space_gb": 4.0, "dispatch_us": 5.0}}),
+    ("offload", {"enable_prefix_caching": True, "offload": {"space_gb": 4.0}}),
+    ("context_reuse", {"enable_prefix_caching": True, "context_reuse": {"gb_per_s": 25.0, "recomputed_layers": 4}}),
+])
+def test_what_vllm_has_no_flag_for(field, engine):
+    """It decides the timing, so there is no line without it."""
+    scenario = Scenario.from_dict({
+        "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"}, "engine": engine,
+        "workload": {"kind": "poisson", "rate_rps": 1.0, "input": 10, "output": 10,
+                     "prefix_groups": {"number": 4, "tokens": 512}}})
+    with pytest.raises(InputError) as caught:
+        line_of(scenario)
+    assert caught.value.field == f"engine.{field}"
+
+
+def test_flags_that_say_what_the_preset_says():
+    """They change nothing, and the line needs none."""
+    said = serving().with_values({"engine.victim": "last_admitted", "engine.reserve": "none"})
+    assert line_of(said) == line_of(serving())
+
+
 def test_lines_that_cannot_be_written():
     scenario = Scenario.from_dict({
         "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},

@@ -116,6 +116,21 @@ def test_what_was_left_out_says_so(monkeypatch, found):
     assert table["refused"].iloc[2:].notna().all() and table["refused"].iloc[:2].isna().all()
 
 
+def test_a_plan_that_the_scenario_refuses_is_a_row(monkeypatch):
+    """Engines that fail have no pipeline stages: the other plans are searched all the same."""
+    screened = {f"screened.{name}": 1.0 for name in (
+        "ttft_ms", "tpot_ms", "e2e_ms", "rate_within_limits", "output_tokens_per_s_per_device",
+        "usd_per_million_output_tokens")} | {"screened.is_stable": True, "refused": None}
+    monkeypatch.setattr(searching._Screen, "__call__", lambda *_: screened)
+    ran = []
+    monkeypatch.setattr(searching.runner, "table", lambda scenarios, **_: (
+        ran.extend(scenarios), (pd.DataFrame({"point": []}), dict.fromkeys(range(len(scenarios)), "not run")))[1])
+    found = search(Scenario.named("outages"), [("h100", 2)])
+    why = found.table.set_index("plan")["refused"]
+    assert len(why) == 4 and "engine.pipeline_parallel_size" in why["TP1 PP2"]
+    assert (why.drop("TP1 PP2") == "not run").all() and len(ran) == 3
+
+
 def refused(capsys, *arguments) -> str:
     """The one line on standard error, besides what is being done."""
     assert cli.main(["plan", *arguments]) == 2

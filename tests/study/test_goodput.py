@@ -100,6 +100,15 @@ def test_the_window_is_of_the_same_requests_at_all_rates(found):
         search([no_rate], slo=SLO)
 
 
+def test_outages_at_given_times_have_no_goodput():
+    """A run at a higher rate is over before they begin; drawn ones are as frequent at every rate."""
+    failing = Scenario.from_dict(BASE | {"cluster": {"replicas": 2, "failures": {
+        "outages": [{"instance": 0, "at_s": 60.0, "down_s": 5.0}]}}})
+    with pytest.raises(InputError) as caught:
+        search([failing], slo=SLO)
+    assert caught.value.field == "cluster.failures.outages" and "mtbf_s" in caught.value.remedy
+
+
 @pytest.mark.slow
 def test_interval_is_that_of_other_seeds(found):
     """Searches of other seeds scatter as the intervals say."""

@@ -312,6 +312,12 @@ def _check_reuse(scenario: Scenario, system: System) -> None:
     if system.num_ranks > 1:
         raise InputError("engine.data_parallel_size", system.plan.data_parallel_size,
                          "with ranks that iterate together is not simulated with engine.context_reuse", "use 1")
+    # The budget of an iteration may be a default of the device.
+    tokens, budget = scenario.workload.prefix_groups.tokens, system.scheduler.max_num_batched_tokens
+    if tokens > budget:
+        raise InputError("workload.prefix_groups.tokens", tokens,
+                         f"are more than the {budget} tokens of an iteration, in which some layers of them are"
+                         " recomputed", "raise engine.max_num_batched_tokens, or give fewer")
     if recomputed_layers(scenario) > system.model.layers:
         raise InputError("engine.context_reuse.recomputed_layers", recomputed_layers(scenario),
                          f"is more than the {system.model.layers} layers of {system.model.name}", "lower it")

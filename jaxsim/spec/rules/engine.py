@@ -28,7 +28,7 @@ def check_engine(s: "Scenario") -> None:
     if engine.offload is not None:
         _check_offload(s)
     if engine.context_reuse is not None:
-        _check_reuse(s, scheduler)
+        _check_reuse(s)
     _check_order(s, scheduler)
     for ours, theirs in (("dtype", "dtype"), ("kv_dtype", "kv_cache_dtype")):
         given, other = s.model and getattr(s.model, ours), getattr(engine, theirs)
@@ -95,9 +95,9 @@ def _check_offload(s: "Scenario") -> None:
             raise InputError(name, given, problem, remedy)
 
 
-def _check_reuse(s: "Scenario", scheduler: Scheduler) -> None:
+def _check_reuse(s: "Scenario") -> None:
     engine, groups, field = s.engine, s.workload.prefix_groups, "engine.context_reuse"
-    given, budget = engine.context_reuse, scheduler.max_num_batched_tokens
+    given = engine.context_reuse
     fewest = [row.loss for row in given.quality]
     for name, value, is_wrong, problem, remedy in (
             *_behind_a_cache(s, field, "its layers"),
@@ -105,9 +105,6 @@ def _check_reuse(s: "Scenario", scheduler: Scheduler) -> None:
              f"is not simulated with {field}", "leave one of them out"),
             ("workload.prefix_groups", None, groups is None, f"missing, and they are the contexts of {field}",
              "give e.g. { number = 16, tokens = 4096 }, or leave engine.context_reuse out"),
-            ("workload.prefix_groups.tokens", groups and groups.tokens, groups is not None and groups.tokens > budget,
-             f"are more than the {budget} tokens of an iteration, in which some layers of them are recomputed",
-             "raise engine.max_num_batched_tokens, or give fewer"),
             (f"{field}.recomputed_layers", given.recomputed_layers,
              (given.recomputed_layers is None) == (not given.quality),
              "stands against a table of quality: exactly one of them is needed",
@@ -145,7 +142,7 @@ def _check_order(s: "Scenario", scheduler: Scheduler) -> None:
     if order == "least_slack" and s.workload.images is not None:
         raise InputError(field, order, "is not simulated with images", "use 'fcfs'")
     if order == "least_slack" and s.has_clients:
-        raise InputError(field, order, "is not simulated where requests end without an answer", "use 'edf'")
+        raise InputError(field, order, "is not simulated where requests end without an answer", "use 'fcfs'")
     if order in ("sjf", "least_slack") and w.prediction is None and w.kind != "trace":
         raise InputError("workload.prediction", None, f"missing, and scheduling_policy = {order!r} goes by it",
                          "give e.g. { sigma = 0.0 } for exact predictions of output lengths")

@@ -1,13 +1,9 @@
 """The scheduler that a scenario names."""
 
 import functools
-from typing import TYPE_CHECKING
 
 from jaxsim.spec.engine import EngineConfig
 from jaxsim.spec.presets import Scheduler, resolve
-
-if TYPE_CHECKING:
-    pass
 
 
 def scheduler_of(engine: EngineConfig) -> Scheduler:
