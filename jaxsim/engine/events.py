@@ -390,6 +390,11 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         event = event._replace(is_passing=event.is_passing | (is_wake & (phase == w.RESTING)))
     if dims.has_moves or (params.source.answers and dims.num_executors > 1):
         event = event._replace(is_met=_is_met(dims, world, now, executor))
+    if dims.has_remote and dims.num_executors > 1:
+        # What ends elsewhere at this instant may be in the store then, and passes use it in the order of executors.
+        are_due = (world.wake_hi == now.hi) & (world.wake_lo == now.lo)
+        is_met = jnp.any(are_due & (jnp.arange(dims.num_executors) != executor))
+        event = event._replace(is_met=event.is_met | is_met)
     return event, is_frozen & (world.num_finished < requests.count) & (world.fault == 0)
 
 

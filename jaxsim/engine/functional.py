@@ -103,7 +103,7 @@ def simulate_recorded(dims: Dims, params: Params, requests: Requests, num_record
     if dims.has_encoder:
         raise ValueError("has_encoder: a tape does not say which images an iteration encodes")
     if dims.has_loads:
-        raise ValueError("has_offload, has_reuse: a tape does not say what an iteration loads")
+        raise ValueError("has_offload, has_reuse, has_remote: a tape does not say what an iteration loads")
     size = num_records or dims.num_records
     dims = replace(dims, num_records=size or dims.num_ranks * (RECORDS_A_REQUEST * dims.num_requests + 1000))
     params, requests = jax.lax.stop_gradient((params, requests))

@@ -12,6 +12,7 @@ from jaxsim.engine import (
     migration,
     offload,
     prefix,
+    remote_store,
     role_switching,
     slack,
     swapping,
@@ -141,6 +142,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes |= offload.writes(context, t.rank, t.behind, t.kept, t.candidate, is_new)
     if dims.has_reuse:
         writes |= context_reuse.writes(dims, t.found, t.candidate, is_new)
+    if t.puts is not None:
+        writes |= remote_store.writes(context, t.rank, t.found, t.own_puts, t.puts, t.candidate, is_new)
     if event.met is not None:
         writes |= caches.writes(context, event.met, event.request, event.is_arrival, t.rank)
     if t.due is not None:
@@ -229,6 +232,10 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         is_frozen=t.is_frozen.astype(jnp.int32))
     if dims.offload_log:
         progress["fault"] = progress["fault"] | offload.fault(dims, counts)
+    if t.egress is not None:
+        progress["egress"] = jnp.stack(t.egress)
+    if dims.remote_log:
+        progress |= dict(room=t.puts.room, fault=progress["fault"] | remote_store.fault(dims, t.puts))
     if t.sight is not None:
         is_full = t.sight.overflows | t.moved.overflows
         progress["fault"] = progress["fault"] | jnp.where(is_full, w.WINDOW_FULL, 0)

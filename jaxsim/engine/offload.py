@@ -18,6 +18,7 @@ its end to its start. Approximated: a prompt placed later in a pass finds what a
 whole blocks are kept, where LMCache keeps chunks of 256 tokens; stores never wait for the link, nor do loads for them.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -83,13 +84,20 @@ def look(context: Context, which: Int[Array, ""], rank: Rank, is_any: Bool[Array
         rank, gone, owed = evict(context, which, rank, is_any)
         stored = stored - jnp.sum(jnp.where(gone.items[None, :] == path.items[:, None], gone.evicted[None, :], 0), 1)
         own, is_settled = own - jnp.sum(jnp.where(gone.items == item, gone.evicted, 0)), owed == 0
-    # From the first block that the prefix cache lacks to the first that is not here either.
+    loaded = reached(dims, known, found, stored, own)
+    return rank, replace(found, loaded=loaded), Behind(path, stored, own, item, gone), is_settled
+
+
+def reached(dims: Dims, known: Int[Array, ""], found: Found, stored: Int[Array, " path"], own: Int[Array, ""]
+            ) -> Int[Array, ""]:
+    """Blocks from the first that the prefix cache lacks to the first that is not stored either. stored: of the segments
+    of the path; own: behind it."""
+    path = found.path
     ends, last = path.begins + path.lengths, path.end + own
     is_gap = (ends > found.blocks) & (stored < path.lengths)
     there = jnp.minimum(jnp.min(jnp.where(is_gap, path.begins + stored, last)), last)
     there = jnp.minimum(there, (known - 1) >> dims.block_bits)
-    loaded = jnp.maximum(there - found.blocks, 0)
-    return rank, replace(found, loaded=loaded), Behind(path, stored, own, item, gone), is_settled
+    return jnp.maximum(there - found.blocks, 0)
 
 
 def evict(context: Context, which: Int[Array, ""], rank: Rank, is_any: Bool[Array, ""]
@@ -98,19 +106,33 @@ def evict(context: Context, which: Int[Array, ""], rank: Rank, is_any: Bool[Arra
     blocks that remain to be evicted, too."""
     dims, world, held = context.dims, context.world, rank.offload
     debt = jnp.where(is_any, held.stored_blocks - context.group.batching.offload.capacity_blocks, 0)
+    gone, num_over, owed = longest_untouched(
+        dims.num_segments, debt, is_any, held.head, held.end,
+        lambda place: take(world.touches, which, place & (dims.offload_log - 1)),
+        lambda items: (take(world.touched, which, items), take(world.stored, which, items)))
+    stored_blocks = held.stored_blocks - jnp.sum(gone.evicted)
+    held = replace(held, head=held.head + num_over, stored_blocks=stored_blocks)
+    return replace(rank, offload=held), gone, owed
+
+
+def longest_untouched(null_item: int, debt: Int[Array, ""], is_any: Bool[Array, ""], head: Int[Array, ""],
+                      end: Int[Array, ""], touches_at: Callable, state_of: Callable
+                      ) -> tuple[Evicted, Int[Array, ""], Int[Array, ""]]:
+    """So many blocks of a log of touches from its head on, as far as a look goes. touches_at: items at places of it;
+    state_of: newest places of items, and their blocks. Returns what is evicted, how many entries are over with it, and
+    the blocks that remain to be evicted."""
     debt = jnp.maximum(debt, 0)
-    place = held.head + jnp.arange(LOOKS)
-    is_written = place < held.end
-    items = take(world.touches, which, place & (dims.offload_log - 1))
-    items = jnp.where(is_written, items, dims.num_segments)
-    is_valid = is_written & (take(world.touched, which, items) == place)
-    content = jnp.where(is_valid, take(world.stored, which, items), 0)
+    place = head + jnp.arange(LOOKS)
+    is_written = place < end
+    items = touches_at(place)
+    items = jnp.where(is_written, items, null_item)
+    newest, blocks = state_of(items)
+    is_valid = is_written & (newest == place)
+    content = jnp.where(is_valid, blocks, 0)
     evicted = jnp.clip(debt - sums_before(content), 0, content)
     is_over = (evicted == content) & is_written & is_any
     num_over = jnp.sum((is_over & (sums_before((~is_over).astype(jnp.int32)) == 0)).astype(jnp.int32))
-    num_evicted = jnp.sum(evicted)
-    held = replace(held, head=held.head + num_over, stored_blocks=held.stored_blocks - num_evicted)
-    return replace(rank, offload=held), Evicted(items, evicted, content - evicted), debt - num_evicted
+    return Evicted(items, evicted, content - evicted), num_over, debt - jnp.sum(evicted)
 
 
 def keep(context: Context, counts: Counts, placed: Placed, behind: Behind, found: Found, known: Int[Array, ""]

@@ -266,6 +266,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         rank = admit(rank, found, is_admitted)
     if batch.loading is not None:
         batch = replace(batch, loading=batch.loading + jnp.where(is_admitted, found.loaded, 0))
+    if batch.fetching is not None:
+        batch = replace(batch, fetching=batch.fetching + jnp.where(is_admitted, found.fetched, 0))
     if rules.async_scheduling:
         rank = replace(rank, visible=rank.visible - is_from_queue)
         if is_ready is not None:

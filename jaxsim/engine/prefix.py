@@ -69,7 +69,8 @@ class Found(eqx.Module):
 
     blocks: cached ones; revived: those of them that nobody held; least: blocks that admission needs whatever is evicted
     until then; owned: blocks of the path that the request shares, if it is admitted. evicted: item and blocks left.
-    loaded: blocks that come from host memory behind those found, if there is any (`jaxsim.engine.offload`).
+    loaded: blocks that come from host memory behind those found, if there is any (`jaxsim.engine.offload`); fetched: of
+    these the ones that come from a store that instances share (`jaxsim.engine.remote_store`).
     """
 
     path: Path
@@ -85,6 +86,7 @@ class Found(eqx.Module):
     evicted_left: Int[Array, " looks"]
     is_evicted: Bool[Array, " looks"]
     loaded: Int[Array, ""] | None = None
+    fetched: Int[Array, ""] | None = None
 
 
 def path_of(context: Context, request: Int[Array, ""]) -> Path:

@@ -255,18 +255,30 @@ def with_prefixes(dims: Dims, prefixes: list[lower.Prefixes]) -> Dims:
 
 def with_offload(dims: Dims, scenario: Scenario, system: lower.System, workloads: list[Workload],
                  prefixes: list[lower.Prefixes | None]) -> Dims:
-    """Sizes with what is behind the prefix cache: siblings, or host memory with a log of its touches unless it holds
-    all that there could be."""
+    """Sizes with what is behind the prefix cache: siblings, or a store that instances share, and host memory, both with
+    a log of their touches unless they hold all that there could be."""
+    given = scenario.cluster.remote_store
+    if given is not None:
+        dims = dataclasses.replace(
+            dims, has_remote=True, has_egress=given.egress_gb_per_s is not None,
+            remote_log=log_of_touches(lower.remote_blocks(scenario, system), system, workloads, prefixes))
     if scenario.engine.context_reuse is not None:
         return dataclasses.replace(dims, has_reuse=True)
     if scenario.engine.offload is None:
         return dims
-    capacity, s, log = lower.offload_blocks(scenario, system), system.scheduler, 0
+    log = log_of_touches(lower.offload_blocks(scenario, system), system, workloads, prefixes)
+    return dataclasses.replace(dims, has_offload=True, offload_log=log)
+
+
+def log_of_touches(capacity: int, system: lower.System, workloads: list[Workload],
+                   prefixes: list[lower.Prefixes | None]) -> int:
+    """Entries of the log of touches of a tier of so many blocks; 0 if it holds all that any workload could store."""
+    s, log = system.scheduler, 0
     for workload, prefix in zip(workloads, prefixes, strict=True):
         blocks, touches = offloaded_at_most(workload, prefix, s.block_size, s.max_num_batched_tokens)
         if blocks > capacity:
             log = max(log, 1 << (2 * touches + 4096 - 1).bit_length())
-    return dataclasses.replace(dims, has_offload=True, offload_log=log)
+    return log
 
 
 def offloaded_at_most(workload: Workload, prefixes: lower.Prefixes, block_size: int, budget: int) -> tuple[int, int]:
@@ -521,26 +533,34 @@ def swapped(dims: Dims, world: World, rows: tuple, lanes: int | slice) -> dict[s
             "swapped_blocks": np.stack([counts.copied_blocks.sum((-2, -1)), counts.spared_blocks.sum((-2, -1))], -1)}
 
 
-def block_seconds(params: Params) -> float:
-    """Of a block that is loaded on its link; NaN where none is."""
-    offload, reuse = params.flags.offload, params.flags.reuse
+def block_seconds(params: Params) -> tuple[float, float]:
+    """Of a block that is loaded on its link, and of one from the store that instances share; NaN where none is."""
+    offload, reuse, remote = params.flags.offload, params.flags.reuse, params.flags.remote
+    fetched_s = float("nan") if remote is None else float(remote.seconds_per_block)
     if reuse is not None:
-        return float(reuse.kv_s) + (float(reuse.hidden_s) if reuse.recomputed_share > 0 else 0.0)
-    return float("nan") if offload is None else float(offload.seconds_per_block)
+        return float(reuse.kv_s) + (float(reuse.hidden_s) if reuse.recomputed_share > 0 else 0.0), fetched_s
+    return float("nan") if offload is None else float(offload.seconds_per_block), fetched_s
 
 
-def loaded(dims: Dims, world: World, rows: tuple, lanes: int | slice, block_s: float | np.ndarray
+def loaded(dims: Dims, world: World, rows: tuple, lanes: int | slice, block_s: tuple[float, float] | np.ndarray
            ) -> dict[str, np.ndarray]:
     """Where blocks are loaded behind the prefix cache: `loaded_tokens` of these requests, `load_s` and `load_delay_s`
-    of the instances of these runs; block_s: seconds of a block, of each run where they are many."""
+    of the instances of these runs, and with a store that these share `fetched_tokens`; block_s: as `block_seconds`
+    says, of each run where they are many."""
     if world.loaded is None:
         return {}
-    blocks = w.count_rows(dims).everything(world.counts[lanes]).rank.offload.loaded_blocks
+    held = w.count_rows(dims).everything(world.counts[lanes]).rank.offload
     loads = w.clock_rows(dims).everything(world.clocks[lanes]).rank.loads
-    delay = loads.hi.astype(np.float64) + loads.lo
-    load_s = blocks * np.asarray(block_s)[..., None, None]
-    return {"loaded_tokens": world.loaded[rows], "load_s": load_s.reshape(*blocks.shape[:-2], -1),
-            "load_delay_s": delay.reshape(*delay.shape[:-2], -1)}
+    blocks, delay, found = held.loaded_blocks, loads.hi.astype(np.float64) + loads.lo, {}
+    one_s, fetched_s = np.moveaxis(np.asarray(block_s)[..., None, None], -3, 0)
+    if dims.has_remote:
+        # Without host memory a block from there has no time, and none came.
+        own_s = (blocks - held.fetched_blocks) * np.nan_to_num(one_s)
+        load_s, found = own_s + held.fetched_blocks * fetched_s, {"fetched_tokens": world.fetched[rows]}
+    else:
+        load_s = blocks * one_s
+    return found | {"loaded_tokens": world.loaded[rows], "load_s": load_s.reshape(*blocks.shape[:-2], -1),
+                    "load_delay_s": delay.reshape(*delay.shape[:-2], -1)}
 
 
 def blocks_of(system: lower.System) -> int | np.ndarray:

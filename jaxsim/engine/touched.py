@@ -13,6 +13,7 @@ from jaxsim.engine import (
     offload,
     pipeline,
     prefix,
+    remote_store,
     role_switching,
     slack,
     swapping,
@@ -123,6 +124,8 @@ class Touched(eqx.Module):
     # look_up: what is cached of the candidate, and what host memory has of it.
     found: prefix.Found | None = None
     behind: offload.Behind | None = None
+    # What this rank has put of it into the store that instances share, and what that has evicted.
+    own_puts: remote_store.OwnPuts | None = None
 
     # fill: who was placed; whether a first token opens a row of the log, the head of the queue waits for an event, more
     # can be placed at this instant; tokens the victim has emitted.
@@ -139,6 +142,9 @@ class Touched(eqx.Module):
     moved: swapping.Moved | None = None
     # What goes to host memory behind the prefix cache.
     kept: offload.Kept | None = None
+    # What it puts there now; launch: until when the egress of the store is busy.
+    puts: remote_store.Puts | None = None
+    egress: Time | None = None
 
     # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
     # behind it; whether it starts.

@@ -240,8 +240,9 @@ def _facts(m: Mapping[str, Any], intervals: Mapping[str, Interval], runs: Sequen
     if tiers is not None and tiers["device_share"] is not None:
         lost = "" if tiers["delay_share"] is None else (
             f"; loads lengthened iterations by {100 * tiers['delay_share']:.1f} % of the time with one in flight")
+        shared = f" ({share(tiers['store_share'])} from the store)" if "store_share" in tiers else ""
         facts.append(("prompt tokens", f"{share(tiers['device_share'])} found on the device,"
-                                       f" {share(tiers['loaded_share'])} loaded{lost}"))
+                                       f" {share(tiers['loaded_share'])} loaded{shared}{lost}"))
     fleet = m.get("scaling")
     if fleet is not None:
         facts.append(("instances", f"{number(fleet['mean_instances'])} on average, {number(fleet['starts'])} started,"

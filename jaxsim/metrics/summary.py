@@ -253,12 +253,15 @@ def _swaps_group(lane: LaneResult, frame: pd.DataFrame) -> dict[str, Any]:
 
 def _loads_group(lane: LaneResult, frame: pd.DataFrame) -> dict[str, Any]:
     """Of the prompt tokens of measured requests, those found on the device, loaded from elsewhere, and neither, when
-    each was first admitted; seconds of all loads on the links, and the part of the time with an iteration in flight by
-    which they lengthened these."""
+    each was first admitted; with a store that instances share, those of the loaded that came from there; seconds of all
+    loads on the links, and the part of the time with an iteration in flight by which they lengthened these."""
     prompt, busy_s = frame["input_tokens"].sum(), float(np.sum(lane.busy_s))
     shares = {name: float(frame[column].sum() / prompt) if prompt else None
               for name, column in (("device_share", "cached_tokens"), ("loaded_share", "loaded_tokens"))}
-    return {**shares, "computed_share": 1 - sum(shares.values()) if prompt else None,
+    fetched = {}
+    if lane.fetched_tokens is not None:
+        fetched["store_share"] = float(frame["fetched_tokens"].sum() / prompt) if prompt else None
+    return {**shares, **fetched, "computed_share": 1 - sum(shares.values()) if prompt else None,
             "load_s": float(np.sum(lane.load_s)),
             "delay_share": float(np.sum(lane.load_delay_s)) / busy_s if busy_s else None}
 

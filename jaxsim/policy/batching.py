@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsim.policy.context_reuse import ContextReuse
 from jaxsim.policy.offload import Offload
+from jaxsim.policy.remote_store import RemoteStore
 from jaxsim.policy.swap import Swap
 
 PHASE_MIXES = ("unified", "prefill_first")
@@ -89,6 +90,7 @@ class Batching(eqx.Module):
     swap: Swap | None = None
     offload: Offload | None = None
     reuse: ContextReuse | None = None
+    remote: RemoteStore | None = None
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),
@@ -104,6 +106,8 @@ class Batching(eqx.Module):
             raise ValueError("swap: only with the flags of vLLM V0")
         if (self.offload is not None or self.reuse is not None) and not self.prefix_caching:
             raise ValueError("offload, reuse: only behind a prefix cache")
+        if self.remote is not None and not self.prefix_caching:
+            raise ValueError("remote: only behind a prefix cache")
         if self.order in ("vtc", "least_slack") and not (
                 self.is_unified and self.reserve == "none" and self.kv_accounting and self.admit == "any_time"
                 and self.victim == "last_admitted" and not self.async_scheduling):

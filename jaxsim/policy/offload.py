@@ -33,10 +33,17 @@ class Offload(eqx.Module):
 
     def lengthened(self, compute: Time, blocks: Int[Array, ""]) -> Time:
         """How long an iteration takes that loads so many blocks, and `compute` by itself."""
-        load_s, layers = self.seconds(blocks), self.layers.astype(jnp.float32)
-        load, load_of_one = clock.on_grid(load_s), clock.on_grid(load_s / layers)
-        last = clock.on_grid((compute.hi + compute.lo) / layers)
-        load_bound = clock.add(Time(last, jnp.zeros_like(last)), load)
-        compute_bound = clock.add(compute, load_of_one)
-        overlapped = clock.select(compute_bound < load_bound, load_bound, compute_bound)
-        return clock.select(self.by_layer, overlapped, clock.add(compute, load))
+        load_s = self.seconds(blocks)
+        return with_loads(compute, clock.on_grid(load_s), load_s, self.layers, self.by_layer)
+
+
+def with_loads(compute: Time, load: Time | Float[Array, ""], load_s: Float[Array, ""], layers: Int[Array, ""],
+               by_layer: Bool[Array, ""]) -> Time:
+    """How long an iteration takes that loads for `load`, which is about `load_s`, and takes `compute` by itself."""
+    layers = layers.astype(jnp.float32)
+    load_of_one = clock.on_grid(load_s / layers)
+    last = clock.on_grid((compute.hi + compute.lo) / layers)
+    load_bound = clock.add(Time(last, jnp.zeros_like(last)), load)
+    compute_bound = clock.add(compute, load_of_one)
+    overlapped = clock.select(compute_bound < load_bound, load_bound, compute_bound)
+    return clock.select(by_layer, overlapped, clock.add(compute, load))

@@ -1,4 +1,5 @@
-"""Routing by prefixes: how much of the prompts caches find, blind and with affinity, and the published routers.
+"""Routing by prefixes: how much of the prompts caches find, blind and with affinity, and the published routers, also
+before a store that all instances share.
 
 The capacity law: with a working set of D blocks, blind routing needs caches of C >= D on each instance, affinity of
 D / instances. Of requests that are uniform over G groups, a cache that has room for k whole prefixes of the g that come
@@ -77,8 +78,9 @@ def reproduce(num_seeds: int | None = None) -> Reproduction:
     """All claims; num_seeds: runs of each point instead of the studies' own number."""
     hits = capacity_hits(num_seeds)
     rows = simulated(study("prefix-routing-routers", num_seeds))
-    claims = (*capacity_claims(hits), *_router_claims(rows))
-    return Reproduction(claims, functools.partial(_draw, hits, rows))
+    stored = simulated(study("prefix-routing-store", num_seeds))
+    claims = (*capacity_claims(hits), *_router_claims(rows), *store_claims(stored))
+    return Reproduction(claims, functools.partial(_draw, hits, rows, stored))
 
 
 # ---- the capacity law
@@ -180,11 +182,28 @@ def _router_claims(rows: pd.DataFrame) -> list[Claim]:
     return claims
 
 
-def _draw(hits: dict[str, dict[int, tuple[float, float]]], rows: pd.DataFrame, path: Path) -> None:
+GB_PER_S = "cluster.remote_store.gb_per_s"
+
+
+def store_claims(rows: pd.DataFrame) -> list[Claim]:
+    """Of routers before a store that all instances share, by the bandwidth of the links to it."""
+    claims = []
+    for (number, rate), mine in rows.groupby(["cluster.router_weights.which", GB_PER_S]):
+        ours = (mine["median_ttft_ms"].mean(), mine["p99_ttft_ms"].mean(), 100 * mine["loads.device_share"].mean(),
+                100 * mine["loads.store_share"].mean())
+        claims.append(_claim(
+            f"{ROUTERS[int(number)][0]}, with a store at {rate:g} GB/s: TTFT p50 and p99, ms; prompt tokens found on"
+            " the device and in the store, %", None, tuple(map(float, ours)), None,
+            "workload, cost model, load and store are ours: nobody published routers with and without one", "none"))
+    return claims
+
+
+def _draw(hits: dict[str, dict[int, tuple[float, float]]], rows: pd.DataFrame, stored: pd.DataFrame, path: Path
+          ) -> None:
     with drawn(path, figsize=(11, 5)) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
         _draw_capacity(left, hits)
-        _draw_routers(right, rows)
+        _draw_routers(right, rows, stored)
         heading(figure, "Routing by prefixes: what caches find, and what it is worth")
 
 
@@ -204,9 +223,13 @@ def _draw_capacity(axis: Any, hits: dict[str, dict[int, tuple[float, float]]]) -
     axis.legend(loc="center right", bbox_to_anchor=(1.0, 0.45))
 
 
-def _draw_routers(axis: Any, rows: pd.DataFrame) -> None:
+def _draw_routers(axis: Any, rows: pd.DataFrame, stored: pd.DataFrame) -> None:
+    found = stored.assign(cached_share=stored["loads.device_share"] + stored["loads.store_share"])
+    columns = ["median_ttft_ms", "p99_ttft_ms", "cached_share"]
+    behind = found.groupby(["cluster.router_weights.which", GB_PER_S])[columns].mean()
     names = [name for name, _ in ROUTERS]
-    means = rows.groupby("cluster.router_weights.which")[["median_ttft_ms", "p99_ttft_ms", "cached_share"]].mean()
+    names += [f"{ROUTERS[int(number)][0]}, store {rate:g} GB/s" for number, rate in behind.index]
+    means = pd.concat([rows.groupby("cluster.router_weights.which")[columns].mean(), behind], ignore_index=True)
     place = np.arange(len(names))
     axis.barh(place, means["p99_ttft_ms"], color="#56B4E9", label="p99")
     axis.barh(place, means["median_ttft_ms"], color="#0072B2", label="p50")
@@ -216,10 +239,10 @@ def _draw_routers(axis: Any, rows: pd.DataFrame) -> None:
     axis.set_yticks(place, names)
     axis.invert_yaxis()
     axis.set_xscale("log")
-    ticks = (20, 50, 100, 200, 500)
+    ticks = (20, 50, 100, 200, 500, 1000, 2000)
     axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlim(15, 1000)
+    axis.set_xlim(15, 4500)
     axis.set_title("TTFT, and prompt tokens found")
     axis.set_xlabel("ms")
     axis.legend(loc="lower right")

@@ -194,6 +194,26 @@ class RoleSwitchingSection(Section, frozen=True):
     deal_anew: bool = False
 
 
+class RemoteStoreSection(Section, frozen=True):
+    """A store of KV blocks that all engines share, behind their prefix caches and behind engine.offload if that is
+    given: every full block of a prompt is put there as it is computed, and loaded by whoever lacks it. Needs
+    engine.enable_prefix_caching.
+
+        gb_per_s: of the link of an engine to the store, all its devices together, toward them.
+        latency_us: until the store has answered, once for all that an iteration loads from it.
+        egress_gb_per_s: that the store gives out in all, to one engine after the other; no limit if left out.
+        space_gb: of the store, 10^9 bytes; it holds everything if left out. The longest untouched blocks go first.
+        load: "serial" (before the layers of the iteration that first schedules a request) or "by_layer" (beside the
+            layers before), from host memory too; as engine.offload.load if left out, "serial" without that.
+    """
+
+    gb_per_s: Positive
+    latency_us: NotNegative = 0.0
+    egress_gb_per_s: Positive | None = None
+    space_gb: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    load: Literal["serial", "by_layer"] | None = None
+
+
 class ClusterSection(Section, frozen=True):
     """How many engines, and who chooses among them.
 
@@ -210,6 +230,7 @@ class ClusterSection(Section, frozen=True):
         transfer: of KV between pools, with prefill and decode engines, and of embeddings, with encode engines.
         encode: how images are encoded: by the pools of role encode, otherwise by all that compute prompts.
         role_switching: engines change between the roles of the pools; they keep theirs if left out.
+        remote_store: of KV blocks, that all engines share; none if left out.
     """
 
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
@@ -224,6 +245,7 @@ class ClusterSection(Section, frozen=True):
     failures: FailuresSection | None = None
     encode: EncodeSection | None = None
     role_switching: RoleSwitchingSection | None = None
+    remote_store: RemoteStoreSection | None = None
 
     @property
     def has_roles(self) -> bool:

@@ -34,6 +34,8 @@ class Dims:
     once depends on how free blocks lie.
     has_offload: host memory behind the prefix cache; offload_log: touches of it on record, a power of two, 0 where it
     holds everything; has_reuse: contexts come from siblings instead.
+    has_remote: a store that instances share, behind host memory if there is any; has_egress: all loads from it go
+    through one; remote_log: touches of it on record, a power of two, 0 where it holds everything.
     num_flights: transfers that may be under way at a time over links that are shared, 0 where each waits for its turn.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
@@ -75,6 +77,9 @@ class Dims:
     has_offload: bool = False
     offload_log: int = 0
     has_reuse: bool = False
+    has_remote: bool = False
+    has_egress: bool = False
+    remote_log: int = 0
     num_flights: int = 0
 
     def __post_init__(self):
@@ -127,9 +132,14 @@ class Dims:
         if self.has_offload and self.has_reuse:
             raise ValueError("has_offload, has_reuse: one of them")
         if self.has_loads and (not self.num_segments or self.num_ranks > 1 or self.num_batches > 1):
-            raise ValueError("has_offload, has_reuse: behind a prefix cache, with executors of one rank and one stage")
+            raise ValueError("has_offload, has_reuse, has_remote: behind a prefix cache, with executors of one rank and"
+                             " one stage")
         if self.offload_log and not self.has_offload:
             raise ValueError("offload_log: only with has_offload")
+        if self.has_remote and self.has_reuse:
+            raise ValueError("has_remote, has_reuse: one of them")
+        if (self.has_egress or self.remote_log) and not self.has_remote:
+            raise ValueError("has_egress, remote_log: only with has_remote")
 
     @property
     def has_moves(self) -> bool:
@@ -149,7 +159,7 @@ class Dims:
     @property
     def has_loads(self) -> bool:
         """Blocks that the prefix cache lacks may be loaded."""
-        return self.has_offload or self.has_reuse
+        return self.has_offload or self.has_reuse or self.has_remote
 
     @property
     def has_free_stages(self) -> bool:

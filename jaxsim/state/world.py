@@ -88,12 +88,14 @@ class Cache(eqx.Module):
 
 class OffloadCounts(eqx.Module):
     """Of host memory behind the prefix cache: blocks loaded so far, and stored; where the log of touches begins and
-    ends. See `jaxsim.engine.offload`."""
+    ends. See `jaxsim.engine.offload`. With a store that instances share: of those loaded, the ones that came from
+    there."""
 
     loaded_blocks: Int[Array, "*shape"]
     stored_blocks: Int[Array, "*shape"]
     head: Int[Array, "*shape"]
     end: Int[Array, "*shape"]
+    fetched_blocks: Int[Array, "*shape"] | None = None
 
 
 class SwapCounts(eqx.Module):
@@ -185,7 +187,7 @@ class Batch(eqx.Module):
     do, whose prompts it completes. `joining_prefill`: of those whose first token the iteration
     computes, their part of the rank's `prefill_tokens`. `is_lost`: where executors fail, the last iteration of the
     jump, or the first without any, did not come to its end. loading: blocks that are loaded for the
-    iteration.
+    iteration, `fetching` of them from the store that instances share.
     """
 
     counter: Int[Array, "*shape"]
@@ -214,6 +216,7 @@ class Batch(eqx.Module):
     joining_prefill: Int[Array, "*shape"] | None
     is_lost: Int[Array, "*shape"] | None = None
     loading: Int[Array, "*shape"] | None = None
+    fetching: Int[Array, "*shape"] | None = None
 
 
 class Counts(eqx.Module):
@@ -487,6 +490,18 @@ class World(eqx.Module):
     touches: Int[Array, "ranks entries"] | None = None
     touched: Int[Array, "ranks items"] | None = None
     loaded: Int[Array, " rows"] | None = None
+    # A store that instances share (`jaxsim.engine.remote_store`), else None: of all items as in `stored`, of the first
+    # rank, then of the next, what it has put there (columns as in that module); of requests, tokens fetched from there
+    # at first; until when (hi, lo) its egress is busy, if all loads share one. Where it does not hold everything: of
+    # items, blocks for which it has room, and their newest entry in its log of touches; this; all blocks for which it
+    # has room, and where the log begins and ends.
+    puts: Int[Array, "entries 3"] | None = None
+    fetched: Int[Array, " rows"] | None = None
+    egress: Float[Array, " 2"] | None = None
+    roomed: Int[Array, " items"] | None = None
+    room_touched: Int[Array, " items"] | None = None
+    room_touches: Int[Array, " entries"] | None = None
+    room: Int[Array, " 3"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -498,6 +513,10 @@ def _swap_counts(dims: Dims) -> SwapCounts:
     zero = jnp.int32(0)
     return _zeros(SwapCounts, turns=Queue(zero, zero, zero) if dims.keeps_turns else None,
                   turn_blocks=zero if dims.keeps_turns else None, holes=zero if dims.has_block_groups else None)
+
+
+def _offload_counts(dims: Dims) -> OffloadCounts:
+    return _zeros(OffloadCounts, fetched_blocks=jnp.int32(0) if dims.has_remote else None)
 
 
 def empty_counts(dims: Dims) -> Counts:
@@ -514,7 +533,7 @@ def empty_counts(dims: Dims) -> Counts:
                   **dict.fromkeys(("cached_tiles", "waiting_tiles"), zero if dims.has_parts else None),
                   prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None,
                   swap=_swap_counts(dims) if dims.has_swap else None,
-                  offload=_zeros(OffloadCounts) if dims.has_loads else None,
+                  offload=_offload_counts(dims) if dims.has_loads else None,
                   on_links=zero if dims.num_flights else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
@@ -522,7 +541,8 @@ def empty_counts(dims: Dims) -> Counts:
                    entering=zero if dims.has_moves or dims.has_swap else None,
                    tiles=zero if dims.has_parts or dims.has_encoder else None,
                    joining_prefill=zero if dims.tracks_prefill else None,
-                   is_lost=zero if dims.has_failures else None, loading=zero if dims.has_loads else None)
+                   is_lost=zero if dims.has_failures else None, loading=zero if dims.has_loads else None,
+                   fetching=zero if dims.has_remote else None)
     return Counts(executor, rank, batch)
 
 
@@ -593,6 +613,14 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         cached |= dict(stored=ints(ranks, items))
         if dims.offload_log:
             cached |= dict(touches=ints(ranks, dims.offload_log + 1), touched=ints(ranks, items, value=-1))
+    if dims.has_remote:
+        items = dims.num_segments + 1 + rows
+        cached |= dict(puts=ints(ranks * items, 3), fetched=ints(rows))
+        if dims.remote_log:
+            cached |= dict(roomed=ints(items), room_touched=ints(items, value=-1),
+                           room_touches=ints(dims.remote_log + 1), room=ints(3))
+    if dims.has_egress:
+        cached["egress"] = floats(2)
     tape, records = {}, dims.num_records + 1
     if dims.num_records:
         tape = dict(tape_times=floats(records, 7), tape_counts=ints(records, 7), tape_stats=ints(records, 10),

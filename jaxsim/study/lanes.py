@@ -247,6 +247,7 @@ class Lanes:
                self._cost_kind(scenario, system),
                scenario.engine.enable_prefix_caching, bool(scenario.engine.swap and scenario.engine.swap.redraw),
                scenario.engine.offload is not None, scenario.engine.context_reuse is not None,
+               _of_remote_store(scenario),
                dataclasses.replace(dims, num_slots=0))
         schedulers = tuple(pool.system.scheduler for pool in system.pools) or (s,)
         return Shape(key, dims.num_requests, dims.num_slots, schedulers, longest, output, work, requests, dims, last_s)
@@ -334,6 +335,12 @@ def _of_migration(scenario: Scenario) -> Hashable:
     cluster = scenario.cluster
     return (cluster.migration and (cluster.migration.metric, cluster.migration.choice),
             cluster.router_weights.get("top_k"))
+
+
+def _of_remote_store(scenario: Scenario) -> Hashable:
+    """What a store that instances share chooses of the program."""
+    given = scenario.cluster.remote_store
+    return given is not None and (True, given.egress_gb_per_s is not None)
 
 
 def ladder(slots: list[int]) -> list[int]:

@@ -60,7 +60,8 @@ def run_tile(tile: Tile, with_requests: bool = False) -> tuple[bytes, bytes | No
         seeds += scenario.seeds
     # Room for the prefixes of all.
     dims = dataclasses.replace(sizes[0], **{name: max(getattr(size, name) for size in sizes)
-                                            for name in ("num_segments", "path_width", "log_size", "offload_log")})
+                                            for name in ("num_segments", "path_width", "log_size", "offload_log",
+                                                         "remote_log")})
     with jax.default_device(getattr(_OWN, "device", None)):
         out = simulate_runs(dims, runs, tile.width)
     found = columns(out, [run.scenario.slo for run in runs], np.array([run.scenario.warmup_s for run in runs]),

@@ -179,6 +179,8 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
         for name, tokens in (("device_share", runs.cached_tokens), ("loaded_share", runs.loaded_tokens)):
             found[f"loads.{name}"] = _ratio(np.where(is_measured, tokens, 0).sum(axis=1), prompt)
         found["loads.computed_share"] = 1 - found["loads.device_share"] - found["loads.loaded_share"]
+        if runs.fetched_tokens is not None:
+            found["loads.store_share"] = _ratio(np.where(is_measured, runs.fetched_tokens, 0).sum(axis=1), prompt)
         found["loads.load_s"] = runs.load_s.sum(axis=1)
         found["loads.delay_share"] = _ratio(runs.load_delay_s.sum(axis=1), runs.busy_s.sum(axis=1))
     if runs.cached_tokens is not None:
@@ -210,6 +212,7 @@ def requests(runs: Runs) -> Columns:
              "queue_s": runs.scheduled_s - runs.arrival_s - _before_queue(runs),
              "stall_s": runs.stall_s, **_moves(runs), **_images(runs), **_swaps(runs), "cached_tokens": cached,
              **({} if runs.loaded_tokens is None else {"loaded_tokens": runs.loaded_tokens}),
+             **({} if runs.fetched_tokens is None else {"fetched_tokens": runs.fetched_tokens}),
              "preemptions": runs.preemptions, "status": status,
              **({} if runs.attempts is None else {"attempts": runs.attempts}),
              **({} if runs.restarts is None else {"restarts": runs.restarts})}

@@ -92,6 +92,7 @@ class Runs:
     loaded_tokens: Int[np.ndarray, "runs requests"] | None = None
     load_s: Float[np.ndarray, "runs instances"] | None = None
     load_delay_s: Float[np.ndarray, "runs instances"] | None = None
+    fetched_tokens: Int[np.ndarray, "runs requests"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:

@@ -92,7 +92,9 @@ def hold_cached(instance: Instance, job: Job, chunk: int) -> None:
         job.cached_tokens, job.loaded_tokens = cached, loaded
     if instance.store is not None:
         size = instance.flags.block_size
-        instance.store.load(job.for_cache, cached // size, loaded // size)
+        fetched = instance.store.load(job.for_cache, cached // size, loaded // size)
+        if job.fetched_tokens is None:
+            job.fetched_tokens = (fetched or 0) * size
         instance.store.store(job.for_cache, job.computed + chunk, size)
     follow_cache(instance, job)
 

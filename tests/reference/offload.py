@@ -24,12 +24,14 @@ from .prefix_cache import Request
 
 @dataclass(frozen=True)
 class Offloading:
-    """capacity: blocks of an instance; block_s: seconds that one takes on the link; layers: of the model."""
+    """capacity: blocks of an instance; block_s: seconds that one takes on the link; layers: of the model. remote:
+    `remote_store.Remote`, a store behind it that all instances share."""
 
     capacity: int
     block_s: float
     layers: int = 1
     by_layer: bool = False
+    remote: object = None
 
 
 @dataclass(eq=False)

@@ -18,9 +18,9 @@ class RequestResult:
     decode_instance, accepted_s, delivered_s: who decoded, and when the transfer to it was accepted and over; None where
     `instance` did it all. With clients, of the last of so many sendings, at last_sent_s, but for arrival_s; status is
     then also timed_out or rejected, and ended_s when that was.
-    `instance` did it all. loaded_tokens: at the first admission, from behind the cache. swaps: to host memory; swap_s:
-    seconds between arrival and end by which copies delayed iterations of the instance, and those in which this one's
-    own copy was on the way in.
+    `instance` did it all. loaded_tokens: at the first admission, from behind the cache; fetched_tokens: of these, from
+    a store that instances share. swaps: to host memory; swap_s: seconds between arrival and end by which copies delayed
+    iterations of the instance, and those in which this one's own copy was on the way in.
     """
 
     id: int
@@ -44,6 +44,7 @@ class RequestResult:
     losses: int = 0  # times that an instance went down with it
     restarts: int = 0  # times that another took it then
     loaded_tokens: int = 0
+    fetched_tokens: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -130,6 +131,7 @@ class ReferenceResult:
     switches: list = field(default_factory=list)  # of roles, in the order decided (`role_switching.Switch`)
     dealt_again: int = 0  # parts of images
     stores: list = field(default_factory=list)
+    shared_store: object = None
     lifts: int = 0
     lifts_of_empty: int = 0
     turns: int = 0

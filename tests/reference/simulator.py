@@ -41,6 +41,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from . import remote_store
 from .checks import check_batch, check_between_iterations, check_cluster, check_instance, check_links, refuse_impossible
 from .clients import PHASE_TIMEOUT, Clients
 from .clock import ARRIVAL_GRID_TICKS, Clock
@@ -193,6 +194,7 @@ class Simulation:
                 instance.swap = SwapState()
                 if instance.flags.swapping.group_blocks:
                     instance.swap.pool = Pool(instance.flags.num_blocks, instance.flags.swapping.group_blocks)
+        self.shared_store = remote_store.connect(instances, requests, lambda: self.now)
         self.num_routed = self.num_finished = 0
         self.clients = clients
         self.earlier_jobs: list[Job] = []  # sendings behind which there was another
@@ -418,6 +420,8 @@ class Simulation:
         self.iteration_ends[instance.index].append(self.now)
         if self.outages:
             self.outages.whole_ends.setdefault(instance.index, set()).add(self.clock.seconds(self.now))
+        if isinstance(instance.store, remote_store.TieredStore):
+            instance.store.iteration_ended()
         entries = instance.flights.pop(0)
         if instance.on_first_stage is entries:
             instance.on_first_stage = []
@@ -656,6 +660,7 @@ class Simulation:
                     last_sent_s=seconds(job.arrival),
                     cached_tokens=job.cached_tokens or 0,
                     loaded_tokens=job.loaded_tokens or 0,
+                    fetched_tokens=job.fetched_tokens or 0,
                     hit_tokens=job.hit_tokens,
                     decode_instance=job.decode_instance,
                     accepted_s=if_any(job.accepted),
@@ -692,6 +697,7 @@ class Simulation:
             merges_left_out=sum(instance.merges_left_out for instance in self.instances),
             swapping=[instance.swap for instance in self.instances if instance.swap is not None],
             stores=[instance.store for instance in self.instances if instance.store is not None],
+            shared_store=self.shared_store,
         )
 
     def _swaps(self, job: Job, name: str) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from . import fairness, offload, prefix_cache
+from . import fairness, offload, prefix_cache, remote_store
 from .flags import Flags
 
 
@@ -76,6 +76,7 @@ class Job:
     cached_tokens: int | None = None  # found in the prefix cache at the first admission
     hit_tokens: int = 0  # at all admissions
     loaded_tokens: int | None = None  # from host memory at the first admission
+    fetched_tokens: int | None = None  # of these, from a store that instances share
     instance: int | None = None
     scheduled: float | None = None
     first_token: float | None = None
@@ -154,7 +155,7 @@ class Instance:
     preempted_before: list[int] = field(default_factory=list)
     swapped_tokens: int = 0  # moved out of the pool and into it since the last iteration
     cache: prefix_cache.PrefixCache | None = None
-    store: offload.HostStore | offload.SiblingStore | None = None  # behind the cache
+    store: offload.HostStore | offload.SiblingStore | remote_store.TieredStore | None = None  # behind the cache
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
     swap: object = None  # `swapping.SwapState`
     counters: "fairness.VirtualTokenCounters | None" = None

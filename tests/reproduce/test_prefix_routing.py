@@ -1,6 +1,7 @@
 """The capacity law by other means: closed forms, and lists of whole prefixes; what claims say."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from jaxsim.reproduce import prefix_routing as p
@@ -44,6 +45,21 @@ def test_a_point_of_a_percent_decides():
     hits["affinity"][2] = (99.24, 99.24)
     verdicts = {c.claim: c.verdict for c in p.capacity_claims(hits)}
     assert sum(v == NOT_REPRODUCED for v in verdicts.values()) == 3
+
+
+def test_a_store_has_a_row_a_router_and_bandwidth():
+    """Means over seeds, of both tiers apart; nobody published them."""
+    made = p.study("prefix-routing-store")
+    rows = pd.DataFrame([
+        {**point, "median_ttft_ms": 20.0 + seed, "p99_ttft_ms": 90.0, "loads.device_share": 0.25,
+         "loads.store_share": 0.5} for point in made.points() for seed in range(2)])
+    claims = p.store_claims(rows)
+    assert len(claims) == len(list(made.points())) == 5 and {claim.verdict for claim in claims} == {NO_GATE}
+    assert claims[0].claim.startswith("random, with a store at 3.125 GB/s")
+    assert claims[0].ours == (20.5, 90.0, 25.0, 50.0)
+    # The same system and requests as without a store.
+    bare, behind = (p.study(name).scenario for name in ("prefix-routing-routers", "prefix-routing-store"))
+    assert all(bare[section] == behind[section] for section in ("model", "device", "engine", "workload"))
 
 
 def test_every_router_has_a_row():

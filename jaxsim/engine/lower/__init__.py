@@ -20,6 +20,7 @@ from jaxsim.engine.lower.policies import (
     make_offload,
     make_params,
     make_patience,
+    make_remote_store,
     make_reuse,
     make_slack,
     make_swap,
@@ -28,7 +29,14 @@ from jaxsim.engine.lower.policies import (
 )
 from jaxsim.engine.lower.prefixes import Prefixes, shared_prefixes
 from jaxsim.engine.lower.requests import make_requests
-from jaxsim.engine.lower.systems import Pool, System, kinds_of_pools, offload_blocks, resolve_system
+from jaxsim.engine.lower.systems import (
+    Pool,
+    System,
+    kinds_of_pools,
+    offload_blocks,
+    remote_blocks,
+    resolve_system,
+)
 from jaxsim.engine.lower.workloads import (
     MAX_STEPS_A_TOKEN,
     is_split,
@@ -42,8 +50,9 @@ from jaxsim.engine.lower.workloads import (
 __all__ = [
     "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "Pool", "Prefixes", "System", "check_counters", "check_requests",
     "check_routing", "check_transfers", "counter_room", "flights_of", "front_end_s", "is_split", "kinds_of_pools",
-    "make_cost", "make_offload", "make_params", "make_patience", "make_requests", "make_reuse", "make_slack",
-    "make_swap", "make_workload", "migration_rates", "moves_of", "num_rows", "offload_blocks", "ordered",
-    "outage_rows", "parts_of", "resolve_system", "routing_dims", "shared_prefixes", "step_limit", "transfer_rates",
+    "make_cost", "make_offload", "make_params", "make_patience", "make_remote_store", "make_requests", "make_reuse",
+    "make_slack", "make_swap", "make_workload", "migration_rates", "moves_of", "num_rows", "offload_blocks", "ordered",
+    "outage_rows", "parts_of", "remote_blocks",
+    "resolve_system", "routing_dims", "shared_prefixes", "step_limit", "transfer_rates",
     "with_counters", "with_failures",
 ]

@@ -20,7 +20,9 @@ from jaxsim.engine.lower.systems import (
     of_one,
     offload_blocks,
     recomputed_layers,
+    remote_blocks,
     swap_block_bytes,
+    whole_block_bytes,
 )
 from jaxsim.kernels import clock
 from jaxsim.policy.arrivals import AbstractSource, ClosedLoop, PartArrivals, Sessions, SortedArrivals
@@ -32,6 +34,7 @@ from jaxsim.policy.fairness import OUTPUT_PRICE, PROMPT_PRICE, TokenCounters, mo
 from jaxsim.policy.hand_over import HandOver
 from jaxsim.policy.migration import Migration
 from jaxsim.policy.offload import Offload
+from jaxsim.policy.remote_store import RemoteStore
 from jaxsim.policy.role_switching import ROLES, RoleSwitching
 from jaxsim.policy.routing import DataParallel, router
 from jaxsim.policy.scaling import Scaling
@@ -144,6 +147,8 @@ def make_batching(scenario: Scenario, system: System) -> Batching:
         batching = dataclasses.replace(batching, swap=make_swap(scenario, system))
     if scenario.engine.offload is not None:
         batching = dataclasses.replace(batching, offload=make_offload(scenario, system))
+    if scenario.cluster.remote_store is not None:
+        batching = dataclasses.replace(batching, remote=make_remote_store(scenario, system))
     if scenario.engine.context_reuse is not None:
         batching = dataclasses.replace(batching, reuse=make_reuse(scenario, system))
     if s.gathers:
@@ -192,6 +197,18 @@ def make_offload(scenario: Scenario, system: System) -> Offload:
     link = system.device.host_link_bytes_per_s if given.gb_per_s is None else 1e9 * given.gb_per_s
     return Offload(np.int32(offload_blocks(scenario, system)), np.float32(swap_block_bytes(scenario, system) / link),
                    np.int32(system.model.layers), np.bool_(given.load == "by_layer"))
+
+
+def make_remote_store(scenario: Scenario, system: System) -> RemoteStore:
+    """The store that instances share, as the loop takes it."""
+    given, offload = scenario.cluster.remote_store, scenario.engine.offload
+    load = given.load or ("serial" if offload is None else offload.load)
+    size, egress = whole_block_bytes(scenario, system), given.egress_gb_per_s
+    slower = given.gb_per_s if egress is None else min(given.gb_per_s, egress)
+    return RemoteStore(
+        np.float32(size / (1e9 * slower)), np.float32(1e-6 * given.latency_us), np.int32(system.model.layers),
+        np.bool_(load == "by_layer"), np.int32(remote_blocks(scenario, system)),
+        None if egress is None else np.float32(size / (1e9 * egress)))
 
 
 HIDDEN_BYTES = 2

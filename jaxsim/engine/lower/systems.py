@@ -210,6 +210,7 @@ def _resolve_alone(scenario: Scenario) -> System:
     system = System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len, swap=engine.swap)
     _check_swap(scenario, system)
     _check_offload(scenario, system)
+    _check_remote_store(scenario, system)
     _check_reuse(scenario, system)
     if system.num_ranks > 1 and scenario.has_clients:
         raise InputError("engine.data_parallel_size", plan.data_parallel_size,
@@ -305,6 +306,20 @@ def _check_offload(scenario: Scenario, system: System) -> None:
                          "raise it, or leave engine.offload out")
 
 
+def _check_remote_store(scenario: Scenario, system: System) -> None:
+    """Refuse what is not simulated with a store that instances share, or none of it. Raises `InputError`."""
+    given = scenario.cluster.remote_store
+    if given is None:
+        return
+    if remote_blocks(scenario, system) < 1:
+        raise InputError("cluster.remote_store.space_gb", given.space_gb,
+                         f"holds not one KV block of {whole_block_bytes(scenario, system):,.0f} bytes",
+                         "raise it, or leave it out: the store then holds everything")
+    if system.num_ranks > 1:
+        raise InputError("engine.data_parallel_size", system.plan.data_parallel_size,
+                         "with ranks that iterate together is not simulated with cluster.remote_store", "use 1")
+
+
 def _check_reuse(scenario: Scenario, system: System) -> None:
     """Refuse what is not simulated with siblings' contexts. Raises `InputError`."""
     if scenario.engine.context_reuse is None:
@@ -334,6 +349,18 @@ def recomputed_layers(scenario: Scenario) -> int:
 def offload_blocks(scenario: Scenario, system: System) -> int:
     """KV blocks of host memory behind the prefix cache."""
     return min(int(1e9 * scenario.engine.offload.space_gb / swap_block_bytes(scenario, system)), 1 << 30)
+
+
+def remote_blocks(scenario: Scenario, system: System) -> int:
+    """KV blocks of the store that instances share; more than there ever are where it has no bound."""
+    space_gb = scenario.cluster.remote_store.space_gb
+    return min(int(1e9 * (space_gb or 1e12) / whole_block_bytes(scenario, system)), 1 << 30)
+
+
+def whole_block_bytes(scenario: Scenario, system: System) -> float:
+    """Of a KV block on all devices of an engine, what several hold alike once."""
+    width = kv_cache_bytes(scenario.kv_dtype, scenario.dtype, system.model)
+    return system.scheduler.block_size * system.model.kv_bytes_per_token(width)
 
 
 def swap_block_bytes(scenario: Scenario, system: System) -> float:

@@ -15,6 +15,7 @@ from jaxsim.engine import (
     parts,
     passes,
     pipeline,
+    remote_store,
     swapping,
 )
 from jaxsim.engine.common import Context, has
@@ -81,7 +82,10 @@ def launch(context: Context, t: Touched) -> Touched:
         most_extra=None if t.tenants is None else fair.iterations_alike(context, t.tenants, t.counts))
     if t.sight is not None:
         counts, times, plan = swapping.begin(context, t.is_starting, counts, times, plan, t.sight)
-    if context.dims.has_offload:
+    if context.dims.has_remote:
+        times, plan, egress = remote_store.begin(context, t.is_starting, event.now, counts, times, plan)
+        t = replace(t, egress=egress)
+    elif context.dims.has_offload:
         times, plan = offload.begin(context, t.is_starting, counts, times, plan)
     if context.dims.has_reuse:
         times, plan = context_reuse.begin(context, t.is_starting, counts, times, plan)

@@ -16,6 +16,7 @@ from jaxsim.engine import (
     parts,
     passes,
     prefix,
+    remote_store,
     slack,
     swapping,
 )
@@ -199,7 +200,14 @@ def look_up(context: Context, t: Touched) -> Touched:
         is_settled = is_settled & is_stored
     if dims.has_reuse:
         found = context_reuse.look(dims, t.lengths[PROMPT] + t.emitted, found)
+    own_puts = None
+    if dims.has_remote:
+        found, own_puts, is_there = remote_store.look(
+            context, t.event.now, t.rank, t.is_placing, counts, t.candidate, t.lengths[PROMPT] + t.emitted, found,
+            behind)
+        is_settled = is_settled & is_there
     return replace(t, counts=replace(counts, rank=rank), released=released, found=found, behind=behind,
+                   own_puts=own_puts,
                    is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
 
 
@@ -222,6 +230,9 @@ def fill(context: Context, t: Touched) -> Touched:
         counts, kept = offload.keep(context, counts, placed, t.behind, t.found, t.lengths[PROMPT] + t.emitted)
     if dims.has_reuse:
         counts, times = context_reuse.recompute(context, counts, times, placed, t.found)
+    puts = None
+    if dims.has_remote:
+        counts, puts = remote_store.put(context, counts, placed, t.own_puts, t.found, t.lengths[PROMPT] + t.emitted)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     rank, tail = counts.rank, counts.batch.tail
@@ -346,4 +357,5 @@ def fill(context: Context, t: Touched) -> Touched:
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
-        victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants, kept=kept)
+        victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants, kept=kept,
+        puts=puts)

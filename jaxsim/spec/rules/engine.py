@@ -27,6 +27,8 @@ def check_engine(s: "Scenario") -> None:
         _check_swap(s, scheduler)
     if engine.offload is not None:
         _check_offload(s)
+    if s.cluster.remote_store is not None:
+        _check_remote_store(s)
     if engine.context_reuse is not None:
         _check_reuse(s)
     _check_order(s, scheduler)
@@ -93,6 +95,21 @@ def _check_offload(s: "Scenario") -> None:
              "missing, and without [device] it cannot be derived", "give the bandwidth from host memory")):
         if is_wrong:
             raise InputError(name, given, problem, remedy)
+
+
+def _check_remote_store(s: "Scenario") -> None:
+    given, offload, reuse = s.cluster.remote_store, s.engine.offload, s.engine.context_reuse
+    field = "cluster.remote_store"
+    for name, value, is_wrong, problem, remedy in (
+            *_behind_a_cache(s, field, "the bytes of a KV block"),
+            ("engine.context_reuse", reuse and plain(reuse), reuse is not None, f"is not simulated with {field}",
+             "leave one of them out"),
+            (f"{field}.load", given.load,
+             given.load is not None and offload is not None and given.load != offload.load,
+             f"differs from engine.offload.load = {offload and offload.load!r}, and one connector loads from both",
+             "leave it out, or give both the same")):
+        if is_wrong:
+            raise InputError(name, value, problem, remedy)
 
 
 def _check_reuse(s: "Scenario") -> None:
