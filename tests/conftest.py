@@ -38,6 +38,7 @@ def optimisation(request):
     That is for what no rounding decides and compiles longer than it runs: searches, closed forms and gradients within a
     tolerance, dyadic numbers, runs of one program against each other. Not marked are the comparison of every preset
     with the reference, its laws and the text of its programs, what sums of real costs must not depend on, and queues.
+    Some marked files read the text of a program of their own feature: what these show of it holds for quick programs.
     """
     is_quick = request.node.get_closest_marker("unoptimised") is not None
     if is_quick:

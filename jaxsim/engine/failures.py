@@ -13,7 +13,8 @@ A request that was lost is sent on by the router, up to `most_restarts` times a 
 arrivals of that instant, by its number. The router has the tokens that were emitted: at its next instance they are
 computed with the prompt, as after a preemption, and none is emitted twice. Its client notices nothing, and its deadline
 stays. Otherwise the sending has failed, and its client sends again from scratch while it has sendings left. With all
-instances down an arrival is refused, and a request on its way fails.
+instances down an arrival is refused, and a request on its way fails. What refuses arrivals (`jaxsim.engine.clients`)
+refuses requests on their way too, and they have failed then.
 
 Source: NVIDIA Dynamo's request migration, in which the front end keeps what was generated and a worker that is up
 continues behind it; its limit of migrations is `most_restarts`.

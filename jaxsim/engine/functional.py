@@ -78,8 +78,8 @@ def inputs(scenario: Scenario, seed: int | None = None) -> tuple[Dims, Params, R
 def simulate(dims: Dims, params: Params, requests: Requests) -> World:
     """One scenario, all of its leaves traced; under `vmap`, lanes of one loop.
 
-    The world at the end: `latencies` reads it. `world.fault` is 0, or has the bits of `jaxsim.state.world` (STUCK,
-    STEP_LIMIT, TOO_SLOW, STARVED) of what stopped it; requests that it left without an end have NaN.
+    The world at the end: `latencies` reads it. `world.fault` is 0, or has the bits of what stopped it
+    (`jaxsim.engine.simulate.FAULTS` says what they mean); requests that it left without an end have NaN.
     """
     return in_lanes(loop.run, dims, (params, requests))
 

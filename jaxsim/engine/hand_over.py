@@ -4,8 +4,9 @@ A prompt that completes where only prompts are computed emits its first token th
 batch, its blocks stay, and an executor that decodes is chosen, which has it as unaccepted. That one accepts from the
 front, until one does not fit, whenever somebody joins, a delivery to it ends, or an iteration of it (after who is done
 has left, before its pass). Accepting takes blocks there and hands the transfer to the links: one out of its source, one
-into its destination, each of which carries one after the other. At the delivery the blocks at the source come back, and
-the request is ready: it joins a pass as a decode with its context, before requests that wait.
+into its destination, each of which carries one after the other, or with `discipline = "fair"` all that are under way at
+once (`jaxsim.engine.fair_links`). At the delivery the blocks at the source come back, and the request is ready: it
+joins a pass as a decode with its context, before requests that wait.
 
 A step works on one executor. What one does to another goes through the other's door, which has a time to open as an
 executor has a time to wake, and opens before iterations end at that instant: for the transfer that is through by then,

@@ -15,9 +15,11 @@ from jaxsim.engine import failures, hand_over, loop, lower, measured, swapping, 
 from jaxsim.engine.common import MAX_SPAN_S, Params
 from jaxsim.kernels import clock
 from jaxsim.metrics import FINISHED, UNFINISHED, LaneResult, Result
+from jaxsim.metrics.lane import FAILED, REJECTED, TIMED_OUT
 from jaxsim.policy.failures import down_seconds, outages_of
 from jaxsim.policy.routing import router
 from jaxsim.spec.dims import Dims
+from jaxsim.spec.engine import SORTED_POLICIES
 from jaxsim.spec.scenario import ProfiledCost, Scenario
 from jaxsim.spec.values import plain
 from jaxsim.state import roles
@@ -46,7 +48,8 @@ FAULTS = {
                   " going in circles (the KV pool is too small for the preemption rule)",
     w.STARVED: "requests are left that nothing will bring: the source of arrivals has stopped, or parts of images wait"
                " for each other in full caches (raise cluster.encode.cache_tiles)",
-    w.LOG_FULL: "more releases of cached blocks than were foreseen: sequences are preempted over and over",
+    w.LOG_FULL: "more releases of cached blocks, or touches of those in host memory (engine.offload), than were"
+                " foreseen: sequences are preempted over and over",
     w.TOO_SLOW: f"an iteration that takes more than {MAX_SPAN_S:.0f} s, or no time that is a number: look at cost",
     w.LINKS_FULL: "more transfers are under way at once than cluster.transfer.most_at_once: raise it",
     w.WINDOW_FULL: "more requests wait for a place at once than engine.swap.window: raise it, or lower the load",
@@ -182,13 +185,18 @@ def _stack(trees):
 def _check_sessions(scenario: Scenario, system: lower.System) -> None:
     """Refuse a workload whose later turns come when answers are out, where a scenario with sessions would be. Raises
     `InputError`."""
-    cluster, order = scenario.cluster, system.scheduler.order
-    for field, value, is_wrong in (
-            ("workload.client", scenario.workload.client, scenario.has_clients),
-            ("cluster.migration", cluster.migration, cluster.migration is not None),
-            ("cluster.scaling", cluster.scaling, cluster.scaling is not None),
-            ("engine.scheduling_policy", order, order in ("vtc", "edf", "sjf"))):
-        if is_wrong:
+    cluster, order, workload = scenario.cluster, system.scheduler.order, scenario.workload
+    waits = ("deadline_s", "first_token_deadline_s")
+    impatient = [t.name for t in workload.tenants if any(getattr(t, name) is not None for name in waits)]
+    is_impatient = any(getattr(workload.client, name, None) is not None for name in waits)
+    for field, value in (
+            ("workload.client", workload.client if is_impatient else None), ("workload.tenants", impatient or None),
+            ("cluster.admission", cluster.admission), ("cluster.failures", cluster.failures),
+            ("cluster.migration", cluster.migration), ("cluster.scaling", cluster.scaling),
+            ("cluster.role_switching", cluster.role_switching), ("workload.images", workload.images),
+            ("engine.context_reuse", scenario.engine.context_reuse),
+            ("engine.scheduling_policy", order if order in ("vtc", *SORTED_POLICIES) else None)):
+        if value is not None:
             raise InputError(field, plain(value), "is not simulated with a workload of sessions", "leave it out")
 
 
@@ -210,6 +218,8 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     most = max(lower.num_rows(scenario, system, workload) for workload in workloads)
     longest = max(int((workload.input_tokens + workload.output_tokens).max()) for workload in workloads)
     dims = dims_of(scenario, system, most)
+    if given is not None:
+        dims = dataclasses.replace(dims, keeps_turns=keeps_turns(system) and given.think_s is not None)
     if record_steps:
         budget = min(one.scheduler.max_num_batched_tokens for one in (system, *(pool.system for pool in system.pools)))
         chunks = max(int((w.input_tokens // budget).sum()) for w in workloads)
@@ -273,12 +283,19 @@ def with_offload(dims: Dims, scenario: Scenario, system: lower.System, workloads
 def log_of_touches(capacity: int, system: lower.System, workloads: list[Workload],
                    prefixes: list[lower.Prefixes | None]) -> int:
     """Entries of the log of touches of a tier of so many blocks; 0 if it holds all that any workload could store."""
-    s, log = system.scheduler, 0
+    s = system.scheduler
     for workload, prefix in zip(workloads, prefixes, strict=True):
-        blocks, touches = offloaded_at_most(workload, prefix, s.block_size, s.max_num_batched_tokens)
-        if blocks > capacity:
-            log = max(log, 1 << (2 * touches + 4096 - 1).bit_length())
-    return log
+        if offloaded_at_most(workload, prefix, s.block_size, s.max_num_batched_tokens)[0] > capacity:
+            # Every run has the log then, also one that would have room for all.
+            return max(touch_log(system, *one) for one in zip(workloads, prefixes, strict=True))
+    return 0
+
+
+def touch_log(system: lower.System, workload: Workload, prefixes: lower.Prefixes) -> int:
+    """Rows of the log of touches of a tier, with room for as many again after preemptions."""
+    s = system.scheduler
+    touches = offloaded_at_most(workload, prefixes, s.block_size, s.max_num_batched_tokens)[1]
+    return 1 << (2 * touches + 4096 - 1).bit_length()
 
 
 def offloaded_at_most(workload: Workload, prefixes: lower.Prefixes, block_size: int, budget: int) -> tuple[int, int]:
@@ -297,6 +314,11 @@ def with_tenants(dims: Dims, system: lower.System, workloads: list[Workload]) ->
     if system.scheduler.order != "vtc":
         return dims
     return dataclasses.replace(dims, num_tenants=max(len(workload.tenant_names) for workload in workloads))
+
+
+def keeps_turns(system: lower.System) -> bool:
+    """Whether host memory keeps what the next turn of a session, if there are any, begins with."""
+    return system.swap is not None and system.swap.reuse
 
 
 def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims:
@@ -320,7 +342,7 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 num_stages=system.num_stages, num_batches=1 if system.has_free_stages else system.num_stages,
                 num_slots=1 << (slots - 1).bit_length(), block_size=system.scheduler.block_size,
                 swap_window=system.swap.window if system.swap is not None else 0,
-                keeps_turns=system.swap is not None and scenario.workload.has_sessions,
+                keeps_turns=keeps_turns(system) and scenario.workload.has_sessions,
                 slack_window=(scenario.engine.slack_window or SLACK_WINDOW) * (system.scheduler.order == "least_slack"),
                 has_block_groups=system.swap is not None and system.swap.group_blocks is not None)
     rows = lower.outage_rows(scenario, dims.num_executors)
@@ -334,12 +356,26 @@ def sendings(scenario: Scenario) -> int:
     return 1 + (scenario.workload.client.retries if scenario.has_clients and scenario.workload.client else 0)
 
 
-def most_steps(scenario: Scenario, dims: Dims, workload: Workload) -> int:
-    """Steps after which a run is stopped, every sending and outage counted, and every look of a controller."""
-    given, looks = scenario.cluster.migration, 0
-    if given is not None:
-        # It looks while there are requests: as long as they come, twice, and an hour.
-        looks = dims.num_executors * (2 * float(workload.arrival_s[-1]) + 3600) / given.polling_s
+def looks_a_second(scenario: Scenario, dims: Dims) -> float:
+    """Steps that controllers take in a second in which nothing happens, at most."""
+    cluster, looks = scenario.cluster, 0.0
+    if (given := cluster.migration) is not None:
+        looks += dims.num_executors / given.polling_s
+    if (given := cluster.scaling) is not None:
+        looks += 1 / given.check_s
+    if (given := cluster.role_switching) is not None:
+        looks += 1 / given.sample_s + 1 / given.decide_s + 1 / given.poll_s + dims.num_executors / given.drain_check_s
+    return looks
+
+
+def most_steps(scenario: Scenario, dims: Dims, workload: Workload, last_s: float | None = None) -> int:
+    """Steps after which a run is stopped, every sending and outage counted, and every look of a controller.
+
+    last_s: the last arrival, where it is not the workload's own.
+    """
+    # They look while there are requests: as long as they come, twice, and an hour.
+    last_s = float(workload.arrival_s[-1]) if last_s is None else last_s
+    looks = looks_a_second(scenario, dims) * (2 * last_s + 3600)
     # An outage may have everything computed again.
     steps = lower.step_limit(workload, turns(dims)) * sendings(scenario) * (1 + dims.num_outages)
     return int(min(steps + looks, 2**31 - 1))
@@ -408,7 +444,8 @@ def ends(world: World, rows: tuple, ended_s: np.ndarray, first_token_s: np.ndarr
     """With clients: how the last sending of these requests ended, how many there were, who served it, and when; the
     first token if it came before that."""
     sendings, status = np.moveaxis(world.clients[rows], -1, 0)
-    is_over = ended_s > 0
+    # Who is refused, or lost, as the run begins has ended at 0 s.
+    is_over = np.where(status == 0, ended_s > 0, np.isin(status, (TIMED_OUT, REJECTED, FAILED)))
     status = np.where(is_over, np.where(status == 0, FINISHED, status), UNFINISHED).astype(np.int8)
     first_token_s = np.where(~is_over | (first_token_s <= ended_s), first_token_s, np.nan)
     return {"status": status, "attempts": sendings >> 1, "ended_s": np.where(is_over, ended_s, np.nan),
@@ -490,7 +527,7 @@ def embedded(world: World, lane: int, rows: slice) -> dict[str, np.ndarray]:
 
 
 def switched_roles(world: World, lanes: tuple | int | slice) -> dict[str, np.ndarray]:
-    """With roles that change: `role_switches` and `drain_s` of these runs."""
+    """With roles that change: `role_switches` of these runs, and `drain_s` of the first `MOST_SWITCHES` decided."""
     if world.roles is None:
         return {}
     rows = world.switches[lanes][..., :-1, :]
@@ -564,12 +601,13 @@ def loaded(dims: Dims, world: World, rows: tuple, lanes: int | slice, block_s: t
 
 
 def blocks_of(system: lower.System) -> int | np.ndarray:
-    """KV blocks of an instance, of each where there are pools; 0 where memory is no limit."""
+    """KV blocks of an instance, of each where there are pools; 0 where memory is no limit, or where instances change
+    between roles that have not the same: what a role had of them is not kept."""
     if not system.scheduler.kv_accounting:
         return 0
     blocks = system.blocks_of_executors
-    if system.switches_roles:
-        blocks = np.full_like(blocks, blocks.max())
+    if system.switches_roles and len(set(blocks.tolist())) > 1:
+        return 0
     return system.num_blocks if blocks is None else blocks
 
 

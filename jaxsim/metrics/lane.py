@@ -26,14 +26,16 @@ class LaneResult:
         what lies beyond.
     busy_s, kv_block_s, running_s: integrals over the run, by instance: seconds with an iteration in flight,
         KV blocks in use times seconds, running sequences times seconds. kv_peak_blocks: the most in use.
-    num_blocks: KV blocks of an instance, of each where they differ (0 where memory is no limit, or holds no KV).
+    num_blocks: KV blocks of an instance, of each where they differ (0 where memory is no limit, or holds no KV, and for
+        all where instances change between roles that differ in it).
     num_iterations: of all instances.
     front_end_s: that every request spends outside the engine, in its latencies.
     device_busy_s: seconds that an instance's devices are at work on an iteration: those of `busy_s`, or with pipeline
         stages the mean over these, of which each has its turn; None stands for `busy_s`.
     fault: the bound that stopped the simulation, empty if none did.
     num_prefix_blocks: ids of shared prefix blocks that the workload carries. cached_tokens: of each prompt, those found
-        in the prefix cache when it was first admitted (with engine.swap and sessions, in host memory); None without.
+        in the prefix cache when it was first admitted (with engine.swap.reuse and sessions, in host memory); None
+        without.
     decode_instance, accepted_s, delivered_s: of requests that another instance decodes than computed the prompt: which,
         when it took the request, when it had its KV; -1 and NaN for others, None without roles.
     migrations, downtime_s, last_instance: with migration, how often each request moved, for how long it stood still for
@@ -41,9 +43,10 @@ class LaneResult:
     instance_s, starts, drains: with scaling, seconds for which instances were on, starting or draining, summed over
         them up to the last completion; instances started and drained. None without.
     role_switches, drain_s: with roles that change, how often an instance got another, and seconds on average from when
-        it took nobody any more to then, NaN if none did; role_changes: of those that were decided, the instance, the
-        role it left and the one it was to have (0 encode, 1 prefill, 2 decode), and when it was decided, took nobody
-        any more, was seen empty, had the new role; NaN for what had not happened. All None without.
+        it took nobody any more to then, of the first 256 decided, NaN if none did; role_changes: of
+        those, the instance, the role it left and the one it was to have (0 encode, 1 prefill, 2 decode), and when it
+        was decided, took nobody any more, was seen empty, had the new role; NaN for what had not happened. All None
+        without.
     swaps, swap_s: of requests, to host memory, and seconds lost to copies: those by which copies delayed iterations of
         its instance, and those in which its own was on the way in; swap_delay_s: of instances, the former, part of
         `busy_s`; swapped_blocks: of all instances, blocks copied out, and those that were in host memory already. None

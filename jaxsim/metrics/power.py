@@ -44,10 +44,10 @@ def energy(devices: Devices, busy_share: Float[np.ndarray, "*runs instances"], w
 
     devices: arrays as `busy_share`, which is of the time that the devices of an instance work on an iteration.
     window_s: seconds that the energy is of. on_share: of the time, what instances are on, where they come and go: those
-    that are off draw nothing. mean_power_w = sum over instances of devices x (idle x on_share + (busy - idle) x
-    busy_share), energy = mean_power_w x window. Source: the two-state form of splitwise-sim's power table; known gaps:
-    power does not follow the batch, iterations of prompts alone draw more, and hosts, switches and cooling are not in
-    it.
+    that are off draw nothing; those that are down (`cluster.failures`) draw what idle ones do. mean_power_w = sum over
+    instances of devices x (idle x on_share + (busy - idle) x busy_share), energy = mean_power_w x window. Source: the
+    two-state form of splitwise-sim's power table; known gaps: power does not follow the batch, iterations of prompts
+    alone draw more, and hosts, switches and cooling are not in it.
     """
     idle_w = devices.idle_w * np.asarray(on_share)[..., None]
     mean_power_w = np.sum(devices.count * (idle_w + (devices.busy_w - devices.idle_w) * busy_share), axis=-1)

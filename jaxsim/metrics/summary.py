@@ -14,8 +14,8 @@ Definitions (all seconds inside, milliseconds in keys that end in `_ms`):
   whatever arrived when: requests that end in it, prompts whose first token comes in it, and output tokens, of a request
   spread evenly from its first to its last, over the length of the window.
 * energy: each device draws `power.busy_w` while its instance has an iteration in flight and `power.idle_w` in between
-  (`jaxsim.spec.device.ServingPower`), pools that of their own devices. A first form: power does not follow the batch,
-  prompts are charged as decodes.
+  (`jaxsim.spec.device.ServingPower`), also while that is down, pools that of their own devices. A first form: power
+  does not follow the batch, prompts are charged as decodes.
 
 Known gaps: percentiles and deviation of ITL come from a histogram with bins at most 1.6 % wide, which
 cannot leave out a warm-up; the mean of ITL is exact.

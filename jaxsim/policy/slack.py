@@ -1,6 +1,7 @@
 """Least slack first: what is left until a request's deadline, less what it still takes."""
 
 import equinox as eqx
+import numpy as np
 from jaxtyping import Array, Int
 
 PARTS_MS = 64
@@ -15,7 +16,8 @@ LATEST_DUE_MS = 1 << 30
 
 class Slack(eqx.Module):
     """What a request is taken to need: of a token to compute before it decodes, of an output token, parts of a
-    millisecond (`PARTS_MS`), at the scheduler's own stated pace.
+    millisecond (`PARTS_MS`), at the scheduler's own stated pace. most_tokens: that a sequence may have; a prediction
+    beyond that counts as so many.
 
     Slack is due - now - remaining, where remaining = prompt_parts known + output_parts left: known tokens (prompt, and
     output so far, which who was preempted computes again) and predicted output tokens still to come, one at least. Now
@@ -28,6 +30,7 @@ class Slack(eqx.Module):
 
     prompt_parts: Int[Array, ""]
     output_parts: Int[Array, ""]
+    most_tokens: Int[Array, ""] = np.int32(2**31 - 1)
 
     def key_ms(self, due_ms: Int[Array, "*shape"], known: Int[Array, "*shape"], left: Int[Array, "*shape"]
                ) -> Int[Array, "*shape"]:

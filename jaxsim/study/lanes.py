@@ -283,8 +283,13 @@ class Lanes:
         """The runs of a scenario with room for so many slots, tokens of an iteration and of a request."""
         sizes = slots, tokens, longest
         dims, alike = self._units.get((self._unit_key(scenario), sizes), lambda: self._runs(scenario, *sizes))
-        return dims, [dataclasses.replace(run, scenario=scenario, arrival_s=self.arrivals(scenario, run.workload))
-                      for run in alike]
+        found = [dataclasses.replace(run, scenario=scenario, arrival_s=self.arrivals(scenario, run.workload))
+                 for run in alike]
+        if simulate.looks_a_second(scenario, dims):
+            # Controllers look for as long as requests come, which another rate stretches.
+            found = [dataclasses.replace(run, max_steps=simulate.most_steps(
+                scenario, dims, run.workload, float(run.arrival_s[-1]))) for run in found]
+        return dims, found
 
     def _runs(self, scenario: Scenario, slots: int, tokens: int, longest: int) -> tuple[Dims, list[Run]]:
         system = self.system(scenario)

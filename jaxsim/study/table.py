@@ -194,7 +194,7 @@ def whole_s(runs: Runs) -> Float[np.ndarray, " runs"]:
     is_over, over_s = (runs.is_finished, runs.finish_s) if runs.ended_s is None else (
         ~np.isnan(runs.ended_s), runs.ended_s)
     last = np.where(is_over, over_s, -np.inf).max(axis=1)
-    return _or_nan(last - runs.arrival_s[:, 0], is_over.any(axis=1))
+    return _or_nan(last - runs.arrival_s[:, 0], is_over.any(axis=1) & (last > runs.arrival_s[:, 0]))
 
 
 def requests(runs: Runs) -> Columns:

@@ -15,7 +15,8 @@ from jaxsim._core.errors import InputError
 from jaxsim.engine import functional, loop
 from jaxsim.engine.environment import Environment
 from jaxsim.kernels import clock
-from jaxsim.metrics import flatten
+from jaxsim.metrics import FINISHED, flatten
+from jaxsim.metrics.lane import REJECTED
 from jaxsim.policy.clients import UNBOUNDED, backoffs, patience
 from jaxsim.study import runner
 from tests.engine import cases as c
@@ -235,6 +236,19 @@ def test_a_study_says_the_same():
         for name, value in flatten({"outcomes": run["outcomes"], "kv": run["kv"], "u": run["p99_e2el_ms"]}).items():
             assert row["p99_e2el_ms" if name == "u" else name] == pytest.approx(value), name
         assert (row["unstable"] == 1) == bool(run["unstable"])
+
+
+def test_who_is_refused_at_the_very_start_is_rejected():
+    """All come at once, to one engine at which three may wait: the others are sent again at once, and refused again."""
+    scenario = Scenario.from_dict(fields(
+        workload__kind="batch", workload__rate_rps=None, workload__client={"deadline_s": 9.0, "retries": 1},
+        cluster={"admission": {"max_waiting": 3}}))
+    (lanes,), (rows, _) = simulate(scenario).lanes, runner.table([scenario])
+    for lane, row in zip(lanes, rows.to_dict("records"), strict=True):
+        is_done = lane.status == FINISHED
+        assert is_done.sum() == row["completed"] == 3 and np.all(lane.status[~is_done] == REJECTED)
+        assert np.all(lane.ended_s[~is_done] == 0) and np.all(lane.attempts[~is_done] == 2)
+        assert row["outcomes.rejected"] == 97 and row["outcomes.failed_share"] == 0.97
 
 
 def test_classes_wait_differently():

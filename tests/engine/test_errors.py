@@ -15,6 +15,7 @@ import jaxsim
 from jaxsim import InputError, Scenario
 from jaxsim.engine import loop, lower
 from jaxsim.engine import simulate as engine
+from jaxsim.workload import Workload
 from tests.engine import cases as c
 
 NUM_REQUESTS = 24
@@ -100,6 +101,9 @@ CASES = {
     "a router without what it reads": (
         changed(FITTED, engine__preset="distserve-sim-vllm", cluster={"router": "least_kv", "replicas": 2}),
         "cluster.router", ["least_kv", "KV memory"]),
+    "a router by its path without what it reads": (
+        changed(FITTED, engine__preset="distserve-sim-vllm",
+                cluster={"router": "jaxsim.policy.routing.LeastKV", "replicas": 2}), "cluster.router", ["KV memory"]),
     "no room for one long sequence": (changed(REAL, device__name="rtx4090"), None, ["131,072", "max_model_len"]),
     "arrivals beyond the clock": (changed(FITTED, workload__rate_rps=1e-12), "workload", ["last arrival", "1e+09"]),
     "more than fits in memory": (changed(REAL, workload__num_requests=2**27), "workload.num_requests",
@@ -204,6 +208,35 @@ def test_a_model_that_does_not_fit_shows_the_arithmetic(nothing_runs):
     text = str(error)
     assert text.count("GiB") >= 2
     assert "tensor_parallel_size" in text
+
+
+IMAGES = {"workload__images": {"number": 1, "tiles_per_image": 4, "tokens_per_tile": 4},
+          "cluster__encode": {"base_ms": 1.0, "tile_ms": 1.0}}
+SYNCHRONOUS = {"engine__preset": "vllm-v1@0.9"}
+
+
+@pytest.mark.parametrize("changes, field", [
+    ({"cluster__failures": {"outages": [{"instance": 0, "at_s": 1, "down_s": 1}]}}, "cluster.failures"),
+    ({"cluster__admission": {"max_waiting": 3}}, "cluster.admission"),
+    ({"workload__client": {"deadline_s": 5.0}}, "workload.client"),
+    ({"workload__tenants": [{"name": "hasty", "deadline_s": 5.0}]}, "workload.tenants"),
+    ({"engine__scheduling_policy": "priority"}, "engine.scheduling_policy"),
+    ({"engine__scheduling_policy": "least_slack", "engine__slack_output_ms": 20.0, "slo": {"e2e_ms": 1000.0},
+      "workload__prediction": {"sigma": 0.0}}, "engine.scheduling_policy"),
+    ({"cluster__role_switching": {}, "cluster__pools": [{"role": "prefill", "replicas": 2}, {"role": "decode"}]},
+     "cluster.role_switching"),
+    (IMAGES, "workload.images"),
+    ({"engine__context_reuse": {"recomputed_layers": 4, "gb_per_s": 10.0}, "engine__enable_prefix_caching": True,
+      "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+      "workload__prefix_groups": {"number": 4, "tokens": 64}}, "engine.context_reuse")])
+def test_what_is_refused_with_sessions_is_with_a_workload_of_them(nothing_runs, changes, field):
+    """By the field that is there."""
+    scenario = Scenario.from_dict(changed(FITTED, **(SYNCHRONOUS | changes)))
+    images = {"num_images": [1, 1], "tiles_per_image": 4} if scenario.workload.images else {}
+    given = Workload([0.0, 1.0], [40, 80], [4, 4], session=[0, 0], turn=[0, 1], think_s=[0.0, 1.0], **images)
+    with pytest.raises(InputError, match="a workload of sessions") as caught:
+        jaxsim.simulate(scenario, workload=given)
+    assert caught.value.field == field
 
 
 # --- runs that end badly ------------------------------------------------------------------------------------

@@ -306,6 +306,7 @@ def test_drawn_outages_are_exponential():
     (dict(cluster__migration={}), "cluster.failures"),
     (dict(cluster__scaling={}), "cluster.failures"),
     (dict(cluster__router="llumnix_load"), "cluster.failures"),
+    (dict(cluster__router="jaxsim.policy.routing.LlumnixLoad"), "cluster.failures"),
     (dict(engine__preset="vllm-v0"), "engine.preset"),
     (dict(engine__preset="orca"), "engine.preset"),
     (dict(engine__enable_prefix_caching=True), "engine.enable_prefix_caching"),

@@ -56,6 +56,7 @@ def compare(drawn, flags, dims, stages=None, heads=None) -> dict[str, int]:
         try:
             result = reference(case, each, dims, rules, **more[lane])
         except ValueError:
+            assert world.fault[lane], f"lane {lane}: served, which the reference says it cannot be"
             continue
         got = c.unpack(dims, world, lane, len(case))
         c.compare_requests(got, result, f"lane {lane} {rules}")

@@ -62,6 +62,7 @@ def compare(drawn, flags, dims) -> dict[str, int]:
         try:
             result = c.reference(case, flags, dims, "mixed", disaggregation=rules)
         except ValueError:
+            assert world.fault[lane], f"lane {lane}: served, which the reference says it cannot be"
             continue
         got = c.unpack(dims, world, lane, len(case))
         c.compare_requests(got, result, f"lane {lane} {rules}")

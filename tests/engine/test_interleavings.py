@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from jaxsim.engine import hand_over, loop
 from jaxsim.kernels import clock, packed
-from jaxsim.state.control import OFF
+from jaxsim.state.control import ON, STARTING
 from tests.engine import cases as c
 from tests.engine import failure_cases as fc
 from tests.engine import test_hand_over as roles
@@ -116,14 +116,17 @@ def test_migrations_preemptions_and_instances_that_come_and_go():
         rng = np.random.default_rng(seed)
         drawn = [(replace(case, priority=case.priority - 1), rules)
                  for case, rules in moves.draw(seed, flags, dims, "freeness", "shortest")]
-        params = c.stack([moves.with_scaling(moves.params_of(case, rules, flags), moves.draw_scaling(rng), 6)
-                          for case, rules in drawn])
+        scalings = [moves.draw_scaling(rng) for _ in drawn]
+        params = c.stack([moves.with_scaling(moves.params_of(case, rules, flags), own, 6)
+                          for (case, rules), own in zip(drawn, scalings, strict=True)])
         _, requests = c.inputs([case for case, _ in drawn], flags, dims, "freest")
         world = jax.device_get(loop.run(dims, params, requests))
         for lane, (case, rules) in enumerate(drawn):
             got = c.unpack(dims, world, lane, len(case))
             if got["fault"]:
                 # Somebody is larger than the pool less what is kept for urgent requests.
+                with pytest.raises(ValueError, match="can never be served"):
+                    c.reference(case, flags, dims, "freest", migration=rules)
                 seen["refused"] += 1
                 continue
             counts = c.w.count_rows(dims).everything(world.counts[lane])
@@ -144,7 +147,9 @@ def test_migrations_preemptions_and_instances_that_come_and_go():
                 "who stands still for a migration is stalled": bool(np.all(down_s <= got["stalled_s"])),
                 "a link carries a block in its time": bool(np.all(
                     down_s >= (rules.block_s + rules.latency_s) * moved[:, 0])),
-                "status": bool(np.all(world.control.fleet.status[lane] >= OFF))}
+                "instances on are those of the beginning, started and not drained": np.isin(
+                    world.control.fleet.status[lane], (ON, STARTING)).sum() == scalings[lane].fewest + int(
+                    world.control.fleet.starts[lane] - world.control.fleet.drains[lane])}
             assert [name for name, holds in laws.items() if not holds] == [], (lane, case, rules)
             seen["migrations"] += int(moved[:, 0].sum())
             seen["preemptions"] += int(got["preemptions"].sum())
@@ -189,6 +194,8 @@ def test_hand_overs_over_links():
     for lane, (case, rules) in enumerate(drawn):
         got = c.unpack(dims, world, lane, len(case))
         if got["fault"]:
+            with pytest.raises(ValueError, match="can never be served"):
+                c.reference(case, flags, dims, "mixed", disaggregation=rules)
             seen["refused"] += 1
             continue
         transfers = world.transfers[lane, :len(case)].astype(np.float64)

@@ -79,6 +79,7 @@ def compare(drawn, flags, dims, scalings=None, headroom_blocks: int = 0) -> dict
         try:
             result = c.reference(case, flags, dims, "freest", migration=rules, scaling=scalings and scalings[lane])
         except ValueError:
+            assert world.fault[lane], f"{name}: served, which the reference says it cannot be"
             continue
         got, live = c.unpack(dims, world, lane, len(case)), result.live
         c.compare_requests(got, result, name)
@@ -162,6 +163,7 @@ def test_routers_that_read_loads():
         try:
             result = c.reference(case, flags, dims, "freest")
         except ValueError:
+            assert lane["fault"], "served, which the reference says it cannot be"
             continue
         c.compare_requests(lane, result, "freest")
         places.update(lane["instance"].tolist())

@@ -6,10 +6,11 @@ import pytest
 from jaxsim import Environment
 from jaxsim._core.errors import InputError
 from jaxsim.engine import lower
-from jaxsim.engine.simulate import simulate
+from jaxsim.engine.simulate import prepare, simulate
 from jaxsim.metrics import flatten, request_frame
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study import runner
+from jaxsim.study.lanes import Lanes
 
 pytestmark = pytest.mark.unoptimised
 
@@ -54,6 +55,22 @@ def test_refusals(change, field):
         made = scenario(**change)
         lower.make_params(made, lower.resolve_system(made), None, 1)
     assert error.value.field == field, error.value
+
+
+@pytest.mark.parametrize("cluster, looks", [
+    (MIGRATION, 3 / 0.5), (SCALING, 1.0), ({**MIGRATION, **SCALING}, 3 / 0.5 + 1)])
+def test_steps_are_enough_for_all_looks(cluster, looks):
+    """As long as requests come, which another rate stretches; a study has the bound of a run alone."""
+    cluster = {name: {**given, "polling_s": 0.5} if name == "migration" else given for name, given in cluster.items()}
+    steps = []
+    for rate in (0.001, 1.5):
+        made = scenario(cluster, workload={"kind": "poisson", "cv": None, "rate_rps": rate}, num_seeds=1).checked()
+        (lane,) = prepare(0, made, False)
+        _, (run,) = Lanes().runs(made, lane.dims.num_slots, 2048, 1024)
+        last_s = lane.workload.arrival_s[-1]
+        steps.append(int(lane.params.max_steps))
+        assert run.max_steps == steps[-1] > looks * last_s and run.arrival_s[-1] == pytest.approx(last_s)
+    assert steps[0] > steps[1]
 
 
 def test_an_environment_refuses_controllers_of_its_own():

@@ -10,6 +10,7 @@ from jaxsim.kernels.clock import Time
 from jaxsim.metrics import request_frame
 from jaxsim.policy.offload import Offload
 from jaxsim.spec.scenario import Scenario, json_schema
+from jaxsim.study import runner
 
 pytestmark = pytest.mark.unoptimised
 
@@ -93,6 +94,42 @@ def test_what_a_run_says():
         blocks = frame["loaded_tokens"].sum() / 16
         # All of them loaded once, over the 32 GB/s of PCIe 4.
         assert np.sum(lane.load_s) == pytest.approx(blocks * 2**21 / 32e9) and blocks > 0
+
+
+class Reached(Exception):
+    """Nothing is to run."""
+
+
+def test_a_log_has_room_for_the_touches_of_every_run(monkeypatch):
+    """Who has room for all needs no log, but has that of another where they share a program: of a study, of seeds."""
+    groups = {"kind": "poisson", "rate_rps": 2.0, "num_requests": 80, "input": 20, "output": 4}
+    short = scenario({"space_gb": 0.3}, {"max_num_batched_tokens": 64},
+                     workload=groups | {"prefix_groups": {"number": 10, "tokens": 512}})
+    roomy = scenario({"space_gb": 8.0}, {"max_num_batched_tokens": 64},
+                     workload=groups | {"input": 400, "prefix_groups": {"number": 10, "tokens": 512}})
+    seen = []
+
+    def captured(dims, runs, lanes):
+        seen.append((dims.offload_log, len(runs)))
+        raise Reached
+
+    monkeypatch.setattr(runner, "simulate_runs", captured)
+    for both in ([short], [short, roomy]):
+        with pytest.raises(Reached):
+            runner.table(both)
+    # 80 prompts of a segment, in 2 + 8 and 2 + 14 chunks, of two entries each; twice that and 4096.
+    assert seen == [(1 << 13, 2), (1 << 14, 4)]
+
+    alone = scenario({"space_gb": 0.3}, {"max_num_batched_tokens": 64}, workload=groups | {
+        "input": 4, "prefix_groups": {"number": 1, "tokens": 960}})
+    system, made = lower.resolve_system(short), [lower.make_workload(one, 0) for one in (short, alone)]
+    prefixes = [lower.shared_prefixes(workload, 16) for workload in made]
+    dims = simulate.with_prefixes(simulate.dims_of(short, system, 80), prefixes)
+
+    def log_of(which):
+        return simulate.with_offload(dims, short, system, made[which], prefixes[which]).offload_log
+
+    assert [log_of(np.s_[:1]), log_of(np.s_[1:]), log_of(np.s_[:])] == [1 << 13, 0, 1 << 14]
 
 
 @pytest.mark.slow

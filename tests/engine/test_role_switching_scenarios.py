@@ -7,6 +7,8 @@ import pytest
 
 import jaxsim
 from jaxsim._core.errors import InputError
+from jaxsim.engine import lower
+from jaxsim.engine.simulate import blocks_of
 from jaxsim.metrics import request_frame
 from jaxsim.policy.role_switching import DECODE, ENCODE, PREFILL
 from jaxsim.spec.scenario import Scenario
@@ -57,6 +59,28 @@ def test_idle_engines_go_where_the_queue_is():
     assert lanes[3].role_switches is None and "role_switching" not in result.metrics[3]
     summary = result.metrics[0]["role_switching"]
     assert summary["switches"] == lanes[0].role_switches >= 2 and summary["mean_drain_s"] == pytest.approx(1.0)
+    # Caches of images are no KV, and a share of what an engine had in another role is no share.
+    assert set(result.metrics[0]["kv"].values()) == {None} and result.metrics[3]["kv"]["peak_share"] > 0
+
+
+def test_blocks_of_roles():
+    """Known of engines that change between roles which have the same, and of none else."""
+    pools, blocks = [{"role": "prefill", "replicas": 2}, {"role": "decode"}], {"engine": {
+        "num_gpu_blocks_override": 900}}
+    plain = dict(cluster__encode=None, workload__images=None, engine__num_gpu_blocks_override=800)
+    for own, known in (({}, [800] * 3), (blocks, 0)):
+        system = lower.resolve_system(changed(cluster__pools=[pools[0], pools[1] | own], **plain))
+        np.testing.assert_array_equal(blocks_of(system), known)
+    assert blocks_of(lower.resolve_system(changed())) == 0
+
+
+def test_a_quiet_workload_is_not_stopped(monkeypatch):
+    """Turns go on while nobody is there, 1.5 of them a second at least: an hour of them is more than the rest has
+    steps."""
+    monkeypatch.setattr(lower, "step_limit", lambda workload, _: 3000)
+    quiet = changed(workload__kind="poisson", workload__rate_rps=0.03, num_seeds=5)
+    result = jaxsim.simulate(quiet)
+    assert result.faults == () and all(lane.is_finished.all() for lane in result.lanes[0])
 
 
 @pytest.mark.slow
@@ -106,6 +130,10 @@ def test_prompts_get_engines_from_outputs_and_back():
      r"cluster.pools\[2\].engine.tensor_parallel_size", "keep their devices"),
     ({"cluster__pools": [*POOLS[:2], {"role": "decode"}]}, "cluster.pools", "nobody to move"),
     ({"cluster__role_switching__decide_s": 0.5}, "cluster.role_switching.decide_s", "below sample_s"),
+    ({"cluster__role_switching__deal_anew": True, "cluster__pools": POOLS[1:], "workload__images": None,
+      "cluster__encode": None}, "cluster.role_switching.deal_anew", "has no effect"),
+    ({"cluster__router": "jaxsim.policy.routing.LlumnixLoad"}, "cluster.router", "is not simulated"),
+    ({"cluster__transfer": {"router": "jaxsim.policy.routing.RemainingSteps"}}, "cluster.transfer.router", "by loads"),
     ({"cluster__role_switching__poll_s": 0}, "cluster.role_switching.poll_s", "0.001"),
     ({"cluster__role_switching__switch_s": -1}, "cluster.role_switching.switch_s", "0"),
     ({"cluster__pools": POOLS[1:]}, "workload.images", "encoders beside the model"),

@@ -42,7 +42,8 @@ def run(drawn: list[Drawn], dims) -> list[dict]:
     padded = drawn + drawn[:1] * (c.LANES - len(drawn))
     params, requests = [], []
     for case, pace in padded:
-        params.append(replace(c.make_params(case, FLAGS, "mixed"), slack=Slack(*map(np.int32, pace))))
+        most = case.limits["max_model_len"]
+        params.append(replace(c.make_params(case, FLAGS, "mixed"), slack=Slack(*map(np.int32, (*pace, most)))))
         made = Workload(case.arrival_s, case.prompt, case.output, case.max_tokens, uniforms=case.uniforms,
                         predicted_tokens=case.predicted, limit_s=case.limit_s)
         requests.append(lower.make_requests(made, dims, order="least_slack", slack=params[-1].slack))
@@ -51,7 +52,9 @@ def run(drawn: list[Drawn], dims) -> list[dict]:
 
 
 def reference(drawn: Drawn, dims, **flags) -> simulator.ReferenceResult:
-    return c.reference(drawn[0], replace(FLAGS, pace=drawn[1], **flags), dims, "mixed")
+    case, pace = drawn
+    case = replace(case, predicted=np.minimum(case.predicted, case.limits["max_model_len"]))
+    return c.reference(case, replace(FLAGS, pace=pace, **flags), dims, "mixed")
 
 
 def test_engine_equals_reference():
@@ -70,6 +73,26 @@ def test_engine_equals_reference():
             seen["reordered"] += starts != test_orders.starts(plain)
             seen["settled"] += [r.finish_s for r in theirs.requests] != [r.finish_s for r in fixed.requests]
     assert seen["reordered"] > 20 and seen["preemptions"] > 200 and seen["again"] > 20 and seen["settled"] > 5, seen
+
+
+def test_a_prediction_beyond_what_a_sequence_may_have():
+    """Counts as that, before the run and where somebody was preempted: no key runs over."""
+    dims, rng, seen = dims_of(), np.random.default_rng(4), Counter()
+    drawn = [(replace(case, predicted=np.where(rng.random(len(case)) < 0.5, 1 << 30, case.predicted)), (64, 64_000))
+             for case, _ in draw_many(4, dims)]
+    for one, ours in zip(drawn, run(drawn, dims), strict=True):
+        theirs = reference(one, dims)
+        assert c.differences(ours, c.answer(theirs, dims.num_executors, one[0].limits["num_blocks"])) == [], one
+        seen["preempted"] += sum(r.preemptions for r in theirs.requests if one[0].predicted[r.id] == 1 << 30)
+        bounded = replace(one[0], predicted=one[0].output)
+        seen["reordered"] += test_orders.starts(theirs) != test_orders.starts(reference((bounded, one[1]), dims))
+    assert seen["preempted"] > 20 and seen["reordered"] > 5, seen
+
+
+def test_the_longest_that_a_scenario_may_have():
+    made = Scenario.from_dict(test_tenants.changed(**FIELDS)).checked()
+    system = lower.resolve_system(made)
+    assert int(lower.make_slack(made, system).most_tokens) == system.max_model_len
 
 
 def test_it_makes_the_earliest_job_as_late_as_can_be():

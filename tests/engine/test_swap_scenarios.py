@@ -6,10 +6,11 @@ import pytest
 from jaxsim._core.errors import InputError
 from jaxsim.engine import lower
 from jaxsim.engine.environment import Environment
-from jaxsim.engine.simulate import simulate
+from jaxsim.engine.simulate import prepare, simulate
 from jaxsim.metrics import request_frame
 from jaxsim.policy.swap import BOUND_BY_DISPATCH
 from jaxsim.spec.scenario import Scenario, json_schema
+from jaxsim.workload import Workload
 
 pytestmark = pytest.mark.unoptimised
 
@@ -137,7 +138,7 @@ def test_a_turn_finds_the_one_before_it():
         order = np.argsort(kept.turn[kept.session == 0])
         mine = np.flatnonzero(kept.session == 0)[order]
         before = kept.input_tokens[mine][:-1] + kept.output_tokens[mine][:-1] - 1
-        assert kept.cached_tokens[mine].tolist() == [0, *before] and not plain.cached_tokens.any()
+        assert kept.cached_tokens[mine].tolist() == [0, *before] and plain.cached_tokens is None
         assert np.all(kept.first_token_s[mine][1:] - kept.arrival_s[mine][1:]
                       < plain.first_token_s[mine][1:] - plain.arrival_s[mine][1:])
         last = kept.input_tokens + kept.output_tokens - 1
@@ -145,6 +146,21 @@ def test_a_turn_finds_the_one_before_it():
         found = kept.cached_tokens // 16
         assert kept.swapped_blocks.tolist() == [int((-(-last // 16) - found).sum()), int(found.sum())]
         assert plain.swapped_blocks.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("is_drawn, is_given, reuse", [(True, True, True), (True, False, True), (False, True, True),
+                                                       (False, True, False), (True, None, True), (True, None, False)])
+def test_turns_are_kept_where_there_are_any(is_drawn, is_given, reuse):
+    """By the requests that are run, drawn or given, and only with reuse."""
+    sessions = {"kind": "poisson", "rate_rps": 0.1, "num_requests": 4, "input": 40, "output": 21,
+                "sessions": {"turns": 4, "think_s": 5.0, "context_limit": 500}}
+    given = None if is_given is None else Workload(
+        [0.0, 1.0], [10, 30], [4, 4], **(dict(session=[0, 0], turn=[0, 1], think_s=[0.0, 1.0]) if is_given else {}))
+    made = scenario({"reuse": reuse}, **({"workload": sessions} if is_drawn else {})).checked()
+    lane = prepare(0, made, False, given)[0]
+    requests = lower.make_requests(lane.workload, lane.dims)
+    has_turns = (is_drawn if is_given is None else is_given) and reuse
+    assert lane.dims.keeps_turns == has_turns and (requests.before is not None) == has_turns
 
 
 def test_the_schema_knows_the_fields():

@@ -170,7 +170,7 @@ def make_slack(scenario: Scenario, system: System) -> Slack | None:
         raise InputError("engine.slack_output_ms", engine.slack_output_ms,
                          f"a token, for max_model_len = {system.max_model_len}, is longer than can be ranked",
                          "lower it, engine.slack_prompt_ms or engine.max_model_len")
-    return Slack(np.int32(prompt), np.int32(output))
+    return Slack(np.int32(prompt), np.int32(output), np.int32(system.max_model_len))
 
 
 def make_swap(scenario: Scenario, system: System) -> Swap | None:
@@ -266,9 +266,10 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
     except InputError as error:
         field = error.field.replace("cluster.", "cluster.transfer.")
         raise InputError(field, error.value, error.problem, error.remedy) from None
-    if knows_prompts(routing):
+    if knows_prompts(routing) or routing.reads_loads:
         raise InputError("cluster.transfer.router", given.router,
-                         "chooses by prompts, which decode engines do not keep",
+                         f"chooses by {'loads' if routing.reads_loads else 'prompts'}, which decode engines do not"
+                         " keep",
                          "use 'least_outstanding', or another that reads loads only")
     return HandOver(
         computes_prompts=(roles == "prefill") | (roles == "encode"), decodes=roles == "decode", routing=routing,

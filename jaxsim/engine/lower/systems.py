@@ -17,6 +17,7 @@ from jaxsim.spec.memory import MemoryBudget, kv_blocks
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, kv_cache_bytes
 from jaxsim.spec.presets import Scheduler, resolve
+from jaxsim.spec.rules.cluster import check_migration, check_role_switching
 from jaxsim.spec.scenario import ClusterSection, Scenario
 
 
@@ -97,6 +98,7 @@ class Pool(NamedTuple):
 
 def resolve_system(scenario: Scenario) -> System:
     """Look everything up, derive the KV pools. Raises `InputError` for whatever does not go together."""
+    _check_loads(scenario)
     if not scenario.cluster.pools:
         system = _resolve_alone(scenario)
         if system.scheduler.pass_when_stage_free:
@@ -191,7 +193,8 @@ def _resolve_alone(scenario: Scenario) -> System:
         raise InputError("engine.scheduling_policy", scheduler.order,
                          f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
                          "use preset = 'vllm-v1@0.9' with async_scheduling = false, or 'fcfs'")
-    if not scheduler.kv_accounting and scenario.cluster.router in ("least_kv", "score", "linear"):
+    named = scenario.cluster.router
+    if not scheduler.kv_accounting and named and router(named, scenario.cluster.router_weights).reads_kv:
         raise InputError("cluster.router", scenario.cluster.router,
                          f"reads KV memory, of which {scheduler.preset} keeps no account",
                          "use 'least_outstanding', or set engine.kv_accounting = true")
@@ -226,6 +229,15 @@ def _resolve_alone(scenario: Scenario) -> System:
                          "is not simulated with data-parallel ranks that iterate together",
                          "use 'fcfs', or engine.data_parallel_size = 1")
     return system
+
+
+def _check_loads(scenario: Scenario) -> None:
+    """Refuse with a router that reads loads, given by the path of its class, what is with those that have names. Raises
+    `InputError`."""
+    name = scenario.cluster.router
+    if name is not None and "." in name and router(name, scenario.cluster.router_weights).reads_loads:
+        check_role_switching(scenario, reads_loads=True)
+        check_migration(scenario, reads_loads=True)
 
 
 def _check_caches(scenario: Scenario, system: System) -> None:

@@ -59,8 +59,8 @@ def check_pools(s: "Scenario") -> None:
                          "has no effect with discipline = 'fifo'", "leave it out, or use 'fair'")
 
 
-def check_role_switching(s: "Scenario") -> None:
-    """Engines that change roles. Raises `InputError`."""
+def check_role_switching(s: "Scenario", reads_loads: bool = False) -> None:
+    """Engines that change roles. reads_loads: a router that is no name here does. Raises `InputError`."""
     given, cluster = s.cluster.role_switching, s.cluster
     if given is None:
         return
@@ -91,6 +91,8 @@ def check_role_switching(s: "Scenario") -> None:
     if max(pool.replicas for pool in cluster.pools) == 1:
         raise InputError("cluster.pools", roles, f"have one engine each, so [{where}] leaves nobody to move",
                          "give one of them more replicas, or leave it out")
+    if given.deal_anew and "encode" not in roles:
+        raise InputError(f"{where}.deal_anew", True, "has no effect without a pool of role 'encode'", "leave it out")
     if given.decide_s < given.sample_s:
         raise InputError(f"{where}.decide_s", given.decide_s, f"is below sample_s = {given.sample_s:g}: decisions would"
                          " have nothing to look at", "raise it, or lower sample_s")
@@ -100,7 +102,7 @@ def check_role_switching(s: "Scenario") -> None:
     if s.workload.kind == "closed-loop" or s.workload.has_sessions:
         raise InputError("workload.kind", s.workload.kind, f"is not simulated with [{where}] where answers bring"
                          " requests about", "use an open loop")
-    if cluster.router in ("llumnix_load", "remaining_steps"):
+    if reads_loads or cluster.router in ("llumnix_load", "remaining_steps"):
         raise InputError("cluster.router", cluster.router, f"is not simulated with [{where}]",
                          "use 'least_outstanding'")
     for name, value, is_wrong, remedy in (
@@ -111,15 +113,16 @@ def check_role_switching(s: "Scenario") -> None:
             raise InputError(f"engine.{name}", value, f"is not simulated with [{where}]", remedy)
 
 
-def check_migration(s: "Scenario") -> None:
-    """Live migration, scaling, and routers that read loads. Raises `InputError`."""
+def check_migration(s: "Scenario", reads_loads: bool = False) -> None:
+    """Live migration, scaling, and routers that read loads. reads_loads: one that is no name here does. Raises
+    `InputError`."""
     cluster, workload, engine = s.cluster, s.workload, s.engine
     moving = next((name for name in ("migration", "scaling") if getattr(cluster, name) is not None), None)
     is_freeness = cluster.migration is not None and cluster.migration.metric == "freeness"
     if cluster.headroom_blocks is not None and cluster.router != "llumnix_load" and not is_freeness:
         raise InputError("cluster.headroom_blocks", cluster.headroom_blocks, "has no effect: nobody asks for freeness",
                          "use router = 'llumnix_load' or migration.metric = 'freeness', or leave it out")
-    reads_loads = cluster.router in ("llumnix_load", "remaining_steps")
+    reads_loads = reads_loads or cluster.router in ("llumnix_load", "remaining_steps")
     if cluster.transfer is not None and cluster.transfer.router in ("llumnix_load", "remaining_steps"):
         raise InputError("cluster.transfer.router", cluster.transfer.router, "is not simulated for decode engines",
                          "use 'least_kv' or 'least_outstanding'")
