@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
                                   for name in ("prefill", "decode")})
     if out is not None:
         table.to_csv(out, index=False)
-    print(table.round(3).to_string(index=False))
+    print(table.round(3).to_string(index=False, na_rep="-"))
     for name, why in found.refused.items():
         print(f"jaxsim: {name}: {why}", file=sys.stderr)
     rate = scenario.workload.rate_rps

@@ -4,10 +4,11 @@ Algorithm 1 (`high`: a fast network between nodes): every configuration is simul
 limit of TTFT only, and as decode engine alone, with that of TPOT only. Of each phase the one with the highest goodput
 per GPU is taken, as often as the rate asks for. Algorithm 2 (`low`: KV must stay inside a node): stages of the model
 are spread over `segments` nodes, in each of which lie the same segment of a prefill and of a decode engine; every pair
-that fits a node is simulated as a pair, and the one with the highest goodput per GPU is taken as often as needed. All
-rates, seeds and configurations of a round are a few batches (`jaxsim.study.goodput`) of two queues, one behind the
-other (`jaxsim.planning.tandem`), where the public tool bisects in processes; what those do not know is simulated by the
-event engine. Who cannot win any more is not searched further.
+that fits a node is simulated as a pair, and the one with the highest goodput per GPU is taken as often as needed.
+The goodput of one is bisected; every other is asked first whether it keeps its limits at the lowest rate at which it
+would not be behind, and only who does is bisected too (`jaxsim.study.goodput`, in turn). A run is two queues, one
+behind the other (`jaxsim.planning.tandem`), of which the second is left out where the first alone misses the limits;
+what those do not know is simulated by the event engine, many rates and configurations at once.
 
 A configuration is a number of tensor-parallel ranks that divides the heads and of stages that divides the layers, whose
 weights fit. An engine alone is one beside an engine of the other phase that takes no time: prefills beside decodes that
@@ -65,9 +66,10 @@ class Placement:
 
     table: a row a configuration that was simulated: phase (prefill, decode or pair), prefill and decode degrees,
     devices, goodput and goodput per device in requests/s, the lowest rate known to miss the limits (next_rps: one step
-    of the tolerance above the goodput of the best, further above that of others, whose goodput may be more than is said
-    and not enough to win); the best of each phase first. refused: what was not, and why. prefill, decode: the chosen
-    degrees, of whole engines; num_prefill, num_decode: how many of each.
+    of the tolerance above the goodput of the best; others miss them at a rate that would be needed to win, and how much
+    less they keep up with is not looked for: their goodput is what they are known to meet, NaN if nothing is); the best
+    of each phase first. refused: what was not, and why. prefill, decode: the chosen degrees, of whole engines;
+    num_prefill, num_decode: how many of each.
     """
 
     table: pd.DataFrame
@@ -108,9 +110,10 @@ def search(scenario: Scenario, model: ModelSpec, engines: Callable[[Degrees], En
         reasons = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:3])
         raise InputError("nodes", [num_nodes, devices_per_node], f"no configuration can run ({reasons})",
                          "use more devices, or another model")
+    is_tandem = all(tandem.follows(one) for _, one in asked)
     found = goodput.search([one for _, one in asked], attainment=attainment, rule=rule, rates=rates,
-                           tolerance=tolerance, workers=workers,
-                           batches=tandem.Tandem() if all(tandem.follows(one) for _, one in asked) else None,
+                           tolerance=tolerance, workers=workers, in_turn=is_tandem,
+                           batches=tandem.Tandem(attainment) if is_tandem else None,
                            contests=[(row["phase"], row["devices"]) for row, _ in asked])
     rows = []
     for (row, _), (_, result) in zip(asked, found.sort_values("scenario").iterrows(), strict=True):
@@ -118,6 +121,9 @@ def search(scenario: Scenario, model: ModelSpec, engines: Callable[[Degrees], En
             refused[f"{row['phase']} {row['prefill']} {row['decode']}"] = result["refused"]
             continue
         rate = result["rate_rps"]
+        if rate == 0 and result.get("next_rps", 0.0) > goodput.LOWEST_RPS:
+            # Who misses the first rate at which it would not be behind is tried at no other.
+            rate = math.nan
         if math.isinf(result.get("next_rps", 0.0)):
             raise InputError("workload.num_requests", scenario.num_requests,
                              f"are so few that {row['prefill'] or row['decode']} keeps its limits in the {row['phase']}"

@@ -47,7 +47,7 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, atta
            rule: Literal["joint", "separate", "both"] = "joint", rates: tuple[float, float] = (0.1, 100.0),
            tolerance: float = 0.02, workers: int | None = None,
            progress: Callable[[str, int, int], None] = lambda *_: None, batches: "Batches | None" = None,
-           contests: Sequence[tuple[Hashable, float]] | None = None) -> pd.DataFrame:
+           contests: Sequence[tuple[Hashable, float]] | None = None, in_turn: bool = False) -> pd.DataFrame:
     """The goodput of every scenario: a row each, or with `both` two.
 
     slo: limits, instead of each scenario's own. attainment: share of requests that must meet them, all of them at once
@@ -57,7 +57,9 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, atta
     contest in which it stands and what its rate is divided by: only who has the highest quotient of a contest, and by
     what rate, is found as closely as `tolerance`; the bracket of another is left as it is once it can win no more.
     Rates are then powers of 1 + tolerance, tried from the highest down, since runs at low rates are long; so who wins
-    does not depend on the order, as long as whoever meets the target does so at all lower rates as well.
+    does not depend on the order, as long as whoever meets the target does so at all lower rates as well. in_turn: of a
+    contest one rate of one system at a time, where nothing is saved by many at once: who leads is found as closely as
+    `tolerance`, and anybody else is tried first at the lowest rate at which it would not be behind.
 
     Columns: scenario, the index; rule; rate_rps, the highest rate found to meet the target with all tried below it (0
     if none did, NaN if the scenario cannot be simulated: `refused` says why); rate_rps.ci95, half of the 95 % interval
@@ -76,16 +78,21 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, atta
     tried = [_Tried() for _ in wanted]
     batches = batches or _Batches()
     ask = _Bracket.asks if contests is None else _Bracket.falls
-    for turn in range(MOST_ROUNDS if contests is None else 2 * MOST_ROUNDS):
-        open_ = [b for b in brackets if ask(b, tried[b.scenario], rates, tolerance, 1)]
-        if contests is not None:
-            open_ = _may_win(open_, brackets, tried, contests)
+    most_rounds = MOST_ROUNDS if contests is None else 2 * MOST_ROUNDS
+    for turn in range(most_rounds * len(brackets) if in_turn else most_rounds):
+        if in_turn:
+            open_ = asked = _next_in_turn(brackets, tried, contests, rates, tolerance)
+        else:
+            open_ = [b for b in brackets if ask(b, tried[b.scenario], rates, tolerance, 1)]
+            if contests is not None:
+                open_ = _may_win(open_, brackets, tried, contests)
         progress(f"round {turn + 1}", len(brackets) - len(open_), len(brackets))
         if not open_:
             break
-        room = batches.rates_each([b.scenario for b in open_], wanted)
-        asked = dict.fromkeys((b.scenario, float(rate)) for b in open_
-                              for rate in ask(b, tried[b.scenario], rates, tolerance, room[b.scenario]))
+        if not in_turn:
+            room = batches.rates_each([b.scenario for b in open_], wanted)
+            asked = dict.fromkeys((b.scenario, float(rate)) for b in open_
+                                  for rate in ask(b, tried[b.scenario], rates, tolerance, room[b.scenario]))
         frame, refusals = batches.run([(k, scenario_at(wanted[k], rate)) for k, rate in asked], workers)
         for at, (k, rate) in enumerate(asked):
             tried[k].add(rate, frame[frame["point"] == at], refusals.get(at))
@@ -168,6 +175,7 @@ class _Tried:
     def __init__(self):
         self._runs: dict[float, pd.DataFrame] = {}
         self.refusals: dict[float, str] = {}
+        self.verdicts: dict[tuple[float, Rule], bool] = {}
 
     def add(self, rate_rps: float, runs: pd.DataFrame, refusal: str | None) -> None:
         """Remember the runs of all seeds at a rate."""
@@ -210,8 +218,11 @@ class _Bracket:
         """The highest rate that meets the target with all below, 0 if none; the lowest that misses it."""
         low = 0.0
         for rate in tried.rates:
-            runs = tried.at(rate)
-            if not len(runs) or not _is_met(self.shares(runs), _piles_up(runs), self.target):
+            if (rate, self.rule) not in tried.verdicts:
+                runs = tried.at(rate)
+                tried.verdicts[rate, self.rule] = bool(len(runs)) and _is_met(self.shares(runs), _piles_up(runs),
+                                                                              self.target)
+            if not tried.verdicts[rate, self.rule]:
                 return low, rate
             low = rate
         return low, math.inf
@@ -232,12 +243,7 @@ class _Bracket:
 
     def falls(self, tried: _Tried, rates: tuple[float, float], tolerance: float, most: int) -> list[float]:
         """The same, of powers of 1 + tolerance: from the highest down, by halves, until one meets the target."""
-        def power(rate: float) -> int:
-            return round(math.log(rate) / math.log1p(tolerance))
-
-        def rate_of(number: int) -> float:
-            return (1 + tolerance) ** number
-
+        power, rate_of = _powers(tolerance)
         if not tried.rates:
             return [rate_of(power(rates[1]))]
         low, high = self.ends(tried)
@@ -252,6 +258,22 @@ class _Bracket:
         first, last = power(low), power(high)
         inner = np.linspace(first, last, min(most, last - first - 1) + 2)[1:-1] if last - first > 1 else []
         return [rate_of(round(number)) for number in inner]
+
+    def challenges(self, tried: _Tried, rates: tuple[float, float], tolerance: float, lead: float) -> float | None:
+        """The next rate alone, a power of 1 + tolerance: the lowest that is not below `lead`, 0 if nobody leads, then
+        what finds its own end; None once that is known, or is below."""
+        power, rate_of = _powers(tolerance)
+        low, high = self.ends(tried)
+        if tried.refusal is not None or (low == 0 and high <= LOWEST_RPS) or (high == math.inf and low >= HIGHEST_RPS):
+            return None
+        least = math.ceil(math.log(lead) / math.log1p(tolerance) - 1e-9) if lead else None
+        if least is not None and (low == 0 or power(low) < least):
+            return rate_of(least) if high == math.inf or least < power(high) else None
+        if low == 0 and high == math.inf:
+            return rate_of((power(rates[0]) + power(rates[1])) // 2)
+        if low == 0 or high == math.inf:
+            return self.falls(tried, rates, tolerance, 1)[0]
+        return rate_of((power(low) + power(high)) // 2) if power(high) - power(low) > 1 else None
 
     def row(self, tried: _Tried) -> dict[str, Any]:
         """What was found."""
@@ -324,6 +346,32 @@ def _may_win(open_: Sequence[_Bracket], brackets: Sequence[_Bracket], tried: Seq
     for contest, low, _ in map(known, brackets):
         best[contest] = max(best[contest], low)
     return [bracket for bracket in open_ for contest, _, high in [known(bracket)] if high > best[contest]]
+
+
+def _next_in_turn(brackets: Sequence[_Bracket], tried: Sequence[_Tried], contests: Sequence[tuple[Hashable, float]],
+                  rates: tuple[float, float], tolerance: float) -> dict[tuple[int, float], None]:
+    """Of each contest and rule whose turn it is, and at which rate: who leads; once that one is done, who was tried at
+    the fewest rates, of these the one with the smallest divisor."""
+    def known(bracket: _Bracket) -> tuple[tuple[Hashable, Rule], float, float]:
+        contest, divisor = contests[bracket.scenario]
+        return (contest, bracket.rule), divisor, bracket.ends(tried[bracket.scenario])[0] / divisor
+
+    best: dict[tuple[Hashable, Rule], float] = defaultdict(float)
+    for contest, _, low in map(known, brackets):
+        best[contest] = max(best[contest], low)
+    turns: dict[tuple[Hashable, Rule], tuple[tuple[float, int, float], tuple[int, float]]] = {}
+    for bracket in brackets:
+        contest, divisor, low = known(bracket)
+        rate = bracket.challenges(tried[bracket.scenario], rates, tolerance, best[contest] * divisor)
+        place = -low, len(tried[bracket.scenario].rates), divisor
+        if rate is not None and (contest not in turns or place < turns[contest][0]):
+            turns[contest] = place, (bracket.scenario, rate)
+    return dict.fromkeys(asked for _, asked in turns.values())
+
+
+def _powers(tolerance: float) -> tuple[Callable[[float], int], Callable[[int], float]]:
+    """Of 1 + tolerance: the nearest to a rate, and the rate of one."""
+    return (lambda rate: round(math.log(rate) / math.log1p(tolerance))), (lambda number: (1 + tolerance) ** number)
 
 
 def _piles_up(runs: pd.DataFrame) -> Bool[np.ndarray, " seeds"]:

@@ -4,6 +4,7 @@ import json
 
 import msgspec
 import numpy as np
+import pandas as pd
 import pytest
 
 from jaxsim import cli
@@ -11,7 +12,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.engine.simulate import simulate
 from jaxsim.spec.scenario import Scenario, SloSection
 from jaxsim.study import runner
-from jaxsim.study.goodput import scenario_at, search, search_study
+from jaxsim.study.goodput import SHOWN, scenario_at, search, search_study
 from jaxsim.study.study import Study
 
 pytestmark = pytest.mark.unoptimised
@@ -195,3 +196,52 @@ def test_command_line(found, tmp_path, capsys):
                       (["--set", "workload.kind=batch", "--slo", "ttft:1"], "workload")):
         assert cli.main(["goodput", str(path), *bad]) == 2
         assert says in capsys.readouterr().err
+
+
+class _MadeUp:
+    """Runs of systems whose goodputs are given, and how many there were."""
+
+    def __init__(self, goodputs):
+        self.goodputs, self.asked = goodputs, 0
+
+    def rates_each(self, owners, scenarios):
+        return dict.fromkeys(owners, 4)
+
+    def run(self, asked, workers):
+        self.asked += len(asked)
+        rows = [{"point": at, "seed": seed, "fault": None, "unstable": 0.0,
+                 "slo.attainment": float(s.workload.rate_rps <= self.goodputs[k] * (1 + 1e-9)),
+                 "slo.ttft_attainment": 1.0, "slo.tpot_attainment": 0.5,
+                 **dict.fromkeys(SHOWN, 1.0)} for at, (k, s) in enumerate(asked) for seed in range(2)]
+        return pd.DataFrame(rows), {}
+
+
+def test_contests_have_the_winners_of_all_rates():
+    """In turn and all at once: the same winners with the same rates, ties too, as if every rate had been tried."""
+    rng, tolerance, systems = np.random.default_rng(0), 0.05, [of() for _ in range(8)]
+    seen, asked = dict(ties=0, hopeless=0, beyond=0), {True: 0, False: 0}
+    for _ in range(10):
+        # Few of them, so that some tie.
+        powers = 20 * rng.integers(-2, 5, len(systems))
+        powers[rng.random(len(systems)) < 0.2] = -10_000
+        goodputs, divisors = (1 + tolerance) ** powers.astype(float), rng.choice([1, 4], len(systems))
+        contests = [(int(k) % 2, int(d)) for k, d in enumerate(divisors)]
+        for in_turn in (True, False):
+            runs = _MadeUp(goodputs)
+            frame = search(systems, slo=SLO, rates=(0.25, 16.0), tolerance=tolerance, batches=runs, contests=contests,
+                           in_turn=in_turn)
+            asked[in_turn] += runs.asked
+            for contest in range(2):
+                mine = [k for k in range(len(systems)) if contests[k][0] == contest and powers[k] > -10_000]
+                quotients = {k: goodputs[k] / divisors[k] for k in mine}
+                best = [k for k in mine if quotients[k] == max(quotients.values())]
+                for k in best:
+                    assert frame["rate_rps"][k] == pytest.approx(goodputs[k], rel=1e-12)
+                    assert frame["next_rps"][k] == pytest.approx(goodputs[k] * (1 + tolerance), rel=1e-12)
+                assert all(frame["next_rps"][k] / divisors[k] <= quotients[best[0]] * (1 + tolerance) * (1 + 1e-9)
+                           for k in mine if k not in best)
+                seen["ties"] += len(best) > 1
+                seen["beyond"] += any(goodputs[k] > 16 for k in best)
+                seen["hopeless"] += len(mine) < 4
+    assert asked[True] < asked[False]
+    assert all(count > 2 for count in seen.values()), seen
