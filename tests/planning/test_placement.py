@@ -95,6 +95,14 @@ def test_nobody_keeps_the_limits(monkeypatch):
         searched(monkeypatch, lambda scenario: 0.0)
 
 
+def test_limits_that_nobody_meets_end_the_search():
+    """At rates so low that a run lasts weeks of simulated time."""
+    scenario = placement.chat("opt-13b").with_values({
+        "workload.num_requests": 200, "num_seeds": 1, "slo.tpot_ms": 5.0})
+    with pytest.raises(InputError, match="is met by no configuration"):
+        placement.search(scenario, OPT_13B, published("opt-13b"), devices_per_node=2, num_nodes=1)
+
+
 def test_too_few_requests_say_nothing(monkeypatch):
     """Where all of them at once miss no limit, there is no goodput."""
     monkeypatch.setattr(placement.goodput, "search", lambda scenarios, **_: pd.DataFrame(
