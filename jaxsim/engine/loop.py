@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from jaxsim.engine import clients, events, hand_over, migration, pipeline, role_switching, swapping
+from jaxsim.engine import clients, events, hand_over, migration, pipeline, role_switching, siblings, swapping
 from jaxsim.engine.common import Params
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
@@ -84,6 +84,8 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
         world = replace(world, slot_ends=jnp.stack(ends, axis=-1))
     if dims.has_migration:
         world = migration.shifted(world, back)
+    if dims.has_siblings:
+        world = siblings.shifted(world, back)
     if dims.has_swap:
         world = swapping.shifted(world, back)
         times = replace(times, rank=replace(times.rank, swap=swapping.links_shifted(times.rank.swap, back)))

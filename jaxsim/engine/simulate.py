@@ -258,7 +258,9 @@ def with_offload(dims: Dims, scenario: Scenario, system: lower.System, workloads
     """Sizes with what is behind the prefix cache: siblings, or host memory with a log of its touches unless it holds
     all that there could be."""
     if scenario.engine.context_reuse is not None:
-        return dataclasses.replace(dims, has_reuse=True)
+        if scenario.cluster.variants is not None:
+            lower.check_contexts(system, prefixes)
+        return dataclasses.replace(dims, has_reuse=True, has_siblings=scenario.cluster.variants is not None)
     if scenario.engine.offload is None:
         return dims
     capacity, s, log = lower.offload_blocks(scenario, system), system.scheduler, 0
@@ -301,6 +303,7 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
                 num_ranks=system.num_ranks, has_roles=system.has_roles, has_parts=system.has_parts,
                 has_role_switching=scenario.cluster.role_switching is not None,
+                has_variants=scenario.cluster.variants is not None,
                 num_flights=lower.flights_of(scenario), **lower.moves_of(scenario),
                 # What cannot have one is refused with its requests (`lower.check_requests`).
                 has_encoder=(scenario.workload.images is not None and not system.has_parts and system.num_ranks == 1
@@ -388,7 +391,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         **loaded(dims, world, np.s_[lane, :count], lane, block_seconds(made.params)),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
-        predicted_tokens=workload.predicted_tokens,
+        predicted_tokens=workload.predicted_tokens, variant=workload.variant if dims.has_variants else None,
         session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)
 
 
@@ -532,14 +535,18 @@ def block_seconds(params: Params) -> float:
 def loaded(dims: Dims, world: World, rows: tuple, lanes: int | slice, block_s: float | np.ndarray
            ) -> dict[str, np.ndarray]:
     """Where blocks are loaded behind the prefix cache: `loaded_tokens` of these requests, `load_s` and `load_delay_s`
-    of the instances of these runs; block_s: seconds of a block, of each run where they are many."""
+    of the instances of these runs; with siblings among these `loaded_from` of these requests. block_s: seconds of a
+    block, of each run where they are many."""
     if world.loaded is None:
         return {}
     blocks = w.count_rows(dims).everything(world.counts[lanes]).rank.offload.loaded_blocks
     loads = w.clock_rows(dims).everything(world.clocks[lanes]).rank.loads
     delay = loads.hi.astype(np.float64) + loads.lo
-    load_s = blocks * np.asarray(block_s)[..., None, None]
-    return {"loaded_tokens": world.loaded[rows], "load_s": load_s.reshape(*blocks.shape[:-2], -1),
+    load_s, more = blocks * np.asarray(block_s)[..., None, None], {}
+    if dims.has_siblings:
+        linked = w.clock_rows(dims).everything(world.clocks[lanes]).rank.borrowing.linked
+        load_s, more = linked.hi.astype(np.float64) + linked.lo, {"loaded_from": world.loaded_from[rows]}
+    return {"loaded_tokens": world.loaded[rows], **more, "load_s": load_s.reshape(*blocks.shape[:-2], -1),
             "load_delay_s": delay.reshape(*delay.shape[:-2], -1)}
 
 

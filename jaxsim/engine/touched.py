@@ -14,6 +14,7 @@ from jaxsim.engine import (
     pipeline,
     prefix,
     role_switching,
+    siblings,
     slack,
     swapping,
     tape,
@@ -123,6 +124,8 @@ class Touched(eqx.Module):
     # look_up: what is cached of the candidate, and what host memory has of it.
     found: prefix.Found | None = None
     behind: offload.Behind | None = None
+    # Who of the other instances gives what the prefix cache lacks.
+    offer: siblings.Offer | None = None
 
     # fill: who was placed; whether a first token opens a row of the log, the head of the queue waits for an event, more
     # can be placed at this instant; tokens the victim has emitted.
@@ -139,6 +142,8 @@ class Touched(eqx.Module):
     moved: swapping.Moved | None = None
     # What goes to host memory behind the prefix cache.
     kept: offload.Kept | None = None
+    # Who gave a context, and the link out of there.
+    loan: siblings.Loan | None = None
 
     # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
     # behind it; whether it starts.

@@ -35,6 +35,7 @@ class Dims:
     has_offload: host memory behind the prefix cache; offload_log: touches of it on record, a power of two, 0 where it
     holds everything; has_reuse: contexts come from siblings instead.
     num_flights: transfers that may be under way at a time over links that are shared, 0 where each waits for its turn.
+    has_variants: instances serve different fine-tunes; has_siblings: contexts come from instances of the run.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -76,6 +77,8 @@ class Dims:
     offload_log: int = 0
     has_reuse: bool = False
     num_flights: int = 0
+    has_variants: bool = False
+    has_siblings: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -128,6 +131,10 @@ class Dims:
             raise ValueError("has_offload, has_reuse: one of them")
         if self.has_loads and (not self.num_segments or self.num_ranks > 1 or self.num_batches > 1):
             raise ValueError("has_offload, has_reuse: behind a prefix cache, with executors of one rank and one stage")
+        if self.has_variants and (self.num_ranks > 1 or self.has_moves or self.has_failures):
+            raise ValueError("has_variants: executors of one rank that are always there, without roles and migration")
+        if self.has_siblings and not (self.has_reuse and self.has_variants):
+            raise ValueError("has_siblings: only with has_reuse and has_variants")
         if self.offload_log and not self.has_offload:
             raise ValueError("offload_log: only with has_offload")
 

@@ -49,6 +49,8 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
         due_ms = np.rint(1e3 * (workload.arrival_s + workload.limit_s)).astype(np.int64)
         shared["slack"] = np.stack([due_ms, workload.predicted_tokens], axis=1)
         key = slack.key_ms(due_ms, workload.input_tokens.astype(np.int64), workload.predicted_tokens.astype(np.int64))
+    if dims.has_variants:
+        shared["variant"] = workload.variant
     if dims.num_tenants:
         shared["tenant"] = workload.tenant
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,

@@ -16,10 +16,12 @@ from jaxsim.engine import (
     parts,
     passes,
     prefix,
+    siblings,
     slack,
     swapping,
 )
 from jaxsim.engine.common import Context, blocks_for, choose, has, mark, take
+from jaxsim.engine.events import blocks_at_pass
 from jaxsim.engine.slots import is_retracting, limit_context, next_ratio, walk
 from jaxsim.engine.touched import Touched
 from jaxsim.kernels import clock, stack
@@ -197,9 +199,16 @@ def look_up(context: Context, t: Touched) -> Touched:
         rank, found, behind, is_stored = offload.look(
             context, t.rank, rank, t.is_placing, t.candidate, t.lengths[PROMPT] + t.emitted, found)
         is_settled = is_settled & is_stored
-    if dims.has_reuse:
+    offer = None
+    if dims.has_siblings:
+        held = blocks_at_pass(context, t.event.now, t.event.executor)
+        found, offer, is_clear = siblings.look(
+            context, t.event.executor, t.event.now, held, t.lengths[PROMPT] + t.emitted, found,
+            t.is_placing & ~is_forming & (rank.waiting > 0))
+        is_settled = is_settled & is_clear
+    elif dims.has_reuse:
         found = context_reuse.look(dims, t.lengths[PROMPT] + t.emitted, found)
-    return replace(t, counts=replace(counts, rank=rank), released=released, found=found, behind=behind,
+    return replace(t, counts=replace(counts, rank=rank), released=released, found=found, behind=behind, offer=offer,
                    is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
 
 
@@ -217,11 +226,11 @@ def fill(context: Context, t: Touched) -> Touched:
     if t.kept_turn is not None:
         can_go_on = can_go_on | t.kept_turn.is_called
     tenants = None if t.tenants is None else fair.place(context, t, placed)
-    kept = None
+    kept = loan = None
     if dims.has_offload:
         counts, kept = offload.keep(context, counts, placed, t.behind, t.found, t.lengths[PROMPT] + t.emitted)
     if dims.has_reuse:
-        counts, times = context_reuse.recompute(context, counts, times, placed, t.found)
+        counts, times, loan = context_reuse.recompute(context, counts, times, placed, t.found, t.event.now, t.offer)
     # The first prompt to produce its first token in this iteration opens a row of the log.
     opens_log = placed.is_first_token & (counts.batch.joining_first == 1)
     rank, tail = counts.rank, counts.batch.tail
@@ -346,4 +355,5 @@ def fill(context: Context, t: Touched) -> Touched:
     return replace(
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
-        victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants, kept=kept)
+        victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants, kept=kept,
+        loan=loan)
