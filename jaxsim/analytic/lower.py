@@ -51,6 +51,11 @@ def executor_of(scenario: Scenario, system: lower.System, cost: AbstractIteratio
     if system.pools:
         raise InputError("cluster.pools", [pool.role for pool in system.pools], "have no closed form",
                          "simulate them, or use cluster.replicas")
+    if scenario.cluster.replicas % (scenario.cluster.variants or 1):
+        raise InputError("cluster.variants", scenario.cluster.variants,
+                         f"do not divide cluster.replicas = {scenario.cluster.replicas}: some of these have more"
+                         " to do than others, which has no closed form",
+                         "use as many replicas of each, or simulate it")
     num_ranks = num_ranks or system.num_ranks
     s = system.scheduler
     batches = num_batches or s.max_num_seqs + 1

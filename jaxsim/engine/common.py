@@ -53,6 +53,7 @@ class Params(eqx.Module):
     failures: when executors are down, None where they never are.
     encoding, encoder: images that others encode, or those that compute the prompts.
     counters: with virtual token counters, what tokens cost every tenant.
+    variants: fine-tunes that instances serve in turn, None where all serve the same.
     switching: of roles, None where these stay; a step then sees `hand_over`, `encoding` and `group_of` as they are now.
     """
 
@@ -73,6 +74,7 @@ class Params(eqx.Module):
     slack: Slack | None = None
     failures: Failures | None = None
     switching: RoleSwitching | None = None
+    variants: Int[Array, ""] | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

@@ -135,6 +135,9 @@ class Environment:
         if scenario.engine.enable_prefix_caching:
             raise InputError("engine.enable_prefix_caching", True, "is not part of an environment yet",
                              "set it to false")
+        if scenario.cluster.variants is not None:
+            raise InputError("cluster.variants", scenario.cluster.variants, "is not part of an environment yet",
+                             "leave it out")
         if scenario.engine.pipeline_parallel_size > 1:
             raise InputError("engine.pipeline_parallel_size", scenario.engine.pipeline_parallel_size,
                              "is not part of an environment yet", "use 1")

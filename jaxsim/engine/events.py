@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxsim.engine import caches, role_switching
+from jaxsim.engine import caches, role_switching, siblings
 from jaxsim.engine.common import Context, Params, iterations_to_reach, span, take
 from jaxsim.engine.loads import loads_of, pool_sizes
 from jaxsim.kernels import clock, packed, residues, timers
@@ -189,17 +189,25 @@ def next_outage(params: Params, world: World) -> OutageChange:
     return OutageChange(time, take(table.instance, world.next_outage), take(table.is_back, world.next_outage))
 
 
-def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]:
-    """Blocks every rank holds at `now`, inside its jumps: those of passes up to the last boundary."""
-    def taken(batch: Batch, t: BatchTimes, counts_by_residue):
+def used_blocks_now(dims: Dims, world: World, now: Time, are_through: Bool[Array, " ranks"] | None = None
+                    ) -> Int[Array, " ranks"]:
+    """Blocks every rank holds at `now`, inside its jumps: those of passes up to the last boundary.
+
+    are_through: whose passes of this very instant are behind us, where any are.
+    """
+    def taken(batch: Batch, t: BatchTimes, counts_by_residue, is_through=None):
         after_first = clock.add(t.start, t.first)
         guess = iterations_to_reach(t.pace.hi, t.growth_s, clock.elapsed(after_first, now))
         done = jnp.int32(0)
+
+        def is_behind(boundary):
+            return boundary < now if is_through is None else (boundary < now) | (is_through & boundary.equals(now))
+
         for j in (guess - 1, guess, guess + 1):
-            reached = clock.add(after_first, span(t.pace, t.growth_s, jnp.maximum(j, 0))) < now
+            reached = is_behind(clock.add(after_first, span(t.pace, t.growth_s, jnp.maximum(j, 0))))
             done = jnp.where(reached & (j > done), j, done)
         # The pass at each boundary behind us has taken its blocks; one at this very instant comes after arrivals.
-        passes = jnp.where(after_first < now, jnp.minimum(done + 1, batch.extra), 0)
+        passes = jnp.where(is_behind(after_first), jnp.minimum(done + 1, batch.extra), 0)
         is_running = (batch.is_committed == 0) & (batch.extra > 0)
         if batch.taken is not None:
             is_running = is_running & (batch.taken == 0)
@@ -209,8 +217,15 @@ def used_blocks_now(dims: Dims, world: World, now: Time) -> Int[Array, " ranks"]
 
     counts, times = w.count_rows(dims).everything(world.counts), w.clock_rows(dims).everything(world.clocks)
     batches = jax.tree.map(jnp.ravel, (counts.batch, times.batch))
-    blocks = jax.vmap(taken)(*batches, world.residues).reshape(dims.all_ranks, dims.num_batches)
+    more = () if are_through is None else (are_through,)
+    blocks = jax.vmap(taken)(*batches, world.residues, *more).reshape(dims.all_ranks, dims.num_batches)
     return counts.rank.used_blocks.ravel() + jnp.sum(blocks, axis=1)
+
+
+def blocks_at_pass(context: Context, now: Time, executor: Int[Array, ""]) -> Int[Array, " executors"]:
+    """Blocks every executor holds where a pass of one begins at `now`, passes of an instant in their order."""
+    dims, world = context.dims, context.world
+    return used_blocks_now(dims, world, now, jnp.arange(dims.num_executors) < executor)
 
 
 def used_blocks(context: Context, now: Time) -> Int[Array, " ranks"]:
@@ -236,13 +251,19 @@ def route(context: Context, request: Int[Array, ""], now: Time, known: caches.Ca
         is_active = is_on if is_active is None else is_on & is_active
     if dims.has_failures:
         is_active = ~world.is_down if is_active is None else ~world.is_down & is_active
+    num_routed = world.num_routed
+    if dims.has_variants:
+        variant = take(context.requests.variant, request)
+        serves = jnp.arange(dims.all_ranks) % params.variants == variant
+        is_active, num_routed = serves if is_active is None else serves & is_active, take(
+            world.routed_by_variant, variant)
     if dims.has_parts:
         encoding = params.encoding
         dealt = chosen_by(context, request, now, encoding.dealing, world.num_dealt,
                           role_switching.taking(context, encoding.encodes))
         prompt = chosen_by(context, request, now, params.routing, world.num_routed, is_active & ~encoding.encodes)
         return jnp.where(take(context.requests.images, request)[PARENT] >= 0, dealt, prompt)
-    return chosen_by(context, request, now, params.routing, world.num_routed, is_active, known)
+    return chosen_by(context, request, now, params.routing, num_routed, is_active, known)
 
 
 def chosen_by(context: Context, request: Int[Array, ""], now: Time, routing: AbstractRouting,
@@ -355,6 +376,21 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         is_arrival = is_arrival & ~is_settling
         target = jnp.where(is_settling, jnp.argmax(known.is_owing).astype(jnp.int32), target)
     met = None if known is None else caches.at_rank(context, known, request, target, is_settling)
+    if dims.has_siblings:
+        # Before a pass that may ask them, what others have in their caches.
+        is_asking, used = is_wake & (phase == w.PASSING), blocks_at_pass(context, now, executor)
+        are_owing = siblings.are_owing(context, used, executor)
+        is_asked = is_asking & jnp.any(are_owing)
+        lender = jnp.argmax(are_owing).astype(jnp.int32)
+        is_wake, target = is_wake & ~is_asked, jnp.where(is_asked, lender, target)
+        if met is None:
+            met = caches.Met(is_asked, take(used, lender), None, None, None, None)
+        elif met.is_settling is None:
+            met = met._replace(is_settling=is_asked, used=take(used, lender))
+        else:
+            met = met._replace(is_settling=is_settling | is_asked,
+                               used=jnp.where(is_asked, take(used, lender), met.used))
+        is_settling = met.is_settling
     is_there = is_arrival if is_settling is None else is_arrival | is_settling
     if dims.num_ranks > 1:
         rank = jnp.where(is_there, target % dims.num_ranks, rank)
@@ -388,7 +424,7 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
                   scales=scales, met=met, **more)
     if dims.has_swap:
         event = event._replace(is_passing=event.is_passing | (is_wake & (phase == w.RESTING)))
-    if dims.has_moves or (params.source.answers and dims.num_executors > 1):
+    if dims.has_moves or dims.has_siblings or (params.source.answers and dims.num_executors > 1):
         event = event._replace(is_met=_is_met(dims, world, now, executor))
     if dims.has_remote and dims.num_executors > 1:
         # What ends elsewhere at this instant may be in the store then, and passes use it in the order of executors.
@@ -400,7 +436,11 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
 
 def _is_met(dims: Dims, world: World, now: Time, executor: Int[Array, ""]) -> Bool[Array, ""]:
     """Whether a door opens, or an iteration of another executor ends, at this very instant."""
-    ends = (world.phase == w.ENDING) & (world.wake_hi == now.hi) & (world.wake_lo == now.lo)
+    ends = world.phase == w.ENDING
+    if dims.has_siblings:
+        # A pass sees what earlier ones of its instant did elsewhere.
+        ends = ends | (world.phase == w.PASSING)
+    ends = ends & (world.wake_hi == now.hi) & (world.wake_lo == now.lo)
     is_met = jnp.any(ends & (jnp.arange(ends.shape[0]) != executor))
     if dims.has_migration:
         is_met = is_met | next_tick(world).equals(now)

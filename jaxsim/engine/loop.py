@@ -9,7 +9,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
-from jaxsim.engine import clients, events, hand_over, migration, pipeline, remote_store, role_switching, swapping
+from jaxsim.engine import (
+    clients,
+    events,
+    hand_over,
+    migration,
+    pipeline,
+    remote_store,
+    role_switching,
+    siblings,
+    swapping,
+)
 from jaxsim.engine.common import Params
 from jaxsim.engine.step import step, writes_of_a_step
 from jaxsim.engine.writes import apply, forget, recall, rewrites
@@ -86,6 +96,8 @@ def rebase(dims: Dims, params: Params, requests: Requests, world: World) -> Worl
         world = migration.shifted(world, back)
     if dims.has_egress:
         world = remote_store.shifted(world, back)
+    if dims.has_siblings:
+        world = siblings.shifted(world, back)
     if dims.has_swap:
         world = swapping.shifted(world, back)
         times = replace(times, rank=replace(times.rank, swap=swapping.links_shifted(times.rank.swap, back)))

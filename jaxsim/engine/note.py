@@ -14,6 +14,7 @@ from jaxsim.engine import (
     prefix,
     remote_store,
     role_switching,
+    siblings,
     slack,
     swapping,
     tape,
@@ -144,6 +145,12 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes |= context_reuse.writes(dims, t.found, t.candidate, is_new)
     if t.puts is not None:
         writes |= remote_store.writes(context, t.rank, t.found, t.own_puts, t.puts, t.candidate, is_new)
+    if dims.has_siblings:
+        writes |= siblings.writes(context, t.rank, t.found, t.loan, t.candidate, is_placed, is_new, computed,
+                                  counts.executor.num_iterations)
+    if dims.has_variants:
+        variant = take(context.requests.variant, event.request)
+        writes["routed_by_variant"] = Add((variant,), event.is_arrival.astype(jnp.int32))
     if event.met is not None:
         writes |= caches.writes(context, event.met, event.request, event.is_arrival, t.rank)
     if t.due is not None:

@@ -194,7 +194,7 @@ def _check_sessions(scenario: Scenario, system: lower.System) -> None:
             ("cluster.admission", cluster.admission), ("cluster.failures", cluster.failures),
             ("cluster.migration", cluster.migration), ("cluster.scaling", cluster.scaling),
             ("cluster.role_switching", cluster.role_switching), ("workload.images", workload.images),
-            ("engine.context_reuse", scenario.engine.context_reuse),
+            ("engine.context_reuse", None if cluster.variants is not None else scenario.engine.context_reuse),
             ("engine.scheduling_policy", order if order in ("vtc", *SORTED_POLICIES) else None)):
         if value is not None:
             raise InputError(field, plain(value), "is not simulated with a workload of sessions", "leave it out")
@@ -273,7 +273,9 @@ def with_offload(dims: Dims, scenario: Scenario, system: lower.System, workloads
             dims, has_remote=True, has_egress=given.egress_gb_per_s is not None,
             remote_log=log_of_touches(lower.remote_blocks(scenario, system), system, workloads, prefixes))
     if scenario.engine.context_reuse is not None:
-        return dataclasses.replace(dims, has_reuse=True)
+        if scenario.cluster.variants is not None:
+            lower.check_contexts(system, prefixes)
+        return dataclasses.replace(dims, has_reuse=True, has_siblings=scenario.cluster.variants is not None)
     if scenario.engine.offload is None:
         return dims
     log = log_of_touches(lower.offload_blocks(scenario, system), system, workloads, prefixes)
@@ -335,6 +337,7 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
                 num_ranks=system.num_ranks, has_roles=system.has_roles, has_parts=system.has_parts,
                 has_role_switching=scenario.cluster.role_switching is not None,
+                has_variants=scenario.cluster.variants is not None,
                 num_flights=lower.flights_of(scenario), **lower.moves_of(scenario),
                 # What cannot have one is refused with its requests (`lower.check_requests`).
                 has_encoder=(scenario.workload.images is not None and not system.has_parts and system.num_ranks == 1
@@ -436,7 +439,7 @@ def _unpack(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         **loaded(dims, world, np.s_[lane, :count], lane, block_seconds(made.params)),
         steps=tape.read(dims, world, lane) if dims.num_records else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
-        predicted_tokens=workload.predicted_tokens,
+        predicted_tokens=workload.predicted_tokens, variant=workload.variant if dims.has_variants else None,
         session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)
 
 
@@ -582,8 +585,8 @@ def block_seconds(params: Params) -> tuple[float, float]:
 def loaded(dims: Dims, world: World, rows: tuple, lanes: int | slice, block_s: tuple[float, float] | np.ndarray
            ) -> dict[str, np.ndarray]:
     """Where blocks are loaded behind the prefix cache: `loaded_tokens` of these requests, `load_s` and `load_delay_s`
-    of the instances of these runs, and with a store that these share `fetched_tokens`; block_s: as `block_seconds`
-    says, of each run where they are many."""
+    of the instances of these runs, with a store that these share `fetched_tokens`, with siblings among them
+    `loaded_from` of these requests; block_s: as `block_seconds` says, of each run where they are many."""
     if world.loaded is None:
         return {}
     held = w.count_rows(dims).everything(world.counts[lanes]).rank.offload
@@ -594,6 +597,9 @@ def loaded(dims: Dims, world: World, rows: tuple, lanes: int | slice, block_s: t
         # Without host memory a block from there has no time, and none came.
         own_s = (blocks - held.fetched_blocks) * np.nan_to_num(one_s)
         load_s, found = own_s + held.fetched_blocks * fetched_s, {"fetched_tokens": world.fetched[rows]}
+    elif dims.has_siblings:
+        linked = w.clock_rows(dims).everything(world.clocks[lanes]).rank.borrowing.linked
+        load_s, found = linked.hi.astype(np.float64) + linked.lo, {"loaded_from": world.loaded_from[rows]}
     else:
         load_s = blocks * one_s
     return found | {"loaded_tokens": world.loaded[rows], "load_s": load_s.reshape(*blocks.shape[:-2], -1),

@@ -15,6 +15,7 @@ from jaxsim.engine import (
     prefix,
     remote_store,
     role_switching,
+    siblings,
     slack,
     swapping,
     tape,
@@ -126,6 +127,8 @@ class Touched(eqx.Module):
     behind: offload.Behind | None = None
     # What this rank has put of it into the store that instances share, and what that has evicted.
     own_puts: remote_store.OwnPuts | None = None
+    # Who of the other instances gives what the prefix cache lacks.
+    offer: siblings.Offer | None = None
 
     # fill: who was placed; whether a first token opens a row of the log, the head of the queue waits for an event, more
     # can be placed at this instant; tokens the victim has emitted.
@@ -145,6 +148,8 @@ class Touched(eqx.Module):
     # What it puts there now; launch: until when the egress of the store is busy.
     puts: remote_store.Puts | None = None
     egress: Time | None = None
+    # Who gave a context, and the link out of there.
+    loan: siblings.Loan | None = None
 
     # price: nothing could be scheduled; until blocks come back; and never will; seconds of the iteration and the pace
     # behind it; whether it starts.

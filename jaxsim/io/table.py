@@ -75,6 +75,8 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
         degree += f" x DP {engine.data_parallel_size}" + (" EP" if engine.enable_expert_parallel else "")
     usual = "least_loaded rank" if engine.data_parallel_size > 1 else "round_robin"
     many = f", {cluster.replicas} replicas ({cluster.router or usual})" if cluster.replicas > 1 else ""
+    if cluster.variants is not None:
+        many += f" of {cluster.variants} variants"
     if cluster.pools:
         many = f", {' + '.join(map(_pool, cluster.pools))} ({cluster.router or usual})"
     kind = f"{workload.kind} {Path(workload.trace).name}" if workload.trace else workload.kind

@@ -55,6 +55,8 @@ class LaneResult:
         of instances, seconds of all loads on the link, latencies apart; load_delay_s: those by which loads, and what is
         recomputed of a sibling's context, lengthened iterations, part of `busy_s`. None where nothing is loaded.
     fetched_tokens: of the loaded ones, those from the store that instances share; None without one.
+    variant: that each is for, None where all instances serve the same; loaded_from: with siblings among the instances,
+        which of them gave a request what it loaded, -1 where none did; None without.
     extrapolated_share: of the device seconds, what a profile did not measure; None without a profile or a tape.
     steps: the tape, if recorded, one row a started iteration or jump: time_s, duration_s, instance, running,
         waiting, used_blocks, iterations, prefill_tokens, decode_seqs. lost_steps: rows that it had no room for.
@@ -131,6 +133,8 @@ class LaneResult:
     load_s: Float[np.ndarray, " instances"] | None = None
     load_delay_s: Float[np.ndarray, " instances"] | None = None
     fetched_tokens: Int[np.ndarray, " requests"] | None = None
+    variant: Int[np.ndarray, " requests"] | None = None
+    loaded_from: Int[np.ndarray, " requests"] | None = None
     predicted_tokens: Int[np.ndarray, " requests"] | None = None
     losses: Int[np.ndarray, " requests"] | None = None
     restarts: Int[np.ndarray, " requests"] | None = None
@@ -213,6 +217,8 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         np.asarray(lane.cached_tokens, np.int64),
         **({} if lane.loaded_tokens is None else {"loaded_tokens": np.asarray(lane.loaded_tokens, np.int64)}),
         **({} if lane.fetched_tokens is None else {"fetched_tokens": np.asarray(lane.fetched_tokens, np.int64)}),
+        **({} if lane.loaded_from is None else {"loaded_from": np.asarray(lane.loaded_from, np.int64)}),
+        **({} if lane.variant is None else {"variant": np.asarray(lane.variant, np.int64)}),
         "preemptions": np.asarray(lane.preemptions, np.int64),
         **({} if lane.swaps is None else {"swaps": np.asarray(lane.swaps, np.int64),
                                           "swap_s": np.asarray(lane.swap_s, np.float64)}),

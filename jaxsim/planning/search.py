@@ -135,6 +135,9 @@ def _check(scenario: Scenario, devices, attainment, top, rank_by) -> None:
     if scenario.cluster.pools:
         raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools], "are not searched",
                          "leave them out, or compare them in a study")
+    if scenario.cluster.variants is not None:
+        raise InputError("cluster.variants", scenario.cluster.variants, "is not searched",
+                         "leave it out, or compare numbers of replicas in a study")
     if scenario.workload.kind in ("closed-loop", "batch"):
         raise InputError("workload.kind", scenario.workload.kind, "has no rate of arrivals",
                          "use an open arrival process, or a trace")

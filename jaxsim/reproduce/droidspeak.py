@@ -3,11 +3,12 @@
 Time to the first token of an idle receiver (`jaxsim.analytic.context_reuse`), for a context of `TOKENS` tokens that a
 sibling has computed and a question behind it: everything computed, or k of 32 layers recomputed while the KV of the
 others comes over a link of `LINK_BYTES_PER_S`. Prefills are priced by the event engine's cost model. Under load the
-event engine serves questions about many such contexts (`jaxsim.engine.context_reuse`).
+event engine serves questions about many such contexts (`jaxsim.engine.context_reuse`), which siblings have computed
+before the run. Agents that work on contexts in turn are instances of one run, and give each other what they have
+computed and not dropped yet (`jaxsim.engine.siblings`).
 
 Known gaps: how many layers each pair of models recomputes is not published, nor the lengths of contexts; which layers
-matter, and what reuse does to answers, is measured and not simulated. Siblings have computed all contexts before the
-run and drop none; their own load is not simulated.
+matter, and what reuse does to answers, is measured and not simulated. Nor is it published how agents share contexts.
 """
 
 import functools
@@ -82,8 +83,9 @@ def context_gain(reuse: ContextReuse, recomputed: float) -> float:
 
 def reproduce(num_seeds: int | None = None) -> Reproduction:
     """All claims; num_seeds: runs of each point under load instead of the studies' own number."""
-    rows = under_load(num_seeds)
-    return Reproduction((*claims(receiver()), *load_claims(rows)), functools.partial(_draw, rows))
+    rows, agents = under_load("droidspeak", num_seeds), under_load("droidspeak-agents", num_seeds)
+    return Reproduction((*claims(receiver()), *load_claims(rows), *agents_claims(agents)),
+                        functools.partial(_draw, rows, agents))
 
 
 # ---- under load
@@ -102,10 +104,19 @@ LIMIT_MS = 1000.0
 """Of the median TTFT, up to which a rate counts as served: ours."""
 
 
-def under_load(num_seeds: int | None) -> pd.DataFrame:
+STUDIES = {"droidspeak": ("droidspeak-full", "droidspeak-reuse"),
+           "droidspeak-agents": ("droidspeak-agents-full", "droidspeak-agents")}
+"""Without reuse, and with it."""
+
+AGENTS_RATE = 0.25
+"""Sessions a second that agents keep up with without reuse."""
+
+
+def under_load(name: str, num_seeds: int | None) -> pd.DataFrame:
     """A row a run: rate, layers computed of a sibling's context, metrics."""
-    full = simulated(study("droidspeak-full", num_seeds)).assign(**{LAYERS: ALL})
-    reuse = simulated(study("droidspeak-reuse", num_seeds))
+    without, with_it = STUDIES[name]
+    full = simulated(study(without, num_seeds)).assign(**{LAYERS: ALL})
+    reuse = simulated(study(with_it, num_seeds))
     reuse = reuse.rename(columns={"engine.context_reuse.recomputed_layers": LAYERS})
     return pd.concat([full, reuse], ignore_index=True)
 
@@ -131,6 +142,26 @@ def load_claims(rows: pd.DataFrame) -> list[Claim]:
                FALLS, ours, margins, "event engine, 200 contexts"),
         _claim("online throughput, times higher, at most", 4.0, gain, None, why),
         _claim("online throughput, times higher (second and third version)", 3.0, gain, None, "the same")]
+
+
+def agents_claims(rows: pd.DataFrame) -> list[Claim]:
+    """The order of first tokens where all keep up, how much lower they are, and throughput, beside published ones."""
+    mine = rows[rows[RATE] == AGENTS_RATE]
+    ours, margins = means_in_order(mine, LAYERS, ORDER, TTFT)
+    rates = {layers: served_rps(rows, layers) for layers in ORDER}
+    each = ", ".join(f"{layers}: {rate:.3g}" for layers, rate in rates.items())
+    setting = "three agents on four instances, contexts of 8,192 tokens that grow in six turns"
+    why = (f"how agents share contexts is not published; here rates with a median TTFT of {LIMIT_MS:g} ms, by layers"
+           f" computed: {each} sessions/s, of up to {rows[RATE].max():g} simulated")
+    return [
+        _claim(f"agents: median TTFT, ms, {AGENTS_RATE:g} sessions/s: full prefill, then"
+               f" {', '.join(map(str, ORDER[1:]))} layers", FALLS, ours, margins,
+               f"event engine, siblings in the same run: {setting}"),
+        _claim(f"agents: TTFT, times lower, {ORDER[1]} and {ORDER[-1]} layers", GAINS,
+               (ours[0] / ours[1], ours[0] / ours[-1]), None,
+               "layers of a pair, lengths and how agents share contexts are not published; the first of three agents"
+               " has nobody to take a context from, and every turn computes what is new"),
+        _claim("agents: online throughput, times higher, at most", 4.0, rates[ORDER[-1]] / rates[ALL], None, why)]
 
 
 # ---- alone
@@ -175,9 +206,9 @@ def _claim(name: str, paper: Any, ours: Any, tolerance: float | None, reason: st
                  reason=reason)
 
 
-def _draw(rows: pd.DataFrame, path: Path) -> None:
-    with drawn(path, figsize=(13, 4.6)) as figure:
-        left, middle, right = figure.subplots(1, 3)
+def _draw(rows: pd.DataFrame, agents: pd.DataFrame, path: Path) -> None:
+    with drawn(path, figsize=(17, 4.6)) as figure:
+        left, middle, right, last = figure.subplots(1, 4)
         counts = jnp.arange(0.0, 33.0)
         for tokens, colour in ((2048, "#56B4E9"), (TOKENS, "#0072B2"), (32_768, "#D55E00")):
             left.plot(counts, receiver(tokens).speedup(counts), color=colour, label=f"{tokens:,} tokens")
@@ -197,15 +228,17 @@ def _draw(rows: pd.DataFrame, path: Path) -> None:
         middle.set_title(f"TTFT, times lower, {TOKENS:,} tokens")
         middle.set_xlabel("link, GB/s")
         middle.legend(loc="upper left")
-        for layers, colour in zip(ORDER, (INK, "#D55E00", "#56B4E9", "#0072B2"), strict=True):
-            means = rows[rows[LAYERS] == layers].groupby(RATE)[TTFT].mean()
-            right.plot(means.index, means, "o-", markersize=3.5, color=colour,
-                       label="full prefill" if layers == ALL else f"{layers} layers")
-        right.set_yscale("log")
-        right.set_ylim(top=3e5)
-        right.set_title("Median TTFT under load, ms")
-        right.set_xlabel("requests/s")
-        right.legend(loc="upper left")
+        for axes, table, title, unit in ((right, rows, "Median TTFT under load, ms", "requests/s"),
+                                         (last, agents, "Median TTFT of agents, ms", "sessions/s")):
+            for layers, colour in zip(ORDER, (INK, "#D55E00", "#56B4E9", "#0072B2"), strict=True):
+                means = table[table[LAYERS] == layers].groupby(RATE)[TTFT].mean()
+                axes.plot(means.index, means, "o-", markersize=3.5, color=colour,
+                          label="full prefill" if layers == ALL else f"{layers} layers")
+            axes.set_yscale("log")
+            axes.set_ylim(top=3e5)
+            axes.set_title(title)
+            axes.set_xlabel(unit)
+            axes.legend(loc="upper left")
         heading(figure, f"DroidSpeak: {MODEL} on {DEVICE}; alone in closed form, under load in the event engine")
 
 

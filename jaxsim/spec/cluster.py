@@ -222,6 +222,9 @@ class ClusterSection(Section, frozen=True):
             data-parallel ranks vLLM's own balancer among all of them.
         router_weights: numbers of the router, where it has any.
         pools: engines that differ, in role, device or settings, instead of replicas.
+        variants: fine-tunes of one base: instance i serves variant i modulo so many, and a request goes to instances of
+            its own. Of sessions the turns go through them in order, other requests are of any, equally likely. With
+            engine.context_reuse they take contexts from each other. All replicas serve the same model if left out.
         migration: of running requests between replicas.
         scaling: replicas are switched on and off.
         headroom_blocks: KV blocks that freeness keeps for requests of a priority below 0 on an engine where one runs.
@@ -237,6 +240,7 @@ class ClusterSection(Section, frozen=True):
     router: Text | None = None
     router_weights: dict[str, float] = {}
     pools: tuple[PoolSection, ...] = ()
+    variants: Annotated[int, Meta(ge=1, le=4096)] | None = None
     transfer: TransferSection | None = None
     migration: MigrationSection | None = None
     scaling: ScalingSection | None = None

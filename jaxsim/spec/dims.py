@@ -37,6 +37,7 @@ class Dims:
     has_remote: a store that instances share, behind host memory if there is any; has_egress: all loads from it go
     through one; remote_log: touches of it on record, a power of two, 0 where it holds everything.
     num_flights: transfers that may be under way at a time over links that are shared, 0 where each waits for its turn.
+    has_variants: instances serve different fine-tunes; has_siblings: contexts come from instances of the run.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -81,6 +82,8 @@ class Dims:
     has_egress: bool = False
     remote_log: int = 0
     num_flights: int = 0
+    has_variants: bool = False
+    has_siblings: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -134,6 +137,10 @@ class Dims:
         if self.has_loads and (not self.num_segments or self.num_ranks > 1 or self.num_batches > 1):
             raise ValueError("has_offload, has_reuse, has_remote: behind a prefix cache, with executors of one rank and"
                              " one stage")
+        if self.has_variants and (self.num_ranks > 1 or self.has_moves or self.has_failures):
+            raise ValueError("has_variants: executors of one rank that are always there, without roles and migration")
+        if self.has_siblings and not (self.has_reuse and self.has_variants):
+            raise ValueError("has_siblings: only with has_reuse and has_variants")
         if self.offload_log and not self.has_offload:
             raise ValueError("offload_log: only with has_offload")
         if self.has_remote and self.has_reuse:

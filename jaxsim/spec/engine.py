@@ -106,11 +106,13 @@ class QualityRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class ContextReuseSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Contexts that siblings, fine-tunes of the same base, have computed before the run (DroidSpeak): those of
-    workload.prefix_groups. Their KV is behind a link, with the hidden states before the recomputed layers.
+    """Contexts that siblings, fine-tunes of the same base, have computed (DroidSpeak): with cluster.variants other
+    instances of the run, as far as they have them; else before the run, all of workload.prefix_groups. Their KV is
+    behind a link, with the hidden states before the recomputed layers.
 
-        gb_per_s: of the link of an instance.
-        latency_us: of the link, once for the hidden states and once for the KV that an iteration loads.
+        gb_per_s: of the link of an instance; with cluster.variants of one in and one out.
+        latency_us: of the link, once for the hidden states and once for the KV that an iteration loads; with
+            cluster.variants that a request loads.
         recomputed_layers: of the receiver.
         quality: instead, losses by recomputed layers: the fewest of them with a loss of at most max_loss are taken.
         max_loss: with quality.

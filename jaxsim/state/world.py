@@ -58,7 +58,7 @@ TENANT_FIELDS = 5
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
            "references", "log", "newest", "sent_blocks", "window", "copies", "tenants", "slot_ends", "stored",
-           "touches", "touched", "again")
+           "touches", "touched", "again", "fresh")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -248,10 +248,20 @@ class SwapTimes(eqx.Module):
     stood: Time
 
 
+class BorrowingTimes(eqx.Module):
+    """Of contexts that other instances give: for the iteration being formed, how long the own link waits for those of
+    the others, and seconds on it of hidden states, and of KV; `linked`: seconds on it so far."""
+
+    waited: Time
+    entry: Time
+    load: Time
+    linked: Time
+
+
 class RankTimes(eqx.Module):
     """Integrals over time: `running` sequence-seconds, `held` block-seconds (two-float). `ratio` of expected outputs
     that admission reserves for; `loads`: seconds by which loads lengthened iterations; `recompute`: of
-    layers of siblings' contexts, in the iteration being formed."""
+    layers of siblings' contexts, in the iteration being formed; `borrowing`: where these are instances of the run."""
 
     ratio: Float[Array, "*shape"]
     running: Time
@@ -259,6 +269,7 @@ class RankTimes(eqx.Module):
     swap: SwapTimes | None = None
     loads: Time | None = None
     recompute: Time | None = None
+    borrowing: BorrowingTimes | None = None
 
 
 class BatchTimes(eqx.Module):
@@ -502,6 +513,14 @@ class World(eqx.Module):
     room_touched: Int[Array, " items"] | None = None
     room_touches: Int[Array, " entries"] | None = None
     room: Int[Array, " 3"] | None = None
+    # Instances that serve different variants, else None: requests routed so far, by variant. Those that give each other
+    # contexts (`jaxsim.engine.siblings`), else None: of segments, the blocks computed before the iteration that last
+    # made them more, and the number of that iteration; until when (hi, lo) the link out of each is busy; of requests,
+    # who gave what was loaded at first (-1: nobody).
+    routed_by_variant: Int[Array, " variants"] | None = None
+    fresh: Int[Array, "ranks segments 2"] | None = None
+    lenders: Float[Array, "lenders 2"] | None = None
+    loaded_from: Int[Array, " rows"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -554,7 +573,8 @@ def empty_clocks(dims: Dims) -> Clocks:
         free, counted, alone, end = (at_zero,) * (dims.num_stages + 1), at_zero, at_zero, clock.never()
     return Clocks(ExecutorTimes(at_zero, free, counted, alone), RankTimes(
         zero, at_zero, at_zero, SwapTimes(at_zero, at_zero, at_zero, at_zero) if dims.has_swap else None,
-        at_zero if dims.has_loads else None, at_zero if dims.has_reuse else None),
+        at_zero if dims.has_loads else None, at_zero if dims.has_reuse else None,
+        BorrowingTimes(at_zero, at_zero, at_zero, at_zero) if dims.has_siblings else None),
                   BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero, end))
 
 
@@ -608,6 +628,11 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
                       shared=ints(rows, 2), cached=ints(rows))
     if dims.has_loads:
         cached["loaded"] = ints(rows)
+    if dims.has_variants:
+        cached["routed_by_variant"] = ints(executors)
+    if dims.has_siblings:
+        fresh = jnp.broadcast_to(jnp.array([0, -1], jnp.int32), (ranks, dims.num_segments + 1, 2))
+        cached |= dict(fresh=fresh, lenders=floats(executors + 1, 2), loaded_from=ints(rows, value=-1))
     if dims.has_offload:
         items = dims.num_segments + 1 + rows
         cached |= dict(stored=ints(ranks, items))

@@ -151,11 +151,12 @@ def _content(path: str, *_: int) -> str:
 
 
 def _deadlines(scenario: Scenario) -> tuple:
-    """What else a workload depends on, where the order of the queue goes by it."""
-    policy = scenario.engine.scheduling_policy
+    """What else a workload depends on: where the order of the queue goes by it, or instances serve variants."""
+    policy, variants = scenario.engine.scheduling_policy, scenario.cluster.variants
+    more = () if variants is None else ("variants", variants)
     if policy == "sjf":
-        return (policy,)
-    return (policy, scenario.slo) if policy in ("edf", "least_slack") else ()
+        return (policy, *more)
+    return (policy, scenario.slo, *more) if policy in ("edf", "least_slack") else more
 
 
 def _bytes(*parts: Any) -> bytes:

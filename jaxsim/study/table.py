@@ -213,6 +213,8 @@ def requests(runs: Runs) -> Columns:
              "stall_s": runs.stall_s, **_moves(runs), **_images(runs), **_swaps(runs), "cached_tokens": cached,
              **({} if runs.loaded_tokens is None else {"loaded_tokens": runs.loaded_tokens}),
              **({} if runs.fetched_tokens is None else {"fetched_tokens": runs.fetched_tokens}),
+             **({} if runs.loaded_from is None else {"loaded_from": runs.loaded_from}),
+             **({} if runs.variant is None else {"variant": runs.variant}),
              "preemptions": runs.preemptions, "status": status,
              **({} if runs.attempts is None else {"attempts": runs.attempts}),
              **({} if runs.restarts is None else {"restarts": runs.restarts})}

@@ -93,6 +93,8 @@ class Runs:
     load_s: Float[np.ndarray, "runs instances"] | None = None
     load_delay_s: Float[np.ndarray, "runs instances"] | None = None
     fetched_tokens: Int[np.ndarray, "runs requests"] | None = None
+    loaded_from: Int[np.ndarray, "runs requests"] | None = None
+    variant: Int[np.ndarray, "runs requests"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -204,6 +206,7 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         kv_block_s=joined(times.rank.held), kv_peak_blocks=counts.rank.peak_blocks.reshape(len(runs), -1),
         running_s=joined(times.rank.running),
         cached_tokens=None if world.cached is None else world.cached[:, rows],
+        variant=column("variant") if dims.has_variants else None,
         delivered_s=moved.get("delivered_s"), decode_instance=moved.get("decode_instance"),
         **{name: moved.get(name) for name in ("migrations", "downtime_s", "last_instance", "aborted_migrations",
                                               "instance_s", "starts", "drains")},

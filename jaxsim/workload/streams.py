@@ -35,6 +35,7 @@ class Stream(enum.IntEnum):
     PREFIX_GROUPS = 11
     PREDICTIONS = 16
     FAILURES = 21
+    VARIANTS = 23
 
 
 def as_key(seed: int | PRNGKeyArray) -> PRNGKeyArray:

@@ -36,6 +36,7 @@ class Workload:
     it came).
     predicted_tokens: output tokens as a scheduler that goes by them is told; limit_s: from each arrival to where the
     request is due, for a scheduler that goes by that.
+    variant: which fine-tune of a base each is for.
     shared_tokens: prompt tokens that all sessions begin with. num_context_limited: sessions that ended at a context
     limit.
     num_images: of each request, of tiles_per_image each, whose tokens are part of the prompt; None without any.
@@ -59,6 +60,7 @@ class Workload:
     think_s: Float[np.ndarray, " requests"] | None = None
     predicted_tokens: Int[np.ndarray, " requests"] | None = None
     limit_s: Float[np.ndarray, " requests"] | None = None
+    variant: Int[np.ndarray, " requests"] | None = None
     shared_tokens: int = 0
     num_context_limited: int = 0
     num_images: Int[np.ndarray, " requests"] | None = None
@@ -149,6 +151,8 @@ class Workload:
             fields["num_images"] = _integers("num_images", self.num_images, count, low=0)
         if self.predicted_tokens is not None:
             fields["predicted_tokens"] = _integers("predicted_tokens", self.predicted_tokens, count, low=1)
+        if self.variant is not None:
+            fields["variant"] = _integers("variant", self.variant, count, low=0)
         if self.limit_s is not None:
             limit_s = _numbers("limit_s", self.limit_s, count)
             _refuse("limit_s", limit_s, limit_s < 0, "is negative", "give seconds from the arrival")
@@ -292,7 +296,8 @@ class Workload:
                 "uniforms",
             )
         }
-        for name in ("unit_times", "session", "turn", "think_s", "num_images", "predicted_tokens", "limit_s"):
+        for name in ("unit_times", "session", "turn", "think_s", "num_images", "predicted_tokens", "limit_s",
+                     "variant"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)[index]
         if self.prefix_hashes is not None:

@@ -139,6 +139,7 @@ def with_everything(lane: LaneResult, seed: int = 0) -> LaneResult:
         lane, first_token_s=first_token_s, finish_s=finish_s, status=status.astype(np.int8), attempts=1 + few(),
         ended_s=np.where(is_done, lane.finish_s, lane.arrival_s + times()), device_busy_s=0.9 * np.asarray(lane.busy_s),
         num_prefix_blocks=3, cached_tokens=cached, loaded_tokens=cached // 2, fetched_tokens=cached // 4,
+        loaded_from=few() - 1, variant=few(),
         load_s=rng.random(instances),
         load_delay_s=rng.random(instances), decode_instance=np.where(has_moved, 1, -1),
         accepted_s=np.where(has_moved, first_token_s + 0.001, np.nan),

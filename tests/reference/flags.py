@@ -45,7 +45,7 @@ class Flags:
     - preemption: `recompute`, or `swap`: who decodes keeps what it computed in host memory, first in line to come back
       (DistServe). The bytes that a pass moves out and in at swap_bandwidth (bytes/s, kv_bytes_per_token each) lengthen
       the iteration it composes, as where the copies go before the kernels in one stream (vLLM V0).
-    - offloading: `offload.Offloading`, host memory behind the prefix cache, or `offload.Sibling`.
+    - offloading: `offload.Offloading`, host memory behind the prefix cache, or `offload.Sibling`, or `lending.Lending`.
     - swapping: `swapping.Swapping`, of an engine with the rules of vLLM V0: host memory with its copies, and
       priorities that are drawn anew.
     """

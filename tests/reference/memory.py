@@ -90,6 +90,7 @@ def hold_cached(instance: Instance, job: Job, chunk: int) -> None:
     job.hit_tokens += cached + loaded
     if job.cached_tokens is None:
         job.cached_tokens, job.loaded_tokens = cached, loaded
+        job.loaded_from = getattr(instance.store, "lender", None) if loaded else None
     if instance.store is not None:
         size = instance.flags.block_size
         fetched = instance.store.load(job.for_cache, cached // size, loaded // size)

@@ -45,6 +45,7 @@ class RequestResult:
     restarts: int = 0  # times that another took it then
     loaded_tokens: int = 0
     fetched_tokens: int = 0
+    loaded_from: int | None = None  # the instance that gave them, if one did
 
     @property
     def ttft_s(self) -> float:

@@ -49,6 +49,7 @@ from .disaggregation import Disaggregation, HandOver
 from .encoding import Encoders, Encoding
 from .failures import BACK, PHASE_OUTAGE, Failures, Outages
 from .flags import PRESETS, UNLIMITED, Flags, preset
+from .lending import Borrower
 from .memory import release
 from .migration import LiveMigration, Migration
 from .passes import enqueue, scheduling_pass
@@ -98,6 +99,7 @@ def simulate(
     encoding: Encoding | None = None,
     encoder: Sequence[tuple[float, float]] | None = None,
     switching: RoleSwitching | None = None,
+    variants: int | None = None,
 ) -> ReferenceResult:
     """Serves all requests to the end.
 
@@ -118,6 +120,7 @@ def simulate(
     - encoder: of each instance the seconds (base, a tile) by which an iteration is longer that has the first tokens of
       requests with images, where these are not encoded elsewhere.
     - switching: of the roles of `disaggregation`, which are those at the beginning.
+    - variants: of the model; instance i serves the one of number i modulo these, by default all serve all requests.
 
     Raises ValueError for a request that can never be served, AssertionError where a law is broken.
     """
@@ -142,7 +145,8 @@ def simulate(
                 refuse_impossible(request, one)
     instances = [Instance(i, one, role) for i, (one, role) in enumerate(zip(all_flags, roles, strict=True))]
     simulation = Simulation(requests, instances, router, of_each(cost), of_each(stage_cost), Clock(round_times), ranks,
-                            disaggregation, clients, encoding, encoder, migration, scaling, failures, switching)
+                            disaggregation, clients, encoding, encoder, migration, scaling, failures, switching,
+                            variants)
     simulation.run()
     simulation.check_end()
     return simulation.result()
@@ -156,7 +160,12 @@ class Simulation:
                  clients: Clients | None = None, encoding: Encoding | None = None,
                  encoder: Sequence[tuple[float, float]] | None = None, migration: Migration | None = None,
                  scaling: Scaling | None = None, failures: Failures | None = None,
-                 switching: RoleSwitching | None = None):
+                 switching: RoleSwitching | None = None, variants: int | None = None):
+        self.variants, self.routed_of_variant = variants, {}
+        links_out = {}
+        for instance in instances:
+            if isinstance(instance.store, Borrower):
+                instance.store.meet(instances, variants, links_out, clock.ticks)
         self.instances, self.costs, self.clock, self.ranks = instances, costs, clock, ranks
         self.route = ROUTERS[router] if isinstance(router, str) else router
         self.prefilling = [instance for instance in instances if instance.can_prefill]
@@ -317,7 +326,12 @@ class Simulation:
         able = self.prefilling if self.outages is None else self.outages.able
         if self.fleet:
             able = [self.instances[i] for i in self.fleet.those("on", self.now)]
-        instance = able[self.route(job.request, able, self.num_routed)]
+        num_routed = self.num_routed
+        if self.variants is not None:
+            able = [i for i in able if i.index % self.variants == job.request.variant]
+            num_routed = self.routed_of_variant.get(job.request.variant, 0)
+            self.routed_of_variant[job.request.variant] = num_routed + 1
+        instance = able[self.route(job.request, able, num_routed)]
         job.instance, job.sequence = instance.index, self.num_routed
         self.num_routed += 1
         return instance
@@ -504,6 +518,8 @@ class Simulation:
         """Returns its end, None if nothing can be scheduled until a batch or blocks return."""
         flags = instance.flags
         visible = instance.waiting_at_start if flags.async_scheduling else None
+        if isinstance(instance.store, Borrower):
+            instance.store.now = self.now
         if instance.swap is None:
             plan = scheduling_pass(instance, flags, visible)
         else:
@@ -661,6 +677,7 @@ class Simulation:
                     cached_tokens=job.cached_tokens or 0,
                     loaded_tokens=job.loaded_tokens or 0,
                     fetched_tokens=job.fetched_tokens or 0,
+                    loaded_from=job.loaded_from,
                     hit_tokens=job.hit_tokens,
                     decode_instance=job.decode_instance,
                     accepted_s=if_any(job.accepted),

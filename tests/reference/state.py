@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from . import fairness, offload, prefix_cache, remote_store
+from . import fairness, lending, offload, prefix_cache, remote_store
 from .flags import Flags
 
 
@@ -21,6 +21,7 @@ class Request:
 
     deadline_s, first_token_deadline_s: how long its client waits, from each sending, for the last and the first token.
     tenant, predicted (output tokens), limit_s (from the arrival): what orders of the queue go by.
+    variant: of the model, that it is for.
     """
 
     id: int
@@ -39,6 +40,7 @@ class Request:
     tenant: int = 0
     predicted: int = 0
     limit_s: float = 0.0
+    variant: int = 0
 
     def __post_init__(self):
         if self.max_tokens is None:
@@ -77,6 +79,7 @@ class Job:
     hit_tokens: int = 0  # at all admissions
     loaded_tokens: int | None = None  # from host memory at the first admission
     fetched_tokens: int | None = None  # of these, from a store that instances share
+    loaded_from: int | None = None  # the instance that gave them
     instance: int | None = None
     scheduled: float | None = None
     first_token: float | None = None
@@ -155,7 +158,8 @@ class Instance:
     preempted_before: list[int] = field(default_factory=list)
     swapped_tokens: int = 0  # moved out of the pool and into it since the last iteration
     cache: prefix_cache.PrefixCache | None = None
-    store: offload.HostStore | offload.SiblingStore | remote_store.TieredStore | None = None  # behind the cache
+    # Behind the cache.
+    store: offload.HostStore | offload.SiblingStore | remote_store.TieredStore | lending.Borrower | None = None
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
     swap: object = None  # `swapping.SwapState`
     counters: "fairness.VirtualTokenCounters | None" = None
@@ -170,7 +174,9 @@ class Instance:
         if self.flags.prefix_caching:
             self.cache = prefix_cache.PrefixCache(self.flags.num_blocks, self.flags.block_size)
         if self.flags.offloading is not None:
-            self.store = offload.store_of(self.flags.offloading)
+            self.store = (lending.Borrower(self.flags.offloading, self)
+                          if isinstance(self.flags.offloading, lending.Lending)
+                          else offload.store_of(self.flags.offloading))
 
     @property
     def can_prefill(self) -> bool:

@@ -75,3 +75,13 @@ def test_order_and_throughput_under_load():
     # Half a second a request a second reaches a second at two; a quarter at four.
     assert most.ours == pytest.approx(2.0, rel=0.01)
     assert droidspeak.load_claims(rows({32: 500.0, 19: 400.0, 10: 400.0, 4: 250.0}))[0].verdict == NOT_REPRODUCED
+
+
+def test_order_and_gains_of_agents():
+    rates = {droidspeak.RATE: {0.5: droidspeak.AGENTS_RATE}}
+    falling = rows({32: 500.0, 19: 400.0, 10: 300.0, 4: 250.0}).replace(rates)
+    order, gains, most = droidspeak.agents_claims(falling)
+    assert (order.verdict, gains.verdict, most.verdict) == (REPRODUCED, NO_GATE, NO_GATE)
+    assert gains.ours == pytest.approx((500 / 400, 500 / 250)) and most.ours == pytest.approx(2.0, rel=0.01)
+    level = rows({32: 500.0, 19: 500.0, 10: 300.0, 4: 250.0}).replace(rates)
+    assert droidspeak.agents_claims(level)[0].verdict == NOT_REPRODUCED

@@ -6,6 +6,7 @@ serve, `links`, `costs` and `policies` make the numbers of the loop, `requests` 
 
 from jaxsim.engine.lower.checks import (
     MAX_ARRIVAL_S,
+    check_contexts,
     check_counters,
     check_requests,
     check_routing,
@@ -48,7 +49,8 @@ from jaxsim.engine.lower.workloads import (
 )
 
 __all__ = [
-    "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "Pool", "Prefixes", "System", "check_counters", "check_requests",
+    "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "Pool", "Prefixes", "System", "check_contexts", "check_counters",
+    "check_requests",
     "check_routing", "check_transfers", "counter_room", "flights_of", "front_end_s", "is_split", "kinds_of_pools",
     "make_cost", "make_offload", "make_params", "make_patience", "make_remote_store", "make_requests", "make_reuse",
     "make_slack", "make_swap", "make_workload", "migration_rates", "moves_of", "num_rows", "offload_blocks", "ordered",

@@ -9,6 +9,7 @@ from jaxsim.engine.common import MAX_SPAN_S
 from jaxsim.engine.fair_links import MOST_S
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
 from jaxsim.engine.lower.links import flights_of, transfer_rates
+from jaxsim.engine.lower.prefixes import Prefixes
 from jaxsim.engine.lower.systems import System
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
@@ -72,6 +73,18 @@ def check_requests(system: System, workload: Workload) -> None:
     refuse(blocks > room, blocks,
            lambda n: f"needs {n} KV blocks of {s.block_size} tokens, the pool has {room}",
            "raise engine.gpu_memory_utilization or engine.num_gpu_blocks_override, or leave such requests out")
+
+
+def check_contexts(system: System, prefixes: list[Prefixes]) -> None:
+    """Refuse contexts that are longer than an iteration, in which some layers of them would be recomputed. Raises
+    `InputError`."""
+    budget, size = system.scheduler.max_num_batched_tokens, system.scheduler.block_size
+    longest = max(int(prefix.bounds[:, -1].max(initial=0)) for prefix in prefixes) * size
+    if longest > budget:
+        raise InputError("engine.max_num_batched_tokens", budget,
+                         f"is fewer than the {longest} tokens of the longest context, some layers of which"
+                         " engine.context_reuse recomputes in one iteration",
+                         f"raise it to {longest} or more, or shorten contexts (workload.sessions.context_limit)")
 
 
 MOST_DRAWN = 1 << 18

@@ -78,7 +78,8 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
                   **make_migration(scenario, system), clients=make_clients(scenario),
                   encoding=make_encoding(scenario, system) if system.has_parts else None,
                   encoder=make_encoder(scenario, system) if has_encoder else None, slack=make_slack(scenario, system),
-                  switching=make_role_switching(scenario, system))
+                  switching=make_role_switching(scenario, system),
+                  variants=None if scenario.cluster.variants is None else np.int32(scenario.cluster.variants))
 
 
 def make_source(scenario: Scenario, system: System, workload: Workload | None = None) -> AbstractSource:
@@ -221,8 +222,9 @@ def make_reuse(scenario: Scenario, system: System) -> ContextReuse:
     share = recomputed_layers(scenario) / model.layers
     size = system.scheduler.block_size / (1e9 * given.gb_per_s)
     kv_bytes = model.kv_bytes_per_token(kv_cache_bytes(scenario.kv_dtype, scenario.dtype, model))
+    whole_kv_s = None if scenario.cluster.variants is None else real(size * kv_bytes)
     return ContextReuse(real(share), real(size * model.hidden * HIDDEN_BYTES), real(size * (1 - share) * kv_bytes),
-                        real(1e-6 * given.latency_us), np.bool_(given.pipelined))
+                        real(1e-6 * given.latency_us), np.bool_(given.pipelined), whole_kv_s)
 
 
 def with_counters(params: Params, scenario: Scenario, system: System, workload: Workload, dims: Dims) -> Params:

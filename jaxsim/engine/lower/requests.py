@@ -50,6 +50,8 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
         predicted = np.minimum(workload.predicted_tokens.astype(np.int64), int(slack.most_tokens))
         shared["slack"] = np.stack([due_ms, predicted], axis=1)
         key = slack.key_ms(due_ms, workload.input_tokens.astype(np.int64), predicted)
+    if dims.has_variants:
+        shared["variant"] = workload.variant
     if dims.num_tenants:
         shared["tenant"] = workload.tenant
     return pack_requests(workload.arrival_s, workload.input_tokens, workload.output_tokens, workload.max_tokens,

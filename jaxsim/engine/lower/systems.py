@@ -340,7 +340,8 @@ def _check_reuse(scenario: Scenario, system: System) -> None:
         raise InputError("engine.data_parallel_size", system.plan.data_parallel_size,
                          "with ranks that iterate together is not simulated with engine.context_reuse", "use 1")
     # The budget of an iteration may be a default of the device.
-    tokens, budget = scenario.workload.prefix_groups.tokens, system.scheduler.max_num_batched_tokens
+    groups, budget = scenario.workload.prefix_groups, system.scheduler.max_num_batched_tokens
+    tokens = 0 if groups is None else groups.tokens
     if tokens > budget:
         raise InputError("workload.prefix_groups.tokens", tokens,
                          f"are more than the {budget} tokens of an iteration, in which some layers of them are"

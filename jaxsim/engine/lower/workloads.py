@@ -16,6 +16,7 @@ from jaxsim.workload.lengths import Paired
 from jaxsim.workload.named import generator
 from jaxsim.workload.predictions import with_predictions
 from jaxsim.workload.streams import Stream, stream_key, uniforms
+from jaxsim.workload.variants import with_variants
 from jaxsim.workload.workload import Workload
 
 
@@ -25,8 +26,11 @@ def make_workload(scenario: Scenario, seed: int) -> Workload:
 
 
 def ordered(scenario: Scenario, workload: Workload, seed: int) -> Workload:
-    """With what the order of the waiting queue goes by: predicted outputs, limits. Raises `InputError`."""
+    """With what the order of the waiting queue goes by: predicted outputs, limits; and with the variant that each is
+    for, where instances serve several. Raises `InputError`."""
     order, prediction, slo = scenario.engine.scheduling_policy, scenario.workload.prediction, scenario.slo
+    if scenario.cluster.variants is not None:
+        workload = with_variants(workload, scenario.cluster.variants, seed)
     if prediction is not None:
         workload = with_predictions(workload, prediction.sigma, seed)
     if order in ("sjf", "least_slack") and workload.predicted_tokens is None:

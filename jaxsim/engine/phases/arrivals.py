@@ -120,6 +120,7 @@ def receive(context: Context, t: Touched) -> Touched:
         counts = replace(counts, rank=replace(counts.rank, visible=counts.rank.visible + is_seen))
     # A sorted queue changes once a step, and the pass may change it too. An earlier end elsewhere may bring an arrival.
     if (not rules.sorts and context.dims.num_ranks == 1 and not context.dims.has_moves
+            and not context.dims.has_siblings
             and not (params.source.answers and context.dims.num_executors > 1)
             and not (context.dims.has_remote and context.dims.num_executors > 1)):
         goes_on = is_running & (wake <= event.following) & (wake.hi < events.FREEZE_S) & events.is_allowed(world, wake)

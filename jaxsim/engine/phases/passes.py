@@ -17,10 +17,12 @@ from jaxsim.engine import (
     passes,
     prefix,
     remote_store,
+    siblings,
     slack,
     swapping,
 )
 from jaxsim.engine.common import Context, blocks_for, choose, has, mark, take
+from jaxsim.engine.events import blocks_at_pass
 from jaxsim.engine.slots import is_retracting, limit_context, next_ratio, walk
 from jaxsim.engine.touched import Touched
 from jaxsim.kernels import clock, stack
@@ -198,7 +200,14 @@ def look_up(context: Context, t: Touched) -> Touched:
         rank, found, behind, is_stored = offload.look(
             context, t.rank, rank, t.is_placing, t.candidate, t.lengths[PROMPT] + t.emitted, found)
         is_settled = is_settled & is_stored
-    if dims.has_reuse:
+    offer = None
+    if dims.has_siblings:
+        held = blocks_at_pass(context, t.event.now, t.event.executor)
+        found, offer, is_clear = siblings.look(
+            context, t.event.executor, t.event.now, held, t.lengths[PROMPT] + t.emitted, found,
+            t.is_placing & ~is_forming & (rank.waiting > 0))
+        is_settled = is_settled & is_clear
+    elif dims.has_reuse:
         found = context_reuse.look(dims, t.lengths[PROMPT] + t.emitted, found)
     own_puts = None
     if dims.has_remote:
@@ -207,7 +216,7 @@ def look_up(context: Context, t: Touched) -> Touched:
             behind)
         is_settled = is_settled & is_there
     return replace(t, counts=replace(counts, rank=rank), released=released, found=found, behind=behind,
-                   own_puts=own_puts,
+                   own_puts=own_puts, offer=offer,
                    is_placing=t.is_placing & is_settled, is_short=t.is_short | ~is_settled)
 
 
@@ -225,11 +234,11 @@ def fill(context: Context, t: Touched) -> Touched:
     if t.kept_turn is not None:
         can_go_on = can_go_on | t.kept_turn.is_called
     tenants = None if t.tenants is None else fair.place(context, t, placed)
-    kept = None
+    kept = loan = None
     if dims.has_offload:
         counts, kept = offload.keep(context, counts, placed, t.behind, t.found, t.lengths[PROMPT] + t.emitted)
     if dims.has_reuse:
-        counts, times = context_reuse.recompute(context, counts, times, placed, t.found)
+        counts, times, loan = context_reuse.recompute(context, counts, times, placed, t.found, t.event.now, t.offer)
     puts = None
     if dims.has_remote:
         counts, puts = remote_store.put(context, counts, placed, t.own_puts, t.found, t.lengths[PROMPT] + t.emitted)
@@ -358,4 +367,4 @@ def fill(context: Context, t: Touched) -> Touched:
         t, counts=counts, times=times, residue_row=residue_row, slots=slots, link=link, placed=placed,
         opens_log=opens_log, is_held=is_held, can_go_on=can_go_on, is_short=is_short, is_preempting=is_preempting,
         victim=victim, victim_emitted=victim_emitted, are_going=are_going, moved=moved, tenants=tenants, kept=kept,
-        puts=puts)
+        puts=puts, loan=loan)

@@ -2,7 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from jaxsim.spec.rules.cluster import check_failures, check_migration, check_pools, check_role_switching
+from jaxsim.spec.rules.cluster import (
+    check_failures,
+    check_migration,
+    check_pools,
+    check_role_switching,
+    check_variants,
+)
 from jaxsim.spec.rules.engine import check_engine, check_system
 from jaxsim.spec.rules.sizes import check_sizes
 from jaxsim.spec.rules.workload import check_clients, check_images, check_workload
@@ -18,6 +24,7 @@ def check(s: "Scenario") -> None:
     check_pools(s)
     check_role_switching(s)
     check_migration(s)
+    check_variants(s)
     check_workload(s)
     check_clients(s)
     check_failures(s)

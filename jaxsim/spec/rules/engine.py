@@ -30,7 +30,7 @@ def check_engine(s: "Scenario") -> None:
     if s.cluster.remote_store is not None:
         _check_remote_store(s)
     if engine.context_reuse is not None:
-        _check_reuse(s)
+        _check_reuse(s, scheduler)
     _check_order(s, scheduler)
     for ours, theirs in (("dtype", "dtype"), ("kv_dtype", "kv_cache_dtype")):
         given, other = s.model and getattr(s.model, ours), getattr(engine, theirs)
@@ -112,7 +112,7 @@ def _check_remote_store(s: "Scenario") -> None:
             raise InputError(name, value, problem, remedy)
 
 
-def _check_reuse(s: "Scenario") -> None:
+def _check_reuse(s: "Scenario", scheduler: Scheduler) -> None:
     engine, groups, field = s.engine, s.workload.prefix_groups, "engine.context_reuse"
     given = engine.context_reuse
     fewest = [row.loss for row in given.quality]
@@ -120,8 +120,19 @@ def _check_reuse(s: "Scenario") -> None:
             *_behind_a_cache(s, field, "its layers"),
             ("engine.offload", engine.offload and plain(engine.offload), engine.offload is not None,
              f"is not simulated with {field}", "leave one of them out"),
-            ("workload.prefix_groups", None, groups is None, f"missing, and they are the contexts of {field}",
-             "give e.g. { number = 16, tokens = 4096 }, or leave engine.context_reuse out"),
+            ("workload.prefix_groups", None, groups is None and s.cluster.variants is None,
+             f"missing, and they are the contexts of {field}",
+             "give e.g. { number = 16, tokens = 4096 }, cluster.variants and sessions that share contexts, or leave"
+             " engine.context_reuse out"),
+            ("workload.kind", s.workload.kind, groups is None and not s.workload.has_sessions
+             and s.workload.kind != "trace",
+             f"brings no prompts that begin alike, and they are the contexts of {field}",
+             "give workload.sessions or workload.prefix_groups, or leave engine.context_reuse out"),
+            ("cluster.replicas", 1, s.cluster.variants is not None and s.cluster.replicas == 1,
+             f"has nobody to take a context from, as {field} does with cluster.variants",
+             "use 2 or more, or leave cluster.variants out: siblings have then computed all contexts before the run"),
+            ("engine.scheduling_policy", scheduler.order, s.cluster.variants is not None and scheduler.order != "fcfs",
+             f"is not simulated with {field} and cluster.variants", "use 'fcfs'"),
             (f"{field}.recomputed_layers", given.recomputed_layers,
              (given.recomputed_layers is None) == (not given.quality),
              "stands against a table of quality: exactly one of them is needed",
