@@ -13,6 +13,9 @@ executor has a time to wake, and opens before iterations end at that instant: fo
 or at once, to see who fits. What an iteration in a jump has taken by now is settled first. Blocks that come back are
 taken at the next step of the source, for which its door opens if it rests for want of them.
 
+How long it takes may depend on the pools of both ends (`HandOver.over`), and one link may be shared by all executors of
+two pools: a transfer then has that link, too. It takes a tick of the clock at least, so that none overtakes another.
+
 Approximated: an unaccepted request is not moved to another executor; a transfer is of the whole prompt; with `layers`
 it is shorter by the last iteration of its prompt, as if the link had been free for it.
 """
@@ -34,7 +37,7 @@ from jaxsim.kernels.clock import Time
 from jaxsim.kernels.queues import Link, Queue
 from jaxsim.policy.arrivals import relative_to
 from jaxsim.state import world as w
-from jaxsim.state.flights import REQUEST, Flights
+from jaxsim.state.flights import REQUEST, SOURCE, Flights
 from jaxsim.state.requests import OUTPUT, PROMPT, TILES
 from jaxsim.state.world import Clocks, Counts, World
 
@@ -69,7 +72,7 @@ class Opened(NamedTuple):
     link: Link
     accepted: Int[Array, ""]
     due: Time
-    links: tuple[Int[Array, ""], Int[Array, ""]]
+    links: tuple[Int[Array, ""], ...]
     delivered: Int[Array, ""]
     ready_before: Int[Array, ""]
     owed: tuple[Int[Array, ""], Int[Array, ""]]
@@ -245,7 +248,7 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
     queue = queues.pop_front(queue, behind, is_gone)
     work = take(world.transfers, accepted)[SECONDS]
     if part is not None:
-        work = jnp.where(part.is_kv, work, parts.transfer_s(context, accepted))
+        work = jnp.where(part.is_kv, work, parts.transfer_s(context, accepted, source, e))
     if dims.num_flights:
         is_flying = is_accepting & (work > 0)
         landed = jnp.where(is_landing, ended, jnp.where(is_flying, nowhere, accepted))
@@ -280,17 +283,27 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
         rank = counts.rank
 
     ends = source, nobody + 1 + e
+    latency_s = params.hand_over.over(params.hand_over.latency_s, source, e)
+    if dims.num_links:
+        shared = params.hand_over.over(params.hand_over.shared_link, source, e)
+        # Who has none of these has its own way out once more.
+        ends = *ends, jnp.where(shared >= 0, 2 * (nobody + 1) + shared, source)
     begin = now
     for end in ends:
         busy = Time(*take(world.links, end))
         begin = clock.select((begin < busy) & (work > 0), busy, begin)
-    due = clock.add(clock.add(begin, params.hand_over.latency_s), work)
+    due = clock.add(clock.add(begin, latency_s), work)
     newest, more = accepted, {}
     if dims.num_flights:
         starting = jnp.stack([accepted, source, e, world.num_accepted])
+        way = None if world.flights.ways is None else fair_links.way_of(context, source, e)
         flights, overflows = fair_links.change(
-            world.flights, now, nowhere, is_ending=is_landing, is_starting=is_flying, starting=starting, work_s=work)
-        due, newest = clock.add(now, params.hand_over.latency_s), landed
+            world.flights, now, nowhere, is_ending=is_landing, is_starting=is_flying, starting=starting, work_s=work,
+            way=way, is_max_min=dims.is_max_min)
+        if params.hand_over.pool_of is not None:
+            from_there = jnp.where(is_landing, flight[SOURCE], source)
+            latency_s = params.hand_over.over(params.hand_over.latency_s, from_there, e)
+        due, newest = clock.add(now, latency_s), landed
         more = dict(flights=flights, overflows=overflows, ended=ended)
     # When the next transfer is through: the one accepted now if it is the only one.
     first = in_transfer.front
@@ -360,14 +373,19 @@ def leave(context: Context, event: Event, retired: Retired, times: Clocks) -> Le
         part = parts.encoded(context, event, retired.request, retired.is_any)
         leaver, target = jnp.where(part.is_any, part.parent, leaver), jnp.where(part.is_any, part.target, target)
         is_any = is_any & (~part.is_any | part.is_last)
+    chosen = target
     target = jnp.where(is_any, target, dims.num_executors)
     queue, link = queues.push_back(unaccepted_of(world, target), leaver, is_any, dims.num_requests)
-    seconds = lengths[PROMPT].astype(jnp.float32) * hand_over.seconds_per_token
+    per_token = hand_over.over(hand_over.seconds_per_token, event.executor, chosen)
+    seconds = lengths[PROMPT].astype(jnp.float32) * per_token
     layer_s = seconds / jnp.maximum(hand_over.layers, 1)
     overlapped = jnp.maximum(clock.on_grid(seconds) - times.batch.first.hi, clock.on_grid(layer_s))
     seconds = jnp.where(hand_over.layers > 0, overlapped, clock.on_grid(seconds))
+    if hand_over.pool_of is not None:
+        seconds = jnp.maximum(seconds, clock.GRID_S)
     if part is not None:
-        seconds = jnp.where(part.is_any, parts.transfer_s(context, retired.request), seconds)
+        part_s = parts.transfer_s(context, retired.request, event.executor, chosen)
+        seconds = jnp.where(part.is_any, part_s, seconds)
     return Left(is_any, leaver, target, queue, link, seconds, part)
 
 
@@ -404,7 +422,7 @@ def writes(context: Context, event: Event, opened: Opened, left: Left, is_lookin
     return steps | {
         "doors": Put((jnp.stack([own, other]),), jnp.stack([jnp.where(opened.is_any, mine, at_once), at_once])),
         "unaccepted": Put((jnp.where(opened.is_any, e, left.target),), jnp.stack(queue)),
-        "links": Put((jnp.stack(opened.links),), jnp.stack([due, due])),
+        "links": Put((jnp.stack(opened.links),), jnp.stack([due] * len(opened.links))),
         "returned": Add((jnp.stack([opened.owed[0], e]),), jnp.stack([opened.owed[1], -opened.returned])),
         "ready_before": Put((opened.delivered,), opened.ready_before),
         "transfers": Put((jnp.where(left.is_kv, left.request, accepted),), transfer),

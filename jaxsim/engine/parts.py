@@ -107,10 +107,12 @@ def encoded(context: Context, event: Event, row: Int[Array, ""], is_retired: Boo
     return Encoded(is_any, parent, is_last, target)
 
 
-def transfer_s(context: Context, row: Int[Array, ""]) -> Float[Array, ""]:
+def transfer_s(context: Context, row: Int[Array, ""], source: Int[Array, ""], target: Int[Array, ""]
+               ) -> Float[Array, ""]:
     """Seconds that the embeddings of a part take on a link of their own, on the clock's grid."""
-    tiles = take(context.requests.images, row)[TILES].astype(jnp.float32)
-    return clock.on_grid(tiles * context.params.encoding.seconds_per_tile)
+    hand_over, tiles = context.params.hand_over, take(context.requests.images, row)[TILES].astype(jnp.float32)
+    seconds = clock.on_grid(tiles * hand_over.over(context.params.encoding.seconds_per_tile, source, target))
+    return seconds if hand_over.pool_of is None else jnp.maximum(seconds, clock.GRID_S)
 
 
 def placed(context: Context, counts: Counts, request: Int[Array, ""], is_new: Bool[Array, ""],

@@ -58,7 +58,9 @@ def as_of_now(params: Params, world: World) -> Params:
     """The policies and numbers of a scenario with the roles that its executors have now."""
     role, policy = world.roles.role, params.switching
     encodes, decodes = role == ENCODE, role == DECODE
-    hand_over = replace(params.hand_over, computes_prompts=(role == PREFILL) | encodes, decodes=decodes)
+    pool_of = None if policy.pool_of is None else take(policy.pool_of, role)
+    hand_over = replace(params.hand_over, computes_prompts=(role == PREFILL) | encodes, decodes=decodes,
+                        pool_of=pool_of)
     encoding = None if params.encoding is None else replace(params.encoding, encodes=encodes)
     group_of = None if policy.group_of is None else take(policy.group_of, role)
     return replace(params, hand_over=hand_over, encoding=encoding, group_of=group_of)

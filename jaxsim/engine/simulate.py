@@ -338,7 +338,8 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 num_ranks=system.num_ranks, has_roles=system.has_roles, has_parts=system.has_parts,
                 has_role_switching=scenario.cluster.role_switching is not None,
                 has_variants=scenario.cluster.variants is not None,
-                num_flights=lower.flights_of(scenario), **lower.moves_of(scenario),
+                num_flights=lower.flights_of(scenario), num_links=lower.num_shared_links(scenario),
+                is_max_min=lower.is_max_min(scenario), **lower.moves_of(scenario),
                 # What cannot have one is refused with its requests (`lower.check_requests`).
                 has_encoder=(scenario.workload.images is not None and not system.has_parts and system.num_ranks == 1
                              and system.scheduler.num_stages == 1),

@@ -44,6 +44,7 @@ def follows(scenario: Scenario) -> bool:
         return True
     most = min(pool.system.scheduler.max_num_seqs for pool in pools)
     return (sorted(pool.role for pool in pools) == ["decode", "prefill"] and scenario.cluster.transfer is None
+            and not scenario.cluster.links
             and all(isinstance(pool.scenario.cost, FittedCost) and pool.replicas == 1 for pool in pools)
             and count <= most)
 

@@ -23,7 +23,7 @@ class Encoding(eqx.Module):
     dealing: AbstractRouting
     cache_tiles: Int[Array, " executors"]
     most_tiles: Int[Array, " executors"]
-    seconds_per_tile: Float[Array, ""]
+    seconds_per_tile: Float[Array, "*ways"]
 
 
 class Encoder(eqx.Module):

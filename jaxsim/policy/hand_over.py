@@ -1,7 +1,7 @@
 """Roles of instances, and how the KV cache of a prompt gets from one that computed it to one that decodes."""
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxsim.policy.routing import AbstractRouting
 
@@ -15,6 +15,12 @@ class HandOver(eqx.Module):
     "push": no bound). seconds_per_token: of KV on a link of its own; latency_s: of a transfer, in which it has the
     link. layers: of the model, whose KV is sent one by one while the prompt is computed; 0 where it is sent as a whole.
 
+    Where ways differ, pool_of is the pool of each executor, and what depends on the way is a table (source pool, target
+    pool): seconds_per_token, latency_s, `Encoding.seconds_per_tile`, shared_link (the link that all of these pools'
+    executors share, -1 where there is none; None where none is) and units (how fast it is; see below).
+    With max-min fairness, units: of each way, in parts of which the fastest has `jaxsim.engine.max_min.WHOLE`; None
+    where all are alike.
+
     Source: DistServe (arXiv 2401.09670) and LLMServe/DistServe `distserve/decoding_stage_scheduler.py` (pull,
     `waiting_block_prop_threshold`); Splitwise (arXiv 2311.18677, section 4.2: layers).
     """
@@ -23,6 +29,17 @@ class HandOver(eqx.Module):
     decodes: Bool[Array, " executors"]
     routing: AbstractRouting
     most_held: Int[Array, " executors"]
-    seconds_per_token: Float[Array, ""]
-    latency_s: Float[Array, ""]
+    seconds_per_token: Float[Array, "*ways"]
+    latency_s: Float[Array, "*ways"]
     layers: Int[Array, ""]
+    pool_of: Int[Array, " executors"] | None = None
+    shared_link: Int[Array, "*ways"] | None = None
+    units: Int[Array, "*ways"] | None = None
+
+    def over(self, table: Shaped[Array, "*ways"], source: Int[Array, ""], target: Int[Array, ""]
+             ) -> Shaped[Array, ""]:
+        """What a table says of the way from one executor to another."""
+        if self.pool_of is None:
+            return table
+        pools = (self.pool_of.at[executor].get(mode="promise_in_bounds") for executor in (source, target))
+        return table.at[tuple(pools)].get(mode="promise_in_bounds")

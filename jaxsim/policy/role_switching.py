@@ -28,7 +28,8 @@ class RoleSwitching(eqx.Module):
     encodes, the parts that wait at the others are dealt out again, to all of them.
 
     roles: of each executor at the beginning. group_of: index of the group (`jaxsim.engine.common.Params.groups`) that
-    an executor of each role belongs to, None where there is one group.
+    an executor of each role belongs to, None where there is one group. pool_of: its pool likewise, None where ways
+    between pools are alike.
 
     Source: EPD (arXiv 2501.05460) and its public code: periods of 1, 5, 2 and 1 s, the rule. Assumed, since not
     published: the mean of the samples, who of the source moves, that a decision does not wait for the moves before it,
@@ -44,6 +45,7 @@ class RoleSwitching(eqx.Module):
     deals_anew: Bool[Array, ""]
     roles: Int[Array, " executors"]
     group_of: Int[Array, " roles"] | None = None
+    pool_of: Int[Array, " roles"] | None = None
 
     def decide(self, queued: Int[Array, " stages"], engines: Int[Array, " stages"]
                ) -> tuple[Bool[Array, ""], Int[Array, ""], Int[Array, ""]]:

@@ -14,6 +14,7 @@ class PoolSection(Section, frozen=True):
 
         role: mixed, prefill (prompts, up to the first token), decode (all tokens after it) or encode (images only;
             engine.max_num_seqs is then how many parts of requests it encodes at once).
+        name: what cluster.links call it.
         replicas: how many.
         device: a name of `jaxsim list devices`, if they run on another than [device].
         engine: fields of [engine] that are other here.
@@ -21,6 +22,7 @@ class PoolSection(Section, frozen=True):
     """
 
     role: Literal["mixed", "prefill", "decode", "encode"] = "mixed"
+    name: Text | None = None
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
     device: Text | None = None
     engine: dict[str, Any] = {}
@@ -36,10 +38,11 @@ class TransferSection(Section, frozen=True):
         gb_per_s: of a link, out of a prefill and into a decode engine; that of the devices between them if left out,
             times the ranks of the narrower engine.
         latency_us: of a transfer; none if left out.
-        discipline: of a link, fifo (one transfer after the other, each for its latency too) or fair (all at once: a
-            transfer goes at an equal part of the busier of its two links, and its latency is shared by nobody).
-        most_at_once: transfers under way in the whole cluster, for fair: a run with more is given up; 64 if left out.
-            A step takes longer with its square.
+        discipline: of a link, fifo (one transfer after the other, each for its latency too), fair (all at once: a
+            transfer goes at an equal part of the busier of its two links, and its latency is shared by nobody) or
+            max_min (as fair, and what a transfer leaves of a link goes to others: max-min fairness).
+        most_at_once: transfers under way in the whole cluster, for fair and max_min: a run with more is given up; 64 if
+            left out. A step takes longer with its square.
         by_layer: layers are sent as they are computed, so that what is left when the prompt is done is what took longer
             than its last iteration, at least one layer; else all of it then.
         router: of decode engines, as cluster.router; least_outstanding if left out.
@@ -50,11 +53,29 @@ class TransferSection(Section, frozen=True):
     waiting_block_share: Annotated[float, Meta(gt=0, le=1)] | None = None
     gb_per_s: Positive | None = None
     latency_us: NotNegative = 0.0
-    discipline: Literal["fifo", "fair"] = "fifo"
+    discipline: Literal["fifo", "fair", "max_min"] = "fifo"
     most_at_once: Annotated[int, Meta(ge=1, le=1024)] | None = None
     by_layer: bool = False
     router: Text = "least_outstanding"
     router_weights: dict[str, float] = {}
+
+
+class LinkSection(Section, frozen=True, rename={"source": "from", "target": "to"}):
+    """How fast what goes from the engines of a pool to those of another moves, instead of cluster.transfer.
+
+        from: a pool's name, or a role: all pools of that role.
+        to: likewise.
+        gb_per_s: from one engine to another.
+        latency_us: of a transfer; that of cluster.transfer if left out.
+        shared: all of these engines share one link of gb_per_s. Otherwise every two of them have one of their own, and
+            only the way out of an engine and the way into one are shared.
+    """
+
+    source: Text
+    target: Text
+    gb_per_s: Positive
+    latency_us: NotNegative | None = None
+    shared: bool = False
 
 
 class MigrationSection(Section, frozen=True):
@@ -231,6 +252,7 @@ class ClusterSection(Section, frozen=True):
         admission: what is refused; nothing if left out.
         failures: when engines are down; never if left out.
         transfer: of KV between pools, with prefill and decode engines, and of embeddings, with encode engines.
+        links: between two pools each, where these differ from that.
         encode: how images are encoded: by the pools of role encode, otherwise by all that compute prompts.
         role_switching: engines change between the roles of the pools; they keep theirs if left out.
         remote_store: of KV blocks, that all engines share; none if left out.
@@ -242,6 +264,7 @@ class ClusterSection(Section, frozen=True):
     pools: tuple[PoolSection, ...] = ()
     variants: Annotated[int, Meta(ge=1, le=4096)] | None = None
     transfer: TransferSection | None = None
+    links: tuple[LinkSection, ...] = ()
     migration: MigrationSection | None = None
     scaling: ScalingSection | None = None
     headroom_blocks: Annotated[int, Meta(ge=1, le=1 << 27)] | None = None

@@ -38,6 +38,8 @@ class Dims:
     through one; remote_log: touches of it on record, a power of two, 0 where it holds everything.
     num_flights: transfers that may be under way at a time over links that are shared, 0 where each waits for its turn.
     has_variants: instances serve different fine-tunes; has_siblings: contexts come from instances of the run.
+    num_links: between pools, that all of their engines share; is_max_min: what a transfer leaves of a shared link goes
+    to others.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -84,6 +86,8 @@ class Dims:
     num_flights: int = 0
     has_variants: bool = False
     has_siblings: bool = False
+    num_links: int = 0
+    is_max_min: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -110,8 +114,12 @@ class Dims:
             raise ValueError("has_clients: executors of one rank and one stage, without prefix caching or roles")
         if self.has_roles and self.route_by:
             raise ValueError("route_by: homes are of all executors, not of those of a role")
-        if self.num_flights and (not self.has_roles or self.has_parts or self.has_role_switching):
-            raise ValueError("num_flights: only with has_roles, and without has_parts and has_role_switching")
+        if self.num_flights and (not self.has_roles or self.has_parts):
+            raise ValueError("num_flights: only with has_roles, and without has_parts")
+        if self.num_links and not self.has_roles:
+            raise ValueError("num_links: only with has_roles")
+        if self.is_max_min and not self.num_flights:
+            raise ValueError("is_max_min: only with num_flights")
         if self.has_parts and not self.has_roles:
             raise ValueError("has_parts: only with has_roles")
         if self.has_encoder and (self.num_ranks > 1 or self.num_batches > 1 or self.has_parts):

@@ -41,19 +41,19 @@ def explain(message: str, values: dict[str, Any], root: type) -> InputError:
                           "is not text", "write names of fields as text")
     if "unknown field" in head and quoted:
         name = quoted.group(1)
-        fields = {f for s in structs for f in (*s.__struct_fields__, s.__struct_config__.tag_field) if f}
+        fields = {f for s in structs for f in (*hints(s), s.__struct_config__.tag_field) if f}
         meant = _SAME_AS.get(name)
         remedy = f"did you mean {meant!r}?" if meant in fields else suggest(name, fields)
         return InputError(prefix + name, look_up(values, [*steps, name]), "no such field", remedy)
     if "missing required field" in head and quoted:
         name = quoted.group(1)
-        words = [describe(hints(s)[name]) for s in structs if name in s.__struct_fields__]
+        words = [describe(hints(s)[name]) for s in structs if name in hints(s)]
         needed = words[0] if words else _tags(structs, name)
         return InputError(prefix + name, None, "missing", f"give {needed}")
     value = look_up(values, steps)
     parents = _structs_at(root, steps[:-1], values) if steps else []
     last = steps[-1] if steps else ""
-    hint = next((hints(s)[last] for s in parents if last in s.__struct_fields__), None)
+    hint = next((hints(s)[last] for s in parents if last in hints(s)), None)
     if hint is None:
         tags = [str(s.__struct_config__.tag) for s in parents if s.__struct_config__.tag_field == last]
         if tags:
@@ -128,8 +128,10 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def hints(struct: type) -> dict[str, Any]:
-    """Field types of a section, with their ranges."""
-    return typing.get_type_hints(struct, include_extras=True)
+    """Field types of a section, with their ranges, by the names that files have."""
+    types_of = typing.get_type_hints(struct, include_extras=True)
+    return {name: types_of[field] for name, field in zip(struct.__struct_encode_fields__, struct.__struct_fields__,
+                                                         strict=True)}
 
 
 def look_up(tree: Any, steps: list[str | int]) -> Any:
@@ -154,7 +156,7 @@ def _structs_at(root: type, steps: list[str | int], values: Any) -> list[type]:
         for candidate in candidates:
             if isinstance(step, int):
                 following += members(next(iter(typing.get_args(candidate)), None))
-            elif step in getattr(candidate, "__struct_fields__", ()):
+            elif step in getattr(candidate, "__struct_encode_fields__", ()):
                 following += members(hints(candidate)[step])
         candidates = following
     node = look_up(values, steps)

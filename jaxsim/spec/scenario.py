@@ -327,7 +327,7 @@ def _field_docs(struct: type) -> dict[str, str]:
     name = None
     for line in (struct.__doc__ or "").splitlines():
         found = re.match(r" {8}(\w+): (.*)", line)
-        if found and found.group(1) in struct.__struct_fields__:
+        if found and found.group(1) in struct.__struct_encode_fields__:
             name = found.group(1)
             docs[name] = found.group(2)
         elif name and re.match(r" {12}\S", line):

@@ -432,8 +432,8 @@ class World(eqx.Module):
     routed: Int[Array, " rows"] | None = None
     # Roles (`jaxsim.engine.hand_over`), else None. Of executors, and of none: when its door opens next and for which
     # transfer (hi, lo, number; -1: to see who fits), who it has not accepted (front, back, length), blocks that came
-    # back to it and are not taken yet; until when (hi, lo) the links are busy, out of all executors, then into them. Of
-    # requests: the one ready before it, and its transfer (columns as in `hand_over`).
+    # back to it and are not taken yet; until when (hi, lo) the links are busy, out of all executors, then into them,
+    # then those that pools share. Of requests: the one ready before it, and its transfer (columns as in `hand_over`).
     doors: Float[Array, "doors 3"] | None = None
     unaccepted: Int[Array, "doors 3"] | None = None
     returned: Int[Array, " doors"] | None = None
@@ -660,11 +660,12 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
     if dims.has_roles:
         roles = dict(
             doors=jnp.broadcast_to(jnp.array([jnp.inf, 0.0, -1.0], jnp.float32), (doors, 3)),
-            unaccepted=ints(doors, 3), returned=ints(doors), links=floats(2 * doors, 2), ready_before=ints(rows),
+            unaccepted=ints(doors, 3), returned=ints(doors),
+            links=floats(2 * doors + dims.num_links, 2), ready_before=ints(rows),
             transfers=jnp.broadcast_to(-jnp.ones(9, jnp.float32), (rows, 9)), num_handed_over=ints(),
             num_accepted=ints())
     if dims.num_flights:
-        roles["flights"] = no_flights(dims.num_flights, dims.num_requests)
+        roles["flights"] = no_flights(dims.num_flights, dims.num_requests, bool(dims.num_links or dims.is_max_min))
     if dims.has_free_stages:
         roles["slot_ends"] = floats(ranks, width, 2)
     if dims.has_role_switching:

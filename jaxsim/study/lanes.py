@@ -333,7 +333,8 @@ def _of_roles(scenario: Scenario, system: lower.System) -> Hashable:
     transfer = scenario.cluster.transfer or TransferSection()
     return (len(lower.kinds_of_pools(system)), system.has_roles, transfer.router,
             tuple(sorted(transfer.router_weights)),
-            scenario.cluster.encode and scenario.cluster.encode.router) if system.pools else None
+            scenario.cluster.encode and scenario.cluster.encode.router,
+            len(system.pools) if scenario.cluster.links else 0) if system.pools else None
 
 
 def _of_migration(scenario: Scenario) -> Hashable:

@@ -8,10 +8,12 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jaxtyping import Array, Int
 
 from jaxsim.cost.base import AbstractIterationCost
@@ -403,6 +405,29 @@ def differences(ours: dict, theirs: dict) -> list[str]:
     """Names of what is not exactly equal."""
     names = [name for name, value in theirs.items() if not np.array_equal(value, ours[name])]
     return (["fault"] if ours["fault"] else []) + names
+
+
+def drawn_until_many(draw_one: Callable[[], Any]) -> list:
+    """A batch of what `draw_one` draws, without what it gives up on (None)."""
+    cases: list = []
+    while len(cases) < LANES:
+        case = draw_one()
+        cases += [] if case is None else [case]
+    return cases
+
+
+def agree(seed: int, batch: list, compared: Callable[[list], tuple[list, list]]) -> list:
+    """What the reference says of a batch with which the engine agrees; else fails with the smallest case that differs.
+
+    compared: of some cases the reference's answers, and the names of what differs in each.
+    """
+    results, wrong = compared(batch)
+    failing = [one for one, names in zip(batch, wrong, strict=True) if names]
+    if failing:
+        case = smallest(min(failing, key=len), lambda smaller: [bool(names) for names in compared(smaller)[1]])
+        names = compared([case])[1][0]
+        pytest.fail(f"seed {seed}: {len(failing)} of {len(batch)} differ; the smallest in {names}: {case}")
+    return results
 
 
 def smallest(case: Case, are_failing: Callable[[list[Case]], list[bool]]) -> Case:

@@ -83,11 +83,7 @@ def draw(rng: np.random.Generator, flags: simulator.Flags, dims: Dims, router: s
 def draw_many(seed: int, flags: simulator.Flags, dims: Dims, router: str = "mixed") -> list[ClientCase]:
     """A batch of cases from one seed."""
     rng = np.random.default_rng(seed)
-    cases = []
-    while len(cases) < c.LANES:
-        case = draw(rng, flags, dims, router)
-        cases += [] if case is None else [case]
-    return cases
+    return c.drawn_until_many(lambda: draw(rng, flags, dims, router))
 
 
 def make_clients(case: ClientCase) -> Clients:

@@ -17,6 +17,7 @@ from jaxsim.policy.encoding import Encoder, Encoding
 from jaxsim.state.requests import Images, pack_requests
 from tests.engine import cases as c
 from tests.engine import test_compiled, test_hand_over
+from tests.engine.link_cases import over_each
 from tests.reference import simulator
 
 pytestmark = pytest.mark.unoptimised
@@ -82,7 +83,7 @@ def params_of(case: c.Case, rules: simulator.Disaggregation, encoding: simulator
                                  routing.Score(*map(x, case.score))),
             np.full(EXECUTORS, encoding.cache_tiles, i),
             np.full(EXECUTORS, math.ceil(encoding.waiting_share * encoding.cache_tiles), i),
-            x(encoding.bytes_per_tile / rules.bandwidth)))
+            over_each(rules, encoding.bytes_per_tile)))
 
 
 def requests_of(case: c.Case, tiles: list[tuple[int, ...]], is_split: bool, dims, has_parts: bool = True):

@@ -77,12 +77,7 @@ def agree(seed: int, flags: simulator.Flags, dims) -> Counter:
         return results, [fc.differences(ours, theirs) for ours, theirs in zip(
             fc.simulate(some, flags, dims), answers, strict=True)]
 
-    results, wrong = compared(batch)
-    failing = [one for one, names in zip(batch, wrong, strict=True) if names]
-    if failing:
-        case = c.smallest(min(failing, key=len), lambda smaller: [bool(names) for names in compared(smaller)[1]])
-        names = compared([case])[1][0]
-        pytest.fail(f"seed {seed}: {len(failing)} of {len(batch)} differ; the smallest in {names}: {case}")
+    results = c.agree(seed, batch, compared)
     return sum((exercised(one, result) for one, result in zip(batch, results, strict=True)), Counter())
 
 

@@ -12,6 +12,7 @@ from jaxsim.engine.simulate import handed_over
 from jaxsim.policy import routing
 from jaxsim.policy.hand_over import HandOver
 from tests.engine import cases as c
+from tests.engine.link_cases import with_links
 from tests.reference import simulator
 
 pytestmark = pytest.mark.unoptimised
@@ -39,11 +40,11 @@ def params_of(case: c.Case, rules: simulator.Disaggregation, flags: simulator.Fl
     if rules.hand_over == "pull":
         most = math.ceil(rules.waiting_block_share * case.limits["num_blocks"])
     roles = np.array(rules.roles)
-    return replace(params, hand_over=HandOver(
+    return replace(params, hand_over=with_links(rules, HandOver(
         computes_prompts=roles == "prefill", decodes=roles == "decode",
         routing=c.AnyRouter(i(PLAIN_ROUTERS.index(rules.decode_router)), routing.Score(*map(x, case.score))),
         most_held=np.full(EXECUTORS, most, np.int32), seconds_per_token=x(rules.bytes_per_token / rules.bandwidth),
-        latency_s=x(rules.latency_s), layers=i(rules.overlap_layers)))
+        latency_s=x(rules.latency_s), layers=i(rules.overlap_layers))))
 
 
 def draw(seed: int, flags: simulator.Flags, dims) -> list[tuple[c.Case, simulator.Disaggregation]]:

@@ -1,5 +1,8 @@
 """Laws under random interleavings of what may happen to a request: outages, deadlines, retries and preemptions;
-migrations, preemptions and instances that come and go; hand-overs over links.
+migrations, preemptions and instances that come and go; hand-overs over links; role switches, preemptions, hand-overs
+and parts of images that are dealt again, also over links that are shared.
+
+Those are all of them: outages, migrations and roles are refused beside each other.
 
 By what the engine says alone: every request ends once and with one status, no token is counted twice, no block and no
 slot is left behind, no pool holds more than it has, no link carries more than its bandwidth allows.
@@ -15,13 +18,21 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jaxsim.engine import hand_over, loop
+from jaxsim.engine.simulate import embedded, handed_over, role_changes
 from jaxsim.kernels import clock, packed
 from jaxsim.state.control import ON, STARTING
 from tests.engine import cases as c
 from tests.engine import failure_cases as fc
+from tests.engine import link_cases as links
 from tests.engine import test_hand_over as roles
+from tests.engine import test_links
 from tests.engine import test_migration as moves
+from tests.engine import test_role_switching as switches
 from tests.reference import simulator
+from tests.reference.disaggregation import NamedLink
+
+WINDOW = 24
+"""Transfers under way at a time: more than the requests of a case that are."""
 
 pytestmark = pytest.mark.unoptimised
 
@@ -162,32 +173,34 @@ def test_migrations_preemptions_and_instances_that_come_and_go():
     assert seen["refused"] < 20, seen
 
 
-def overfull_links(source: np.ndarray, target: np.ndarray, seconds: np.ndarray, accepted_s: np.ndarray,
-                   due_s: np.ndarray, latency_s: float) -> int:
-    """Spans of time in which an end of a link carried more than it can. Arrays over transfers."""
+def overfull_links(end: np.ndarray, seconds: np.ndarray, start_s: np.ndarray, end_s: np.ndarray) -> int:
+    """Spans of time in which a link carried more than it can.
+
+    Arrays over transfers: which link, seconds that it takes alone, when it could begin and when it had all its bytes.
+    """
     found = 0
-    for ends in (source, target):
-        for end in np.unique(ends):
-            mine = ends == end
-            for start in np.unique(accepted_s[mine]):
-                for until in np.unique(due_s[mine]):
-                    inside = mine & (accepted_s >= start) & (due_s <= until)
-                    found += bool(seconds[inside].sum() > until - latency_s - start) if inside.any() else 0
+    for one in np.unique(end):
+        mine = end == one
+        for start in np.unique(start_s[mine]):
+            for until in np.unique(end_s[mine]):
+                inside = mine & (start_s >= start) & (end_s <= until)
+                found += bool(seconds[inside].sum() > until - start) if inside.any() else 0
     return found
 
 
 def test_a_link_that_is_too_full_is_found():
     """Two transfers of a second in a second and a half."""
-    both = [np.array(x) for x in ([0, 0], [1, 2], [1.0, 1.0], [0.0, 0.5], [1.0, 1.5])]
-    assert overfull_links(*both, 0.0) == 1
+    both = [np.array(x) for x in ([0, 0], [1.0, 1.0], [0.0, 0.5], [1.0, 1.5])]
+    assert overfull_links(*both) == 1
     both[-1] = np.array([1.0, 2.0])
-    assert overfull_links(*both, 0.0) == 0
+    assert overfull_links(*both) == 0
 
 
 def test_hand_overs_over_links():
-    """Prompts and outputs on different instances: as above, and bytes over a link are at most bandwidth times time."""
-    flags, dims, seen = simulator.preset("vllm-v1"), c.dims_of("vllm-v1", roles.EXECUTORS, has_roles=True), Counter()
-    drawn = roles.draw(11, flags, dims)
+    """Prompts and outputs on different instances: as above, and bytes over a link are at most bandwidth times time, be
+    it the way out of an instance, the way into one, or a link that all instances of two pools share."""
+    flags, dims, seen = simulator.preset("vllm-v1"), test_links.dims_of("vllm-v1", "fifo"), Counter()
+    drawn = test_links.drawn(11, flags, dims, "fifo")
     params = c.stack([roles.params_of(case, rules, flags) for case, rules in drawn])
     _, requests = c.inputs([case for case, _ in drawn], flags, dims, "mixed")
     world = jax.device_get(loop.run(dims, params, requests))
@@ -198,23 +211,143 @@ def test_hand_overs_over_links():
                 c.reference(case, flags, dims, "mixed", disaggregation=rules)
             seen["refused"] += 1
             continue
-        transfers = world.transfers[lane, :len(case)].astype(np.float64)
-        is_moved = transfers[:, hand_over.NUMBER] >= 0
-        accepted, due = (clock.join_reference(*world.transfers[lane, :len(case), k:k + 3][is_moved].T)
-                         for k in (hand_over.ACCEPTED, hand_over.DUE))
-        seconds = transfers[is_moved, hand_over.SECONDS]
+        is_moved = world.transfers[lane, :len(case), hand_over.NUMBER] >= 0
+        over = {name: values[is_moved] for name, values in handed_over(world, np.s_[lane, :len(case)]).items()}
+        source, target = got["instance"][is_moved], over["decode_instance"]
+        accepted, due = over["accepted_s"], over["delivered_s"]
+        seconds, latency_s = links.alone_s(rules, rules.pools, case.prompt[is_moved], source, target)
+        ends = links.ends_of(rules, rules.pools, source, target)
         laws = {
             "every request finishes, once": got["finished"] == len(case),
             "no block of nobody": bool(np.array_equal(got["used_blocks"], world.returned[lane][:-1])),
             "blocks within the pool": bool(np.all(got["peak_blocks"] <= case.limits["num_blocks"])),
-            "accepted once": len(set(transfers[is_moved, hand_over.NUMBER])) == is_moved.sum(),
-            "a transfer takes its time": bool(np.all(due - accepted >= seconds + rules.latency_s)),
-            "no link carries more than it can": overfull_links(
-                got["instance"][is_moved], transfers[is_moved, hand_over.TARGET], seconds, accepted, due,
-                rules.latency_s) == 0}
+            "accepted once": len(set(world.transfers[lane, :len(case), hand_over.NUMBER][is_moved])) == is_moved.sum(),
+            "a transfer takes its time": bool(np.all(due - accepted >= seconds + latency_s)),
+            "no link carries more than it can": sum(
+                overfull_links(end, seconds, accepted, due - latency_s) for end in ends) == 0}
         assert [name for name, holds in laws.items() if not holds] == [], (lane, case, rules)
+        whole = rules.overlap_layers == 0
         seen["moved"] += int(is_moved.sum())
-        seen["waited"] += int((due - accepted > seconds + rules.latency_s).sum())
+        seen["waited"] += int(whole * (due - accepted > np.maximum(seconds, 2.0**-30) + latency_s).sum())
+        seen["over shared ones"] += int((ends[2] < 1000).sum())
         seen["preempted"] += int(got["preemptions"].sum())
-    assert seen["moved"] > 100 and seen["waited"] > 20 and seen["preempted"] > 5, seen
+    assert all(seen[what] > least for what, least in (
+        ("moved", 100), ("waited", 20), ("over shared ones", 20), ("preempted", 5))), seen
     assert seen["refused"] < 20, seen
+
+
+def role_at(changes: np.ndarray, first: str, instance: int, time_s: float) -> str:
+    """Role of an instance just before a time. changes: rows (instance, source, target, decided, stopped, emptied,
+    changed) in seconds, NaN where that has not come; first: its role at the beginning."""
+    mine = [row for row in changes if row[0] == instance and row[6] < time_s]
+    return switches.ROLES[int(mine[-1][2])] if mine else first
+
+
+def broken_by_switches(one: tuple, dims, world, lane: int) -> tuple[list[str], Counter]:
+    """Names of the laws that a run breaks in which instances change their role, and what happened in it."""
+    case, rules, encoding, tiles, switching = one
+    count, got = len(case), c.unpack(dims, world, lane, len(case))
+    is_moved = world.transfers[lane, :count, hand_over.NUMBER] >= 0
+    over = {name: values[is_moved] for name, values in handed_over(world, np.s_[lane, :count]).items()}
+    source, target = got["instance"][is_moved], over["decode_instance"]
+    accepted, due = over["accepted_s"], over["delivered_s"]
+    seconds, latencies = links.alone_s(rules, ("prefill", "decode"), case.prompt[is_moved],
+                                       np.zeros(len(source)), np.ones(len(source)))
+    numbers = world.transfers[lane, :count, hand_over.NUMBER][is_moved]
+    encoded = []
+    if dims.has_parts:
+        each = [t if encoding.is_split else (sum(t),) for t in tiles if t]
+        of = np.repeat([r for r in range(count) if tiles[r]], [len(t) for t in each]).astype(int)
+        parts = embedded(world, lane, np.s_[count:count + len(of)])
+        encoded = list(zip(parts["owner"], parts["encoded_s"], strict=True))
+        source = np.concatenate([source, parts["owner"]])
+        target = np.concatenate([target, got["instance"][of]])
+        accepted, due = (np.concatenate([a, parts[b]]) for a, b in ((accepted, "accepted_s"), (due, "delivered_s")))
+        work = np.array([n for t in each for n in t], float) * encoding.bytes_per_tile / rules.bandwidth
+        seconds, latencies = np.concatenate([seconds, work]), np.append(latencies, np.full(len(of), rules.latency_s))
+    changes, counts = role_changes(world, lane), c.w.count_rows(dims).everything(world.counts[lane])
+    pool = max(*(flags.num_blocks for flags in switching.flags.values()), encoding.cache_tiles if dims.has_parts else 0)
+    stamps = (case.arrival_s, got["scheduled_s"], got["first_token_s"], got["finish_s"])
+
+    def is_as(role: str, instances, times) -> bool:
+        return all(role_at(changes, rules.roles[int(i)], i, t) == role for i, t in zip(instances, times, strict=True))
+
+    served = [(i, s, t) for i, s, t in zip(got["instance"], got["scheduled_s"], got["first_token_s"], strict=True)]
+    served += list(zip(over["decode_instance"], over["accepted_s"], got["finish_s"][is_moved], strict=True))
+    done = changes[~np.isnan(changes[:, 6])]
+    # Who waits on a shared link beside others has a part of it: the link is one more end of all transfers.
+    ends = source, target, *([np.zeros_like(source)] if any(x.is_shared for x in rules.named_links.values()) else [])
+    laws = {
+        "every request finishes, once": got["finished"] == count,
+        "nobody is left on the way": not (counts.rank.in_transfer.length.any() or counts.rank.ready.length.any()
+                                          or world.unaccepted[lane, :-1, 2].any() or world.roles.handed.length[lane]),
+        "no block of nobody": bool(np.array_equal(got["used_blocks"], world.returned[lane][:-1])),
+        "blocks within the pool": bool(np.all(got["peak_blocks"] <= pool)),
+        "accepted once": len(set(numbers)) == is_moved.sum() == (case.output > 1).sum(),
+        "every token after the first has its gap, once": got["itl"].sum() == (case.output - 1).sum(),
+        "clocks do not run back": all(bool(np.all(a <= b)) for a, b in zip(stamps, stamps[1:], strict=False)),
+        "handed over behind its first token": bool(np.all(
+            (got["first_token_s"][is_moved] <= over["accepted_s"]) & (over["accepted_s"] <= over["delivered_s"])
+            & (over["delivered_s"] <= got["finish_s"][is_moved]))),
+        "a transfer takes its time": bool(np.all(due - accepted >= seconds + latencies)),
+        "no link carries more than it can": sum(
+            overfull_links(end, seconds, accepted, due - latencies) for end in ends) == 0,
+        "images by who encodes": is_as("encode", *zip(*encoded, strict=True)) if encoded else True,
+        "prompts by who computes prompts": is_as("prefill", got["instance"], got["first_token_s"]),
+        "outputs by who decodes": is_as("decode", over["decode_instance"], got["finish_s"][is_moved]),
+        "nobody is at who changes": not any(i == row[0] and start < row[6] and row[5] < end
+                                            for row in done for i, start, end in served),
+        "a switch has its order": bool(np.all(np.diff(done[:, 3:], axis=1) >= 0))}
+    waited = due - accepted > seconds + latencies
+    is_whole = rules.overlap_layers == 0
+    seen = Counter({
+        "switches": len(done), "preemptions": int(got["preemptions"].sum()), "transfers": len(seconds),
+        "waited for a link": is_whole * int(waited.sum()), "parts": len(encoded),
+        "dealt again": int(world.roles.num_handed[lane])})
+    seen["all in one run"] = int(all(seen[what] for what in ("switches", "preemptions", "waited for a link")))
+    return [name for name, holds in laws.items() if not holds] + left_behind(dims, world, lane), seen
+
+
+def check_switches(drawn, dims, world) -> Counter:
+    """All laws, over a batch; returns what happened."""
+    seen = Counter()
+    for lane, one in enumerate(drawn):
+        if world.fault[lane]:
+            seen["refused"] += 1
+            continue
+        broken, happened = broken_by_switches(one, dims, world, lane)
+        assert broken == [], (lane, one)
+        seen += happened
+    return seen
+
+
+def test_role_switches_preemptions_and_transfers():
+    """Parts of images that wait are dealt again, KV and embeddings are on the way while roles change."""
+    flags, dims = simulator.preset("vllm-v1"), c.dims_of(
+        "vllm-v1", switches.EXECUTORS, has_roles=True, has_parts=True, has_role_switching=True)
+    drawn = switches.draw(21, flags, dims)
+    seen = check_switches(drawn, dims, jax.device_get(loop.run(dims, *switches.inputs(drawn, dims, flags))))
+    print(seen)
+    assert all(seen[what] > 10 for what in ("switches", "preemptions", "transfers", "waited for a link", "parts",
+                                            "dealt again")) and seen["all in one run"] > 4, seen
+    assert seen["refused"] < 20, seen
+
+
+@pytest.mark.slow
+def test_role_switches_over_links_that_are_shared():
+    """Transfers take max-min fair parts of the links of their ends, and of one that all of them share; as in the
+    reference, and no law is broken."""
+    flags, dims = simulator.preset("vllm-v1"), c.dims_of(
+        "vllm-v1", switches.EXECUTORS, has_roles=True, has_role_switching=True, num_flights=WINDOW, num_links=1,
+        is_max_min=True)
+    rng, drawn = np.random.default_rng(31), []
+    for case, rules, *rest in switches.draw(31, flags, dims):
+        link = NamedLink(rules.bandwidth * 2.0 ** -int(rng.integers(0, 6)), rules.latency_s, bool(rng.integers(2)))
+        drawn.append((case, replace(rules, discipline="max_min", hand_over=str(rng.choice(["push", "pull"])),
+                                    bytes_per_token=1.0, named_links={("prefill", "decode"): link}), *rest))
+    world = jax.device_get(loop.run(dims, *switches.inputs(drawn, dims, flags)))
+    same, seen = switches.compare(drawn, flags, dims, world), check_switches(drawn, dims, world)
+    print(same, seen)
+    assert same["cases"] > 40 and same["switches"] > 20 and same["with_transfers_out"] > 10, same
+    assert all(seen[what] > 10 for what in ("switches", "preemptions", "transfers", "waited for a link")), seen
+    assert seen["all in one run"] > 4 and seen["refused"] < 20, seen

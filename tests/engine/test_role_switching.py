@@ -101,7 +101,7 @@ def params_of(case, rules, encoding, switching: simulator.RoleSwitching, flags, 
         hand_over=replace(params.hand_over, most_held=np.full(EXECUTORS, most, np.int32)),
         switching=RoleSwitching(*map(x, (switching.sample_s, switching.decide_s, switching.poll_s,
                                          switching.drain_check_s, switching.switch_s)), np.bool_(switching.deals_anew),
-                                roles, group_of), **more)
+                                roles, group_of, np.arange(3, dtype=i) if rules.named_links else None), **more)
 
 
 def _is_slower(case: c.Case, switching: simulator.RoleSwitching) -> bool:
@@ -132,13 +132,13 @@ def inputs(drawn, dims, flags):
     return c.stack(params), c.stack(packed)
 
 
-def compare(drawn, flags, dims) -> dict[str, int]:
-    """Bit for bit; returns what the cases had in them."""
+def compare(drawn, flags, dims, world=None) -> dict[str, int]:
+    """Bit for bit; returns what the cases had in them. world: of the engine, where it is known."""
     seen = dict.fromkeys((
         "cases", "switches", "unfinished", "dealt_again", "dealt_anew", "with_parts_at_work", "with_parts_elsewhere",
         "loaded", "with_transfers_out", "with_running", "with_waiting", "to_and_fro", "beside_others", "plain",
         "preemptions", *(f"{a}_to_{b}" for a in ROLES for b in ROLES if a != b)), 0)
-    world = jax.device_get(loop.run(dims, *inputs(drawn, dims, flags)))
+    world = jax.device_get(loop.run(dims, *inputs(drawn, dims, flags))) if world is None else world
     for lane, (case, rules, encoding, tiles, switching) in enumerate(drawn):
         name = f"lane {lane} {rules} {encoding} {switching}"
         try:

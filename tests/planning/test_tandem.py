@@ -135,6 +135,8 @@ def test_the_search_finds_what_all_rates_do(affinity):
 def test_what_is_left_to_the_event_engine():
     made = pair(placement.chat("opt-13b"), *((d, published("opt-13b")(d)) for d in (Degrees(1, 1), Degrees(2, 1))))
     assert tandem.follows(made)
+    links = [{"from": "prefill", "to": "decode", "gb_per_s": 10.0}]
     for values in ({"workload.num_requests": 2000}, {"cluster.transfer.gb_per_s": 10.0, "model.name": "opt-13b"},
+                   {"cluster.links": links, "model.name": "opt-13b"},
                    {"workload.tenants": [{"name": "a", "share": 1.0}]}):
         assert not tandem.follows(made.with_values(values)), values

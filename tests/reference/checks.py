@@ -98,10 +98,11 @@ def check_cluster(instances: Sequence[Instance], num_unfinished: int) -> None:
     assert sum(instance.outstanding for instance in instances) == num_unfinished, "a request was lost, or is twice"
 
 
-def check_links(transfers: Sequence[Transfer], links: str, discipline: str, latency: float) -> None:
+def check_links(transfers: Sequence[Transfer], links: str, discipline: str) -> None:
     """No link carries more than its bandwidth in any span of time, nor a transfer faster than it could alone.
 
-    In units of work, the time that the bytes take alone: what both starts and ends in a span is at most the span.
+    In units of work, the time that the bytes take alone: what both starts and ends in a span is at most the span. With
+    max-min fairness in those of the fastest who uses the link.
     """
     by_link: dict[tuple, list[Transfer]] = {}
     for transfer in transfers:
@@ -112,16 +113,20 @@ def check_links(transfers: Sequence[Transfer], links: str, discipline: str, late
             ends = [(transfer.source, transfer.destination)]
         else:
             ends = [("out of", transfer.source), ("into", transfer.destination)]
+        if transfer.over is not None:
+            ends.append(("over", transfer.over))
         for end in ends:
             by_link.setdefault(end, []).append(transfer)
     for carried in by_link.values():
-        carried.sort(key=lambda transfer: transfer.due)
+        carried.sort(key=lambda transfer: transfer.due - transfer.latency)
+        fastest = max(transfer.parts[0] for transfer in carried)
         for first in {transfer.start for transfer in carried}:
             work = 0
             for transfer in carried:
                 if transfer.start >= first:
-                    work += transfer.work
-                    span = transfer.due - latency - first
+                    parts = transfer.parts[0] if discipline == "max_min" else fastest
+                    work += transfer.work * parts / fastest
+                    span = transfer.due - transfer.latency - first
                     assert work <= span or math.isclose(work, span), "faster than the link"
 
 

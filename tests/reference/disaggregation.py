@@ -22,17 +22,28 @@ overlap hides a transfer behind the last iteration of its prompt only, as if the
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .clock import Clock
 from .flags import UNLIMITED, Flags
 from .memory import ceil_div, keep_for_transfer, release_source, take
 from .routing import ROUTERS, Router
 from .state import Instance, Job
-from .transfers import FairLinks, FifoLinks, Transfer
+from .transfers import FairLinks, FifoLinks, MaxMinLinks, Transfer
+
+WHOLE = 720720
 
 ROLES = ("mixed", "prefill", "decode", "encode")
+
+
+@dataclass(frozen=True)
+class NamedLink:
+    """Of what goes from one pool to another: bytes/s and latency; whether all instances of these share it."""
+
+    bandwidth: float
+    latency_s: float = 0.0
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,10 @@ class Disaggregation:
     - hand_over: `pull` or `push`; waiting_block_share: of a pool, for `pull`.
     - bytes_per_token: KV of one token of a prompt; bandwidth in bytes/s and latency_s of a link. Where no bytes or
       infinite bandwidth leave nothing to wait for, a transfer takes the latency alone and no link.
-    - discipline: `fifo` or `fair` (`transfers`); links: one a `pair` of instances, or `shared`: the way out of each
-      prefill and into each decode instance.
+    - discipline: `fifo`, `fair` or `max_min` (`transfers`); links: one a `pair` of instances, or `shared`: the way out
+      of each prefill and into each decode instance.
+    - named_links: by the names of two pools, from and to, what is there instead of bandwidth and latency_s; pools: of
+      each instance, its role if left out. With any of these a transfer takes a tick at least.
     - overlap_layers: layers of the model, whose KV is sent as each is computed: what is left of a transfer when its
       iteration ends is what took longer than the iteration, at least one layer. 0: sent as a whole.
     """
@@ -60,11 +73,13 @@ class Disaggregation:
     discipline: str = "fifo"
     links: str = "shared"
     overlap_layers: int = 0
+    named_links: Mapping[tuple[str, str], NamedLink] = field(default_factory=dict)
+    pools: Sequence[str] | None = None
 
     def __post_init__(self):
         for name, allowed in (
             ("hand_over", ("pull", "push")),
-            ("discipline", ("fifo", "fair")),
+            ("discipline", ("fifo", "fair", "max_min")),
             ("links", ("shared", "pair")),
         ):
             if getattr(self, name) not in allowed:
@@ -103,10 +118,9 @@ class HandOver:
         self.rules, self.instances, self.clock, self.expect = rules, instances, clock, expect
         self.route = ROUTERS[rules.decode_router] if isinstance(rules.decode_router, str) else rules.decode_router
         self.decoding = [instance for instance in instances if instance.role == "decode"]
-        latency, are_shared = clock.ticks(rules.latency_s), rules.links == "shared"
-        self.latency = latency
-        self.links = (FifoLinks(latency, are_shared) if rules.discipline == "fifo"
-                      else FairLinks(latency, are_shared, clock))
+        are_shared = rules.links == "shared"
+        self.links = {"fifo": FifoLinks, "fair": FairLinks, "max_min": MaxMinLinks}[rules.discipline](
+            are_shared, *([] if rules.discipline == "fifo" else [clock]))
         self.num_handed_over = 0
         self.transfers: list[Transfer] = []  # in the order accepted
 
@@ -153,16 +167,43 @@ class HandOver:
 
     def _send(self, job: Job, now: float) -> None:
         num_bytes = job.request.prompt * self.rules.bytes_per_token
-        seconds = num_bytes / self.rules.bandwidth
+        seconds = num_bytes / self.way(job.instance, job.decode_instance).bandwidth
         work = self.clock.ticks(seconds)
         if self.rules.overlap_layers:
             work = max(work - job.iteration, self.clock.ticks(seconds / self.rules.overlap_layers))
-        transfer = Transfer(job, job.instance, job.decode_instance, num_bytes, work, now, len(self.transfers))
+        self.send(job, job.instance, job.decode_instance, num_bytes, work, now)
+
+    def send(self, what, source: int, destination: int, num_bytes: float, work: float, now: float) -> None:
+        """What is left of it takes `work` alone."""
+        way, pair = self.way(source, destination), (self._pool(source), self._pool(destination))
+        if self.rules.named_links and self.clock.round_times:
+            work = max(work, 1)
+        transfer = Transfer(what, source, destination, num_bytes, work, now, len(self.transfers),
+                            self.clock.ticks(way.latency_s), pair if way.is_shared else None)
+        if self.rules.discipline == "max_min" and self.rules.named_links:
+            transfer.parts = self._parts(*pair)
         self.transfers.append(transfer)
         if work > 0:
             changed = self.links.start(transfer, now)
         else:
-            transfer.start, transfer.due = now, now + self.latency
+            transfer.start, transfer.due = now, now + transfer.latency
             changed = [transfer]
         for other in changed:
             self.expect(other)
+
+    def _pool(self, instance: int) -> str:
+        return self.instances[instance].role if self.rules.pools is None else self.rules.pools[instance]
+
+    def way(self, source: int, destination: int) -> NamedLink:
+        """What goes from one instance to another goes over this."""
+        pair = self._pool(source), self._pool(destination)
+        return self.rules.named_links.get(pair) or NamedLink(self.rules.bandwidth, self.rules.latency_s)
+
+    def _parts(self, source: str, destination: str) -> tuple[int, int, int]:
+        """How fast a way is, and the fastest out of the one pool and into the other, of the fastest of all."""
+        speeds = {(self._pool(i.index), self._pool(j.index)): self.way(i.index, j.index).bandwidth
+                  for i in self.instances for j in self.instances if (i.role, j.role) == ("prefill", "decode")}
+        fastest = max(speeds.values())
+        parts = {pair: round(WHOLE * speed / fastest) for pair, speed in speeds.items()}
+        return (parts[source, destination], max(n for (i, _), n in parts.items() if i == source),
+                max(n for (_, j), n in parts.items() if j == destination))

@@ -181,18 +181,9 @@ class Encoders:
                 self._send(part, instance, now)
 
     def _send(self, part: Part, instance: Instance, now: float) -> None:
-        num_bytes = part.tiles * self.rules.bytes_per_tile
-        over = self.hand_over
-        transfer = Transfer(part, part.owner, instance.index, num_bytes,
-                            self.clock.ticks(num_bytes / over.rules.bandwidth), now, len(over.transfers))
-        over.transfers.append(transfer)
-        if transfer.work > 0:
-            changed = over.links.start(transfer, now)
-        else:
-            transfer.start, transfer.due = now, now + over.latency
-            changed = [transfer]
-        for other in changed:
-            over.expect(other)
+        num_bytes, over = part.tiles * self.rules.bytes_per_tile, self.hand_over
+        seconds = num_bytes / over.way(part.owner, instance.index).bandwidth
+        over.send(part, part.owner, instance.index, num_bytes, self.clock.ticks(seconds), now)
 
     def deliver(self, transfer: Transfer, instance: Instance, now: float) -> None:
         part = transfer.job

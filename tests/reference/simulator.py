@@ -637,7 +637,7 @@ class Simulation:
         if self.hand_over is not None:
             moved = [transfer.job for transfer in self.hand_over.transfers if isinstance(transfer.job, Job)]
             assert len(set(map(id, moved))) == len(moved) == sum(job.delivered is not None for job in self.jobs)
-            check_links(self.hand_over.transfers, self.rules.links, self.rules.discipline, self.hand_over.latency)
+            check_links(self.hand_over.transfers, self.rules.links, self.rules.discipline)
 
         if self.encoders is not None:
             self.encoders.check_end()

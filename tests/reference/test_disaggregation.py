@@ -152,7 +152,7 @@ def test_sharing_follows_virtual_time():
     """
     rng = random.Random(3)
     for _ in range(300):
-        links = FairLinks(0, True, Clock(True))
+        links = FairLinks(True, Clock(True))
         transfers, now = [], 0
         for number in range(rng.randint(1, 8)):
             now += rng.choice([0, 1, rng.randint(0, 40_000)])

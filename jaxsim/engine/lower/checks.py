@@ -8,9 +8,10 @@ from jaxsim._core.errors import InputError
 from jaxsim.engine.common import MAX_SPAN_S
 from jaxsim.engine.fair_links import MOST_S
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
-from jaxsim.engine.lower.links import flights_of, transfer_rates
+from jaxsim.engine.lower.links import Ways, flights_of, is_max_min, transfer_rates, ways_of
 from jaxsim.engine.lower.prefixes import Prefixes
 from jaxsim.engine.lower.systems import System
+from jaxsim.engine.max_min import LEAST_SHARE, WHOLE
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
@@ -157,17 +158,39 @@ def check_transfers(scenario: Scenario, system: System, workload: Workload) -> N
     """Refuse links so slow that the clock cannot tell when a transfer ends. Raises `InputError`."""
     if not system.has_roles:
         return
-    given, (bytes_per_token, bytes_per_s) = scenario.cluster.transfer, transfer_rates(scenario, system)
-    latency_s = 1e-6 * given.latency_us if given else 0.0
-    seconds = latency_s + workload.input_tokens * (bytes_per_token / bytes_per_s)
+    given, ways, field = scenario.cluster.transfer, ways_of(scenario, system), "cluster.transfer"
+    if ways is None:
+        bytes_per_token, bytes_per_s = transfer_rates(scenario, system)
+        latency_s = 1e-6 * given.latency_us if given else 0.0
+        seconds = latency_s + workload.input_tokens * (bytes_per_token / bytes_per_s)
+    else:
+        seconds, field = _slowest_way(ways, workload)
     for what, value, most in (("one transfer", seconds.max(), MAX_SPAN_S),
                               ("all transfers, one after the other", seconds.sum(), MAX_ARRIVAL_S)):
         if not value <= most:
-            raise InputError("cluster.transfer", f"{value:.3g} s for {what}",
+            raise InputError(field, f"{value:.3g} s for {what}",
                              f"is beyond the {most:g} s that are simulated",
-                             "raise cluster.transfer.gb_per_s, or lower cluster.transfer.latency_us")
+                             f"raise {field}.gb_per_s, or lower {field}.latency_us")
     most = flights_of(scenario)
-    if not most * seconds.max() <= MOST_S:
-        raise InputError("cluster.transfer", f"{seconds.max():.3g} s for one transfer",
-                         f"is beyond the {MOST_S / most:g} s that are simulated where {most} may share a link",
-                         "raise cluster.transfer.gb_per_s, or lower cluster.transfer.most_at_once")
+    # Of max-min fairness a part is rounded down, to half of an equal one at worst.
+    shares = 2 * most if is_max_min(scenario) else most
+    if not shares * seconds.max() <= MOST_S:
+        raise InputError(field, f"{seconds.max():.3g} s for one transfer",
+                         f"is beyond the {MOST_S / shares:g} s that are simulated where {most} may share a link",
+                         f"raise {field}.gb_per_s, or lower cluster.transfer.most_at_once")
+    if ways is not None and is_max_min(scenario):
+        units = ways.units
+        pair = min(ways.fields, key=lambda pair: units[pair])
+        if units[pair] < LEAST_SHARE * most:
+            raise InputError(f"{ways.fields[pair]}.gb_per_s", 1e-9 * ways.bytes_per_s[pair],
+                             f"is less than one part in {WHOLE // (LEAST_SHARE * most):,} of the fastest link, too"
+                             f" little to be shared by {most}",
+                             "raise it, or lower cluster.transfer.most_at_once")
+
+
+def _slowest_way(ways: Ways, workload: Workload) -> tuple[np.ndarray, str]:
+    """Seconds of the transfer of each request over the way on which the longest takes longest, and its field."""
+    per_token = ways.seconds(ways.bytes_per_token)
+    longest = int(workload.input_tokens.max())
+    pair = max(ways.fields, key=lambda pair: ways.latency_s[pair] + longest * per_token[pair])
+    return ways.latency_s[pair] + workload.input_tokens * per_token[pair], ways.fields[pair]

@@ -10,7 +10,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.engine.common import Group, Params
 from jaxsim.engine.lower.costs import front_end_s
-from jaxsim.engine.lower.links import embedding_rate, migration_rates, on_grid, transfer_rates
+from jaxsim.engine.lower.links import embedding_rate, is_max_min, migration_rates, on_grid, transfer_rates, ways_of
 from jaxsim.engine.lower.systems import (
     Pool,
     System,
@@ -262,7 +262,17 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
     if scenario.cluster.role_switching is not None:
         # Whoever decodes has those of who decodes.
         most = [m for m, pool in zip(most, system.pools, strict=True) if pool.role == "decode"] * len(most)
-    bytes_per_token, bytes_per_s = transfer_rates(scenario, system)
+    ways = ways_of(scenario, system)
+    if ways is None:
+        bytes_per_token, bytes_per_s = transfer_rates(scenario, system)
+        between = dict(seconds_per_token=np.float32(bytes_per_token / bytes_per_s),
+                       latency_s=np.float32(on_grid(1e-6 * given.latency_us)))
+    else:
+        between = dict(seconds_per_token=ways.seconds(ways.bytes_per_token).astype(np.float32),
+                       latency_s=ways.latency_s.astype(np.float32),
+                       pool_of=np.repeat(np.arange(len(replicas), dtype=np.int32), replicas),
+                       shared_link=ways.shared_link if ways.num_shared else None,
+                       units=ways.units if is_max_min(scenario) else None)
     try:
         routing = router(given.router, given.router_weights)
     except InputError as error:
@@ -276,8 +286,7 @@ def make_hand_over(scenario: Scenario, system: System) -> HandOver:
     return HandOver(
         computes_prompts=(roles == "prefill") | (roles == "encode"), decodes=roles == "decode", routing=routing,
         most_held=np.repeat(np.array(most, np.int32), replicas),
-        seconds_per_token=np.float32(bytes_per_token / bytes_per_s), latency_s=np.float32(1e-6 * given.latency_us),
-        layers=np.int32(system.model.layers if given.by_layer else 0))
+        layers=np.int32(system.model.layers if given.by_layer else 0), **between)
 
 
 def make_encoding_batching(pool: Pool) -> Batching:
@@ -298,11 +307,16 @@ def make_encoding(scenario: Scenario, system: System) -> Encoding:
     num_bytes = images.tokens_per_tile * width * EMBEDDING_BYTES
     count = system.num_executors
     most = math.ceil(given.waiting_tile_share * given.cache_tiles)
+    ways = ways_of(scenario, system)
+    if ways is None:
+        seconds_per_tile = np.float32(num_bytes / embedding_rate(scenario, system))
+    else:
+        seconds_per_tile = ways.seconds(num_bytes).astype(np.float32)
     return Encoding(
         encodes=np.repeat([pool.role == "encode" for pool in system.pools], [pool.replicas for pool in system.pools]),
         dealing=router(given.router, {}), cache_tiles=np.full(count, given.cache_tiles, np.int32),
         most_tiles=np.full(count, most, np.int32),
-        seconds_per_tile=np.float32(num_bytes / embedding_rate(scenario, system)))
+        seconds_per_tile=seconds_per_tile)
 
 
 def make_encoder(scenario: Scenario, system: System) -> Encoder:
@@ -321,10 +335,15 @@ def make_role_switching(scenario: Scenario, system: System) -> RoleSwitching | N
         group_of = np.zeros(len(ROLES), np.int32)
         for pool in system.pools:
             group_of[ROLES.index(pool.role)] = next(k for k, kind in enumerate(kinds) if of_one(kind) == of_one(pool))
+    pool_of = None
+    if scenario.cluster.links:
+        pool_of = np.zeros(len(ROLES), np.int32)
+        for index, pool in enumerate(system.pools):
+            pool_of[ROLES.index(pool.role)] = index
     roles = [ROLES.index(pool.role) for pool in system.pools for _ in range(pool.replicas)]
     periods = (given.sample_s, given.decide_s, given.poll_s, given.drain_check_s, given.switch_s)
     return RoleSwitching(*(x(on_grid(seconds)) for seconds in periods), np.bool_(given.deal_anew),
-                         np.array(roles, np.int32), group_of)
+                         np.array(roles, np.int32), group_of, pool_of)
 
 
 def moves_of(scenario: Scenario) -> dict[str, bool]:

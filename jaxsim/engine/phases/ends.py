@@ -88,7 +88,9 @@ def retire(context: Context, t: Touched) -> Touched:
         left = hand_over.leave(context, event, retired, t.times)
         is_looking = event.is_ending & ~has_more & hand_over.fits(context, event, counts, t.opened.front)
         # What that leads to at this instant comes before the pass; blocks of a transfer that takes time come later.
-        is_instant = left.is_any & (left.seconds <= 0) & (params.hand_over.latency_s <= 0)
+        is_instant = left.is_any & (left.seconds <= 0)
+        if params.hand_over.pool_of is None:
+            is_instant = is_instant & (params.hand_over.latency_s <= 0)
         event = event._replace(is_met=event.is_met | is_instant | is_looking)
     control = t.control
     if dims.has_migration:

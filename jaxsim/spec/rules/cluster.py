@@ -51,10 +51,10 @@ def check_pools(s: "Scenario") -> None:
         if share is not None:
             raise InputError("cluster.transfer.waiting_block_share", share, "has no effect with hand_over = 'push'",
                              "leave it out, or use 'pull'")
-    if cluster.transfer is not None and cluster.transfer.discipline == "fair" and cluster.encode is not None:
-        raise InputError("cluster.transfer.discipline", "fair", "is not simulated where engines encode images",
-                         "use 'fifo'")
-    if cluster.transfer is not None and cluster.transfer.most_at_once and cluster.transfer.discipline != "fair":
+    if cluster.transfer is not None and cluster.transfer.discipline != "fifo" and cluster.encode is not None:
+        raise InputError("cluster.transfer.discipline", cluster.transfer.discipline,
+                         "is not simulated where engines encode images", "use 'fifo'")
+    if cluster.transfer is not None and cluster.transfer.most_at_once and cluster.transfer.discipline == "fifo":
         raise InputError("cluster.transfer.most_at_once", cluster.transfer.most_at_once,
                          "has no effect with discipline = 'fifo'", "leave it out, or use 'fair'")
 
@@ -69,8 +69,6 @@ def check_role_switching(s: "Scenario", reads_loads: bool = False) -> None:
     if not cluster.has_roles:
         raise InputError(where, plain(given), "has no effect without engines of different roles",
                          "add [[cluster.pools]] of role 'prefill' and 'decode', or leave it out")
-    if cluster.transfer is not None and cluster.transfer.discipline == "fair":
-        raise InputError("cluster.transfer.discipline", "fair", f"is not simulated with [{where}]", "use 'fifo'")
     for index, pool in enumerate(cluster.pools):
         at = f"cluster.pools[{index}]"
         if pool.role == "mixed":
