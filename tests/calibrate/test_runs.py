@@ -46,6 +46,7 @@ def measured(tmp_path_factory):
     return pairs, folder
 
 
+@pytest.mark.slow
 def test_the_truth_is_found(measured):
     pairs, _ = measured
     found = runs.fit_runs(runs.EndToEnd.read(pairs, skip=10), list(TRUE))

@@ -246,6 +246,7 @@ def test_who_is_refused_at_the_very_start_is_rejected():
         assert row["outcomes.rejected"] == 97 and row["outcomes.failed_share"] == 0.97
 
 
+@pytest.mark.slow
 def test_classes_wait_differently():
     """A tenant's own deadline goes before the common one."""
     tenants = [{"name": "hasty", "deadline_s": 0.01}, {"name": "patient", "deadline_s": 1e6}, {"name": "common"}]

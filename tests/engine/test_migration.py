@@ -143,7 +143,8 @@ def test_engine_equals_reference(name, metric, choice):
     assert all(seen[cause] > 0 for cause in ("finished", "preempted", "no_room", "too_many_stages", "twice")), seen
 
 
-@pytest.mark.parametrize("name", [pytest.param("vllm-v1", marks=pytest.mark.slow), "vllm-v1-priority-tail"])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("vllm-v1", "vllm-v1-priority-tail")])
 def test_scaling_and_urgent_requests_equal_the_reference(name):
     """Instances come and go, urgent requests have room kept for them, migrate last, and overtake others in the queue
     where this is sorted."""

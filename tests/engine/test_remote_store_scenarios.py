@@ -123,6 +123,7 @@ def test_what_a_run_says():
         np.testing.assert_allclose(lane.load_delay_s, lane.load_s, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_study_says_the_same():
     """Columns of a sweep, with all there is."""
     one = scenario({"latency_us": 100.0, "egress_gb_per_s": 5.0, "space_gb": 0.6},

@@ -29,6 +29,7 @@ def changed(**values) -> Scenario:
     return Scenario.from_dict(tree).with_values({name.replace("__", "."): value for name, value in values.items()})
 
 
+@pytest.mark.slow
 def test_idle_engines_go_where_the_queue_is():
     """By hand: images wait for 20 s of work of one engine; at 5, 10, ... s a decode engine is told so, which learns it
     a second later or at once, is idle, and encodes a second after that."""

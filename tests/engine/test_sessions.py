@@ -28,7 +28,7 @@ SIZES = dict(num_segments=64, path_width=16, log_size=2048)
 
 PROGRAMS = [pytest.param("vllm-v1", 1, False, marks=pytest.mark.slow), ("vllm-v1", 2, False),
             pytest.param("vllm-v0", 2, False, marks=pytest.mark.slow), ("vllm-v1", 2, True),
-            ("vllm-v1-async", 1, True)]
+            pytest.param("vllm-v1-async", 1, True, marks=pytest.mark.slow)]
 """Preset, instances, prefix caching."""
 
 

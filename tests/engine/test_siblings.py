@@ -259,6 +259,7 @@ def test_agents_take_turns_with_a_growing_context():
     assert np.all(whole["ttft_s"][is_second].to_numpy() > frame["ttft_s"][is_second].to_numpy())
 
 
+@pytest.mark.slow
 def test_one_load_is_the_closed_form():
     """A context that another variant has computed: E / B + max(R, V / B), then the question, on an idle instance."""
     for share, variants in ((4, 2), (0, 2), (32, 2), (8, 1)):
@@ -316,6 +317,7 @@ def test_variants_of_requests():
         lower.ordered(made, replace(single, variant=np.full(3000, 2)), 1)
 
 
+@pytest.mark.slow
 def test_the_same_table_from_a_sweep():
     """A study has variants and lenders in its requests, and the metrics of single runs."""
     made = scenario(reuse={}, num_requests=40, rate_rps=4.0, prefix_groups={"number": 3, "tokens": CONTEXT})

@@ -110,7 +110,7 @@ def compare(drawn, dims) -> tuple[list[list[str]], Counter]:
     return wrong, seen
 
 
-@pytest.mark.parametrize("is_drawn", [False, True], ids=["arrival", "drawn"])
+@pytest.mark.parametrize("is_drawn", [pytest.param(False, marks=pytest.mark.slow), True], ids=["arrival", "drawn"])
 @pytest.mark.parametrize("num_executors", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_engine_equals_reference(num_executors, is_drawn):
     dims = c.dims_of("vllm-v0", num_executors, swap_window=WINDOW)

@@ -361,6 +361,7 @@ def test_unlike_scenarios_are_as_alone(name, is_turned, tmp_path):
                 assert row[metric] == pytest.approx(alone[metric], rel=1e-9), metric
 
 
+@pytest.mark.slow
 def test_prefixes_and_changed_files(tmp_path):
     """Traces with more and fewer segments in one tile; a trace that changes under its name is another study's tile."""
     def write(path, parts, gap):
@@ -391,6 +392,7 @@ def test_prefixes_and_changed_files(tmp_path):
     assert len(results.load(tmp_path / "again", runs=True)) == 2
 
 
+@pytest.mark.slow
 def test_windows_equal_runs_one_by_one(tmp_path):
     """With a warm-up, a cool-down, both and neither: rates of the window, and the energy of known devices."""
     windows = {"warmup_s": [0.0, 2.0, 0.0, 3.0], "cooldown_s": [0.0, 0.0, 4.0, 2.5]}

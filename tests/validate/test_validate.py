@@ -286,6 +286,7 @@ def test_points_that_stop(tmp_path, capsys):
     assert not (tmp_path / "out" / "validation.png").exists()
 
 
+@pytest.mark.slow
 def test_a_column_with_a_dot_is_a_field(tmp_path):
     rows = [POINT, POINT | {"engine.max_num_seqs": 1}]
     path = tmp_path / "points.csv"
