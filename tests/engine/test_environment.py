@@ -65,7 +65,8 @@ def limits(rng: np.random.Generator, lanes: int, ticks: int) -> Action:
 
 
 @pytest.mark.parametrize("preset, source", [
-    pytest.param(*case, marks=pytest.mark.slow) for case in (("vllm-v1@0.9", "closed-loop"), ("vllm-v1@0.19", "poisson"))])
+    pytest.param("vllm-v1@0.9", "closed-loop", marks=pytest.mark.slow),
+    pytest.param("vllm-v1@0.19", "poisson", marks=pytest.mark.slow)])
 def test_changes_take_effect_as_if_iterations_were_single(preset, source, monkeypatch):
     """Under actions that change all the time: cutting a jump is as exact as having none. And where nothing changes, the
     ticks change nothing."""
