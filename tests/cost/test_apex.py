@@ -12,6 +12,8 @@ from jaxsim.cost import apex, operators
 from jaxsim.cost.apex import ApexRequest, ParallelPlan, Queue, finish_iteration, next_iteration, replay
 from jaxsim.spec.model import load_model
 
+pytestmark = pytest.mark.unoptimised
+
 LLAMA, MIXTRAL = load_model("llama-3-70b"), load_model("mixtral-8x22b")
 TP2 = ParallelPlan(1, 1, 1, 2, 1, 2)
 PP2 = ParallelPlan(1, 2, 1, 1, 1, 1)

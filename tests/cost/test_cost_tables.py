@@ -14,6 +14,8 @@ from jaxsim.spec.device import load_device
 from jaxsim.spec.model import load_model
 from jaxsim.spec.plan import Plan
 
+pytestmark = pytest.mark.unoptimised
+
 MAX_TOKENS, MAX_SEQUENCES = 2048, 256
 MODELS = {"llama-3.1-8b": 1, "llama-3.1-70b": 4, "mixtral-8x7b": 2, "qwen3-30b-a3b": 1, "deepseek-v3": 8,
           "gpt-oss-20b": 1, "mistral-7b": 1}

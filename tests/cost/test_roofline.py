@@ -425,6 +425,7 @@ def test_gradients_of_table_entries(name, tensor_ranks, device):
 @pytest.mark.parametrize("name, device", [
     ("llama-3.1-8b", "h100"), pytest.param("gpt-oss-20b", "h100", marks=pytest.mark.slow),
     pytest.param("deepseek-v3", "h200", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_gradients_of_iterations_are_finite(name, device):
     """Also where a class of layers is empty, or nothing decodes."""
     @eqx.filter_jit

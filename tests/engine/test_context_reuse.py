@@ -87,6 +87,7 @@ def test_quality_chooses_the_layers():
         assert float(reuse.hidden_s) == pytest.approx(16 * 2**13 / 25e9)
 
 
+@pytest.mark.slow
 def test_agents_that_share_contexts():
     """Under load, with little room for contexts of one's own: earlier first tokens, and own contexts found as ever."""
     load = dict(kind="poisson", rate_rps=6.0, num_requests=120, output=8, prefix_groups={"number": 12, "tokens": 4096})

@@ -222,6 +222,7 @@ def test_a_scenario_says_how_requests_ended():
     assert (frame.loc[frame["status"] == "rejected", "instance"] == -1).all()
 
 
+@pytest.mark.slow
 def test_a_study_says_the_same():
     """All metrics of a run stand in a study's table, and requests with how they ended."""
     scenario = Scenario.from_dict(fields())

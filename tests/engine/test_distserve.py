@@ -11,6 +11,8 @@ import pytest
 import jaxsim
 from tests.reference.test_golden import FITTED
 
+pytestmark = pytest.mark.unoptimised
+
 TOLERANCE_MS = 1e-3
 
 

@@ -14,6 +14,8 @@ from tests.reference.test_distserve_golden import CAPACITY, FITTED
 from tests.reference.test_golden import FITTED as COLOCATED
 from tests.reference.test_golden import heavy_tailed_workload
 
+pytestmark = pytest.mark.unoptimised
+
 TOLERANCE_MS = 1e-3
 
 

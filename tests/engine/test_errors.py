@@ -18,6 +18,8 @@ from jaxsim.engine import simulate as engine
 from jaxsim.workload import Workload
 from tests.engine import cases as c
 
+pytestmark = pytest.mark.unoptimised
+
 NUM_REQUESTS = 24
 
 FORM = {"a": 0.01, "b": 1e-5, "c": 1e-7, "d": 1e-5}

@@ -246,6 +246,7 @@ def fields(**changes) -> dict:
     return tree
 
 
+@pytest.mark.slow
 def test_a_scenario_says_what_was_lost_and_a_study_the_same():
     scenario = Scenario.from_dict(fields())
     result = simulate(scenario, record_steps=True)

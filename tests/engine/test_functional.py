@@ -18,6 +18,8 @@ from jaxsim.engine import functional, loop
 from jaxsim.engine.environment import Action, Environment
 from jaxsim.state import world as w
 
+pytestmark = pytest.mark.unoptimised
+
 FORM = {"a": 0.01, "b": 1e-5, "c": 1e-7, "d": 1e-5}
 
 

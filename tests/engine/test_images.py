@@ -39,6 +39,7 @@ def test_images_are_drawn_and_their_tokens_are_in_the_prompt():
     np.testing.assert_array_equal(workload.take(slice(3, 9)).num_images, workload.num_images[3:9])
 
 
+@pytest.mark.slow
 def test_results_add_up():
     """Parts of the end-to-end time; images that wait for nobody take what one or all of them take to encode."""
     for split in (True, False):

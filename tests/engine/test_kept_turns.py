@@ -137,7 +137,7 @@ def compare(drawn: list[Drawn], want: list[tuple], dims) -> tuple[list[list[str]
     return wrong, seen
 
 
-@pytest.mark.parametrize("is_drawn", [False, True], ids=["arrival", "drawn"])
+@pytest.mark.parametrize("is_drawn", [pytest.param(False, marks=pytest.mark.slow), True], ids=["arrival", "drawn"])
 def test_engine_equals_reference(is_drawn):
     """Every time, swap and found token of every request; blocks copied; what host memory has at the end; holes."""
     dims, seen = dims_of(), Counter()

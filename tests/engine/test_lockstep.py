@@ -19,6 +19,8 @@ from tests.engine import cases as c
 from tests.engine import test_prefix
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 RANKS = 3
 
 

@@ -78,6 +78,7 @@ def test_an_environment_refuses_controllers_of_its_own():
         Environment(scenario(MIGRATION), tick_s=1.0)
 
 
+@pytest.mark.slow
 def test_a_run_says_who_moved_and_which_instances_were_on():
     """One program, with and without taking requests; the results of a study are the same."""
     both = [scenario({**MIGRATION, **SCALING, "migration": {**MIGRATION["migration"], "in_above": above}})

@@ -24,6 +24,8 @@ from tests.engine.test_lockstep import has_whole_twins
 from tests.engine.test_real_costs import AGREES_S, NEAR_S
 from tests.reference import simulator
 
+pytestmark = pytest.mark.unoptimised
+
 STAGES = 4
 
 
@@ -93,6 +95,7 @@ def test_engine_equals_reference(name, executors, changes, preemptions):
     assert seen["undisturbed"] > 3, seen
 
 
+@pytest.mark.slow
 def test_with_prefix_caching():
     """What is cached of a prompt is found by every batch."""
     flags = pipeline("vllm-v1", prefix_caching=True)

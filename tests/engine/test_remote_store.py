@@ -125,7 +125,7 @@ def compare(drawn, flags, dims, copies, seen) -> None:
 
 PROGRAMS = [
     ("vllm-v1", 3, dict(has_offload=True, offload_log=4096, has_egress=True)),
-    ("vllm-v1-async", 3, dict(remote_log=4096)),
+    pytest.param("vllm-v1-async", 3, dict(remote_log=4096), marks=pytest.mark.slow),
     pytest.param("vllm-v1-async", 3, dict(), marks=pytest.mark.slow),
     pytest.param("vllm-v1", 2, dict(has_offload=True), marks=pytest.mark.slow),
     pytest.param("vllm-v1", 1, dict(has_egress=True), marks=pytest.mark.slow),

@@ -229,6 +229,7 @@ def test_other_engines_change_their_role_too(name, has_parts):
     assert seen["cases"] > 40 and seen["switches"] > 20 and seen["with_running"] > 2, seen
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_can_happen_any_more_is_stopped():
     """Nobody has room for the embeddings of any request: turns alone go on for ever."""
     flags, dims = simulator.preset("vllm-v1"), c.dims_of(

@@ -75,6 +75,7 @@ def test_blocks_of_roles():
     assert blocks_of(lower.resolve_system(changed())) == 0
 
 
+@pytest.mark.slow
 def test_a_quiet_workload_is_not_stopped(monkeypatch):
     """Turns go on while nobody is there, 1.5 of them a second at least: an hour of them is more than the rest has
     steps."""

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.unoptimised
 SIZES = dict(num_segments=64, path_width=16, log_size=2048)
 """Room for the segments of every case."""
 
-PROGRAMS = [pytest.param("vllm-v1", 1, False, marks=pytest.mark.slow), ("vllm-v1", 2, False),
+PROGRAMS = [pytest.param("vllm-v1", 1, False, marks=pytest.mark.slow),
+            pytest.param("vllm-v1", 2, False, marks=pytest.mark.slow),
             pytest.param("vllm-v0", 2, False, marks=pytest.mark.slow), ("vllm-v1", 2, True),
             pytest.param("vllm-v1-async", 1, True, marks=pytest.mark.slow)]
 """Preset, instances, prefix caching."""
@@ -265,6 +266,7 @@ def test_later_turns_need_less_with_a_cache():
     assert late[0]["prefill_s"].mean() < late[1]["prefill_s"].mean()
 
 
+@pytest.mark.slow
 def test_a_workload_of_sessions_can_be_given():
     """Whatever the scenario draws: the second turn waits for the first answer, the third for the second."""
     made = Scenario.from_dict({**scenario(False).to_dict(), "num_seeds": 1, "workload": {"kind": "batch"}})

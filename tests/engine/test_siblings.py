@@ -234,6 +234,7 @@ def of_turns(result) -> pd.DataFrame:
                         + frame.groupby("session")["output_tokens"].shift(1) - 1)
 
 
+@pytest.mark.slow
 def test_agents_take_turns_with_a_growing_context():
     """Each turn is of the next variant; what its instance lacks of the context comes from where the turn before was."""
     made = scenario(reuse={}, cluster={"replicas": 3, "variants": 3}, rate_rps=0.2, num_requests=30, **AGENTS)

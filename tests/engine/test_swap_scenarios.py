@@ -110,6 +110,7 @@ def test_a_small_window_is_a_fault():
     assert all("engine.swap.window" in lane.fault for lane in result)
 
 
+@pytest.mark.slow
 def test_turns_of_sessions():
     """All turns end, each after the one before it."""
     sessions = {"kind": "poisson", "rate_rps": 2.0, "num_requests": 24, "input": 40,
@@ -126,6 +127,7 @@ def test_turns_of_sessions():
             assert np.allclose(starts[1:], ends[:-1] + 0.5 + lane.front_end_s, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_turn_finds_the_one_before_it():
     """One session with room for everything: all but the first turn find all that was computed before, and the last
     answer is copied out block by block once. Without reuse nothing is found, and the prompts take longer."""

@@ -7,6 +7,8 @@ import jaxsim
 from jaxsim import Scenario
 from jaxsim.io.timeline import trace_events
 
+pytestmark = pytest.mark.unoptimised
+
 FORM = {"a": 0.01, "b": 1e-5, "c": 1e-7, "d": 1e-5}
 
 

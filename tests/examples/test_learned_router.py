@@ -8,6 +8,7 @@ import pytest
 pytestmark = pytest.mark.unoptimised
 
 
+@pytest.mark.slow
 def test_the_example_learns():
     """A smaller version: it runs as it stands, and its trials get better."""
     path = Path(__file__).parents[2] / "examples" / "learned_router.py"

@@ -12,6 +12,8 @@ from jaxsim.spec.scenario import Scenario
 from jaxsim.study import goodput
 from tests.engine.test_distserve_golden import scenario as golden
 
+pytestmark = pytest.mark.unoptimised
+
 OPT_66B = load_model("facebook/opt-66b")
 
 TOLERANCE_MS = 1e-3

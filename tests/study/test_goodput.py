@@ -123,6 +123,7 @@ def test_interval_is_that_of_other_seeds(found):
     assert 0.5 < np.sqrt((half**2).mean()) / 3.18 / frame["rate_rps"].std() < 2
 
 
+@pytest.mark.slow
 def test_closed_brackets_are_not_simulated_on(found, monkeypatch):
     """Rounds take fewer tiles as brackets close, and no round compiles what the first did not."""
     programs, runs = [], []

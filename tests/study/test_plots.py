@@ -18,6 +18,8 @@ from jaxsim import cli
 from jaxsim._core.errors import InputError
 from jaxsim.study import panels, plots, report, results, view
 
+pytestmark = pytest.mark.unoptimised
+
 RATES = [1.0, 2.0, 4.0, 8.0, 16.0]
 AXES = {"workload.rate_rps": RATES, "engine.max_num_seqs": [16, 64], "device.name": ["h100", "a100"]}
 PNG = b"\x89PNG"

@@ -229,6 +229,7 @@ POINT = {"model": "llama-3.1-8b", "device": "h100", "tensor_parallel_size": 1, "
          "expert_parallel_size": 1, "isl": 512, "osl": 64, "concurrency": 4, "ttft_ms": 30.0, "tpot_ms": 7.0}
 
 
+@pytest.mark.slow
 def test_points(tmp_path, capsys):
     rows = [POINT, POINT | {"concurrency": 8, "range_ratio": 0.8}, POINT | {"model": "llama-4-nothing"},
             POINT | {"model": "qwen3-30b-a3b", "data_parallel_size": 2, "expert_parallel_size": 2},
