@@ -267,6 +267,7 @@ def scenario(router: str, caching: bool = True, **changes) -> Scenario:
 
 @pytest.mark.parametrize("router, least", [
     pytest.param("cache_aware", 0.8, marks=pytest.mark.slow), ("prefix_hash", 0.7)])
+@pytest.mark.slow
 def test_affinity_finds_what_blind_routing_does_not(router, least):
     """Nine prefixes of thirty blocks: a cache has room for six, of nine blind routing brings to each."""
     result = simulate([scenario(router, **({} if router != "cache_aware" else

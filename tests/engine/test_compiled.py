@@ -120,7 +120,9 @@ def large_shapes(dims, lanes: int) -> tuple[set[tuple[int, ...]], set[tuple[int,
     return large, small
 
 
-@pytest.mark.parametrize("name", c.PRESETS, ids=lambda name: f"{name}-3")
+@pytest.mark.parametrize("name", [
+    pytest.param(name, id=f"{name}-3", marks=[] if name in ("vllm-v1", "vllm-v0", "sglang") else pytest.mark.slow)
+    for name in c.PRESETS])
 def test_the_loop_body_copies_nothing_large(name):
     """No copy of an array over requests or slots, no transcendental, in the body of the inner loop."""
     flags, dims = simulator.preset(name), c.dims_of(name, 3)

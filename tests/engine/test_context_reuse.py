@@ -25,6 +25,7 @@ def scenario(reuse: dict | None, *, engine: dict | None = None, **workload) -> S
                      "prefix_groups": {"number": 1, "tokens": CONTEXT}} | workload})
 
 
+@pytest.mark.slow
 def test_an_idle_engine_is_the_closed_form():
     """To the clock's grid and the rounding of float32, whatever is recomputed, loaded first or beside it."""
     layers, latency_us = (0, 4, 10, 24, 32), 50.0

@@ -26,7 +26,7 @@ from tests.reference import simulator
 
 pytestmark = pytest.mark.unoptimised
 
-PROGRAMS = [pytest.param(name, n, id=f"{name}-{n}", marks=[] if (name[:7], n) == ("vllm-v1", 3) else pytest.mark.slow)
+PROGRAMS = [pytest.param(name, n, id=f"{name}-{n}", marks=[] if (name, n) == ("vllm-v1", 3) else pytest.mark.slow)
             for name, n in (("vllm-v1", 3), ("vllm-v1-async", 3), ("vllm-v1", 1), ("vllm-v1-async", 1), ("vllm-v1", 8),
                             ("sarathi", 3), ("orca", 3), ("static", 3), ("tensorrt-llm", 3))]
 

@@ -146,6 +146,7 @@ def by_hand(arrival, prompt, output, outages, *, deadline=None, restarts=np.inf,
     return lane
 
 
+@pytest.mark.slow
 def test_who_was_lost_goes_on_elsewhere():
     """Six tokens, at 1, 2, 3, ... s. At 2.5 the third is under way: its iteration begins again on the next instance at
     once, with prompt and two tokens as one prompt, and ends at 3.5."""

@@ -54,8 +54,8 @@ def exercised(cases, flags, dims) -> Counter:
     return seen
 
 
-@pytest.mark.parametrize("name", ["vllm-v1", pytest.param("vllm-v1-async", marks=pytest.mark.slow),
-                                  pytest.param("vllm-v0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vllm-v1", "vllm-v1-async", "vllm-v0"])
 def test_engine_equals_reference(name):
     flags = simulator.preset(name)
     dims = c.dims_of(name, roles.EXECUTORS, has_roles=True, num_flights=WINDOW)
@@ -123,6 +123,7 @@ def lanes_of(*transfers):
 
 
 @pytest.mark.unoptimised
+@pytest.mark.slow
 def test_laws_of_a_shared_link():
     """No link carries more than it can; prompts of one size are through later on average than one after the other, and
     as soon as alone where they are alone."""

@@ -75,6 +75,7 @@ def long_cases(flags: simulator.Flags) -> list[c.Case]:
 
 
 @pytest.mark.parametrize("name", ["vllm-v1", "vllm-v0"], ids=lambda name: f"{name}-1")
+@pytest.mark.slow
 def test_counters_wind_back(name):
     """Iteration counters far beyond where they are wound back, preemptions at contexts of thousands of tokens."""
     flags, dims = simulator.preset(name), c.dims_of(name, 1)

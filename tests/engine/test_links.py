@@ -195,6 +195,7 @@ def lanes():
     return {name: lane for name, (lane,) in zip(made, simulate(list(made.values())).lanes, strict=True)}
 
 
+@pytest.mark.slow
 def test_a_way_is_as_fast_as_its_link(lanes):
     """By hand: one of two prefill engines is at the end of a slow link, of the other the default holds."""
     for name, gb in (("slow", 0.2), ("swept", 0.4)):

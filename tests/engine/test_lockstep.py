@@ -71,7 +71,8 @@ def test_expected_reserve_fades_where_something_is_decoded():
 
 
 @pytest.mark.parametrize("preset, is_eager, is_expert_parallel", [
-    ("vllm-v1@0.9", True, True), ("vllm-v1@0.15", False, True), ("vllm-v1@0.15", False, False)])
+    ("vllm-v1@0.9", True, True), pytest.param("vllm-v1@0.15", False, True, marks=pytest.mark.slow),
+    pytest.param("vllm-v1@0.15", False, False, marks=pytest.mark.slow)])
 def test_lanes_of_ranks_join_once(preset, is_eager, is_expert_parallel):
     """Experts run under the host's launches: TPOT of ranks that are all alike is what the roofline explains."""
     scenario = Scenario.from_dict({
@@ -101,6 +102,7 @@ def test_what_ranks_do_together_must_be_possible(monkeypatch):
     assert np.all(world.fault & w.TOO_SLOW)
 
 
+@pytest.mark.slow
 def test_with_prefix_caching():
     """Every rank finds what it has computed itself."""
     flags = replace(simulator.preset("vllm-v1"), prefix_caching=True)

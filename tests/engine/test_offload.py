@@ -154,6 +154,7 @@ def test_engine_equals_reference(name, num_executors, log, copies):
     assert seen["wrong_with_copies"] < 0.08 * seen["cases"], seen
 
 
+@pytest.mark.slow
 def test_siblings_equal_reference(copies):
     """What prompts share comes from a sibling: hidden states, KV of some layers, the others recomputed."""
     flags = replace(simulator.preset("vllm-v1"), prefix_caching=True)

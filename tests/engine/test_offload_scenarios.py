@@ -73,6 +73,7 @@ def test_layers_overlap(compute_s, load_s):
         assert float(took.hi) + float(took.lo) == want
 
 
+@pytest.mark.slow
 def test_what_a_run_says():
     """Room for all of it, for some, for none: more of the prompts is found, in fewer seconds."""
     variants = [None, {"space_gb": 0.3}, {"space_gb": 0.3, "load": "by_layer"}, {}, {"load": "by_layer"}]

@@ -103,7 +103,8 @@ def test_prompts_that_wait_come_later():
     assert np.mean(np.array(delays) > 0) > 0.3
 
 
-@pytest.mark.parametrize("name", ["vllm-v1", "sglang"], ids=lambda name: f"{name}-3")
+@pytest.mark.parametrize("name", [pytest.param("vllm-v1", id="vllm-v1-3"),
+                                  pytest.param("sglang", id="sglang-3", marks=pytest.mark.slow)])
 def test_long_outputs(name):
     """Runs of iterations up to the longest there are, and counters beyond where they are wound back."""
     flags, dims = simulator.preset(name), c.dims_of(name, 3)

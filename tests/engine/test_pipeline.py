@@ -172,6 +172,7 @@ def test_stages_sum_to_the_iteration():
     assert float(pace.first_s) == pytest.approx(float(cost.iteration(BatchStats.of(8, 8000))), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_prompts_fill_the_stages():
     """Chunks of one prompt follow each other: each enters a stage when it has left the one before, and the chunk before
     has left this one."""

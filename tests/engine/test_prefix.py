@@ -24,8 +24,9 @@ pytestmark = pytest.mark.unoptimised
 SIZES = dict(block_size=4, num_segments=256, path_width=24, log_size=4096)
 """Room for the segments of every case."""
 
-PROGRAMS = [pytest.param("vllm-v1", 1, marks=pytest.mark.slow), ("vllm-v1", 3), ("vllm-v1-async", 3),
-            ("vllm-v1-priority", 3)]
+PROGRAMS = [pytest.param("vllm-v1", 1, marks=pytest.mark.slow), ("vllm-v1", 3),
+            pytest.param("vllm-v1-async", 3, marks=pytest.mark.slow),
+            pytest.param("vllm-v1-priority", 3, marks=pytest.mark.slow)]
 
 
 def draw(seed: int, flags: simulator.Flags, dims) -> list[c.Case]:

@@ -97,6 +97,7 @@ def test_loads_queue_at_the_egress():
     assert float(took.hi) == 2.0 + 0.5 + 4 * 0.5 + 0.25
 
 
+@pytest.mark.slow
 def test_what_a_run_says():
     """Blind routing to four instances, each without what another has computed: with a store a prefix is computed once.
     """

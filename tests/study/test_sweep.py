@@ -336,7 +336,7 @@ KINDS = {
                                {"cost.decode": [FITTED["decode"], [{"a": 0.01}, {"a": 0.02, "min_sequences": 8}]]}, {}),
     "an override that is none": ({}, {"cost.overrides.nonsense": [1.0], "workload.rate_rps": [2.0]}, {})}
 
-OFTEN = ("budgets and places", "an override that is none")
+OFTEN = ("a rate that is too low", "an override that is none")
 
 
 @pytest.mark.parametrize("name", [
