@@ -86,7 +86,7 @@ def convert_table(table: Any, struct: type, path: str, section: str, remedy: str
 
 
 def describe(hint: Any) -> str:
-    """A type as a range in words: "a whole number >= 1 and <= 64", "one of a, b", "a table"."""
+    """A type as a range in words: "a whole number >= 1 and <= 64", "one of a, b", "a table with kind"."""
     words = []
     for member in members(hint):
         meta = None
@@ -109,7 +109,9 @@ def describe(hint: Any) -> str:
             words.append("a table of numbers")
         elif hasattr(member, "__struct_fields__"):
             config = member.__struct_config__
-            words.append("a table" + (f' with {config.tag_field} = "{config.tag}"' if config.tag else ""))
+            needed = [f'{config.tag_field} = "{config.tag}"'] if config.tag else []
+            needed += [field.encode_name for field in msgspec.structs.fields(member) if field.required]
+            words.append("a table" + (f" with {', '.join(needed)}" if needed else ""))
     return " or ".join(dict.fromkeys(words))
 
 

@@ -92,7 +92,7 @@ def limits(given: list[str]) -> Any:
         except ValueError:
             value = -1.0
         if not (colon and 0 < value < float("inf")):
-            raise InputError("--slo", item, "has no number of milliseconds", f"write e.g. {name}:200")
+            raise InputError("--slo", item, "is no limit in milliseconds above 0", f"write e.g. {name}:200")
         if f"{name}_ms" in found:
             raise InputError("--slo", item, "is given twice", "give each limit once")
         found[f"{name}_ms"] = value
