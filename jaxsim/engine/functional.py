@@ -79,7 +79,7 @@ def simulate(dims: Dims, params: Params, requests: Requests) -> World:
     """One scenario, all of its leaves traced; under `vmap`, lanes of one loop.
 
     The world at the end: `latencies` reads it. `world.fault` is 0, or has the bits of what stopped it
-    (`jaxsim.engine.simulate.FAULTS` says what they mean); requests that it left without an end have NaN.
+    (`jaxsim.engine.outcomes.FAULTS` says what they mean); requests that it left without an end have NaN.
     """
     return in_lanes(loop.run, dims, (params, requests))
 

@@ -150,7 +150,9 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
                                   counts.executor.num_iterations)
     if dims.has_variants:
         variant = take(context.requests.variant, event.request)
-        writes["routed_by_variant"] = Add((variant,), event.is_arrival.astype(jnp.int32))
+        # Who is refused where it was sent has had its turn, as of `num_routed`.
+        is_sent = event.is_arrival if event.is_routed is None else event.is_arrival | event.is_routed
+        writes["routed_by_variant"] = Add((variant,), is_sent.astype(jnp.int32))
     if event.met is not None:
         writes |= caches.writes(context, event.met, event.request, event.is_arrival, t.rank)
     if t.due is not None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsim.engine import loop, lower
 from jaxsim.engine.common import Params
-from jaxsim.engine.simulate import (
+from jaxsim.engine.outcomes import (
     FAULTS,
     block_seconds,
     blocks_of,

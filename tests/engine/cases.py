@@ -31,13 +31,6 @@ from jaxsim.workload.workload import Workload
 from tests.reference import simulator
 
 LANES = 64
-
-
-def seeds(few: int, of: int) -> range:
-    """Seeds of a comparison with the reference: a few, or with JAXSIM_THOROUGH=1 in the environment all."""
-    return range(of if os.environ.get("JAXSIM_THOROUGH") == "1" else few)
-
-
 """Scenarios in a batch; fewer are padded with copies of the first."""
 
 MOST_REQUESTS = 24
@@ -48,6 +41,11 @@ NUM_REQUESTS, NUM_SLOTS = 56, 20
 PRESETS = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi", "orca", "static", "tensorrt-llm",
            "tensorrt-llm-waiting", "tensorrt-llm-sync-waiting", "sglang", "simdistserve-vllm")
 """Presets of the reference that the engine has too."""
+
+
+def seeds(few: int, of: int) -> range:
+    """Seeds of a comparison with the reference: a few, or with JAXSIM_THOROUGH=1 in the environment all."""
+    return range(of if os.environ.get("JAXSIM_THOROUGH") == "1" else few)
 
 
 def dims_of(preset: str, num_executors: int, **changes) -> Dims:

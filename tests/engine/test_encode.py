@@ -10,7 +10,7 @@ import pytest
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop
 from jaxsim.engine.common import Group
-from jaxsim.engine.simulate import embedded, handed_over
+from jaxsim.engine.outcomes import embedded, handed_over
 from jaxsim.policy import routing
 from jaxsim.policy.arrivals import PartArrivals
 from jaxsim.policy.encoding import Encoder, Encoding

@@ -14,7 +14,7 @@ import pytest
 import jaxsim
 from jaxsim import InputError, Scenario
 from jaxsim.engine import loop, lower
-from jaxsim.engine import simulate as engine
+from jaxsim.engine.outcomes import FAULTS
 from jaxsim.workload import Workload
 from tests.engine import cases as c
 
@@ -311,5 +311,5 @@ def test_every_fault_has_its_sentence():
     names = ("STUCK", "STEP_LIMIT", "TOO_SLOW", "STARVED", "LOG_FULL", "NO_NUMBER", "WINDOW_FULL", "SLACK_WINDOW_FULL",
              "LINKS_FULL")
     bits = {name: value for name, value in vars(c.w).items() if name in names or name.endswith("_LIMIT")}
-    assert set(engine.FAULTS) == set(bits.values())
-    assert all(len(text) > 20 and textwrap.dedent(text) == text for text in engine.FAULTS.values())
+    assert set(FAULTS) == set(bits.values())
+    assert all(len(text) > 20 and textwrap.dedent(text) == text for text in FAULTS.values())

@@ -10,7 +10,7 @@ import pytest
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop
 from jaxsim.engine.common import Group
-from jaxsim.engine.simulate import handed_over
+from jaxsim.engine.outcomes import handed_over
 from tests.engine import cases as c
 from tests.engine import test_hand_over as roles
 from tests.reference import simulator

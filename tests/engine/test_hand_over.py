@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsim.engine import loop
-from jaxsim.engine.simulate import handed_over
+from jaxsim.engine.outcomes import handed_over
 from jaxsim.policy import routing
 from jaxsim.policy.hand_over import HandOver
 from tests.engine import cases as c

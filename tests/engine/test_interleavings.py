@@ -18,7 +18,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jaxsim.engine import hand_over, loop
-from jaxsim.engine.simulate import embedded, handed_over, role_changes
+from jaxsim.engine.outcomes import embedded, handed_over, role_changes
 from jaxsim.kernels import clock, packed
 from jaxsim.state.control import ON, STARTING
 from tests.engine import cases as c

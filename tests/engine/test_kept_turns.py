@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsim.engine import loop, lower
-from jaxsim.engine.simulate import swapped
+from jaxsim.engine.outcomes import swapped
 from jaxsim.kernels import clock
 from jaxsim.policy.arrivals import Sessions
 from jaxsim.policy.swap import ONE_HOLE

@@ -10,7 +10,7 @@ import pytest
 
 from jaxsim.engine import loop
 from jaxsim.engine.common import Group
-from jaxsim.engine.simulate import embedded, handed_over, role_changes
+from jaxsim.engine.outcomes import embedded, handed_over, role_changes
 from jaxsim.policy.arrivals import SortedArrivals
 from jaxsim.policy.role_switching import ROLES, RoleSwitching
 from jaxsim.state import world as w

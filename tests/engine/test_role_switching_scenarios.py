@@ -8,7 +8,7 @@ import pytest
 import jaxsim
 from jaxsim._core.errors import InputError
 from jaxsim.engine import lower
-from jaxsim.engine.simulate import blocks_of
+from jaxsim.engine.outcomes import blocks_of
 from jaxsim.metrics import request_frame
 from jaxsim.policy.role_switching import DECODE, ENCODE, PREFILL
 from jaxsim.spec.scenario import Scenario

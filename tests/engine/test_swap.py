@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsim.engine import loop
-from jaxsim.engine.simulate import swapped
+from jaxsim.engine.outcomes import swapped
 from jaxsim.kernels import clock
 from jaxsim.policy.swap import Swap
 from jaxsim.state import world as w
