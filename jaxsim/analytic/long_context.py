@@ -30,8 +30,8 @@ class LongContext(eqx.Module):
     """Coefficients of an instance; every number is traced.
 
     fixed_s: of any iteration; token_s: a new token of a prompt; pair_s: a query and a token that it attends to;
-    weights_s: reading all weights once, which a decode does; read_s: reading the KV of a token; merge_s: of partial
-    outputs where groups share the KV; hop_s: between stages.
+    weights_s: reading the active weights once, which a decode does; read_s: reading the KV of a token; merge_s: of
+    partial outputs where groups share the KV; hop_s: between stages.
     """
 
     fixed_s: Scalar

@@ -175,9 +175,11 @@ def vllm_line(scenario: Scenario, scheduler: Scheduler, candidate: Candidate) ->
 def _check_flags(scenario: Scenario, scheduler: Scheduler) -> None:
     """Refuse what decides the timing and has no flag. Raises `InputError`."""
     engine = scenario.engine
-    for name in ("swap", "offload", "context_reuse"):
-        if getattr(engine, name) is not None:
-            raise InputError(f"engine.{name}", plain(getattr(engine, name)), "is not written as a flag of vLLM",
+    for field, value in (("engine.swap", engine.swap), ("engine.offload", engine.offload),
+                         ("engine.context_reuse", engine.context_reuse),
+                         ("cluster.remote_store", scenario.cluster.remote_store)):
+        if value is not None:
+            raise InputError(field, plain(value), "is not written as a flag of vLLM",
                              "leave it out, or read the degrees in the table")
     usual = resolve(msgspec.structs.replace(engine, **dict.fromkeys(WITHOUT_FLAG)))
     for name in WITHOUT_FLAG:

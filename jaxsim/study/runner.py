@@ -62,12 +62,13 @@ def run_tile(tile: Tile, with_requests: bool = False) -> tuple[bytes, bytes | No
     dims = dataclasses.replace(sizes[0], **{name: max(getattr(size, name) for size in sizes)
                                             for name in ("num_segments", "path_width", "log_size", "offload_log",
                                                          "remote_log")})
-    for name in ("offload_log", "remote_log"):
-        if getattr(dims, name):
-            # Those that need none alone have a log here, and it takes their touches too.
-            each = {id(run.workload): run for run in runs}.values()
-            dims = dataclasses.replace(dims, **{name: max(getattr(dims, name), *(
-                touch_log(run.system, run.workload, run.prefixes) for run in each))})
+    logs = [name for name in ("offload_log", "remote_log") if getattr(dims, name)]
+    if logs:
+        # Those that need none alone have a log here, and it takes their touches too.
+        each = {(id(run.workload), run.system.scheduler.block_size, run.system.scheduler.max_num_batched_tokens): run
+                for run in runs}.values()
+        needed = max(touch_log(run.system, run.workload, run.prefixes) for run in each)
+        dims = dataclasses.replace(dims, **{name: max(getattr(dims, name), needed) for name in logs})
     with jax.default_device(getattr(_OWN, "device", None)):
         out = simulate_runs(dims, runs, tile.width)
     found = columns(out, [run.scenario.slo for run in runs], np.array([run.scenario.warmup_s for run in runs]),

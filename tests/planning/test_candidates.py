@@ -109,6 +109,16 @@ def test_flags_of_the_older_engine():
         assert import_vllm(line, device="h100", preset="vllm-v0").engine.enable_chunked_prefill is False
 
 
+def test_a_shared_store_has_no_flag():
+    scenario = Scenario.from_dict({
+        "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+        "engine": {"enable_prefix_caching": True}, "cluster": {"remote_store": {"gb_per_s": 10.0}},
+        "workload": {"kind": "poisson", "rate_rps": 1.0, "input": 10, "output": 10}})
+    with pytest.raises(InputError) as caught:
+        line_of(scenario)
+    assert caught.value.field == "cluster.remote_store"
+
+
 @pytest.mark.parametrize("field, engine", [
     ("victim", {"preset": "vllm-v1@0.9", "scheduling_policy": "priority", "victim": "last_admitted"}),
     ("reserve", {"reserve": "max_tokens"}), ("kv_accounting", {"kv_accounting": False}),
