@@ -156,8 +156,8 @@ def agents_claims(rows: pd.DataFrame) -> list[Claim]:
     return [
         _claim(f"agents: median TTFT, ms, {AGENTS_RATE:g} sessions/s: full prefill, then"
                f" {', '.join(map(str, ORDER[1:]))} layers", FALLS, ours, margins,
-               f"event engine, siblings in the same run: {setting}; the rate was set when at twice it the first step had"
-               " been within the noise of the seeds"),
+               f"event engine, siblings in the same run: {setting}; the rate was set when at twice it the first step"
+               " had been within the noise of the seeds"),
         _claim(f"agents: TTFT, times lower, {ORDER[1]} and {ORDER[-1]} layers", GAINS,
                (ours[0] / ours[1], ours[0] / ours[-1]), None,
                "layers of a pair, lengths and how agents share contexts are not published; the first of three agents"
