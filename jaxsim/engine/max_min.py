@@ -25,7 +25,8 @@ WHOLE = 720720
 """Parts of the fastest way: the least common multiple of 1 to 16, below 2^20."""
 
 LEAST_SHARE = 8
-"""Parts that each of those who may share a way has at least."""
+"""Parts that each of those who may share a way has at least: rounded down to whole parts, it has no less than 8/9 of
+an equal share."""
 
 DIGIT = 10
 """Bits of a digit below: products of two numbers below 2^20, taken by one digit of one of them, are below 2^31."""

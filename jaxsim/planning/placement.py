@@ -112,7 +112,7 @@ def search(scenario: Scenario, model: ModelSpec, engines: Callable[[Degrees], En
                          "use more devices, or another model")
     is_tandem = all(tandem.follows(one) for _, one in asked)
     found = goodput.search([one for _, one in asked], attainment=attainment, rule=rule, rates=rates,
-                           tolerance=tolerance, workers=workers, in_turn=is_tandem,
+                           tolerance=tolerance, workers=workers,
                            batches=tandem.Tandem(attainment) if is_tandem else None,
                            contests=[(row["phase"], row["devices"]) for row, _ in asked])
     rows = []
@@ -121,9 +121,6 @@ def search(scenario: Scenario, model: ModelSpec, engines: Callable[[Degrees], En
             refused[f"{row['phase']} {row['prefill']} {row['decode']}"] = result["refused"]
             continue
         rate = result["rate_rps"]
-        if rate == 0 and result.get("next_rps", 0.0) > goodput.LOWEST_RPS:
-            # Who misses the first rate at which it would not be behind is tried at no other.
-            rate = math.nan
         if math.isinf(result.get("next_rps", 0.0)):
             raise InputError("workload.num_requests", scenario.num_requests,
                              f"are so few that {row['prefill'] or row['decode']} keeps its limits in the {row['phase']}"

@@ -60,6 +60,8 @@ class Tandem:
     token, nobody is decoded: what a decode engine adds can only be worse, and the row says what it is without.
     """
 
+    is_one_at_a_time = True
+
     def __init__(self, target: float):
         self._target = target
         self._prompts: dict[Hashable, Prompts] = {}

@@ -38,11 +38,7 @@ class ContextReuse(eqx.Module):
 
     def lengthened(self, compute: Time, blocks: Int[Array, ""], recompute: Time) -> Time:
         """How long an iteration takes that loads so many blocks, recomputes so long, and takes `compute` besides."""
-        count, is_any = blocks.astype(jnp.float32), blocks > 0
-        entry_s = clock.on_grid(count * self.hidden_s + self.latency_s)
-        load_s = clock.on_grid(count * self.kv_s + self.latency_s)
-        entry_s = jnp.where(is_any & (self.recomputed_share > 0), entry_s, 0.0)
-        load_s = jnp.where(is_any & (self.recomputed_share < 1), load_s, 0.0)
+        entry_s, load_s = self.transfer(blocks, jnp.bool_(False))
         load = Time(load_s, jnp.zeros_like(load_s))
         return clock.add(clock.add(compute, self.together(load, recompute)), entry_s)
 
@@ -55,6 +51,7 @@ class ContextReuse(eqx.Module):
         """Seconds on the link of so many blocks for one request: hidden states, and KV; is_same: of its variant."""
         count, is_any = blocks.astype(jnp.float32), blocks > 0
         entry_s = clock.on_grid(count * self.hidden_s + self.latency_s)
-        kv_s = clock.on_grid(count * jnp.where(is_same, self.whole_kv_s, self.kv_s) + self.latency_s)
+        whole_kv_s = self.kv_s if self.whole_kv_s is None else self.whole_kv_s
+        kv_s = clock.on_grid(count * jnp.where(is_same, whole_kv_s, self.kv_s) + self.latency_s)
         return (jnp.where(is_any & ~is_same & (self.recomputed_share > 0), entry_s, 0.0),
                 jnp.where(is_any & (is_same | (self.recomputed_share < 1)), kv_s, 0.0))

@@ -47,7 +47,7 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, atta
            rule: Literal["joint", "separate", "both"] = "joint", rates: tuple[float, float] = (0.1, 100.0),
            tolerance: float = 0.02, workers: int | None = None,
            progress: Callable[[str, int, int], None] = lambda *_: None, batches: "Batches | None" = None,
-           contests: Sequence[tuple[Hashable, float]] | None = None, in_turn: bool = False) -> pd.DataFrame:
+           contests: Sequence[tuple[Hashable, float]] | None = None) -> pd.DataFrame:
     """The goodput of every scenario: a row each, or with `both` two.
 
     slo: limits, instead of each scenario's own. attainment: share of requests that must meet them, all of them at once
@@ -57,12 +57,14 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, atta
     contest in which it stands and what its rate is divided by: only who has the highest quotient of a contest, and by
     what rate, is found as closely as `tolerance`; the bracket of another is left as it is once it can win no more.
     Rates are then powers of 1 + tolerance, tried from the highest down, since runs at low rates are long; so who wins
-    does not depend on the order, as long as whoever meets the target does so at all lower rates as well. in_turn: of a
-    contest one rate of one system at a time, where nothing is saved by many at once: who leads is found as closely as
-    `tolerance`, and anybody else is tried first at the lowest rate at which it would not be behind.
+    does not depend on the order, as long as whoever meets the target does so at all lower rates as well. Where
+    `batches` runs one at a time, a contest tries one rate of one system at a time: who leads is found as closely as
+    `tolerance`, and anybody else is tried first at the lowest rate at which it would not be behind, and at no other if
+    it misses that.
 
     Columns: scenario, the index; rule; rate_rps, the highest rate found to meet the target with all tried below it (0
-    if none did, NaN if the scenario cannot be simulated: `refused` says why); rate_rps.ci95, half of the 95 % interval
+    if none did down to the lowest, NaN if lower ones were not tried, or if the scenario cannot be simulated: `refused`
+    says why); rate_rps.ci95, half of the 95 % interval
     over seeds of the rate at which the mean attainment crosses the target (jackknife; NaN from one seed); next_rps, the
     lowest found to miss it (infinite if none did), and limited_by, what it missed: the limit that fewest requests met,
     or `unstable`, requests piling up, which misses the target however few there are; rate_rps_per_device; attainment
@@ -77,6 +79,7 @@ def search(scenarios: Sequence[Scenario], *, slo: SloSection | None = None, atta
     brackets = [_Bracket(k, s, name, attainment) for k, s in enumerate(wanted) for name in RULES[rule]]
     tried = [_Tried() for _ in wanted]
     batches = batches or _Batches()
+    in_turn = contests is not None and batches.is_one_at_a_time
     ask = _Bracket.asks if contests is None else _Bracket.falls
     most_rounds = MOST_ROUNDS if contests is None else 2 * MOST_ROUNDS
     for turn in range(most_rounds * len(brackets) if in_turn else most_rounds):
@@ -283,7 +286,7 @@ class _Bracket:
         if tried.refusal is not None:
             return row
         low, high = self.ends(tried)
-        row |= {"rate_rps": low, "next_rps": high}
+        row |= {"rate_rps": low if low > 0 or high <= LOWEST_RPS else math.nan, "next_rps": high}
         if high < math.inf:
             row["limited_by"] = self._limiting(tried.at(high))
         if 0 < low and high < math.inf:
@@ -397,7 +400,12 @@ def _crossing(rates: Sequence[float], shares: Float[np.ndarray, "rates seeds"],
 
 
 class Batches(Protocol):
-    """Who runs scenarios for `search`."""
+    """Who runs scenarios for `search`.
+
+    is_one_at_a_time: nothing is saved by many at once.
+    """
+
+    is_one_at_a_time: bool
 
     def rates_each(self, owners: Sequence[int], scenarios: Sequence[Scenario]) -> Mapping[int, int]:
         """How many rates each of these systems may try at once."""
@@ -408,6 +416,8 @@ class Batches(Protocol):
 
 class _Batches:
     """Runs scenarios in tiles; what fits a tile that was run before takes its program."""
+
+    is_one_at_a_time = False
 
     def __init__(self):
         self._tiles: dict[Hashable, list[Tile]] = defaultdict(list)

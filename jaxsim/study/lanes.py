@@ -150,8 +150,8 @@ def _content(path: str, *_: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _deadlines(scenario: Scenario) -> tuple:
-    """What else a workload depends on: where the order of the queue goes by it, or instances serve variants."""
+def _beside_workload(scenario: Scenario) -> tuple:
+    """What a workload depends on outside its section: the order of the queue, and variants of instances."""
     policy, variants = scenario.engine.scheduling_policy, scenario.cluster.variants
     more = () if variants is None else ("variants", variants)
     if policy == "sjf":
@@ -198,7 +198,7 @@ class Lanes:
         w = s.workload
         if _is_stretched(s):
             w = msgspec.structs.replace(w, rate_rps=1.0, seed=0)
-        return _bytes(w, seed, s.num_requests, stamps(s), *_deadlines(s))
+        return _bytes(w, seed, s.num_requests, stamps(s), *_beside_workload(s))
 
     def arrivals(self, scenario: Scenario, workload: Workload) -> np.ndarray:
         """Of a run with these draws."""
@@ -221,7 +221,7 @@ class Lanes:
     def _unit_key(self, s: Scenario) -> bytes:
         """Of scenarios that differ in a rate that only stretches, and in how they are judged."""
         w = msgspec.structs.replace(s.workload, rate_rps=1.0) if _is_stretched(s) else s.workload
-        return _bytes(s.model, s.device, s.engine, s.cluster, s.cost, w, s.num_seeds, stamps(s), *_deadlines(s))
+        return _bytes(s.model, s.device, s.engine, s.cluster, s.cost, w, s.num_seeds, stamps(s), *_beside_workload(s))
 
     def _shape(self, scenario: Scenario) -> Shape:
         system = self.system(scenario)

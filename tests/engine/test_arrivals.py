@@ -17,8 +17,8 @@ from tests.engine import cases as c
 from tests.reference import simulator
 
 
-@pytest.mark.parametrize("name, num_executors", [
-    pytest.param("vllm-v1", 1, marks=pytest.mark.slow), ("vllm-v0", 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name, num_executors", [("vllm-v1", 1), ("vllm-v0", 3)])
 def test_a_closed_loop_is_the_open_loop_of_the_arrivals_it_came_to(name, num_executors):
     """Bit for bit: without think time every arrival but the first ties with the end that brought it about."""
     flags, dims = simulator.preset(name), c.dims_of(name, num_executors)

@@ -121,7 +121,7 @@ def large_shapes(dims, lanes: int) -> tuple[set[tuple[int, ...]], set[tuple[int,
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, id=f"{name}-3", marks=[] if name in ("vllm-v1", "vllm-v0", "sglang") else pytest.mark.slow)
+    pytest.param(name, id=f"{name}-3", marks=[] if name == "vllm-v1" else pytest.mark.slow)
     for name in c.PRESETS])
 def test_the_loop_body_copies_nothing_large(name):
     """No copy of an array over requests or slots, no transcendental, in the body of the inner loop."""
@@ -233,7 +233,7 @@ def test_structure_makes_programs(monkeypatch):
     seen = []
     # Nothing needs to run to see what would.
     monkeypatch.setattr(engine.loop, "run", lambda dims, params, requests: seen.append(requests.count.shape[0]))
-    monkeypatch.setattr(engine, "_unpack", lambda dims, world, index, lane: lane.scenario)
+    monkeypatch.setattr(engine, "lane_result", lambda dims, world, index, lane: lane.scenario)
     monkeypatch.setattr(engine, "Result", lambda scenarios, lanes: lanes)
     replicas = Scenario.from_dict(scenario().to_dict() | {"cluster": {"replicas": 2}})
     mixed = [scenario(1.0), replicas, scenario(block_size=32), scenario(preset="orca"), scenario(9.0, 6)]

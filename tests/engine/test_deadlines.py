@@ -65,7 +65,7 @@ def agree(seed: int, flags: simulator.Flags, dims) -> Counter:
 @pytest.mark.parametrize("name, num_executors", PROGRAMS)
 def test_engine_equals_reference(name, num_executors):
     flags, dims = simulator.preset(name), cc.dims_of(name, num_executors)
-    seen = sum((agree(seed, flags, dims) for seed in c.seeds(2, of=4)), Counter())
+    seen = sum((agree(seed, flags, dims) for seed in c.seeds(3, of=4)), Counter())
     hard = ["finished", "timed_out", "rejected", "waiting", "after its first token", "as an iteration ends",
             "two deadlines", "answered at last", "answered as the client gives up"]
     if flags.chunked_prefill:

@@ -60,8 +60,9 @@ def run(folder, model, plan, arrivals_s, prompts, outputs):
     return times(jaxsim.simulate(scenario(folder, model, plan, arrivals_s, prompts, outputs)).lanes[0][0], outputs)
 
 
-@pytest.mark.parametrize("model, plan, want", [("13b", (1, 1, 1, 1), (75.1999, 89.3885)),
-                                               ("66b", (4, 1, 2, 2), (112.1655, 203.8072))])
+@pytest.mark.parametrize("model, plan, want", [
+    pytest.param("13b", (1, 1, 1, 1), (75.1999, 89.3885), marks=pytest.mark.slow),
+    ("66b", (4, 1, 2, 2), (112.1655, 203.8072))])
 def test_one_request(tmp_path, model, plan, want):
     ttft, decode, *_ = run(tmp_path, model, plan, [0], [512], [4])
     assert (ttft[0], decode[0]) == pytest.approx(want, abs=TOLERANCE_MS)
@@ -75,8 +76,8 @@ def test_eight_requests(tmp_path):
 
 
 @pytest.mark.parametrize("plan, rate, want", [
-    ((1, 1, 1, 1), 2, (131.576, 223.660, 35.638, 37.962, 160539.045)),
-    ((2, 1, 1, 1), 2, (89.717, 146.783, 35.639, 37.964, 160497.390)),
+    pytest.param((1, 1, 1, 1), 2, (131.576, 223.660, 35.638, 37.962, 160539.045), marks=pytest.mark.slow),
+    pytest.param((2, 1, 1, 1), 2, (89.717, 146.783, 35.639, 37.964, 160497.390), marks=pytest.mark.slow),
     ((1, 1, 1, 1), 4, (131.576, 223.660, 89.495, 114.917, 99217.459))])
 def test_three_hundred_requests(tmp_path, plan, rate, want):
     """At 4 requests/s decodes are beyond 50,000 tokens of context and take turns."""

@@ -111,6 +111,7 @@ def reference(case: c.Case, flags, dims, rules, **options) -> simulator.Referenc
                               disaggregation=rules, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vllm-v0", "simdistserve-vllm"])
 def test_engine_equals_reference(name):
     flags, dims = simulator.preset(name), c.dims_of(name, roles.EXECUTORS, **SIZES)

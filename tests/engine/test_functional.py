@@ -82,6 +82,7 @@ def test_vmap_makes_lanes_of_one_loop(made, monkeypatch):
     assert grid[0].mean() > grid[2].mean() and np.all(grid[:, 1].mean(1) > grid[:, 0].mean(1))
 
 
+@pytest.mark.slow
 def test_forward_mode_where_all_arrive_at_once():
     """Costs times s are times times s, so the derivative of a time by s is the time over s. `jacfwd` over lanes has
     the columns of `jvp`."""

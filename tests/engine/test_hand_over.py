@@ -85,7 +85,8 @@ def compare(drawn, flags, dims) -> dict[str, int]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["vllm-v1", "vllm-v1-async", pytest.param("sarathi", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [
+    "vllm-v1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vllm-v1-async", "sarathi"))])
 def test_engine_equals_reference(name):
     flags, dims = simulator.preset(name), c.dims_of(name, EXECUTORS, has_roles=True)
     seen = compare(draw(1, flags, dims), flags, dims)

@@ -172,6 +172,7 @@ def two_turns(think_s: float = 1.0, **changes) -> Drawn:
         host_blocks=8, dispatch_s=0.125, bandwidth=4096.0, group_blocks=1, is_async=True, reuse=True) | changes))
 
 
+@pytest.mark.slow
 def test_by_hand():
     """The first turn ends at t = 5 with 8 tokens in 2 blocks, whose four copies out are through at 5.5. The next one
     comes at 6: four copies in, and 4 of its 12 tokens are left, which take a second: its first token is there at 7.5,

@@ -35,7 +35,7 @@ def run(batch, flags, dims, router: str, change=lambda params: params):
     return [c.unpack(dims, world, lane, len(case)) for lane, case in enumerate(batch)]
 
 
-@pytest.mark.parametrize("name", ["vllm-v1", "vllm-v1-priority"])
+@pytest.mark.parametrize("name", ["vllm-v1", pytest.param("vllm-v1-priority", marks=pytest.mark.slow)])
 def test_ranks_and_batches_that_idle_change_nothing(name):
     """Two ranks of two batches each, of which one runs: as if there were no others."""
     flags, dims = simulator.preset(name), c.dims_of(name, EXECUTORS)

@@ -136,7 +136,8 @@ def compare(drawn, flags, dims, copies, seen) -> None:
 
 
 @pytest.mark.parametrize("name, num_executors, log", [
-    ("vllm-v1", 3, 0), ("vllm-v1-async", 3, 4096), pytest.param("vllm-v1", 3, 4096, marks=pytest.mark.slow),
+    pytest.param("vllm-v1", 3, 0, marks=pytest.mark.slow), ("vllm-v1-async", 3, 4096),
+    pytest.param("vllm-v1", 3, 4096, marks=pytest.mark.slow),
     pytest.param("vllm-v1-priority", 3, 4096, marks=pytest.mark.slow),
     pytest.param("vllm-v1", 1, 4096, marks=pytest.mark.slow)])
 def test_engine_equals_reference(name, num_executors, log, copies):

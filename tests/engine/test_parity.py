@@ -109,7 +109,7 @@ def test_long_outputs(name):
     """Runs of iterations up to the longest there are, and counters beyond where they are wound back."""
     flags, dims = simulator.preset(name), c.dims_of(name, 3)
     rng = np.random.default_rng(2)
-    batch = [c.draw_long(rng, flags, dims) for _ in range(c.LANES // 4)]
+    batch = [c.draw_long(rng, flags, dims) for _ in range(c.LANES // 8)]
     results, wrong = compare(batch, flags, dims)
     assert not any(wrong)
     results = [result for result in results if result is not None]

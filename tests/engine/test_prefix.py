@@ -122,6 +122,7 @@ def test_without_prompts_in_common_nothing_changes():
         assert c.differences(one, {k: v for k, v in other.items() if k != "steps"}) == []
 
 
+@pytest.mark.slow
 def test_blocks_in_common_are_read_once():
     """Sequences that share a prefix decode as fast as the cost of the tokens they differ in says."""
     shared, own, output, count = 160, 48, 33, 8

@@ -124,7 +124,7 @@ def compare(drawn, flags, dims, copies, seen) -> None:
 
 
 PROGRAMS = [
-    ("vllm-v1", 3, dict(has_offload=True, offload_log=4096, has_egress=True)),
+    ("vllm-v1", 3, dict(has_offload=True, offload_log=4096, has_egress=True, remote_log=4096)),
     pytest.param("vllm-v1-async", 3, dict(remote_log=4096), marks=pytest.mark.slow),
     pytest.param("vllm-v1-async", 3, dict(), marks=pytest.mark.slow),
     pytest.param("vllm-v1", 2, dict(has_offload=True), marks=pytest.mark.slow),
@@ -152,6 +152,6 @@ def test_engine_equals_reference(name, num_executors, sizes, copies):
     if dims.has_egress:
         assert seen["waits"] > 5 or num_executors == 1, seen
     if dims.has_offload:
-        assert seen["both"] > 5 and seen["loaded_blocks"] > seen["fetched_blocks"] > 0, seen
+        assert seen["both"] > 2 and seen["loaded_blocks"] > seen["fetched_blocks"] > 0, seen
     assert seen["with_copies"] < 0.5 * seen["cases"], seen
     assert seen["wrong_with_copies"] < 0.08 * seen["cases"], seen

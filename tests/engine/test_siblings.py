@@ -319,6 +319,16 @@ def test_variants_of_requests():
 
 
 @pytest.mark.slow
+def test_who_is_refused_where_it_was_sent_has_had_its_turn():
+    """All come at once to instances that let two wait: round robin deals them out among those of a variant, full ones
+    too, so that every instance takes two."""
+    made = scenario(cluster={"replicas": 4, "router": "round_robin", "admission": {"max_waiting": 2}}, engine=UNCACHED,
+                    prefix_groups=None, kind="batch", rate_rps=None, num_requests=40)
+    taken = jaxsim.simulate(made).requests.query("status == 'finished'")
+    assert taken["instance"].value_counts().sort_index().tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.slow
 def test_the_same_table_from_a_sweep():
     """A study has variants and lenders in its requests, and the metrics of single runs."""
     made = scenario(reuse={}, num_requests=40, rate_rps=4.0, prefix_groups={"number": 3, "tokens": CONTEXT})

@@ -143,6 +143,7 @@ def two_requests(**changes) -> tuple[c.Case, Swapping]:
     return case, Swapping(host_blocks=8, layers=1, dispatch_s=0.125, **changes)
 
 
+@pytest.mark.slow
 def test_by_hand():
     """Both have two blocks from t = 1 on. At t = 5 the first takes the last free one and the other, with 8 tokens, is
     swapped out: four copies of an eighth of a second. It wants three free blocks, which there are when the first is

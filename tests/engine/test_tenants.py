@@ -178,6 +178,7 @@ def results():
             for order in ("fcfs", "sjf", "edf", "vtc")}
 
 
+@pytest.mark.slow
 def test_orders_do_what_they_are_for(results):
     of = {order: result.metrics[0] for order, result in results.items()}
     assert all(m["completed"] == 160 and m["fault"] is None for m in of.values())

@@ -202,8 +202,8 @@ def test_command_line(found, tmp_path, capsys):
 class _MadeUp:
     """Runs of systems whose goodputs are given, and how many there were."""
 
-    def __init__(self, goodputs):
-        self.goodputs, self.asked = goodputs, 0
+    def __init__(self, goodputs, is_one_at_a_time):
+        self.goodputs, self.asked, self.is_one_at_a_time = goodputs, 0, is_one_at_a_time
 
     def rates_each(self, owners, scenarios):
         return dict.fromkeys(owners, 4)
@@ -228,9 +228,8 @@ def test_contests_have_the_winners_of_all_rates():
         goodputs, divisors = (1 + tolerance) ** powers.astype(float), rng.choice([1, 4], len(systems))
         contests = [(int(k) % 2, int(d)) for k, d in enumerate(divisors)]
         for in_turn in (True, False):
-            runs = _MadeUp(goodputs)
-            frame = search(systems, slo=SLO, rates=(0.25, 16.0), tolerance=tolerance, batches=runs, contests=contests,
-                           in_turn=in_turn)
+            runs = _MadeUp(goodputs, in_turn)
+            frame = search(systems, slo=SLO, rates=(0.25, 16.0), tolerance=tolerance, batches=runs, contests=contests)
             asked[in_turn] += runs.asked
             for contest in range(2):
                 mine = [k for k in range(len(systems)) if contests[k][0] == contest and powers[k] > -10_000]

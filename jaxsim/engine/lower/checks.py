@@ -172,8 +172,8 @@ def check_transfers(scenario: Scenario, system: System, workload: Workload) -> N
                              f"is beyond the {most:g} s that are simulated",
                              f"raise {field}.gb_per_s, or lower {field}.latency_us")
     most = flights_of(scenario)
-    # Of max-min fairness a part is rounded down, to half of an equal one at worst.
-    shares = 2 * most if is_max_min(scenario) else most
+    # Of max-min fairness a part is rounded down, to LEAST_SHARE / (LEAST_SHARE + 1) of an equal one at worst.
+    shares = most * (LEAST_SHARE + 1) / LEAST_SHARE if is_max_min(scenario) else most
     if not shares * seconds.max() <= MOST_S:
         raise InputError(field, f"{seconds.max():.3g} s for one transfer",
                          f"is beyond the {MOST_S / shares:g} s that are simulated where {most} may share a link",

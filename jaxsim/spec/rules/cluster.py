@@ -182,21 +182,17 @@ def check_variants(s: "Scenario") -> None:
     cluster, engine, field = s.cluster, s.engine, "cluster.variants"
     if cluster.variants is None:
         return
-    for name, value, is_wrong, remedy in (
-            ("cluster.pools", [pool.role for pool in cluster.pools], bool(cluster.pools), "use cluster.replicas"),
-            ("cluster.migration", cluster.migration and plain(cluster.migration), cluster.migration is not None,
-             "leave it out"),
-            ("cluster.scaling", cluster.scaling and plain(cluster.scaling), cluster.scaling is not None,
-             "leave it out"),
-            ("cluster.failures", cluster.failures and plain(cluster.failures), cluster.failures is not None,
-             "leave it out"),
-            # Variants have KV of their own, and a store does not say whose blocks are whose.
-            ("cluster.remote_store", cluster.remote_store and plain(cluster.remote_store),
-             cluster.remote_store is not None, "leave it out"),
-            ("engine.data_parallel_size", engine.data_parallel_size, engine.data_parallel_size > 1,
-             "use 1, and more replicas")):
-        if is_wrong:
-            raise InputError(name, value, f"is not simulated with {field}", remedy)
+    if cluster.pools:
+        raise InputError("cluster.pools", [pool.role for pool in cluster.pools], f"is not simulated with {field}",
+                         "use cluster.replicas")
+    # Variants have KV of their own, and a store does not say whose blocks are whose.
+    for name in ("migration", "scaling", "failures", "remote_store"):
+        given = getattr(cluster, name)
+        if given is not None:
+            raise InputError(f"cluster.{name}", plain(given), f"is not simulated with {field}", "leave it out")
+    if engine.data_parallel_size > 1:
+        raise InputError("engine.data_parallel_size", engine.data_parallel_size, f"is not simulated with {field}",
+                         "use 1, and more replicas")
     if cluster.variants > cluster.replicas:
         raise InputError(field, cluster.variants, f"are more than cluster.replicas = {cluster.replicas}, and some would"
                          " be served by nobody", "lower it, or raise cluster.replicas")

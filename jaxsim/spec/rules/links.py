@@ -1,5 +1,6 @@
 """Rules of [[cluster.links]]: what names a way that is used, once."""
 
+import itertools
 from typing import TYPE_CHECKING
 
 from jaxsim._core.errors import InputError, suggest
@@ -34,11 +35,12 @@ def check_links(s: "Scenario") -> None:
     seen: dict[tuple[int, int], int] = {}
     for index, link in enumerate(cluster.links):
         where = f"cluster.links[{index}]"
-        for end, name in (("from", link.source), ("to", link.target)):
-            if not pools_called(cluster, name):
+        ends = [pools_called(cluster, name) for name in (link.source, link.target)]
+        for end, name, called in zip(("from", "to"), (link.source, link.target), ends, strict=True):
+            if not called:
                 raise InputError(f"{where}.{end}", name, "is neither the name of a pool nor the role of one",
                                  suggest(name, known))
-        pairs = [(i, j) for i in pools_called(cluster, link.source) for j in pools_called(cluster, link.target)]
+        pairs = list(itertools.product(*ends))
         if not any(pair in used for pair in pairs):
             there = ", ".join(f"{name_of(cluster, i)} to {name_of(cluster, j)}" for i, j in used)
             raise InputError(where, f"{link.source} to {link.target}", "carries nothing: neither KV of prompts nor"
