@@ -56,7 +56,8 @@ def cell_memory(scenario: Scenario, plan: Plan) -> lower.System:
     if budget.num_tokens < (system.max_model_len if rule.must_hold_max_model_len else 1):
         raise InputError("model.name", model.name, f"leaves room for {budget.num_tokens:,} KV tokens on {device.name}:"
                          f" {budget.sum} for KV a rank with attention copied {plan.data_parallel_size} times",
-                         "use more tensor-parallel ranks, or lower max_model_len")
+                         "use more tensor-parallel ranks, or " + (
+                             "larger devices" if left <= 0 else "lower engine.max_model_len"))
     blocks = scenario.engine.num_gpu_blocks_override or budget.num_blocks
     return dataclasses.replace(system, plan=plan, memory=budget, num_blocks=blocks)
 

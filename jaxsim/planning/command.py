@@ -207,7 +207,7 @@ def _print(found: Any, scenario: Any, options: argparse.Namespace, line: str | N
     if found.best is None:
         simulated = found.table["rank"].notna().any()
         out.print("\nno best plan: " + ("requests pile up in all that were simulated, or a bound stopped them"
-                                       if simulated else "what fits cannot be simulated"))
+                                       if simulated else "none that fits could be simulated (reasons above)"))
     elif line is not None:
         best = rows[found.best]
         count = f" (each of {best['replicas']})" if best["replicas"] > 1 else ""

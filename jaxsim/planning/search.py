@@ -1,5 +1,6 @@
 """Plan search: enumerate, screen in closed form, simulate the survivors in one batch, rank."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -100,7 +101,8 @@ def search(scenario: Scenario, devices: Sequence[tuple[str, int]], *, attainment
     if "screened.tpot_ms" not in table:
         reasons = "; ".join(f"{row['device']} {row['plan']}: {row['refused']}" for row in rows)
         raise InputError("--devices", [f"{name}:{count}" for name, count in devices], f"no plan can run: {reasons}",
-                         "use more or larger devices, a narrower dtype, or a smaller engine.max_model_len")
+                         "use more or larger devices, a narrower dtype, a smaller engine.max_model_len, or more of the"
+                         " memory (engine.gpu_memory_utilization)")
     chosen = _survivors(table, scenario, top, rank_by)
     progress("simulating", 0, len(chosen))
     table = _simulated(table, [made[k] for k in chosen], chosen, scenario, attainment, workers)
@@ -219,7 +221,8 @@ class _Screen:
             row |= {"weight_gib": system.memory.weight_bytes / 2**30, "kv_gib": system.memory.kv_bytes / 2**30}
         return row
 
-    def _executor(self, candidate: Candidate, scenario: Scenario) -> tuple[System, Executor]:
+    @staticmethod
+    def _executor(candidate: Candidate, scenario: Scenario) -> tuple[System, Executor]:
         """Raises `InputError`."""
         plan = candidate.plan
         if candidate.is_cell_level:
@@ -234,6 +237,20 @@ class _Screen:
                     else make_cost(scenario, system, batches - 1, longest))
         ranks = plan.data_parallel_size if candidate.is_cell_level else None
         return system, executor_of(scenario, system, cost, num_batches=batches, num_ranks=ranks)
+
+
+def executors(scenario: Scenario, device: str, num_devices: int) -> list[tuple[Candidate, Executor]]:
+    """Every plan on so many devices that fits them, as the closed forms have it; nothing is simulated, or ranked.
+
+    For studies of one set of plans under many loads. Raises `InputError` where the search would.
+    """
+    _check(scenario, [(device, num_devices)], 0.9, 1, "e2e")
+    found = []
+    for candidate in candidates(scenario.model.spec(), load_device(device).name, num_devices):
+        # What cannot be cut that way, or does not fit, is not among them.
+        with contextlib.suppress(InputError):
+            found.append((candidate, _Screen._executor(candidate, _scenario(scenario, candidate))[1]))
+    return found
 
 
 def _survivors(table: pd.DataFrame, scenario: Scenario, top: int, rank_by: RankBy) -> list[int]:
