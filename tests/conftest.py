@@ -59,8 +59,8 @@ def optimisation(request):
 def pytest_xdist_make_scheduler(config, log):
     """Under `pytest -n`, tests that share a compiled program go to one process, which compiles it once.
 
-    Tests of the plain engine name their program as PRESET-INSTANCES in brackets; others share theirs within the files of
-    one subject (`test_real_*`). All others are distributed by file.
+    Tests of the plain engine name their program as PRESET-INSTANCES in brackets; others of the engine share theirs
+    within the files of one subject (`test_real_*`). All others are distributed by file.
     """
     if config.getoption("dist") != "load":
         return None
@@ -68,7 +68,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByProgram(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            program = re.search(r"^tests/engine/test_(?:parity|laws|arrivals|compiled)\.py.*\[([a-z0-9-]+-\d)\]$", nodeid)
+            plain = r"^tests/engine/test_(?:parity|laws|arrivals|compiled)\.py"
+            program = re.search(plain + r".*\[([a-z0-9-]+-\d)\]$", nodeid)
             subject = re.search(r"^tests/engine/test_[a-z]+", nodeid)
             return program[1] if program else subject[0] if subject else nodeid.split("::")[0]
 
