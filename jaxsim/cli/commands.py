@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsim.calibrate.command import add_parser as add_calibrate
+from jaxsim.cli.explain import add_parser as add_explain
 from jaxsim.cli.imports import add_parsers as add_imports
 from jaxsim.cli.listing import add_parser as add_list
 from jaxsim.cli.process import (
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     add_run(commands)
+    add_explain(commands)
     add_list(commands)
     add_imports(commands)
     add_sweep(commands).set_defaults(command=_sweep)

@@ -50,6 +50,33 @@ def test_any_kernels():
             assert (float(ours.latency_s), float(ours.launch_and_queue_s)) == replay(issue, 3 * US, kernel, depth)
 
 
+def test_segments_of_equal_kernels():
+    """Passes of any segments in closed form, kernel by kernel in plain Python; queues that drain and that build up."""
+    rng, rose, drained = np.random.default_rng(1), 0, 0
+    closed = jax.jit(launches.segments)
+    for _ in range(200):
+        numbers = rng.integers(0, 12, 5)
+        numbers[0] += 1
+        issue, kernel = (rng.integers(0, 9, 5) * US for _ in range(2))
+        launch = float(rng.integers(0, 5)) * US
+        each = [np.repeat(x, numbers).tolist() for x in (issue, kernel)]
+        latency, waited = replay(each[0], launch, each[1])
+        ours = closed(numbers, issue, launch, kernel)
+        assert (float(ours.latency_s), float(ours.launch_and_queue_s)) == (latency, waited)
+        assert float(ours.idle_s) == latency - sum(each[1])
+        rose += waited > len(each[0]) * launch
+        drained += any(a < b and n for a, b, n in zip(kernel[1:], issue[1:], numbers[1:], strict=True)) and (
+            waited > len(each[0]) * launch)
+    assert rose > 100 and drained > 50
+
+
+def test_a_captured_pass_is_one_call():
+    kernel = np.arange(1, 9) * US
+    ours = launches.captured(8 * US, 2 * US, kernel, US / 2)
+    assert float(ours.launch_and_queue_s) == 2 * US and float(ours.mean_kernel_s) == 4.5 * US
+    assert float(ours.latency_s) == (8 + 2 + 36 + 7 / 2) * US and float(ours.idle_s) == (8 + 2 + 7 / 2) * US
+
+
 def test_knee():
     """Time in the queue is that of the launches alone while the host is behind, and rises from the turn on."""
     batches = 2.0 ** np.arange(9)

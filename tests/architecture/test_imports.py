@@ -30,6 +30,7 @@ LEVELS = {
 MAY_IMPORT_INSIDE_FUNCTIONS = {
     # The command line answers --help and --version without loading JAX.
     "jaxsim.cli.commands": "*",
+    "jaxsim.cli.explain": "*",
     "jaxsim.cli.imports": "*",
     "jaxsim.cli.listing": "*",
     "jaxsim.cli.process": "*",

@@ -26,7 +26,7 @@ PUBLISHED_PARAMETERS = {
     "qwen3-235b-a22b": 235093634560, "gpt-oss-20b": 20914757184, "gpt-oss-120b": 116829156672,
     "deepseek-v2-lite": 15706484224, "deepseek-v3": 671026419200, "opt-125m": 125239296,
     "opt-1.3b": 1315758080,
-    "opt-2.7b": 2651596800, "opt-6.7b": 6658473984, "opt-13b": 12853473280, "opt-30b": 29974540288,
+    "gpt2": 124439808, "opt-2.7b": 2651596800, "opt-6.7b": 6658473984, "opt-13b": 12853473280, "opt-30b": 29974540288,
 }
 
 # Billions of parameters (active in brackets) and KV bytes a token at 16 bits, to the printed digits.

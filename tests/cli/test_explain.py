@@ -1,0 +1,41 @@
+"""`jaxsim explain`: lanes of decodes without a simulation, and what it refuses."""
+
+import json
+
+import pytest
+
+from jaxsim import cli
+
+pytestmark = pytest.mark.unoptimised
+
+
+def test_where_the_host_limits(capsys):
+    """Without graphs launches take as long whatever the batch, and the device overtakes them at some batch."""
+    values = ["--set", "engine.enforce_eager=true", "--set", "engine.max_num_seqs=200"]
+    assert cli.main(["explain", *values, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = found["batches"]
+    assert [row["batch"] for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 200] and found["cudagraph_mode"] == "none"
+    assert {row["launches ms"] for row in rows} == {round(found["kernels"] * found["launch_kernel_us"] / 1e3, 3)}
+    limits = [row["limits"] for row in rows]
+    assert limits == sorted(limits, reverse=True) and set(limits) == {"host", "device"}
+    assert found["host_bound_batches"] == [row["batch"] for row in rows if row["device ms"] < row["launches ms"]]
+    for row in rows:
+        longest = max(row["launches ms"], row["device ms"])
+        assert row["iteration ms"] == pytest.approx(row["serial ms"] + longest, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_a_table(capsys):
+    assert cli.main(["explain", "moe-tensor-parallel", "--context", "300"]) == 0
+    out = capsys.readouterr().out
+    assert "decodes of 300 tokens" in out and "the device limits at every batch" in out and "captured in graphs" in out
+
+
+@pytest.mark.parametrize("words, says", [
+    (["fitted-latency"], "cost.kind = 'fitted': has no lanes"), (["prefill-decode"], "cluster.pools = 2"),
+    (["--context", "0"], "--context = 0"), (["no-such"], "no-such"), (["--set", "engine.max_num_seqs"], "--set")])
+def test_refusals(words, says, capsys):
+    assert cli.main(["explain", *words]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and captured.out == "" and captured.err.count("\n") == 1
