@@ -2,7 +2,7 @@
 
 `Scenario` describes a system and its workload, `simulate` runs one or many, `Result` holds what came out. `Study`
 describes thousands, `sweep` runs them to a table on disk, `load` reads it,
-`plot` draws it. `functional` is the simulator as a function
+`plot` draws it. `requirements` turns a use case into the platform it needs. `functional` is the simulator as a function
 inside other JAX programs, `Environment` the same by control ticks, for what learns to route or to scale.
 """
 
@@ -10,12 +10,12 @@ import importlib
 import os
 
 __all__ = ["Environment", "InputError", "LaneResult", "Result", "Scenario", "Study", "environment", "functional",
-           "load", "plot", "simulate", "sweep"]
+           "load", "plot", "requirements", "simulate", "sweep"]
 
 _HOMES = {"Scenario": "jaxsim.spec.scenario", "simulate": "jaxsim.engine.simulate", "Result": "jaxsim.metrics",
           "LaneResult": "jaxsim.metrics", "InputError": "jaxsim._core.errors", "Study": "jaxsim.study.study",
           "sweep": "jaxsim.study.runner", "load": "jaxsim.study.results", "plot": "jaxsim.study.plots",
-          "Environment": "jaxsim.engine.environment"}
+          "Environment": "jaxsim.engine.environment", "requirements": "jaxsim.analytic.requirements"}
 
 _ROOT = os.path.dirname(os.path.dirname(__file__))
 if os.path.isfile(os.path.join(_ROOT, "pyproject.toml")) and os.path.isdir(os.path.join(_ROOT, "kernels")):

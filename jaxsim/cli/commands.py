@@ -35,6 +35,7 @@ from jaxsim.cli.run import add_parser as add_run
 from jaxsim.cli.run import assignments
 from jaxsim.planning.command import add_parser as add_plan
 from jaxsim.planning.place_command import add_parser as add_place
+from jaxsim.planning.requirements_command import add_parser as add_requirements
 from jaxsim.reproduce.command import add_parser as add_reproduce
 from jaxsim.study.command import add_parser as add_sweep
 from jaxsim.study.goodput_command import add_parser as add_goodput
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add_goodput(commands).set_defaults(command=_goodput)
     add_plan(commands).set_defaults(command=_plan)
     add_place(commands).set_defaults(command=_place)
+    add_requirements(commands).set_defaults(command=_requirements)
     add_plot(commands)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
@@ -137,8 +139,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure how fast the simulator is",
                                 description="Measure how fast the simulator is on this machine.")
-    bench.add_argument("--suite", choices=("engine", "sweeps"), default="engine",
-                       help="the compiled loop on one core, or whole sweeps on all of them (default: engine)")
+    bench.add_argument("--suite", choices=("engine", "sweeps", "analytic"), default="engine",
+                       help="the compiled loop on one core, whole sweeps on all of them, or closed forms on one core"
+                            " (default: engine)")
     bench.add_argument("--quick", action="store_true", help="fewer and shorter: the engine within 90 seconds")
     bench.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
     bench.set_defaults(command=_bench)
@@ -180,6 +183,15 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _place(options: argparse.Namespace) -> int:
     from jaxsim.planning.place_command import run
+
+    keep_programs()
+    find_devices()
+    run(options, assignments(options.values))
+    return 0
+
+
+def _requirements(options: argparse.Namespace) -> int:
+    from jaxsim.planning.requirements_command import run
 
     keep_programs()
     find_devices()
@@ -235,6 +247,8 @@ def _reproduce(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     if options.suite == "sweeps":
         from jaxsim.bench.sweeps import command
+    elif options.suite == "analytic":
+        from jaxsim.bench.analytic import command
     else:
         from jaxsim.bench.engine import command
 

@@ -21,7 +21,7 @@ experts, LoRA, state-space models, quantised KV, ASTRA-sim. It has no latent att
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import equinox as eqx
@@ -312,16 +312,21 @@ def prefill_work(model: ModelSpec, plan: Plan | None = None, *, tokens: Scalar, 
 
 def decode_work(model: ModelSpec, plan: Plan | None = None, *, context: Scalar, generated: Scalar = 32,
                 batch: Scalar = 1, beams: int = 1, dtype: str = "bf16", experts_per_rank: float | None = None,
-                router_message: Literal["hidden", "experts"] = "hidden") -> list[Operator]:
+                router_message: Literal["hidden", "experts"] = "hidden",
+                distinct_experts: Literal["topk", "expected", "all"] = "topk") -> list[Operator]:
     """Operators of a decode pass: `batch` x `beams` sequences, a prompt of `context` and `generated` tokens behind it.
 
     GenZ's ways: activations and scores on-chip; the prompt's KV, its FLOP and its scores are counted once for the
     beams of a request; weights of ceil(k / ranks) experts whatever the batch. `generated` defaults to its 32.
-    experts_per_rank: experts a rank reads instead (k / ranks: spread evenly; k: all on one rank).
+    experts_per_rank: experts a rank reads instead (k / ranks: spread evenly; k: all on one rank). distinct_experts:
+    "topk" is GenZ's way; "expected" and "all" are what uniform routing and full batches read, over the ranks evenly.
     router_message: what the router's all-reduce sends, a hidden state a token (released code) or a number an expert
     (the version behind its Mixtral notebook). Raises `InputError`.
     """
     count = _Counter(model, plan, dtype)
+    if distinct_experts not in operators.DISTINCT_EXPERTS:
+        raise InputError("distinct_experts", distinct_experts, "is not known",
+                         suggest(distinct_experts, operators.DISTINCT_EXPERTS))
     if beams < 1:
         raise InputError("beams", beams, "is no count", "give a whole number of at least 1")
     messages = {"hidden": model.hidden, "experts": model.experts}
@@ -332,10 +337,50 @@ def decode_work(model: ModelSpec, plan: Plan | None = None, *, context: Scalar, 
     found = count.shared(PROJECTIONS, m, is_on_chip=True)
     found += count.attention("prompt", batch, 1, context, True) + count.attention("generated", m, 1, generated, True)
     if model.num_moe_layers:
-        if experts_per_rank is None:
+        each = m
+        if experts_per_rank is None and distinct_experts == "topk":
             experts_per_rank = max(1, -(-model.experts_per_token // count.plan.expert_ranks))
-        found += count.experts(m, m, experts_per_rank, messages[router_message], True)
+        elif experts_per_rank is None:
+            distinct = operators.distinct_experts(model, m, distinct_experts)
+            experts_per_rank = distinct / count.plan.expert_ranks
+            # Tokens go to their own experts only.
+            each = m * model.experts_per_token / distinct
+        found += count.experts(m, each, experts_per_rank, messages[router_message], True)
     return found + count.reductions(m) + count.head(m)
+
+
+def chunked_work(model: ModelSpec, plan: Plan | None = None, *, prefills: Sequence[tuple[Scalar, Scalar]] = (),
+                 decodes: Sequence[Scalar] = (), dtype: str = "bf16") -> list[Operator]:
+    """Operators of an iteration of prompt chunks and decodes: one pass of products over all of its tokens.
+
+    prefills: tokens there and new ones, of each chunk, whose attention is new x (there + new); decodes: context of
+    each, whose attention is 1 x context. Products, experts and head are those of a prompt pass of as many tokens.
+    With one chunk of `length` new tokens a sequence it is the pass that verifies speculated tokens.
+    Source: GenZ, LLM_inference/llm_chunked.py, by notes; that activations are off-chip, as in a prompt pass, is ours.
+    Raises `InputError`.
+    """
+    count = _Counter(model, plan, dtype)
+    if not len(prefills) and not len(decodes):
+        raise InputError("prefills", list(prefills), "leaves nothing to do", "give chunks, or contexts of decodes")
+    m = 1.0 * sum(new for _, new in prefills) + 1.0 * len(decodes)
+    found = count.shared(PROJECTIONS, m, is_on_chip=False)
+    for past, new in prefills:
+        past, new = 1.0 * past, 1.0 * new
+        found += count.attention("prompt", 1.0, new, past + new, False)
+    for context in decodes:
+        found += count.attention("decode", 1.0, 1.0, 1.0 * context, True)
+    if model.num_moe_layers:
+        each = m * model.experts_per_token // model.experts
+        found += count.experts(m, each, model.experts / count.plan.expert_ranks, model.experts, False)
+    return found + count.reductions(m) + count.head(m)
+
+
+def speculative_seconds(verify_s: Scalar, draft_s: Scalar, length: int, acceptance: Scalar) -> Float[Array, ""]:
+    """Seconds a token: a cycle is one pass that verifies `length` tokens, and as many of the draft model.
+
+    (verify + N draft) / `speculative_tokens`. Source: GenZ, LLM_inference/llm_spec_decode.py.
+    """
+    return (verify_s + length * draft_s) / speculative_tokens(length, acceptance)
 
 
 def offloaded_bytes_per_s(total_bytes: Scalar, capacity_bytes: Scalar, machine: Machine,
@@ -348,6 +393,13 @@ def offloaded_bytes_per_s(total_bytes: Scalar, capacity_bytes: Scalar, machine: 
     inside = jnp.minimum(total_bytes, capacity_bytes) / machine.bytes_per_s
     outside = jnp.maximum(total_bytes - capacity_bytes, 0.0) / external_bytes_per_s
     return total_bytes / jnp.maximum(inside, outside)
+
+
+def offloaded(machine: Machine, total_bytes: Scalar, capacity_bytes: Scalar,
+              external_bytes_per_s: Scalar = 1.0 * OFFLOAD_GB_PER_S * GIB) -> Machine:
+    """The machine at its `offloaded_bytes_per_s`; the same where everything fits."""
+    slower = offloaded_bytes_per_s(total_bytes, capacity_bytes, machine, external_bytes_per_s)
+    return eqx.tree_at(lambda m: m.bytes_per_s, machine, slower)
 
 
 def speculative_tokens(length: int, acceptance: Scalar) -> Float[Array, ""]:

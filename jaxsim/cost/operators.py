@@ -104,7 +104,8 @@ def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: st
 
 
 def _gemm(name, calls, m, rows, columns, weight_bytes, activation_bytes, is_linear=True):
-    return Work(name, GEMM, calls, 1, flops=2.0 * rows * columns * m, weight_bytes=rows * columns * weight_bytes,
+    # Bytes of a matrix do not fit 32-bit integers.
+    return Work(name, GEMM, calls, 1, flops=2.0 * rows * columns * m, weight_bytes=1.0 * rows * columns * weight_bytes,
                 activation_bytes=m * (rows + columns) * activation_bytes, shape=(m, columns, rows), is_linear=is_linear)
 
 
@@ -146,7 +147,7 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, 
         pairs = jnp.minimum(pairs, together * min(model.experts_per_token, rank.num_experts))
     row_tokens = pairs / model.experts_per_token if sends_tokens(plan) else None
     one = 2.0 * matrices * d * rank.moe_ffn
-    weights = matrices * d * rank.moe_ffn * fmt.expert_bytes * distinct
+    weights = 1.0 * matrices * d * rank.moe_ffn * fmt.expert_bytes * distinct
     load = ExpertLoad(together, pairs, {rows: expected_blocks(pairs, distinct, rows) for rows in EXPERT_ROWS}, weights,
                       model.experts_per_token, rank.num_experts, d, rank.moe_ffn, model.gated, a, row_tokens)
     work = [_gemm("router", calls, m, d, model.experts, fmt.other_bytes, a, is_linear=False),

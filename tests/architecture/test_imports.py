@@ -39,6 +39,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.validate.command": "*",
     "jaxsim.planning.command": "*",
     "jaxsim.planning.place_command": "*",
+    "jaxsim.planning.requirements_command": "*",
     "jaxsim.reproduce.command": "*",
     "jaxsim.study.command": "*",
     "jaxsim.study.goodput_command": "*",

@@ -154,6 +154,70 @@ def test_offload():
     assert float(spilled) == pytest.approx(640 * genz.GIB, rel=1e-6)
 
 
+def test_a_machine_that_reads_from_two_tiers():
+    machine = Machine.of(300, 1000, compute_efficiency=0.8)
+    slower = genz.offloaded(machine, 100 * genz.GIB, 80 * genz.GIB)
+    assert float(slower.bytes_per_s) == pytest.approx(640 * genz.GIB, rel=1e-6) and slower.flops == machine.flops
+    assert float(genz.offloaded(machine, 10.0, 80.0).bytes_per_s) == pytest.approx(1000 * genz.GIB, rel=1e-6)
+    work = decode_work(LLAMA, context=1000)
+    ratio = pass_seconds(work, slower).total / pass_seconds(work, machine).total
+    # All but what is on-chip.
+    assert 1.5 < float(ratio) < 1000 / 640
+
+
+def test_seconds_of_a_speculated_token():
+    """A verifying pass and five drafts, over 1 + x + ... + x^5 tokens."""
+    tokens = sum(0.6**k for k in range(6))
+    assert float(genz.speculative_seconds(0.02, 0.003, 5, 0.6)) == pytest.approx((0.02 + 5 * 0.003) / tokens, rel=1e-6)
+
+
+def seconds_by_hand(flops, off, on, machine):
+    """The larger of two sums, in plain numbers."""
+    m = [float(x) for x in jax.tree.leaves(machine)]
+    return max(flops / m[0] / m[5], (off / m[1] + on / m[2]) / m[6])
+
+
+def test_an_iteration_of_chunks_and_decodes():
+    """One chunk of 200 behind 300, one of 50, decodes at 400 and 700: products over 252 tokens, attention by each."""
+    machine = Machine.of(300, 1200, compute_efficiency=0.8, memory_efficiency=0.8)
+    works = genz.chunked_work(LLAMA, prefills=[(300, 200), (0, 50)], decodes=[400, 700])
+    by_name = {}
+    for work in works:
+        by_name.setdefault(work.name, []).append(work)
+    assert set(by_name) == {*genz.PROJECTIONS, "lm_head", "logit_prompt", "attend_prompt", "logit_decode",
+                            "attend_decode"}
+    d, f, m = 4096, 11008, 252
+    expected = 0.0
+    for rows, columns in ((d, 3 * d), (d, d), (d, 2 * f), (f, d)):
+        expected += seconds_by_hand(2 * m * rows * columns, 2 * (rows * columns + m * (rows + columns)), 0, machine)
+    for queries, keys, is_decode in ((200, 500, False), (50, 50, False), (1, 400, True), (1, 700, True)):
+        small, scores = 2 * d * queries, 2 * 32 * queries * keys
+        off, on = (2 * d * keys, small + scores) if is_decode else (2 * d * keys + small, scores)
+        expected += 2 * seconds_by_hand(2 * d * queries * keys, off, on, machine)
+    with genz.enable_x64(True):
+        assert float(layer_seconds(works, machine)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_chunk_is_a_prompt():
+    """But for the embedding, which is a product of prompts only."""
+    names = lambda works: sorted((w.name, float(w.flops), float(w.off_chip_bytes), float(w.message_bytes))  # noqa: E731
+                                 for w in works if "embedding" not in w.name)
+    for model in (LLAMA, MIXTRAL):
+        assert names(genz.chunked_work(model, FOUR, prefills=[(0, 96)])) == names(prefill_work(model, FOUR, tokens=96))
+
+
+@pytest.mark.parametrize("batch, read", [(1, 2.0), (4, 8 * (1 - 0.75**4)), (32, 8 * (1 - 0.75**32))])
+def test_experts_that_uniform_routing_reads(batch, read):
+    works = {w.name: w for w in decode_work(MIXTRAL, context=1, batch=batch, distinct_experts="expected")}
+    topk = {w.name: w for w in decode_work(MIXTRAL, context=1, batch=batch)}
+    up = works["experts_up"]
+    assert float(up.off_chip_bytes) == pytest.approx(read * 2 * 14336 * 4096 * 2, rel=1e-5)
+    # Other experts, the same arithmetic.
+    assert float(up.flops) == pytest.approx(float(topk["experts_up"].flops), rel=1e-5)
+    whole = {w.name: w for w in decode_work(MIXTRAL, context=1, batch=batch, distinct_experts="all")}
+    assert float(whole["experts_up"].off_chip_bytes) == 8 * 2 * 14336 * 4096 * 2
+
+
 def test_requirements_of_a_use_case():
     need = genz.platform_requirements(LLAMA, context=2000, ttft_s=1.0, tpot_s=0.01, batch=4, beams=2)
     assert need.memory_bytes == pytest.approx(2 * 6.738e9 + 8 * 2000 * 524_288, rel=1e-4)
@@ -211,6 +275,8 @@ def test_counts_of_traced_integers_do_not_overflow():
     (lambda: decode_work(LLAMA, context=10, dtype="fp7"), "dtype"),
     (lambda: decode_work(LLAMA, context=10, beams=0), "beams"),
     (lambda: decode_work(MIXTRAL, context=10, router_message="tokens"), "router_message"),
+    (lambda: decode_work(MIXTRAL, context=10, distinct_experts="some"), "distinct_experts"),
+    (lambda: genz.chunked_work(LLAMA), "prefills"),
     (lambda: decode_work(LLAMA, Plan(pipeline_parallel_size=2), context=10), "engine.pipeline_parallel_size"),
     (lambda: decode_work(LLAMA, Plan(data_parallel_size=2), context=10), "engine.data_parallel_size"),
     (lambda: decode_work(load_model("deepseek-v3"), context=10), "model.name"),
