@@ -81,6 +81,18 @@ class Efficiencies(NamedTuple):
 USUAL = Efficiencies()
 
 
+USE_CASES = {
+    "question-answering": dict(input_tokens=1000, output_tokens=200, beams=4, ttft_s=0.2, tpot_s=0.010),
+    "chat": dict(input_tokens=3000, output_tokens=1000, beams=2, ttft_s=0.2, tpot_s=0.010),
+    "question-answering-rag": dict(input_tokens=10_000, output_tokens=200, beams=4, ttft_s=0.4, tpot_s=0.010),
+    "summarization": dict(input_tokens=15_000, output_tokens=1000, beams=4, ttft_s=2.0, tpot_s=0.020),
+    "code-generation": dict(input_tokens=20_000, output_tokens=50, beams=4, ttft_s=5.0, tpot_s=0.020)}
+"""What `UseCase` takes for GenZ's use cases, one request at a time.
+
+Source: abhibambhaniya/GenZ-LLM-Analyzer, commit 12bd09f, variables of its charts: batch, beams, tokens, limits.
+"""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UseCase:
     """What is asked for.

@@ -31,6 +31,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
                          help="a file or a shipped name: its model, formats, degrees, mean lengths and limits, and\n"
                               "max_num_seqs as the batch")
     command.add_argument("--model", metavar="M", help="a name of `jaxsim list models`, or the path of a config.json")
+    command.add_argument("--use-case", metavar="NAME",
+                         help="lengths, beams and limits of one of GenZ's (docs/requirements.md); other options change it")
     command.add_argument("--input", type=float, metavar="TOKENS", help="prompt of a request")
     command.add_argument("--output", type=float, metavar="TOKENS", help="output of a request")
     command.add_argument("--batch", type=int, metavar="N", help="requests at once (default: 1, or the scenario's)")
@@ -92,13 +94,15 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
 
 def chosen(options: argparse.Namespace, values: dict[str, Any]) -> Any:
     """The use case that is asked for. Raises `InputError`."""
-    from jaxsim._core.errors import InputError
-    from jaxsim.analytic.requirements import UseCase, use_case_of
+    from jaxsim._core.errors import InputError, suggest
+    from jaxsim.analytic.requirements import USE_CASES, UseCase, use_case_of
     from jaxsim.spec.model import ModelSpec, load_model
     from jaxsim.spec.plan import Plan
     from jaxsim.spec.scenario import Scenario
 
-    asked: dict[str, Any] = {}
+    if options.use_case is not None and options.use_case not in USE_CASES:
+        raise InputError("--use-case", options.use_case, "is not known", suggest(options.use_case, USE_CASES))
+    asked: dict[str, Any] = dict(USE_CASES.get(options.use_case, {}))
     if options.model is not None:
         asked["model"] = (ModelSpec.from_hf_config(options.model) if options.model.endswith(".json")
                           else load_model(options.model))
@@ -126,7 +130,8 @@ def chosen(options: argparse.Namespace, values: dict[str, Any]) -> Any:
     for field, flag in (("model", "model"), ("input_tokens", "input"), ("output_tokens", "output"),
                         ("ttft_s", "ttft-ms"), ("tpot_s", "tpot-ms")):
         if field not in asked:
-            raise InputError(f"--{flag}", None, "is missing", "give it, or a SCENARIO that has it")
+            remedy = "give it, or a SCENARIO" + ("" if field == "model" else " or --use-case") + " that has it"
+            raise InputError(f"--{flag}", None, "is missing", remedy)
     return UseCase(plan=Plan(**degrees), **asked)
 
 

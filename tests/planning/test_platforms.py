@@ -113,9 +113,19 @@ def test_the_command_as_json(capsys):
     assert found["devices"][0]["device"] == "h200_sxm_141" and "binds" in found["verdict"]
 
 
+def test_use_cases_are_changed_by_other_options(capsys):
+    assert cli.main(["requirements", "--model", "llama-3.1-8b", "--use-case", "summarization", "--beams", "2",
+                     "--device", "h200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["input_tokens"], found["output_tokens"], found["beams"]) == (15_000, 1000, 2)
+    assert (found["ttft_ms"], found["tpot_ms"]) == (2000, 20)
+
+
 @pytest.mark.parametrize("arguments, says", [
     ((), "--model = None: is missing"),
-    (OPTIONS[:6], "--ttft-ms = None: is missing; give it, or a SCENARIO that has it"),
+    (OPTIONS[:6], "--ttft-ms = None: is missing; give it, or a SCENARIO or --use-case that has it"),
+    (("--use-case", "chatt"), "--use-case = 'chatt': is not known; did you mean 'chat'?"),
+    (("--use-case", "chat"), "--model = None: is missing; give it, or a SCENARIO that has it"),
     ((*OPTIONS, "--batch", "0"), "batch = 0: is no count; give a whole number of at least 1"),
     ((*OPTIONS, "--beams", "-1"), "beams = -1"),
     ((*OPTIONS, "--tpot-ms", "-1"), "tpot_ms = -1.0: is no limit; give milliseconds above 0"),
