@@ -11,14 +11,33 @@ KV cache in its own memory. So the throughput is set by how many tokens share a 
                                                     sequence takes whole pages
     serial     n g / (n p / T_gpu + g max(delta, n / T_gpu))     outputs/s of n = u M / (p + g) sequences that are
                                                     computed together and then decoded together
+    greedy     K (p + g) / (I delta + C)            K sequences of an engine that admits whatever fits, I iterations,
+                                                    C seconds that reads of the CPU take from the link
+
+An engine does not admit q an iteration but all that room and token cap n allow. So it fills the room at n tokens an
+iteration, as each computed token is one of KV, and empties it at the end; in between room is full:
+
+    room    K g h / M + M / (2 n) + g (1 - (p / 2 + g / 3) / (p + g / 2))    h: tokens that a sequence holds on average;
+                                                    the last ones are of all ages and hold p / 2 + g / 3 of p + g / 2
+    cap     K (p + g) / n + g (1 - g / (2 (p + g)))     the last iterations are not full
+    one     min(-p ln(1 - K / n), K (p + g) / n) + g    where all K fit at once: to admit them, and one's outputs
+
+    I = max(one where K (p + g) fits, else room, cap)
+
+**One memory.** Cores read KV at all that host memory gives; the link's part is then that of one of T + 1 requesters
+(`jaxsim.cost.host`), min(B, B_mem / (T + 1)), and it loses the rest for as long as they read. Each context token of
+each decode is read once, so C is the same however iterations are composed.
 
 Source: MoE-Lens (arXiv 2504.09345), intensity, saturation, PME and bound as published; the finite form is rebuilt from
-these and from its effective room, (p + g) / (p + g / 2). The serial baseline is of the kind of MoE-Lightning.
+these and from its effective room, (p + g) / (p + g / 2). The serial baseline is of the kind of MoE-Lightning. Greedy
+iterations and the shared memory are derived here. Approximated: preempted sequences are computed again at no cost, as
+the link is what limits, and room is full between the first and the last admission.
 
 Every number is traced: differentiate `throughput` by a field of `Streaming` to see which resource is worth more.
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -29,7 +48,8 @@ class Streaming(eqx.Module):
     """A model that streams to one GPU; all numbers broadcast.
 
     weight_bytes: W; link_bytes_per_s: B, host memory to GPU; gpu_tokens_per_s: T_gpu, of iterations full of tokens;
-    kv_bytes: room for the KV cache in host memory; token_bytes: KV of a token.
+    kv_bytes: room for the KV cache in host memory; token_bytes: KV of a token. memory_bytes_per_s: of host memory, and
+    threads that read it beside the link; without end nobody waits for it.
     """
 
     weight_bytes: Scalar
@@ -37,6 +57,8 @@ class Streaming(eqx.Module):
     gpu_tokens_per_s: Scalar
     kv_bytes: Scalar
     token_bytes: Scalar
+    memory_bytes_per_s: Scalar = jnp.inf
+    threads: Scalar = 1.0
 
     @property
     def pass_s(self) -> Scalar:
@@ -75,6 +97,53 @@ class Streaming(eqx.Module):
         linked = sequences * (prompt + output) / (iterations * self.pass_s)
         return jnp.minimum(linked, self.gpu_tokens_per_s)
 
+    @property
+    def token_cap(self) -> Scalar:
+        """Tokens of an iteration that the GPU computes in the time of a pass."""
+        return self.gpu_tokens_per_s * self.pass_s
+
+    @property
+    def link_while_reading(self) -> Scalar:
+        """Bytes/s of the link while the CPU reads host memory."""
+        return jnp.minimum(self.link_bytes_per_s, self.memory_bytes_per_s / (self.threads + 1))
+
+    @property
+    def lost_s(self) -> Scalar:
+        """Seconds that the link loses for each token of KV that the CPU reads."""
+        read_s = self.token_bytes / (self.memory_bytes_per_s - self.link_while_reading)
+        return read_s * (1 - self.link_while_reading / self.link_bytes_per_s)
+
+    @property
+    def full_pass_s(self) -> Scalar:
+        """Seconds of a pass of the weights while the CPU reads all of the room."""
+        return self.pass_s + self.lost_s * self.room_tokens
+
+    def shared_throughput(self, prompt: Scalar, output: Scalar, page: int = 1) -> Scalar:
+        """The bound in whole pages, where CPU and link share host memory."""
+        tokens = self.admitted(prompt, output, page) * (prompt + output)
+        # Of pages that are full of tokens so many are read.
+        used = (prompt + (output + 1) / 2) / (held_pages(prompt, output, page) * page)
+        return jnp.minimum(tokens, self.token_cap) / (self.pass_s + self.lost_s * used * self.room_tokens
+                                                      * jnp.minimum(1.0, self.token_cap / tokens))
+
+    def greedy_iterations(self, sequences: Scalar, prompt: Scalar, output: Scalar, page: int = 1) -> Scalar:
+        """Iterations of so many sequences in all, each admitted as soon as it fits."""
+        room, cap = self.room_tokens, self.token_cap
+        held = held_pages(prompt, output, page) * page
+        emptied = output * (1 - (prompt / 2 + output / 3) / (prompt + output / 2))
+        roomed = sequences * output * held / room + room / (2 * cap) + emptied
+        passes = sequences * (prompt + output) / cap
+        capped = passes + output * (1 - output / (2 * (prompt + output)))
+        together = jnp.minimum(-prompt * jnp.log1p(-jnp.minimum(sequences / cap, 0.999)), passes) + output
+        fits = sequences * (prompt + output) <= room
+        return jnp.maximum(jnp.where(fits, together, roomed), capped)
+
+    def greedy_throughput(self, sequences: Scalar, prompt: Scalar, output: Scalar, page: int = 1) -> Scalar:
+        """Tokens/s, prompts and outputs, of so many sequences in all."""
+        read = sequences * output * (prompt + (output + 1) / 2)
+        seconds = self.greedy_iterations(sequences, prompt, output, page) * self.pass_s + self.lost_s * read
+        return sequences * (prompt + output) / seconds
+
     def serial_output_throughput(self, prompt: Scalar, output: Scalar, used: Scalar = 1.0) -> Scalar:
         """Output tokens/s where a batch is computed, then decoded, then the next; used: share of the room taken."""
         sequences = used * self.room_tokens / (prompt + output)
@@ -93,6 +162,32 @@ class Streaming(eqx.Module):
     def cpu_flops(self, queries_per_kv_head: Scalar, kv_bytes: Scalar = 2.0) -> Scalar:
         """FLOP/s of attention over that KV: a multiplication and an addition for a query head and a number of KV."""
         return 2 * queries_per_kv_head / kv_bytes * self.kv_bytes_per_s()
+
+
+RESOURCES = ("kv_bytes", "link_bytes_per_s", "memory_bytes_per_s", "gpu_tokens_per_s")
+"""Of `Streaming`, what one can have more of."""
+
+
+def which_resource_next(system: Streaming, prompt: float, output: float, sequences: float | None = None,
+                        page: int = 1) -> dict[str, float]:
+    """Elasticity of throughput by resource: percent more of it for a percent more of KV room, link, host memory
+    bandwidth or GPU.
+
+    sequences: of the whole job; endlessly many if left out. At a kink, where another resource takes over, it is that of
+    one of the sides.
+    """
+    def throughput(numbers: dict[str, Array]) -> Array:
+        changed = eqx.tree_at(lambda s: [getattr(s, name) for name in RESOURCES], system,
+                              [numbers[name] for name in RESOURCES])
+        if sequences is None:
+            return changed.shared_throughput(prompt, output, page)
+        return changed.greedy_throughput(sequences, prompt, output, page)
+
+    numbers = {name: jnp.asarray(getattr(system, name), float) for name in RESOURCES}
+    value, slopes = jax.value_and_grad(throughput)(numbers)
+    # Of what is without end there is nothing to have more of.
+    return {name: float(slopes[name] * numbers[name] / value) if bool(jnp.isfinite(numbers[name])) else 0.0
+            for name in RESOURCES}
 
 
 def parallelism_memory_efficiency(prompt: Scalar, output: Scalar) -> Scalar:

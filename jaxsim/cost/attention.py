@@ -59,6 +59,9 @@ CHUNK_COLUMNS = 15
 NOT_SECONDS = (TILE_TOKENS, MOST_KEYS, APART)
 """Columns that do not grow with the number of layers."""
 
+OF_DECODES = (DECODE, DECODE_CONTEXT, LONGEST_CONTEXT, READ_CONTEXT)
+"""Columns of what decodes beside chunks cost."""
+
 
 class AttentionShape(NamedTuple):
     """Attention of one layer on one rank. cache_bytes: of a cached number; window: 0 = none."""

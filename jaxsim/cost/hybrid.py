@@ -1,8 +1,9 @@
 """A GPU that borrows from its host: weights over the link, attention and experts on the CPU, as lanes of an iteration.
 
     gpu     what any cost model says of the rest
-    cpu     context tokens that decodes read x seconds each + experts by tokens
-    in      streamed weights + what the GPU gets of each decode, stretched while the CPU reads memory as well
+    cpu     hand-overs + context tokens that decodes read x seconds each + experts by tokens
+    in      streamed weights + what the GPU gets of each decode and prompt token, and of the KV of chunks before,
+            stretched while the CPU reads memory as well
     out     what the host gets of each decode, and of each prompt token
 
     overlapped    max(gpu, cpu, in, out)            chained    gpu + cpu + in + out
@@ -27,8 +28,9 @@ class HybridCost(AbstractIterationCost):
     gpu: of what the GPU computes, a cost without together_seconds and stages. read_s: CPU seconds of a context token.
     expert_s: CPU seconds of experts by tokens of the iteration, on the grid `TOKENS`; None where the GPU has all.
     stream_s: seconds of the weights that cross the link in every iteration. in_s, out_s: of a decode, to the GPU and
-    from it; prompt_out_s: of a prompt token. contention: seconds that the link loses in a second in which the CPU
-    reads: 0, both have all they need, to 1, the link waits.
+    from it; prompt_in_s, prompt_out_s: of a prompt token; history_in_s: of a token before a chunk, which that reads.
+    contention: seconds that the link loses in a second in which the CPU reads: 0, both have all they need, to 1, the
+    link waits. hand_over_s: CPU seconds of any iteration.
     """
 
     gpu: AbstractIterationCost
@@ -40,25 +42,29 @@ class HybridCost(AbstractIterationCost):
     prompt_out_s: Float[Array, ""]
     contention: Float[Array, ""]
     is_chained: bool = eqx.field(static=True)
+    prompt_in_s: Float[Array, ""] | float = 0.0
+    history_in_s: Float[Array, ""] | float = 0.0
+    hand_over_s: Float[Array, ""] | float = 0.0
 
     @property
     def reads_longest(self) -> bool:
         """Whether the GPU's does."""
         return self.gpu.reads_longest
 
-    def _host_lanes(self, num_decode: Int[Array, ""], context: Int[Array, ""], prompt_tokens: Int[Array, ""] | int
-                    ) -> Float[Array, " 3"]:
+    def _host_lanes(self, num_decode: Int[Array, ""], context: Int[Array, ""], prompt_tokens: Int[Array, ""] | int,
+                    history: Int[Array, ""] | int = 0) -> Float[Array, " 3"]:
         """Seconds of cpu, in, out."""
         read = self.read_s * context
-        cpu = read
         if self.expert_s is not None:
-            cpu = cpu + octaves.look_up(TOKENS, self.expert_s, num_decode + prompt_tokens)
-        return jnp.stack([cpu, self.stream_s + self.in_s * num_decode + self.contention * read,
+            read = read + octaves.look_up(TOKENS, self.expert_s, num_decode + prompt_tokens)
+        moved_in = self.in_s * num_decode + self.prompt_in_s * prompt_tokens + self.history_in_s * history
+        return jnp.stack([self.hand_over_s + read, self.stream_s + moved_in + self.contention * read,
                           self.out_s * num_decode + self.prompt_out_s * prompt_tokens])
 
     def lanes(self, stats: BatchStats) -> Float[Array, " 4"]:
         """Seconds of gpu, cpu, in, out."""
-        host = self._host_lanes(stats.num_decode, stats.decode_context, stats.prefill_tokens)
+        host = self._host_lanes(stats.num_decode, stats.decode_context, stats.prefill_tokens,
+                                stats.prefill_context - stats.prefill_tokens)
         return jnp.concatenate([self.gpu.iteration(stats)[None], host])
 
     def iteration(self, stats: BatchStats) -> Float[Array, ""]:

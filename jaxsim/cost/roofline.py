@@ -101,7 +101,8 @@ class Roofline(eqx.Module):
         others join the launches. launch_kernel_s: host seconds to issue one kernel or captured piece;
         launch_graph_s: one graph. expert_skew: coefficient of variation of the experts' popularity.
 
-    Static: model, plan, weights (number format), kv_bytes, distinct_experts.
+    Static: model, plan, weights (number format), kv_bytes, distinct_experts; elsewhere: names of operators that another
+    processor has (`jaxsim.cost.host`), "attention_decode" for the attention of decodes.
 
     Known gaps: no overlap of collectives with compute; popularities of experts have one spread for all models, and the
     busiest rank's load is that of uniform routing; sequence lengths enter attention through sums and, with
@@ -143,6 +144,7 @@ class Roofline(eqx.Module):
     weights: WeightFormat = eqx.field(static=True)
     kv_bytes: float = eqx.field(static=True)
     distinct_experts: str = eqx.field(static=True)
+    elsewhere: tuple[str, ...] = eqx.field(static=True, default=())
 
     # Device seconds
 
@@ -185,6 +187,7 @@ class Roofline(eqx.Module):
         """
         works = operators.token_work(self.model, self.plan, self.weights, tokens, self.distinct_experts,
                                      self.expert_skew)
+        works = [w for w in works if w.name not in self.elsewhere]
         if together is None:
             return works
         return [w for w in works if (self.num_ranks > 1 and w.name in operators.TOGETHER) == together]
@@ -204,6 +207,8 @@ class Roofline(eqx.Module):
     def decode_attention(self, sequences: Float[Array, "*shape"]) -> tuple[Array, Array, Array, Array]:
         """Decode attention of all layers: fixed seconds, seconds per context token of full and of windowed layers, and
         what of the former a token saves that another sequence has read: the L2 cache holds it."""
+        if "attention_decode" in self.elsewhere:
+            return (jnp.zeros_like(sequences),) * 4
         kernel, work, rates = self.latent or self.decode, self._attention_work, self.rates()
         full, windowed = self.attention_shape(), self.attention_shape(True)
         if self.model.sliding_window >= operators.LARGE_WINDOW_TOKENS:
@@ -221,6 +226,8 @@ class Roofline(eqx.Module):
         both = []
         for count, windowed in ((work.full_layers, False), (work.window_layers, True)):
             each = kernel.coefficients(self.attention_shape(windowed), rates)
+            if "attention_decode" in self.elsewhere:
+                each = each.at[jnp.asarray(attend.OF_DECODES)].set(0.0)
             both.append(each * (count * layers + (1 - layers)))
         return jnp.stack(both)
 
@@ -329,7 +336,7 @@ class Roofline(eqx.Module):
     @property
     def tail(self) -> Tail | None:
         """What unequal contexts add to decode attention."""
-        if self.latent is not None:
+        if self.latent is not None or "attention_decode" in self.elsewhere:
             return None
         return self.decode.tail(self.attention_shape(), self.rates(), self._attention_work.full_layers)
 

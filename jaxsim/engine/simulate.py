@@ -29,6 +29,9 @@ MOST_BATCH_RECORDS = 1 << 21
 
 SMALLEST_SLOTS = 8
 
+MOST_JUMP_BITS = 22
+"""Of the iterations of a jump and of the slots together; up to 1,024 sequences a jump is as long as any."""
+
 SLACK_WINDOW = 64
 """Preempted requests that wait, unless `engine.slack_window` says how many."""
 
@@ -307,6 +310,8 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 keeps_turns=keeps_turns(system) and scenario.workload.has_sessions,
                 slack_window=(scenario.engine.slack_window or SLACK_WINDOW) * (system.scheduler.order == "least_slack"),
                 has_block_groups=system.swap is not None and system.swap.group_blocks is not None)
+    # Beside thousands of slots a packed key has fewer bits for iterations: half of them for jumps between rebases.
+    dims = dataclasses.replace(dims, max_jump=min(dims.max_jump, 1 << (MOST_JUMP_BITS - dims.slot_bits)))
     rows = lower.outage_rows(scenario, dims.num_executors)
     # With every outage a first token may be lost.
     dims = dataclasses.replace(dims, num_outages=rows, num_more_logs=dims.num_more_logs + rows)

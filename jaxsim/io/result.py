@@ -11,8 +11,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxsim.engine.lower import hybrid_facts, resolve_system
 from jaxsim.metrics import Result, request_frame
 from jaxsim.spec.presets import load_preset
+from jaxsim.spec.scenario import Scenario
 
 FORMAT = "jaxsim summary 1"
 """Changes when a key changes its meaning; new keys do not change it."""
@@ -56,7 +58,7 @@ def summary(result: Result, index: int = 0) -> dict[str, Any]:
     """The content of `summary.json` for one scenario.
 
     Flat keys of vLLM's benchmark client and nested groups (means over seeds); `intervals`, 95 % by dotted
-    key; `seeds`, the same metrics of every run; `scenario`; `provenance`.
+    key; `seeds`, the same metrics of every run; `hybrid`, of a GPU and its host; `scenario`; `provenance`.
     """
     scenario = result.scenarios[index]
     runs = zip(scenario.seeds, result.runs[index], strict=False)
@@ -64,9 +66,16 @@ def summary(result: Result, index: int = 0) -> dict[str, Any]:
         **result.metrics[index],
         "intervals": {key: list(ends) for key, ends in result.intervals[index].items() if ends is not None},
         "seeds": [{"seed": seed, **run} for seed, run in runs],
+        **({} if scenario.engine.hybrid is None else {"hybrid": _hybrid(scenario)}),
         "scenario": scenario.to_dict(),
         "provenance": provenance(result, index),
     }
+
+
+def _hybrid(scenario: Scenario) -> dict[str, Any]:
+    """Of a GPU and its host: where weights are, and the token cap."""
+    system = resolve_system(scenario)
+    return hybrid_facts(system.hybrid, system.scheduler, system.memory)
 
 
 def to_json(content: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxsim.cost.roofline import notes
+from jaxsim.engine.lower import resolve_system
 from jaxsim.metrics import ABORTS, FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
 from jaxsim.spec.cluster import PoolSection
 from jaxsim.spec.plan import Plan
@@ -99,6 +100,8 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
                     enable_expert_parallel=engine.enable_expert_parallel)
         lines += notes(scenario.model.spec(), scenario.device.spec(), plan, scenario.dtype,
                        moe_backend=engine.moe_backend, kv_dtype=scenario.kv_dtype)
+    if engine.hybrid is not None:
+        lines += _hybrid(scenario)
     if lane.num_prefix_blocks and lane.cached_tokens is None:
         lines.append("the trace names shared prefixes, but engine.enable_prefix_caching is off: every prompt is"
                      " computed in full")
@@ -106,6 +109,21 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     if lane.session is not None and workload.has_sessions and keeps_nothing:
         lines.append("turns bring their whole context along, but engine.enable_prefix_caching is off: it is computed in"
                      " full every time")
+    return lines
+
+
+def _hybrid(scenario: Scenario) -> list[str]:
+    """Where the weights of a GPU and its host are, and where the token cap comes from."""
+    system = resolve_system(scenario)
+    weights, host, threshold = system.hybrid
+    lines = list(system.memory.lines)
+    if weights.streamed:
+        lines.append(f"{weights.streamed / 1e9:.1f} GB of weights cross the link in every iteration, in"
+                     f" {weights.streamed / host.link_bytes_per_s:.3g} s")
+    if threshold is not None:
+        cap = system.scheduler.max_num_batched_tokens
+        taken = " (max_num_batched_tokens)" if cap == threshold.tokens else f"; max_num_batched_tokens = {cap:,}"
+        lines.append(f"up to {threshold.tokens:,} tokens an iteration the link takes longest{taken}")
     return lines
 
 

@@ -176,7 +176,7 @@ def _check_flags(scenario: Scenario, scheduler: Scheduler) -> None:
     """Refuse what decides the timing and has no flag. Raises `InputError`."""
     engine = scenario.engine
     for field, value in (("engine.swap", engine.swap), ("engine.offload", engine.offload),
-                         ("engine.context_reuse", engine.context_reuse),
+                         ("engine.context_reuse", engine.context_reuse), ("engine.hybrid", engine.hybrid),
                          ("cluster.remote_store", scenario.cluster.remote_store)):
         if value is not None:
             raise InputError(field, plain(value), "is not written as a flag of vLLM",

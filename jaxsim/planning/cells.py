@@ -34,6 +34,8 @@ def cell_memory(scenario: Scenario, plan: Plan) -> lower.System:
 
     plan: `tensor_parallel_size` of a group, `data_parallel_size` groups. Raises `InputError` where it does not fit.
     """
+    if scenario.engine.hybrid is not None:
+        raise InputError("engine.hybrid", "given", "is not simulated with attention copied", "use one GPU")
     given = msgspec.structs.replace(scenario.engine, num_gpu_blocks_override=1)
     system = lower.resolve_system(msgspec.structs.replace(scenario, engine=given))
     group, whole = _plans(plan)

@@ -32,7 +32,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
                               "max_num_seqs as the batch")
     command.add_argument("--model", metavar="M", help="a name of `jaxsim list models`, or the path of a config.json")
     command.add_argument("--use-case", metavar="NAME",
-                         help="lengths, beams and limits of one of GenZ's (docs/requirements.md); other options change it")
+                         help="lengths, beams and limits of one of GenZ's (docs/requirements.md), which other\n"
+                              "options change")
     command.add_argument("--input", type=float, metavar="TOKENS", help="prompt of a request")
     command.add_argument("--output", type=float, metavar="TOKENS", help="output of a request")
     command.add_argument("--batch", type=int, metavar="N", help="requests at once (default: 1, or the scenario's)")

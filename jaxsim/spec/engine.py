@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from jaxsim.spec.hybrid import HybridSection
+
 Count = Annotated[int, Meta(ge=1, le=1 << 30)]
 Degree = Annotated[int, Meta(ge=1, le=1024)]
 Share = Annotated[float, Meta(gt=0, le=1)]
@@ -169,6 +171,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         offload: host memory behind the prefix cache, with enable_prefix_caching; what the device drops is gone if left
             out.
         context_reuse: contexts that siblings have computed, with enable_prefix_caching; all are computed if left out.
+        hybrid: the CPU and its memory beside the GPU, for a model that the GPU alone does not hold; all on the GPU if
+            left out.
 
     Flags of the scheduler itself (docs/schedulers.md):
         phase_mix: decodes and prompt chunks share an iteration, or prompts go first and alone.
@@ -214,6 +218,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     swap: SwapSection | None = None
     offload: OffloadSection | None = None
     context_reuse: ContextReuseSection | None = None
+    hybrid: HybridSection | None = None
 
     phase_mix: PhaseMix | None = None
     reserve: Reserve | None = None

@@ -185,7 +185,9 @@ class Lanes:
         return self._systems.get(self._system_key(scenario), lambda: lower.resolve_system(scenario))
 
     def _system_key(self, s: Scenario) -> bytes:
-        return _bytes(s.model, s.device, s.engine, s.cluster, stamps(s))
+        # The token cap of streamed weights comes from the cost.
+        cost = None if s.engine.hybrid is None else s.cost
+        return _bytes(s.model, s.device, s.engine, s.cluster, cost, stamps(s))
 
     def workload(self, scenario: Scenario, seed: int) -> Workload:
         """The draws; at one request a second where another rate only stretches them."""
@@ -274,7 +276,8 @@ class Lanes:
         # Numbers do not change it; those that are none are looked at one by one.
         values = [v for v in cost.overrides.values() if not v > 0]
         key = _bytes(scenario.model, scenario.device, engine.dtype, engine.kv_cache_dtype, engine.moe_backend,
-                     engine.enforce_eager, system.plan, cost.host, cost.distinct_experts, sorted(cost.overrides),
+                     engine.enforce_eager, engine.hybrid,
+                     system.plan, cost.host, cost.distinct_experts, sorted(cost.overrides),
                      values, stamps(scenario))
         return self._kinds.get(key, structure)
 

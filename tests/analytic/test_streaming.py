@@ -1,5 +1,7 @@
 """Weights from host memory: MoE-Lens' own numbers, its closed form worked out by hand, limits and gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +100,109 @@ def test_which_resource_next():
     assert linked["kv_bytes"] == pytest.approx(1) and linked["link_bytes_per_s"] == pytest.approx(1)
     assert linked["weight_bytes"] == pytest.approx(-1) and linked["gpu_tokens_per_s"] == 0
     assert computed["gpu_tokens_per_s"] == pytest.approx(1) and computed["kv_bytes"] == 0
+
+
+# ---- one memory, greedy admission
+
+
+def shared(kv_gb: float, **numbers) -> Streaming:
+    return mixtral(kv_gb, memory_bytes_per_s=150 * GB, threads=40.0, **numbers)
+
+
+def test_reads_stretch_a_pass():
+    """While 40 threads read, the link has 150/41 GB/s: 210 GB of KV take 1.435 s, of which it loses 81 %."""
+    assert float(shared(210).full_pass_s) == pytest.approx(94 / 19.5 + 210 / (150 - 150 / 41) * (1 - 150 / 41 / 19.5))
+    assert float(mixtral(210).full_pass_s) == pytest.approx(94 / 19.5)
+    # A link slower than the share of one of 41 loses nothing.
+    assert float(shared(210, link_bytes_per_s=3 * GB).lost_s) == 0
+
+
+def test_the_shared_bound_without_sharing_is_the_bound():
+    for kv_gb, prompt, output in ((70.0, 98.0, 32.0), (70.0, 98.0, 128.0), (210.0, 926.0, 128.0)):
+        plain = mixtral(kv_gb)
+        assert float(plain.shared_throughput(prompt, output)) == pytest.approx(
+            float(plain.throughput(prompt, output)), rel=1e-6)
+        assert shared(kv_gb).shared_throughput(prompt, output, 16) < plain.throughput(prompt, output)
+
+
+def greedily(sequences: int, prompt: int, output: int, room: int, cap: int) -> int:
+    """Iterations of an engine that admits whatever fits, cohort by cohort.
+
+    A cohort is sequences of one admission: [count, outputs so far]. The last admitted give way when room is short and
+    come back first, with their outputs to compute again.
+    """
+    running, waiting = [], [[sequences, 0]]
+    iterations = 0
+    while running or waiting:
+        # Everyone gets a token; those that make room short leave, the youngest first.
+        def held(running=running):
+            return sum(n * (prompt + done + 1) for n, done in running)
+
+        while held() > room:
+            n, done = running[-1]
+            gone = min(n, -(-(held() - room) // (prompt + done + 1)))
+            running[-1][0] -= gone
+            waiting.insert(0, [gone, done])
+            if not running[-1][0]:
+                running.pop()
+        tokens, used = cap - sum(n for n, _ in running), held()
+        while waiting and tokens > 0:
+            n, done = waiting[0]
+            size = prompt + done
+            fits = min(n, tokens // size, (room - used) // (size + 1))
+            if fits <= 0:
+                break
+            running.append([fits, done])
+            tokens, used = tokens - fits * size, used + fits * (size + 1)
+            waiting[0][0] -= fits
+            if not waiting[0][0]:
+                waiting.pop(0)
+        for cohort in running:
+            cohort[1] += 1
+        running = [cohort for cohort in running if cohort[1] < output]
+        iterations += 1
+    return iterations
+
+
+@pytest.mark.parametrize("kv_gb, prompt, output, within", [
+    (70, 98, 32, 0.06), (70, 98, 128, 0.06), (210, 98, 128, 0.06), (210, 926, 128, 0.06), (70, 926, 128, 0.06),
+    # Room holds nearly all 5,000 at once, so that few are left when the first end: the form is short by an eighth.
+    (70, 98, 64, 0.13)])
+def test_greedy_iterations_against_cohorts(kv_gb, prompt, output, within):
+    s = shared(kv_gb)
+    iterations = greedily(5000, prompt, output, int(s.room_tokens), int(s.token_cap))
+    assert float(s.greedy_iterations(5000.0, prompt, output)) == pytest.approx(iterations, rel=within)
+
+
+def test_greedy_throughput_is_of_iterations_and_reads():
+    """Each context token of each decode is read once: p + 1 ... p + g of every sequence."""
+    s = shared(70.0)
+    read = 5000 * sum(98 + j for j in range(1, 65))
+    seconds = float(s.greedy_iterations(5000.0, 98.0, 64.0)) * float(s.pass_s) + float(s.lost_s) * read
+    assert float(s.greedy_throughput(5000.0, 98.0, 64.0)) == pytest.approx(5000 * 162 / seconds, rel=1e-5)
+    # The GPU limits where all fits, and the link has time.
+    fast = mixtral(1e6, link_bytes_per_s=1e15, gpu_tokens_per_s=1e4 / (94e9 / 1e15))
+    capped = float(fast.greedy_iterations(5000.0, 98.0, 64.0))
+    assert capped > 5000 * 162 / 1e4
+
+
+@pytest.mark.parametrize("kv_gb, prompt, output, sequences", [
+    (70.0, 98.0, 128.0, None), (300.0, 98.0, 128.0, None), (70.0, 926.0, 128.0, 5000.0), (210.0, 98.0, 256.0, 5000.0)])
+def test_which_resource_next_against_differences(kv_gb, prompt, output, sequences):
+    found = streaming.which_resource_next(shared(kv_gb), prompt, output, sequences, page=16)
+    assert list(found) == list(streaming.RESOURCES)
+    for name, slope in found.items():
+        base = getattr(shared(kv_gb), name)
+        up, down = (throughput_of(shared(kv_gb), name, base * (1 + x), prompt, output, sequences)
+                    for x in (0.01, -0.01))
+        assert slope == pytest.approx(np.log(up / down) / np.log(1.01 / 0.99), abs=0.01)
+    assert sum(found.values()) > 0.9
+    endless = streaming.which_resource_next(mixtral(kv_gb), prompt, output, sequences, page=16)
+    assert endless["memory_bytes_per_s"] == 0
+
+
+def throughput_of(s: Streaming, name: str, value: float, prompt, output, sequences) -> float:
+    changed = dataclasses.replace(s, **{name: value})
+    if sequences is None:
+        return float(changed.shared_throughput(prompt, output, 16))
+    return float(changed.greedy_throughput(sequences, prompt, output, 16))

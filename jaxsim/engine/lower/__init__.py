@@ -16,6 +16,7 @@ from jaxsim.engine.lower.checks import (
 )
 from jaxsim.engine.lower.costs import front_end_s, make_cost
 from jaxsim.engine.lower.failures import outage_rows, with_failures
+from jaxsim.engine.lower.hybrid import hybrid_facts
 from jaxsim.engine.lower.links import (
     flights_of,
     is_max_min,
@@ -57,8 +58,9 @@ from jaxsim.engine.lower.workloads import (
 
 __all__ = [
     "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "Pool", "Prefixes", "System", "check_contexts", "check_counters",
-    "check_requests", "check_routing", "check_transfers", "counter_room", "flights_of", "front_end_s", "is_max_min",
-    "is_split", "kinds_of_pools", "make_cost", "make_offload", "make_params", "make_patience", "make_remote_store",
+    "check_requests", "check_routing", "check_transfers", "counter_room", "flights_of", "front_end_s", "hybrid_facts",
+    "is_max_min", "is_split",
+    "kinds_of_pools", "make_cost", "make_offload", "make_params", "make_patience", "make_remote_store",
     "make_requests", "make_reuse", "make_slack", "make_swap", "make_workload", "migration_rates", "moves_of",
     "num_rows", "num_shared_links", "offload_blocks", "ordered", "outage_rows", "parts_of", "remote_blocks",
     "resolve_system", "routing_dims", "shared_prefixes", "step_limit", "transfer_rates", "ways_of", "with_counters",

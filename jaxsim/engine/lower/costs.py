@@ -2,8 +2,10 @@
 
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
-from jaxsim.cost.roofline import CUDA_GRAPHS, FRONT_ENDS, roofline
+from jaxsim.cost.host import hybrid_cost
+from jaxsim.cost.roofline import CUDA_GRAPHS, EXPERT_SKEW, FRONT_ENDS, roofline
 from jaxsim.engine import measured
+from jaxsim.engine.lower.hybrid import price
 from jaxsim.engine.lower.systems import Pool, System, kinds_of_pools
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario
 
@@ -26,6 +28,11 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, 
                       exact=scenario.cost.exact, head=head)
     if isinstance(scenario.cost, ProfiledCost):
         return measured.tables(scenario, s, system.model, system.device, system.plan, num_slots, longest, max_tokens)[0]
+    if system.hybrid is not None:
+        return hybrid_cost(price(scenario, s, system.model, system.device, system.plan), scenario.engine.hybrid,
+                           system.hybrid.weights, system.hybrid.host, most, num_slots,
+                           expert_skew=scenario.cost.overrides.get("expert_skew", EXPERT_SKEW),
+                           cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode], async_scheduling=s.async_scheduling)
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
                      moe_backend=scenario.engine.moe_backend, **scenario.cost.overrides)

@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxsim._core.errors import InputError
+from jaxsim.engine.lower.hybrid import Hybrid, hybrid_blocks, resolve_hybrid
 from jaxsim.policy.routing import AbstractRouting, router
 from jaxsim.policy.swap import MOST_GROUPED_BLOCKS
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.engine import SwapSection
+from jaxsim.spec.host_memory import HostBudget
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
 from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, kv_cache_bytes
@@ -27,19 +29,20 @@ class System:
 
     num_blocks: KV blocks of an instance; `memory` their arithmetic where they were derived. pools: where a cluster has
     any, all of them; the rest is then the first's. swap: host memory that victims move to, if they do. switches_roles:
-    engines of the pools change between their roles.
+    engines of the pools change between their roles. hybrid: the host's part, where it has one.
     """
 
     scheduler: Scheduler
     plan: Plan
     model: ModelSpec | None
     device: DeviceSpec | None
-    memory: MemoryBudget | None
+    memory: MemoryBudget | HostBudget | None
     num_blocks: int
     max_model_len: int
     pools: tuple["Pool", ...] = ()
     swap: SwapSection | None = None
     switches_roles: bool = False
+    hybrid: Hybrid | None = None
 
     @property
     def num_executors(self) -> int:
@@ -202,15 +205,22 @@ def _resolve_alone(scenario: Scenario) -> System:
     if model is not None and max_model_len > model.max_position:
         raise InputError("engine.max_model_len", max_model_len,
                          f"beyond the {model.max_position} positions of {model.name}", "lower it")
+    hybrid = None
+    if engine.hybrid is not None:
+        hybrid, scheduler = resolve_hybrid(scenario, scheduler, model, device, plan)
     memory, num_blocks = None, engine.num_gpu_blocks_override
-    if num_blocks is None and scheduler.kv_accounting:
+    if hybrid is not None:
+        memory = hybrid_blocks(scenario, scheduler, model, device, max_model_len)
+        num_blocks = num_blocks or memory.num_blocks
+    elif num_blocks is None and scheduler.kv_accounting:
         memory = kv_blocks(
             model, device, plan, dtype=scenario.dtype, kv_dtype=scenario.kv_dtype,
             block_size=scheduler.block_size, gpu_memory_utilization=scheduler.gpu_memory_utilization,
             max_num_batched_tokens=min(scheduler.max_num_batched_tokens, max_model_len),
             max_num_seqs=scheduler.max_batch_seqs, max_model_len=max_model_len, rule=scheduler.kv_rule)
         num_blocks = memory.num_blocks
-    system = System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len, swap=engine.swap)
+    system = System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len, swap=engine.swap,
+                    hybrid=hybrid)
     _check_swap(scenario, system)
     _check_offload(scenario, system)
     _check_remote_store(scenario, system)
