@@ -83,24 +83,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """One line for a mistake, with what was probably meant."""
 
+    _given: list[str] = []
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> Any:
         message = " ".join(message.split())
         unknown = re.fullmatch(r"unrecognized arguments: (.*)", message)
         remedy = f"see `{self.prog} --help`"
         if unknown:
             first = unknown.group(1).split()[0]
-            near = difflib.get_close_matches(first.partition("=")[0], _option_names(self), n=1)
+            near = difflib.get_close_matches(first.partition("=")[0], _option_names(self, self._given), n=1, cutoff=0.7)
             message = f"unknown argument {unknown.group(1)}"
             remedy = f"did you mean {near[0]}?" if near else "see --help of the command"
         self.exit(fail(f"{message}; {remedy}"))
 
 
-def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
+def _option_names(parser: argparse.ArgumentParser, given: list[str]) -> Iterator[str]:
+    """Of a parser, and of the command that was given."""
     for action in parser._actions:
         yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                yield from _option_names(inner)
+            for inner in [action.choices[name] for name in given if name in action.choices][:1]:
+                yield from _option_names(inner, given)
 
 
 class _Version(argparse.Action):
