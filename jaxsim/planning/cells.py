@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsim._core.errors import InputError
-from jaxsim.cost.roofline import Roofline, captured_tokens, pad_to_graph, roofline
+from jaxsim.cost.roofline import CUDA_GRAPHS, Roofline, captured_tokens, pad_to_graph, roofline
 from jaxsim.cost.tabulated import DECODE_DEVICE, TOKENS, TabulatedCost, Together
 from jaxsim.engine import lower
 from jaxsim.kernels import octaves
@@ -76,10 +76,10 @@ def cell_cost(scenario: Scenario, system: lower.System, max_sequences: int, long
     group, whole = (roofline(system.model, system.device, plan, scenario.dtype, scenario.kv_dtype,
                              host=cost.host or s.host, **cost.overrides) for plan in _plans(system.plan))
     return cell_tables(group, whole, s.most_tokens(max_sequences, longest), max_sequences,
-                       cuda_graphs=not scenario.engine.enforce_eager, async_scheduling=s.async_scheduling)
+                       cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode], async_scheduling=s.async_scheduling)
 
 
-def cell_tables(group: Roofline, whole: Roofline, max_tokens: int, max_sequences: int, **options: bool
+def cell_tables(group: Roofline, whole: Roofline, max_tokens: int, max_sequences: int, **options: bool | str
                 ) -> TabulatedCost:
     """The tables of `group` with its FFN taken out, and that of `whole` put in around its exchange.
 
