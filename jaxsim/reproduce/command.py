@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-SYSTEMS = ("burstgpt", "distserve", "droidspeak", "epd", "fastswitch", "llumnix", "prefix-routing")
+SYSTEMS = ("burstgpt", "distserve", "droidspeak", "epd", "fastswitch", "llumnix", "mnemosyne",
+           "prefix-routing")
 """What can be reproduced: each is a module of this package with `DESCRIPTION` and `reproduce`."""
 
 ALL = "all"
