@@ -51,6 +51,11 @@ def executor_of(scenario: Scenario, system: lower.System, cost: AbstractIteratio
     if system.pools:
         raise InputError("cluster.pools", [pool.role for pool in system.pools], "have no closed form",
                          "simulate them, or use cluster.replicas")
+    for field, value in (("target_batch_time_ms", scenario.engine.target_batch_time_ms),
+                         ("kv_parallel_tokens", scenario.engine.kv_parallel_tokens)):
+        if value is not None:
+            raise InputError(f"engine.{field}", value, "has no closed form of a steady state",
+                             "simulate it, or leave it out")
     if scenario.cluster.replicas % (scenario.cluster.variants or 1):
         raise InputError("cluster.variants", scenario.cluster.variants,
                          f"do not divide cluster.replicas = {scenario.cluster.replicas}: some of these have more"

@@ -230,7 +230,12 @@ class Decode(eqx.Module):
 
 
 class Prefill(eqx.Module):
-    """Attention of calls that hold prompt chunks; leaves as in `PrefillEfficiency`."""
+    """Attention of calls that hold prompt chunks; leaves as in `PrefillEfficiency`.
+
+    splits: the keys of a tile are cut over multiprocessors as well, those of decodes beside chunks too, so that few
+    queries behind a long context fill all of them; putting partial outputs together is left out, being a few
+    microseconds a layer.
+    """
 
     floor_s: Float[Array, ""]
     item_s: Float[Array, ""]
@@ -243,6 +248,7 @@ class Prefill(eqx.Module):
     tile_rows: int = eqx.field(static=True)
     tile_keys: int = eqx.field(static=True)
     joined_rows: int = eqx.field(static=True)
+    splits: bool = eqx.field(static=True, default=False)
 
     @classmethod
     def of(cls, record: PrefillEfficiency) -> "Prefill":
@@ -273,7 +279,7 @@ class Prefill(eqx.Module):
         c = [0.0] * CHUNK_COLUMNS
         c[PAIR], c[TOKEN] = share * kappa / (2 * tile_tokens), share * kappa / 2
         c[TILE], c[TILE_TOKENS] = share * (self.item_s + kappa * self.tile_keys / 2), tile_tokens
-        c[LONGEST], c[LONGEST_KEYS] = self.item_s, kappa
+        c[LONGEST], c[LONGEST_KEYS] = self.item_s, 0.0 if self.splits else kappa
         c[ADD_TOKEN] = 4 * shape.heads * head * self.io_factor / stream
         c[ADD_KEYS] = 4 * shape.kv_heads * head * self.io_factor / stream
         c[MOST_KEYS] = shape.window + tile_tokens if shape.window else UNBOUNDED_KEYS
@@ -281,7 +287,7 @@ class Prefill(eqx.Module):
         if self.joined_rows:
             c[DECODE] = shape.heads * self.item_s / units
             c[DECODE_CONTEXT] = shape.heads * self.joined_rows * key / units
-            c[LONGEST_CONTEXT] = self.joined_rows * key
+            c[LONGEST_CONTEXT] = 0.0 if self.splits else self.joined_rows * key
             c[READ_KEYS] = shape.decode_bytes / stream
             c[READ_CONTEXT] = shape.decode_bytes * self.joined_read_factor / stream
         return jnp.stack([jnp.asarray(x, float) for x in c])

@@ -9,6 +9,7 @@ by operator; `Roofline.tabulate` turns it into the small tables that the event l
 the time of one iteration goes.
 """
 
+import dataclasses
 from typing import Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -336,7 +337,7 @@ class Roofline(eqx.Module):
     @property
     def tail(self) -> Tail | None:
         """What unequal contexts add to decode attention."""
-        if self.latent is not None or "attention_decode" in self.elsewhere:
+        if self.latent is not None or "attention_decode" in self.elsewhere or self.prefill.splits:
             return None
         return self.decode.tail(self.attention_shape(), self.rates(), self._attention_work.full_layers)
 
@@ -633,14 +634,14 @@ def _messages(record: Efficiency, model: ModelSpec, device: DeviceSpec, plan: Pl
 
 def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dtype: str = "auto",
              kv_dtype: str = "auto", *, host: str = "vllm-v1", distinct_experts: str = operators.EXPECTED,
-             all_reduce: Literal["custom", "nccl"] = "custom", moe_backend: MoeBackend = "auto",
+             all_reduce: Literal["custom", "nccl"] = "custom", moe_backend: MoeBackend = "auto", split_kv: bool = False,
              **overrides: float) -> Roofline:
     """A roofline with the device's constants, any leaf of which `overrides` replaces by name.
 
     dtype, kv_dtype: number formats ("auto" = the checkpoint's own). A format the device has no arithmetic for
     keeps its bytes and is multiplied in the next wider type it has. host: a name in `HOSTS`.
     distinct_experts: "topk", "expected" or "all". all_reduce: vLLM's own where it can run, or NCCL's always.
-    moe_backend: kernels of the experts.
+    moe_backend: kernels of the experts. split_kv: attention is cut over the keys, too.
     """
     plan = (plan or Plan()).check(model)
     fmt = weight_format(dtype, model)
@@ -654,7 +655,8 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
     element = record.elementwise
     parts = dict(gemm=Gemm.of(record.gemm[linear]), gemm_16=Gemm.of(record.gemm["bf16"]),
                  experts=Experts.of(record.experts[expert]), decode=Decode.of(record.decode),
-                 prefill=Prefill.of(record.prefill), latent=Latent.of(record.latent) if model.is_mla else None,
+                 prefill=dataclasses.replace(Prefill.of(record.prefill), splits=split_kv),
+                 latent=Latent.of(record.latent) if model.is_mla else None,
                  elementwise=Elementwise(jnp.asarray(element.floor_s, float), jnp.asarray(element.efficiency, float)),
                  **_messages(record, model, device, plan, all_reduce))
     numbers = dict(peak_flops=peak.flops, memory_bytes_per_s=device.memory_bytes_per_s,

@@ -103,7 +103,8 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         entering=None if batch.entering is None else jnp.int32(0),
         joining_prefill=None if batch.joining_prefill is None else jnp.int32(0),
         loading=None if batch.loading is None else jnp.int32(0),
-        fetching=None if batch.fetching is None else jnp.int32(0))
+        fetching=None if batch.fetching is None else jnp.int32(0),
+        spread_chunks=None if batch.spread_chunks is None else jnp.int32(0))
     settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, most_used))
     if batch.tiles is not None:
         settled_batch = replace(settled_batch, tiles=jnp.int32(0))

@@ -96,6 +96,8 @@ def simulate_recorded(dims: Dims, params: Params, requests: Requests, num_record
     """
     if dims.num_stages > 1:
         raise ValueError(f"num_stages = {dims.num_stages}: iterations overlap, and a tape is of one after the other")
+    if dims.has_kv_parallel:
+        raise ValueError("has_kv_parallel: what groups merge is not on the tape")
     if dims.has_moves:
         raise ValueError("has_roles, has_migration: a tape does not follow a request from one executor to another")
     if dims.has_swap:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import BatchStats, DecodePace
-from jaxsim.engine import free_stages, gathering, pipeline
+from jaxsim.engine import free_stages, gathering, kv_parallel, pipeline
 from jaxsim.engine.common import MAX_SPAN_S, Group, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
 from jaxsim.engine.prefix import Found, Release, admit
@@ -18,9 +18,10 @@ from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PLACE, PROMPT
-from jaxsim.state.world import Clocks, Counts, Rank
+from jaxsim.state.world import Batch, Clocks, Counts, Rank
 
 if TYPE_CHECKING:
+    from jaxsim.engine.chunks import Sized
     from jaxsim.engine.swapping import Turn
 
 
@@ -89,9 +90,10 @@ def seeing_all(condition: Bool[Array, ""], counts: Counts, *, begins_anew: bool 
 
 
 def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array, " block_size"],
-                tail_offset: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+                tail_offset: Int[Array, ""], sized: "Sized | None" = None
+                ) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
     """Blocks the decodes of this pass take, blocks that must be free for them to go ahead, and those that the forming
-    prompt's next chunk takes beside them."""
+    prompt's next chunk takes beside them; sized: that chunk, where time limits it."""
     rank, batch = counts.rank, counts.batch
     crossing = residues.crossing_at(residue_row, batch.counter)
     if group.batching.decode_needs_free_block == "always":
@@ -102,6 +104,8 @@ def decode_need(dims: Dims, group: Group, counts: Counts, residue_row: Int[Array
     grown = jnp.int32(0)
     if group.batching.reserve == "none" and group.batching.chunked_prefill and group.batching.is_unified:
         chunk = jnp.minimum(rank.forming_known - rank.forming_computed, batch.budget)
+        if sized is not None:
+            chunk = jnp.minimum(chunk, sized.tokens)
         grown = blocks_for(rank.forming_computed + chunk, dims) - blocks_for(rank.forming_computed, dims)
         grown = jnp.where(rank.forming_slot != dims.null_slot, grown, 0)
     return crossing, need, grown
@@ -111,14 +115,15 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
           residue_row: Int[Array, " block_size"], lengths: Int[Array, " 4"], emitted: Int[Array, ""],
           request: Int[Array, ""], following: Int[Array, ""], free_slot: Int[Array, ""], slots: Slots | None,
           found: Found | None, is_ready: Bool[Array, ""] | None, ready_stamp: Int[Array, ""] | None = None,
-          turn: "Turn | None" = None
+          turn: "Turn | None" = None, sized: "Sized | None" = None
           ) -> tuple[Counts, Clocks, Int[Array, " block_size"], Placed, Bool[Array, ""], Bool[Array, ""]]:
     """Give the forming prompt its chunk, or admit the head of the queue if it fits.
 
     is_open: whether this step may place anything. lengths: the candidate's (prompt, output, max_tokens, place);
     emitted: its output tokens so far; following: the request behind it in the queue; found: what it has in the prefix
     cache, if there is one; is_ready: with roles, whether the candidate is the first of those whose KV is here;
-    ready_stamp: its place, where it got one with its KV; turn: what host memory has of it. Returns counts, times,
+    ready_stamp: its place, where it got one with its KV; turn: what host memory has of it; sized: its next chunk, where
+    time limits that. Returns counts, times,
     residues, what was placed, whether the queue's head is blocked by something that only an event can lift, and
     whether more may be placed at this instant. Where prompts wait for each other, the candidate may only be counted.
     """
@@ -149,6 +154,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     chunk = jnp.minimum(rest, batch.budget) if rules.chunked_prefill else rest
     if rules.walks:
         chunk = jnp.where(is_forming & has(counts, w.CHUNKED), rank.forming_chunk, chunk)
+    if sized is not None:
+        chunk = jnp.minimum(chunk, sized.tokens)
     reserved = {
         "none": blocks_for(chunk, dims), "prompt": blocks_for(known, dims),
         "expected": blocks_for(known, dims), "max_tokens": blocks_for(prompt + max_tokens, dims),
@@ -196,6 +203,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         free_tokens = ((rules.num_blocks - rank.used_blocks) << dims.block_bits).astype(jnp.float32)
         others = slots.expected_tokens(dims, rules, counts, times.rank.ratio)
         has_blocks = has_blocks & (own.astype(jnp.float32) < free_tokens - others)
+    if sized is not None:
+        has_budget = has_budget & sized.has_time
     is_closed = has(counts, w.CLOSED)
     if is_ready is not None and rules.waiting_blocked_after_preempt:
         is_closed = is_closed | (has(counts, w.PREEMPTED) & ~is_ready)
@@ -214,6 +223,10 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if found is not None:
         # What is cached of the head may be evicted while it waits, and its first chunk then need fewer blocks.
         is_held = ~has_slot | (found.least > rules.num_blocks - rank.used_blocks)
+    if sized is not None and rules.reserve == "none":
+        # While decodes grow, a chunk that fits the time gets shorter and needs fewer blocks.
+        least = blocks_for(jnp.minimum(rest, rules.chunks.least), dims)
+        is_held = ~has_slot | (rules.num_blocks - used - least < watermark)
     if rules.admit == "when_empty":
         is_held = jnp.bool_(True)
 
@@ -243,10 +256,16 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         num_chunks=batch.num_chunks + (tokens > 0),
         chunk_tokens=batch.chunk_tokens + tokens,
         chunk_context=batch.chunk_context + jnp.where(tokens > 0, computed + tokens, 0))
+    if rules.kv_parallel is not None:
+        batch = replace(batch, chunk_context=batch.chunk_context + jnp.where(
+            tokens > 0, rules.kv_parallel.shard(computed + tokens) - (computed + tokens), 0),
+            spread_chunks=batch.spread_chunks + jnp.where(computed + tokens > rules.kv_parallel.tokens, tokens, 0))
     if is_ready is not None:
         batch = replace(batch, count=batch.count + entering, offsets=batch.offsets + entering * offset,
                         entering=batch.entering + entering)
     pairs = times.batch.chunk_pairs + jnp.where(tokens > 0, (end - start) * (end + start), 0.0)
+    if rules.kv_parallel is not None:
+        pairs = times.batch.chunk_pairs + rules.kv_parallel.pairs(computed, computed + tokens)
     times = replace(times, batch=replace(times.batch, chunk_pairs=pairs))
     is_in = is_admitted.astype(jnp.int32)
     used = rank.used_blocks + jnp.where(is_placed, grown, 0)
@@ -292,6 +311,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if is_ready is not None and rules.has_context_limit:
         # The batch is made of who is in a slot.
         can_go_on = can_go_on | (is_placed & is_ready)
+    if sized is not None:
+        # One partly computed prompt at a time.
+        can_go_on = can_go_on & ~is_partial
     if turn is not None:
         # Others may be called, or here.
         can_go_on = can_go_on | (is_placed & turn.is_here & (batch.budget > 0))
@@ -314,11 +336,31 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     return counts, times, residue_row, placed, is_held, can_go_on
 
 
-def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, ""] | None = None
-               ) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
+def with_chunk(group: Group, batch: Batch, pairs: Float[Array, ""], computed: Int[Array, ""], tokens: Int[Array, ""]
+               ) -> tuple[Batch, Float[Array, ""]]:
+    """A batch with one chunk more, of some tokens behind those computed, and the query-key pairs of all."""
+    rule, end = group.batching.kv_parallel, computed + tokens
+    batch = replace(batch, num_chunks=batch.num_chunks + 1, chunk_tokens=batch.chunk_tokens + tokens)
+    if rule is None:
+        low, high = computed.astype(jnp.float32), end.astype(jnp.float32)
+        return replace(batch, chunk_context=batch.chunk_context + end), pairs + (high - low) * (high + low)
+    spread = batch.spread_chunks + jnp.where(end > rule.tokens, tokens, 0)
+    batch = replace(batch, chunk_context=batch.chunk_context + rule.shard(end), spread_chunks=spread)
+    return batch, pairs + rule.pairs(computed, end)
+
+
+def iteration_seconds(group: Group, stats: BatchStats, reads: "kv_parallel.Reads | None") -> Float[Array, ""]:
+    """Seconds of an iteration; reads: with KV-cache parallelism, what the busiest group does."""
+    seconds = group.cost.iteration(stats)
+    return seconds if reads is None else seconds + group.batching.kv_parallel.merge_seconds(reads.spread)
+
+
+def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, ""] | None = None,
+               reads: "kv_parallel.Reads | None" = None) -> tuple[BatchStats, Int[Array, ""], Int[Array, ""]]:
     """What the iteration that was formed does; then the sequences that decode behind it, and their context.
 
-    longest: the largest offset among the sequences, where the cost reads it. Approximated: beside decodes a prompt that
+    longest: the largest offset among the sequences, where the cost reads it. reads: with KV-cache parallelism, what the
+    busiest group reads in place of all contexts. Approximated: beside decodes a prompt that
     completes counts among these from this iteration on.
     """
     rules, batch = group.batching, counts.batch
@@ -333,6 +375,10 @@ def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest:
     if longest is not None:
         at_most = jnp.maximum(longest + batch.counter + 1, 0)
         stats = replace(stats, longest_context=jnp.where(decodes > 0, at_most, 0))
+    if reads is not None:
+        stats = replace(stats, decode_context=reads.context)
+        if longest is not None:
+            stats = replace(stats, longest_context=rules.kv_parallel.shard(stats.longest_context))
     after_first = batch.counter + jnp.where(is_prompt_only, 0, 1)
     followers = batch.count + batch.joining
     return stats, followers, batch.offsets + batch.joining_offsets + followers * (after_first + 1)
@@ -347,9 +393,18 @@ def last_of_jump(counts: Counts) -> BatchStats:
     return BatchStats.of(decodes, context, longest_context=longest)
 
 
-def price(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, ""] | None
-          ) -> tuple[Float[Array, ""], DecodePace]:
-    """Seconds of the iteration that was formed, and the pace of the decode iterations that can follow it."""
+def price(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, ""] | None,
+          decoding: "kv_parallel.Decoding | None" = None) -> tuple[Float[Array, ""], DecodePace]:
+    """Seconds of the iteration that was formed, and the pace of the decode iterations that can follow it; decoding:
+    with KV-cache parallelism, who does, the one just placed among those that follow."""
+    if decoding is not None:
+        rule = group.batching.kv_parallel
+        reads = kv_parallel.reads(rule, decoding.first, counts.batch.spread_chunks)
+        stats, followers, _ = statistics(dims, group, counts, times, longest, reads)
+        then = kv_parallel.reads(rule, decoding.following, jnp.int32(0))
+        after = 0 if longest is None else rule.shard(jnp.maximum(longest + counts.batch.counter + 1, 0) + 1)
+        pace = group.cost.decode(followers, then.context, 0, after)
+        return iteration_seconds(group, stats, reads), kv_parallel.paced(rule, pace, decoding.following, followers)
     stats, followers, context = statistics(dims, group, counts, times, longest)
     shared = shared_tokens(dims, counts, context) if group.batching.prefix_caching else 0
     # One more than in the first iteration, if that moved the clock; where it did not, a token is nothing.
@@ -365,12 +420,13 @@ def shared_tokens(dims: Dims, counts: Counts, context: Int[Array, ""]) -> Int[Ar
 def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, counts: Counts, times: Clocks,
           residue_row: Int[Array, " block_size"], next_key: Int[Array, ""], is_held: Bool[Array, ""],
           first_s: Float[Array, ""], pace: DecodePace, is_alone: Bool[Array, ""] | bool = True,
-          most_extra: Int[Array, ""] | None = None) -> tuple[Counts, Clocks, Plan]:
+          most_extra: Int[Array, ""] | None = None, reads: "kv_parallel.Reads | None" = None
+          ) -> tuple[Counts, Clocks, Plan]:
     """Start the iteration that was formed, and the decode iterations that can follow it undisturbed.
 
     next_key: smallest completion key of the batch, the joining sequences included. is_held: the queue's head,
     if any, can join only after an event. first_s, pace: from `price`. is_alone: no other batch is in flight.
-    most_extra: of these, if the queue's head waits.
+    most_extra: of these, if the queue's head waits. reads: as in `statistics`.
     """
     rules = group.batching
     rank, batch = counts.rank, counts.batch
@@ -404,13 +460,15 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
         may_follow = may_follow & (rank.forming_slot == dims.null_slot)
     extra = jnp.where(may_follow, jnp.maximum(extra, 0), 0)
     # What float32 left of the prices, now that they are stored values.
-    stats, followers, context = statistics(dims, group, counts, times)
+    stats, followers, context = statistics(dims, group, counts, times, reads=reads)
     first = Time(clock.on_grid(first_s), clock.on_grid(
         group.cost.iteration_remainder(stats, first_s) + (first_s - clock.on_grid(first_s))))
     run = Time(pace.first_s, group.cost.decode_remainder(followers, context, pace.first_s))
     executor = times.executor
     if dims.num_stages > 1:
         parts = free_stages.stage_parts(dims, group, stats) if dims.has_free_stages else None
+        if reads is not None:
+            parts = kv_parallel.stage_parts(dims, group, stats, reads)
         first, free = pipeline.enter(dims, group, event.now, stats, first_s, executor, parts)
         executor = replace(executor, free=free, alone=clock.add(executor.alone, first_s))
     first_end = clock.add(event.now, first)

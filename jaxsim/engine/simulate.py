@@ -196,7 +196,10 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     dims = with_offload(dims, scenario, system, workloads, prefixes)
     dims = with_tenants(dims, system, workloads)
     lower.check_counters(dims, workloads)
+    for workload in workloads:
+        lower.check_sums(dims, system, workload)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
+    lower.check_target(scenario, cost)
     return [Lane(index, system, workload, dims,
                   lower.with_failures(lower.with_counters(
                       lower.make_params(scenario, system, cost, most_steps(scenario, dims, workload), workload),
@@ -309,7 +312,8 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 swap_window=system.swap.window if system.swap is not None else 0,
                 keeps_turns=keeps_turns(system) and scenario.workload.has_sessions,
                 slack_window=(scenario.engine.slack_window or SLACK_WINDOW) * (system.scheduler.order == "least_slack"),
-                has_block_groups=system.swap is not None and system.swap.group_blocks is not None)
+                has_block_groups=system.swap is not None and system.swap.group_blocks is not None,
+                has_kv_parallel=system.plan.kv_parallel_size > 1)
     # Beside thousands of slots a packed key has fewer bits for iterations: half of them for jumps between rebases.
     dims = dataclasses.replace(dims, max_jump=min(dims.max_jump, 1 << (MOST_JUMP_BITS - dims.slot_bits)))
     rows = lower.outage_rows(scenario, dims.num_executors)

@@ -5,9 +5,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim.cost.base import DecodePace
 from jaxsim.engine import (
+    chunks,
     clients,
     fair,
     hand_over,
+    kv_parallel,
     lockstep,
     migration,
     offload,
@@ -92,6 +94,8 @@ class Touched(eqx.Module):
     next_key: Int[Array, ""] | None = None
     tail: Int[Array, ""] | None = None
     unlinked: tuple[queues.Link, queues.Link] | None = None
+    # With KV-cache parallelism, who decodes (of `price`: the prompt that was placed among those that follow).
+    decoding: kv_parallel.Decoding | None = None
 
     # open_pass: whether a pass is due, under way, free to place a prompt, short of blocks, closed before this step,
     # about to preempt, without anybody who goes ahead; the victim (slot, request, offset); the candidate: its lengths,
@@ -99,6 +103,8 @@ class Touched(eqx.Module):
     # Where victims are swapped: the line as it is.
     is_ready: Bool[Array, ""] | None = None
     sight: swapping.Sight | None = None
+    # Where time limits chunks: the candidate's next.
+    sized: chunks.Sized | None = None
     # Where turns are kept: the one that ended (of `retire`), what there is for the candidate, and whether this step
     # only drops a copy, and whose.
     ended: swapping.Ended | None = None

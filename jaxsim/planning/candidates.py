@@ -177,6 +177,8 @@ def _check_flags(scenario: Scenario, scheduler: Scheduler) -> None:
     engine = scenario.engine
     for field, value in (("engine.swap", engine.swap), ("engine.offload", engine.offload),
                          ("engine.context_reuse", engine.context_reuse), ("engine.hybrid", engine.hybrid),
+                         ("engine.target_batch_time_ms", engine.target_batch_time_ms),
+                         ("engine.kv_parallel_tokens", engine.kv_parallel_tokens),
                          ("cluster.remote_store", scenario.cluster.remote_store)):
         if value is not None:
             raise InputError(field, plain(value), "is not written as a flag of vLLM",

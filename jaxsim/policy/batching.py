@@ -8,7 +8,9 @@ each flag does, in the order of a scheduling pass, is stated in docs/design.md; 
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
+from jaxsim.policy.chunks import Chunks
 from jaxsim.policy.context_reuse import ContextReuse
+from jaxsim.policy.kv_parallel import KvParallel
 from jaxsim.policy.offload import Offload
 from jaxsim.policy.remote_store import RemoteStore
 from jaxsim.policy.swap import Swap
@@ -53,7 +55,9 @@ class Batching(eqx.Module):
         could join running decodes wait for so many iterations, unless together with them they are so many tokens; None
         where they never wait. max_batch_seqs: sequences of one batch of a pipeline; None without one. num_stages: of a
         pipeline that takes a batch whenever its first stage is free; None elsewhere. swap: host memory that
-        victims move to; None where they are recomputed.
+        victims move to; None where they are recomputed. chunks: how long an iteration with a prompt may take, None
+        where only tokens count. kv_parallel: groups of devices that share the KV of long contexts, None where one has
+        it all.
 
     Source: the schedulers named in docs/schedulers.md.
     """
@@ -91,6 +95,8 @@ class Batching(eqx.Module):
     offload: Offload | None = None
     reuse: ContextReuse | None = None
     remote: RemoteStore | None = None
+    chunks: Chunks | None = None
+    kv_parallel: KvParallel | None = None
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),
@@ -108,6 +114,16 @@ class Batching(eqx.Module):
             raise ValueError("offload, reuse: only behind a prefix cache")
         if self.remote is not None and not self.prefix_caching:
             raise ValueError("remote: only behind a prefix cache")
+        if self.chunks is not None and not (self.is_unified and self.chunked_prefill
+                                            and self.reserve in ("none", "prompt") and self.admit == "any_time"):
+            raise ValueError("chunks: only for prompts in chunks beside decodes")
+        if (self.chunks is not None or self.kv_parallel is not None) and (
+                not self.is_unified or not self.kv_accounting or self.walks or self.prefix_caching
+                or self.order == "vtc" or self.has_context_limit):
+            raise ValueError("chunks, kv_parallel: unified batches of known blocks, victims from the tail, no prefix"
+                             " caching, no virtual token counters")
+        if self.kv_parallel is not None and self.pass_on_arrival:
+            raise ValueError("kv_parallel: not with pass_on_arrival")
         if self.order in ("vtc", "least_slack") and not (
                 self.is_unified and self.reserve == "none" and self.kv_accounting and self.admit == "any_time"
                 and self.victim == "last_admitted" and not self.async_scheduling):

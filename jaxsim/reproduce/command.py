@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-SYSTEMS = ("apex", "burstgpt", "distserve", "droidspeak", "epd", "fastswitch", "genz", "llumnix", "moe-lens",
-           "prefix-routing", "skip")
+SYSTEMS = ("apex", "burstgpt", "distserve", "droidspeak", "epd", "fastswitch", "genz", "llumnix", "mnemosyne",
+           "moe-lens", "prefix-routing", "skip")
 """What can be reproduced: each is a module of this package with `DESCRIPTION` and `reproduce`."""
 
 ALL = "all"

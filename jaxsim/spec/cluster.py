@@ -256,6 +256,7 @@ class ClusterSection(Section, frozen=True):
         encode: how images are encoded: by the pools of role encode, otherwise by all that compute prompts.
         role_switching: engines change between the roles of the pools; they keep theirs if left out.
         remote_store: of KV blocks, that all engines share; none if left out.
+        num_devices: that there are; engines that need more are refused.
     """
 
     replicas: Annotated[int, Meta(ge=1, le=4096)] = 1
@@ -273,6 +274,7 @@ class ClusterSection(Section, frozen=True):
     encode: EncodeSection | None = None
     role_switching: RoleSwitchingSection | None = None
     remote_store: RemoteStoreSection | None = None
+    num_devices: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
 
     @property
     def has_roles(self) -> bool:

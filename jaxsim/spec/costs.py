@@ -48,12 +48,16 @@ class RooflineCost(Section, frozen=True, tag_field="kind", tag="roofline"):
             with no overlap, or all.
         front_end_s: seconds of a request outside the engine (HTTP server, tokenizer), in TTFT and end to end; those of
             `host` if left out, 0 where clocks are inside the engine.
+        split_kv: attention is cut over the keys too, whatever the batch, as kernels for long contexts do it
+            (FlashInfer, FlashAttention 3 with splits); otherwise a tile of a chunk's queries passes all keys on one
+            multiprocessor.
     """
 
     overrides: dict[str, float] = {}
     host: Text | None = None
     distinct_experts: Literal["expected", "topk", "all"] = "expected"
     front_end_s: NotNegative | None = None
+    split_kv: bool = False
 
 
 class ProfiledCost(Section, frozen=True, tag_field="kind", tag="profiled"):

@@ -40,6 +40,7 @@ class Dims:
     has_variants: instances serve different fine-tunes; has_siblings: contexts come from instances of the run.
     num_links: between pools, that all of their engines share; is_max_min: what a transfer leaves of a shared link goes
     to others.
+    has_kv_parallel: the KV of long contexts is cut over groups of devices.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -88,6 +89,7 @@ class Dims:
     has_siblings: bool = False
     num_links: int = 0
     is_max_min: bool = False
+    has_kv_parallel: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -151,6 +153,10 @@ class Dims:
             raise ValueError("has_siblings: only with has_reuse and has_variants")
         if self.offload_log and not self.has_offload:
             raise ValueError("offload_log: only with has_offload")
+        if self.has_kv_parallel and (self.num_ranks > 1 or self.has_moves or self.has_clients or self.has_swap
+                                     or self.has_encoder or self.num_segments or self.num_tenants):
+            raise ValueError("has_kv_parallel: executors of one rank, without roles, migration, clients that give up,"
+                             " swapping, images, prefix caching and virtual token counters")
         if self.has_remote and self.has_reuse:
             raise ValueError("has_remote, has_reuse: one of them")
         if (self.has_egress or self.remote_log) and not self.has_remote:

@@ -190,6 +190,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         slack_prompt_ms: that a token of a prompt is taken to need there; 0 if left out.
         slack_window: preempted requests that wait at once there, of which the run keeps track (64 if left out);
             beyond, it stops with a fault.
+
+    Long contexts (docs/long-context.md):
+        target_batch_time_ms: that an iteration with a prompt is to take at most: chunks of prompts are as long as that
+            leaves time for, within max_num_batched_tokens. Only tokens limit them if left out.
+        min_chunk_tokens: of a chunk there, 1 if left out: the first of an iteration has as many, whatever they take.
+        kv_parallel_size: groups of tensor x pipeline parallel devices that share the KV of long contexts.
+        kv_parallel_tokens: of a context that a group has before the next one takes any.
     """
 
     preset: Text = "vllm-v1"
@@ -234,3 +241,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     slack_output_ms: Annotated[float, Meta(ge=0, le=10_000)] | None = None
     slack_prompt_ms: Annotated[float, Meta(ge=0, le=10_000)] | None = None
     slack_window: Annotated[int, Meta(ge=8, le=8192)] | None = None
+
+    target_batch_time_ms: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    min_chunk_tokens: Count | None = None
+    kv_parallel_size: Degree = 1
+    kv_parallel_tokens: Annotated[int, Meta(ge=1, le=1 << 24)] | None = None

@@ -73,7 +73,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     Data-parallel ranks of a dense model are independent copies. Those of a mixture of experts copy attention and share
     the experts: with `enable_expert_parallel` whole ones are spread over tensor x data ranks, without it each is cut
     over them. A step exchanges tokens among them: all are gathered everywhere and their sums scattered, unless
-    `all_to_all` sends each to the ranks of its experts, which have to be whole.
+    `all_to_all` sends each to the ranks of its experts, which have to be whole. `kv_parallel_size` groups, each with
+    all of the model, share the KV of long contexts.
     """
 
     tensor_parallel_size: Degree = 1
@@ -81,16 +82,19 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     data_parallel_size: Degree = 1
     enable_expert_parallel: bool = False
     all_to_all: bool = False
+    kv_parallel_size: Degree = 1
 
     def __post_init__(self):
-        for field in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        for field in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+                      "kv_parallel_size"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
                 raise InputError(f"engine.{field}", getattr(self, field), "must be an integer of at least 1")
 
     @property
     def num_devices(self) -> int:
         """Devices of the instance."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+        one = self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+        return one * self.kv_parallel_size
 
     @property
     def expert_ranks(self) -> int:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import msgspec
+
 from jaxsim.spec.device import DeviceSpec, load_device
 from jaxsim.spec.engine import Text
 from jaxsim.spec.model import ModelSpec, load_model
-from jaxsim.spec.values import Positive, Section
+from jaxsim.spec.values import Positive, Section, Tokens
 
 
 class ModelSection(Section, frozen=True):
@@ -17,6 +19,7 @@ class ModelSection(Section, frozen=True):
             only a label.
         dtype: weights and activations (bf16, fp16, fp8, int8, int4, ...); the model's own if left out.
         kv_dtype: KV cache; the same as dtype if left out.
+        max_position: positions it is served for, where RoPE scaling extends them; its own if left out.
     """
 
     name: Text | None = None
@@ -24,9 +27,14 @@ class ModelSection(Section, frozen=True):
     dimensions: dict[str, Any] | None = None
     dtype: Text | None = None
     kv_dtype: Text | None = None
+    max_position: Tokens | None = None
 
     def spec(self) -> ModelSpec:
         """The model itself. Raises `InputError` where it cannot be had."""
+        own = self._own_spec()
+        return own if self.max_position is None else msgspec.structs.replace(own, max_position=self.max_position)
+
+    def _own_spec(self) -> ModelSpec:
         if self.dimensions is not None:
             return ModelSpec.from_dict({"name": self.name, **self.dimensions}, "model.dimensions")
         return ModelSpec.from_hf_config(self.config) if self.config is not None else load_model(self.name)

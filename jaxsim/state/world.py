@@ -11,6 +11,7 @@ requests, and are touched one entry at a time. A record of `N` requests has row 
 import functools
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -96,6 +97,20 @@ class OffloadCounts(eqx.Module):
     head: Int[Array, "*shape"]
     end: Int[Array, "*shape"]
     fetched_blocks: Int[Array, "*shape"] | None = None
+
+
+class Shards(NamedTuple):
+    """Of decodes whose KV groups of devices share (`jaxsim.engine.kv_parallel`): those on one group, their context
+    tokens, and the longest of them; those that have not filled every group; those that have, and their tokens; in how
+    many iterations the first of all leaves its kind."""
+
+    local: Int[Array, "*shape"]
+    local_tokens: Int[Array, "*shape"]
+    longest: Int[Array, "*shape"]
+    filling: Int[Array, "*shape"]
+    whole: Int[Array, "*shape"]
+    whole_tokens: Int[Array, "*shape"]
+    edge: Int[Array, "*shape"]
 
 
 class SwapCounts(eqx.Module):
@@ -187,7 +202,8 @@ class Batch(eqx.Module):
     do, whose prompts it completes. `joining_prefill`: of those whose first token the iteration
     computes, their part of the rank's `prefill_tokens`. `is_lost`: where executors fail, the last iteration of the
     jump, or the first without any, did not come to its end. loading: blocks that are loaded for the
-    iteration, `fetching` of them from the store that instances share.
+    iteration, `fetching` of them from the store that instances share. With KV-cache parallelism: `shards` of those that
+    decode in the iteration that is formed, and the tokens of its chunks whose contexts several groups hold.
     """
 
     counter: Int[Array, "*shape"]
@@ -217,6 +233,8 @@ class Batch(eqx.Module):
     is_lost: Int[Array, "*shape"] | None = None
     loading: Int[Array, "*shape"] | None = None
     fetching: Int[Array, "*shape"] | None = None
+    shards: Shards | None = None
+    spread_chunks: Int[Array, "*shape"] | None = None
 
 
 class Counts(eqx.Module):
@@ -561,7 +579,9 @@ def empty_counts(dims: Dims) -> Counts:
                    tiles=zero if dims.has_parts or dims.has_encoder else None,
                    joining_prefill=zero if dims.tracks_prefill else None,
                    is_lost=zero if dims.has_failures else None, loading=zero if dims.has_loads else None,
-                   fetching=zero if dims.has_remote else None)
+                   fetching=zero if dims.has_remote else None,
+                   shards=Shards(*(zero,) * 7) if dims.has_kv_parallel else None,
+                   spread_chunks=zero if dims.has_kv_parallel else None)
     return Counts(executor, rank, batch)
 
 

@@ -242,6 +242,8 @@ class Lanes:
         dims = simulate.dims_of(scenario, system, most)
         dims = simulate.with_tenants(dims, system, [self.workload(scenario, seed) for seed in scenario.seeds])
         lower.check_counters(dims, [self.workload(scenario, seed) for seed in scenario.seeds])
+        for seed in scenario.seeds:
+            lower.check_sums(dims, system, self.workload(scenario, seed))
         statics = tuple(getattr(s, name) for name in s.__struct_fields__
                         if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS)
         key = (statics, s.decode_context_limit is not None, scenario.cluster.router,
@@ -250,6 +252,7 @@ class Lanes:
                self._cost_kind(scenario, system),
                scenario.engine.enable_prefix_caching, bool(scenario.engine.swap and scenario.engine.swap.redraw),
                scenario.engine.offload is not None, scenario.engine.context_reuse is not None,
+               scenario.engine.target_batch_time_ms is not None,
                _of_remote_store(scenario),
                dataclasses.replace(dims, num_slots=0))
         schedulers = tuple(pool.system.scheduler for pool in system.pools) or (s,)
@@ -276,9 +279,8 @@ class Lanes:
         # Numbers do not change it; those that are none are looked at one by one.
         values = [v for v in cost.overrides.values() if not v > 0]
         key = _bytes(scenario.model, scenario.device, engine.dtype, engine.kv_cache_dtype, engine.moe_backend,
-                     engine.enforce_eager, engine.hybrid,
-                     system.plan, cost.host, cost.distinct_experts, sorted(cost.overrides),
-                     values, stamps(scenario))
+                     engine.enforce_eager, engine.hybrid, system.plan, cost.host, cost.distinct_experts,
+                     sorted(cost.overrides), cost.split_kv, values, stamps(scenario))
         return self._kinds.get(key, structure)
 
     # Runs
@@ -315,6 +317,7 @@ class Lanes:
             slots, tokens, longest)
         cost = self._costs.get(key, lambda: jax.device_get(
             lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
+        lower.check_target(scenario, cost)
         w = scenario.workload
         closed = (w.concurrency, w.think_s) if w.kind == "closed-loop" else None
         key = *key, _bytes(scenario.cluster, closed, w.has_sessions, w.client, w.has_deadlines, w.images)

@@ -46,6 +46,8 @@ class Flags:
       (DistServe). The bytes that a pass moves out and in at swap_bandwidth (bytes/s, kv_bytes_per_token each) lengthen
       the iteration it composes, as where the copies go before the kernels in one stream (vLLM V0).
     - offloading: `offload.Offloading`, host memory behind the prefix cache, or `offload.Sibling`, or `lending.Lending`.
+    - target_s: that an iteration with a prompt takes at most, with chunks of at least min_chunk_tokens; kv_groups:
+      `long_contexts.Groups`, that hold the KV of long contexts together.
     - swapping: `swapping.Swapping`, of an engine with the rules of vLLM V0: host memory with its copies, and
       priorities that are drawn anew.
     """
@@ -92,6 +94,9 @@ class Flags:
     prices: tuple[tuple[float, float], ...] = ()
     pace: tuple[int, int] = (0, 64)
     keeps_slack: bool = False
+    target_s: float | None = None
+    min_chunk_tokens: int = 1
+    kv_groups: object = None
 
     def __post_init__(self):
         for name, allowed in (

@@ -2,6 +2,7 @@
 
 from .fairness import queue_key
 from .flags import SORTED, UNLIMITED, Flags
+from .long_contexts import chunk_in_time
 from .memory import (
     blocks_at_admission,
     blocks_for,
@@ -69,6 +70,8 @@ def schedule_running(instance: Instance, plan: Plan, flags: Flags) -> None:
             return
         tokens = 1 if job.is_prefilled else min(job.known - job.scheduled_tokens, plan.budget)
         assert tokens >= 1, "a running job found no budget"
+        if not job.is_prefilled:
+            tokens = chunk_in_time(plan, job, tokens, flags, instance.predict)
         lacking, must_be_free = blocks_for(job, tokens, flags)
         while instance.free_blocks < must_be_free:
             if flags.victim == "lowest_priority":
@@ -188,6 +191,12 @@ def admit(instance: Instance, plan: Plan, flags: Flags, visible: set[int] | None
         if not flags.chunked_prefill and job.known - cached > plan.budget:
             return
         chunk = min(job.known - cached, plan.budget)
+        if flags.target_s is not None:
+            if any(not j.is_prefilled and j.scheduled_tokens + tokens < j.known for j, tokens in plan.entries):
+                return  # a prompt that was cut ends the batch
+            chunk = chunk_in_time(plan, job, chunk, flags, instance.predict)
+            if chunk is None:
+                return
         if instance.cache is not None:
             blocks = instance.cache.blocks_to_allocate(job.for_cache, loaded + chunk)
         else:

@@ -50,6 +50,7 @@ from .encoding import Encoders, Encoding
 from .failures import BACK, PHASE_OUTAGE, Failures, Outages
 from .flags import PRESETS, UNLIMITED, Flags, preset
 from .lending import Borrower
+from .long_contexts import seconds as long_seconds
 from .memory import release
 from .migration import LiveMigration, Migration
 from .passes import enqueue, scheduling_pass
@@ -203,6 +204,8 @@ class Simulation:
                 instance.swap = SwapState()
                 if instance.flags.swapping.group_blocks:
                     instance.swap.pool = Pool(instance.flags.num_blocks, instance.flags.swapping.group_blocks)
+        for instance in instances:
+            instance.predict = lambda entries, instance=instance: self._alone_s(instance, entries)
         self.shared_store = remote_store.connect(instances, requests, lambda: self.now)
         self.num_routed = self.num_finished = 0
         self.clients = clients
@@ -555,7 +558,8 @@ class Simulation:
         if self.encoder is not None and tiles:
             base_s, tile_s = self.encoder[instance.index]
             encoding_s = base_s + tile_s * tiles
-        end = self._end_of(instance, stats, encoding_s)
+        told, merge_s = long_seconds(plan.entries, stats, flags)
+        end = self._end_of(instance, told, encoding_s, merge_s)
         for job, tokens in plan.entries:
             job.pending += tokens
             job.iteration = end - self.now
@@ -578,13 +582,21 @@ class Simulation:
             heapq.heappush(self.events, (end, PHASE_ITERATION_END, instance.index))
         return end
 
-    def _end_of(self, instance: Instance, stats: BatchStatsRef, encoding_s: float = 0.0) -> float:
+    def _alone_s(self, instance: Instance, entries: list) -> float:
+        """Of a batch that goes through the engine and the stages by itself."""
+        cost = self.costs[instance.index]
+        told, merge_s = long_seconds(entries, batch_stats(entries), instance.flags)
+        return cost(told) + merge_s
+
+    def _end_of(self, instance: Instance, stats: BatchStatsRef, encoding_s: float = 0.0, merge_s: float = 0.0
+                ) -> float:
         """The batch goes through the engine and the stages, each of which is first done with what it has."""
         flags = instance.flags
         if flags.stages == 1:
-            seconds = [self.costs[instance.index](stats) + encoding_s]
+            seconds = [self.costs[instance.index](stats) + encoding_s + merge_s]
         else:
-            seconds = self.stage_costs[instance.index](stats)
+            core_s, *parts = self.stage_costs[instance.index](stats)
+            seconds = [core_s, *(part + merge_s / flags.stages for part in parts)]
         assert all(math.isfinite(x) and x >= 0 for x in seconds)
         if instance.store is not None:
             (alone,) = seconds

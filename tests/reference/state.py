@@ -162,6 +162,7 @@ class Instance:
     store: offload.HostStore | offload.SiblingStore | remote_store.TieredStore | lending.Borrower | None = None
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
     swap: object = None  # `swapping.SwapState`
+    predict: object = None  # seconds of a batch in the making
     counters: "fairness.VirtualTokenCounters | None" = None
 
     def __post_init__(self):

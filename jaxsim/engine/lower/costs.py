@@ -35,7 +35,8 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, 
                            cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode], async_scheduling=s.async_scheduling)
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
-                     moe_backend=scenario.engine.moe_backend, **scenario.cost.overrides)
+                     moe_backend=scenario.engine.moe_backend, split_kv=scenario.cost.split_kv,
+                     **scenario.cost.overrides)
     return model.tabulate(most, num_slots, cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode],
                           async_scheduling=s.async_scheduling)
 

@@ -11,6 +11,7 @@ from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.engine.common import Group, Params
 from jaxsim.engine.lower.costs import front_end_s
 from jaxsim.engine.lower.links import embedding_rate, is_max_min, migration_rates, on_grid, transfer_rates, ways_of
+from jaxsim.engine.lower.long_contexts import make_chunks, make_kv_parallel
 from jaxsim.engine.lower.systems import (
     Pool,
     System,
@@ -144,6 +145,8 @@ def make_batching(scenario: Scenario, system: System) -> Batching:
         async_scheduling=s.async_scheduling, kv_accounting=s.kv_accounting,
         has_context_limit=s.decode_context_limit is not None,
         prefix_caching=scenario.engine.enable_prefix_caching)
+    batching = dataclasses.replace(batching, chunks=make_chunks(scenario),
+                                   kv_parallel=make_kv_parallel(scenario, system))
     if system.swap is not None:
         batching = dataclasses.replace(batching, swap=make_swap(scenario, system))
     if scenario.engine.offload is not None:

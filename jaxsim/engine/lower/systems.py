@@ -179,7 +179,8 @@ def _resolve_alone(scenario: Scenario) -> System:
     plan = Plan(tensor_parallel_size=engine.tensor_parallel_size, data_parallel_size=engine.data_parallel_size,
                 pipeline_parallel_size=engine.pipeline_parallel_size,
                 enable_expert_parallel=engine.enable_expert_parallel,
-                all_to_all=engine.all2all_backend not in ("allgather_reducescatter", "naive"))
+                all_to_all=engine.all2all_backend not in ("allgather_reducescatter", "naive"),
+                kv_parallel_size=engine.kv_parallel_size)
     model = device = None
     if scenario.model is not None:
         model = scenario.model.spec()
@@ -217,8 +218,13 @@ def _resolve_alone(scenario: Scenario) -> System:
             model, device, plan, dtype=scenario.dtype, kv_dtype=scenario.kv_dtype,
             block_size=scheduler.block_size, gpu_memory_utilization=scheduler.gpu_memory_utilization,
             max_num_batched_tokens=min(scheduler.max_num_batched_tokens, max_model_len),
-            max_num_seqs=scheduler.max_batch_seqs, max_model_len=max_model_len, rule=scheduler.kv_rule)
-        num_blocks = memory.num_blocks
+            max_num_seqs=scheduler.max_batch_seqs, max_model_len=-(-max_model_len // plan.kv_parallel_size),
+            rule=scheduler.kv_rule)
+        # Groups that share KV have one pool.
+        num_blocks = memory.num_blocks * plan.kv_parallel_size
+    if engine.kv_parallel_size > 1 and model.window_layers:
+        raise InputError("engine.kv_parallel_size", engine.kv_parallel_size,
+                         f"is not simulated with the windowed layers of {model.name}", "use 1")
     system = System(scheduler, plan, model, device, memory, num_blocks or 0, max_model_len, swap=engine.swap,
                     hybrid=hybrid)
     _check_swap(scenario, system)

@@ -11,6 +11,7 @@ from jaxsim.engine import (
     fair,
     free_stages,
     hand_over,
+    kv_parallel,
     migration,
     prefix,
     swapping,
@@ -76,6 +77,10 @@ def retire(context: Context, t: Touched) -> Touched:
     if group.cost.reads_longest:
         is_in = (keys != packed.EMPTY) & (jnp.arange(dims.slot_width) != retired.slot)
         longest = jnp.max(jnp.where(is_in, take(world.slot_entries, t.rank)[:, w.OFFSET], -packed.EMPTY))
+    decoding = None
+    if group.batching.kv_parallel is not None:
+        decoding = kv_parallel.look(context, t, counts.batch, keys, retired.slot)
+        counts = replace(counts, batch=replace(counts.batch, shards=decoding.first))
     released = None
     if group.batching.prefix_caching:
         preemptions = take(world.progress, retired.request)[1]
@@ -107,4 +112,4 @@ def retire(context: Context, t: Touched) -> Touched:
     return replace(t, event=event, counts=counts, residue_row=residue_row, source=source, due=due, released=released,
                    left=left, is_looking=is_looking, retired=retired, has_more=has_more, next_key=next_key, tail=tail,
                    longest=longest, unlinked=unlinked and tuple(unlinked), slots=slots, control=control,
-                   tenants=tenants)
+                   tenants=tenants, decoding=decoding)

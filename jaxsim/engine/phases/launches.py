@@ -9,6 +9,7 @@ from jaxsim.engine import (
     fair,
     free_stages,
     hand_over,
+    kv_parallel,
     lockstep,
     migration,
     offload,
@@ -22,6 +23,7 @@ from jaxsim.engine.common import Context, has
 from jaxsim.engine.touched import Touched
 from jaxsim.kernels import clock, packed
 from jaxsim.state import world as w
+from jaxsim.state.requests import PROMPT
 
 
 def price(context: Context, t: Touched) -> Touched:
@@ -56,7 +58,12 @@ def price(context: Context, t: Touched) -> Touched:
     longest = t.longest
     if longest is not None:
         longest = jnp.maximum(longest, jnp.where(t.placed.is_completing, t.placed.entry[w.OFFSET], longest))
-    priced = passes.price(context.dims, context.group, t.counts, t.times, longest)
+    decoding = t.decoding
+    if decoding is not None:
+        known = t.lengths[PROMPT] + t.emitted
+        following = kv_parallel.with_one(rules.kv_parallel, decoding.following, known + 1, t.placed.is_completing)
+        decoding = replace(decoding, following=following)
+    priced = passes.price(context.dims, context.group, t.counts, t.times, longest, decoding)
     if context.dims.has_encoder:
         priced = priced[0] + parts.encoding_s(context, t.event, t.counts), priced[1]
     return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_idle=is_idle,
@@ -79,7 +86,9 @@ def launch(context: Context, t: Touched) -> Touched:
         context.dims, context.group, t.is_starting, event, t.counts, t.times, t.residue_row,
         jnp.minimum(t.next_key, own_key), t.is_held, *t.price,
         is_alone=~t.flying.without(event.batch) if t.flying is not None else ~fits if context.dims.has_roles else True,
-        most_extra=None if t.tenants is None else fair.iterations_alike(context, t.tenants, t.counts))
+        most_extra=None if t.tenants is None else fair.iterations_alike(context, t.tenants, t.counts),
+        reads=None if t.decoding is None else kv_parallel.reads(
+            context.group.batching.kv_parallel, t.decoding.first, t.counts.batch.spread_chunks))
     if t.sight is not None:
         counts, times, plan = swapping.begin(context, t.is_starting, counts, times, plan, t.sight)
     if context.dims.has_remote:

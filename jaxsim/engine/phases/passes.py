@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jaxsim.engine import (
     caches,
+    chunks,
     context_reuse,
     decode_queue,
     fair,
@@ -86,6 +87,13 @@ def open_pass(context: Context, t: Touched) -> Touched:
         candidate = jnp.where(is_ready, counts.rank.ready.front, candidate)
     if rules.chunked_prefill:
         candidate = jnp.where(is_forming & ~has(counts, w.FORMED), counts.rank.forming_request, candidate)
+    sized = None
+    if rules.chunks is not None:
+        begun = is_forming & ~has(counts, w.FORMED)
+        planned = jnp.where(is_passing, candidate, scratch)
+        known = take(requests.table, planned)[PROMPT] + take(world.progress, planned)[0]
+        sized = chunks.size(dims, group, counts, times, t.longest, t.decoding, known,
+                            jnp.where(begun, counts.rank.forming_computed, 0))
 
     is_short, is_placing = jnp.bool_(False), is_passing
     slots, residue_row = t.slots, t.residue_row
@@ -119,7 +127,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
                     context, event, t.rank, is_passing, was_closed, counts, t.times, slots, t.ended)
                 victim, candidate, is_preempting = sight.victim, sight.candidate, sight.is_leaving & may_preempt
             if rules.is_unified:
-                crossing, need, grown = passes.decode_need(dims, group, counts, residue_row, tail_offset)
+                crossing, need, grown = passes.decode_need(dims, group, counts, residue_row, tail_offset, sized)
                 free = rules.num_blocks - counts.rank.used_blocks
                 is_short = wants_decode & (need + grown > free)
                 if t.flying is not None:
@@ -171,6 +179,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
         sight=sight, candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
         preempted_s=preempted_s, is_again=is_again, kept_turn=kept_turn, is_trimming=is_trimming, trimmed=trimmed,
+        sized=sized,
         # The link behind the candidate may be the one the arrival has just made.
         next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
 
@@ -230,7 +239,8 @@ def fill(context: Context, t: Touched) -> Touched:
     counts, times, residue_row, placed, is_held, can_go_on = passes.place(
         dims, group, t.is_placing, counts, times, t.residue_row, t.lengths, t.emitted, t.candidate, t.next_head,
         free_slot, t.slots, t.found, t.is_ready,
-        take(world.ready_before, t.candidate) if dims.has_roles and rules.has_context_limit else None, t.kept_turn)
+        take(world.ready_before, t.candidate) if dims.has_roles and rules.has_context_limit else None, t.kept_turn,
+        t.sized)
     if t.kept_turn is not None:
         can_go_on = can_go_on | t.kept_turn.is_called
     tenants = None if t.tenants is None else fair.place(context, t, placed)

@@ -1,0 +1,314 @@
+"""Chunks as long as an iteration may take, and KV that groups of devices share, against the reference, bit for bit."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+import pytest
+
+import jaxsim
+from jaxsim import InputError, Scenario
+from jaxsim.analytic import long_context as lc
+from jaxsim.analytic.lower import of_scenario
+from jaxsim.engine import loop, lower
+from jaxsim.policy.chunks import Chunks
+from jaxsim.policy.kv_parallel import KvParallel
+from jaxsim.spec.dims import Dims
+from jaxsim.spec.model import load_model
+from jaxsim.workload import Workload
+from tests.engine import cases as c
+from tests.engine import test_compiled
+from tests.reference import simulator
+from tests.reference.long_contexts import Groups
+
+pytestmark = pytest.mark.unoptimised
+
+STAGES = 4
+
+
+@dataclass
+class Long:
+    """A case with a time for iterations, the least tokens of a chunk, and groups that share KV."""
+
+    case: c.Case
+    target_s: float
+    least: int
+    groups: Groups
+
+    def __len__(self) -> int:
+        return len(self.case)
+
+    def kept(self, mask: np.ndarray) -> "Long":
+        return replace(self, case=self.case.kept(mask))
+
+
+def draw(rng: np.random.Generator, case: c.Case) -> Long:
+    """A time that some decodes and a chunk just take, or a bit less or more; in some lanes one that never binds, or
+    groups that never share."""
+    price, scale = c.dyadic_cost(case), max(case.coefficients[0][0], 2.0**-10)
+    tokens, decodes = int(rng.integers(1, 30)), int(rng.integers(0, 8))
+    history = int(rng.integers(0, 40))
+    just = price(simulator.BatchStatsRef(decodes, decodes * int(rng.integers(1, 60)), 1, tokens,
+                                         (history + tokens)**2 - history**2, history + tokens, decodes))
+    target = float(rng.choice([1.0, 1.0, 1.0, 2.0])) * just + scale * float(rng.choice([-0.25, 0.0, 0.0, 0.25]))
+    groups = Groups(int(rng.choice([1, 2, 4])), int(rng.integers(1, 30)),
+                    *(scale * float(x) for x in rng.choice([0.0, 0.125, 0.5], 2) * (1.0, 0.125)))
+    return Long(case, float(2.0**20 if rng.random() < 0.1 else target), int(rng.choice([1, 1, 2, 5])), groups)
+
+
+def draw_many(seed: int, flags: simulator.Flags, dims: Dims) -> list[Long]:
+    rng = np.random.default_rng([seed, 17])
+    return [draw(rng, case) for case in c.draw_many(seed, flags, dims)]
+
+
+def inputs(batch: list[Long], flags: simulator.Flags, dims: Dims, router: str, has_target: bool) -> tuple:
+    """Arguments of `loop.run` for a batch, padded to `LANES`."""
+    padded = batch + batch[:1] * (c.LANES - len(batch))
+    params, requests = c.inputs([one.case for one in padded], flags, dims, router)
+
+    def stacked(values, dtype):
+        return jax.numpy.asarray(np.array(list(values)), dtype)
+
+    more = {}
+    if has_target:
+        more["chunks"] = Chunks(stacked((one.target_s for one in padded), np.float32),
+                                stacked((one.least for one in padded), np.int32))
+    if dims.has_kv_parallel:
+        more["kv_parallel"] = KvParallel(
+            stacked((one.groups.groups for one in padded), np.int32),
+            stacked((one.groups.tokens for one in padded), np.int32),
+            stacked((one.groups.merge_s for one in padded), np.float32),
+            stacked((one.groups.token_merge_s for one in padded), np.float32))
+    group = replace(params.groups[0], batching=replace(params.groups[0].batching, **more))
+    return replace(params, groups=(group,)), requests
+
+
+def run(batch: list[Long], flags: simulator.Flags, dims: Dims, router: str, has_target: bool) -> list[dict]:
+    """Engine results of a batch."""
+    world = jax.device_get(loop.run(dims, *inputs(batch, flags, dims, router, has_target)))
+    return [c.unpack(dims, world, lane, len(one)) for lane, one in enumerate(batch)]
+
+
+def reference(one: Long, flags: simulator.Flags, dims: Dims, router: str, has_target: bool, **changes
+              ) -> simulator.ReferenceResult:
+    if has_target:
+        changes = dict(target_s=one.target_s, min_chunk_tokens=one.least) | changes
+    if dims.has_kv_parallel:
+        changes = dict(kv_groups=one.groups) | changes
+    return c.reference(one.case, replace(flags, **changes), dims, router)
+
+
+def compare(seed: int, flags: simulator.Flags, dims: Dims, router: str, has_target: bool = True) -> Counter:
+    """All cases of a seed agree; returns what they had in them."""
+    def compared(batch):
+        results, wrong = [], []
+        for one, lane in zip(batch, run(batch, flags, dims, router, has_target), strict=True):
+            try:
+                result = reference(one, flags, dims, router, has_target)
+            except ValueError:
+                results.append(None)
+                wrong.append(None)
+                continue
+            results.append(result)
+            want = c.answer(result, dims.num_executors, one.case.limits["num_blocks"])
+            if flags.stages > 1:
+                want = {name: want[name] for name in (*c.REQUEST_FIELDS, "num_iterations", "peak_blocks")}
+            wrong.append(c.differences(lane, want))
+        return results, wrong
+
+    batch, seen = draw_many(seed, flags, dims), Counter()
+    for one, result in zip(batch, c.agree(seed, batch, compared), strict=True):
+        if result is not None:
+            seen += exercised(one, result, flags, dims, router, has_target)
+    return seen
+
+
+def exercised(one: Long, result: simulator.ReferenceResult, flags, dims, router, has_target) -> Counter:
+    """Iterations whose chunk the time cut, that were longer than it all the same, in which several prompts shared it,
+    or that were of contexts on several groups; runs that were others without either."""
+    seen, limits = Counter(cases=1, preemptions=sum(r.preemptions for r in result.requests)), one.case.limits
+    prompts = one.case.prompt
+    for record in result.iterations:
+        s = record.stats
+        full = s.num_decode + s.prefill_tokens == limits["max_num_batched_tokens"]
+        seen["cut"] += s.num_prefill > 0 and s.num_sampled < s.num_decode + s.num_prefill and not full
+        seen["shared"] += s.num_prefill > 1
+        seen["over"] += s.num_prefill > 0 and record.duration_s > one.target_s
+        seen["at once"] += s.num_prefill > 0 and record.duration_s == one.target_s
+        seen["spread"] += one.groups.groups > 1 and prompts[list(record.batch)].max() > one.groups.tokens
+    if has_target:
+        plain = reference(one, flags, dims, router, has_target, target_s=None)
+        seen["others in time"] += [r.finish_s for r in plain.requests] != [r.finish_s for r in result.requests]
+    if dims.has_kv_parallel:
+        alone = reference(one, flags, dims, router, has_target, kv_groups=None)
+        seen["others on groups"] += [r.finish_s for r in alone.requests] != [r.finish_s for r in result.requests]
+    return seen
+
+
+FLAGS, DIMS = simulator.preset("vllm-v1"), c.dims_of("vllm-v1", 3, has_kv_parallel=True)
+"""Of the program that most tests here share."""
+
+
+def test_engine_equals_reference():
+    """Both at once, three instances, blocks that run short."""
+    seen = Counter()
+    for seed in c.seeds(1, of=6):
+        seen += compare(seed, FLAGS, DIMS, "mixed")
+    assert seen["cases"] > 50 and seen["cut"] > 200 and seen["shared"] > 20 and seen["preemptions"] > 5, seen
+    assert seen["over"] > 20 and seen["at once"] > 20 and seen["spread"] > 100, seen
+    assert seen["others in time"] > 10 and seen["others on groups"] > 10, seen
+
+
+def alone(prompt: int, cost: lc.LongContext, *, most: int) -> c.Case:
+    """One prompt and nothing behind its first token, at the coefficients of a closed form."""
+    row = (float(cost.fixed_s), float(cost.token_s), 0.0, 0.0, float(cost.pair_s) / 2)
+    limits = dict(max_num_seqs=4, max_num_batched_tokens=most, watermark_blocks=0, num_blocks=1 << 23,
+                  max_model_len=1 << 25)
+    one = np.ones(1, int)
+    return c.Case(np.zeros(1), prompt * one, one, one, 0 * one, np.zeros((1, 2), np.float32), limits, (row,) * 3)
+
+
+def test_chunks_are_those_of_the_closed_form():
+    """As many, in the same time, of prompts alone, with pairs at a quarter of the price on four groups from the start;
+    what groups merge is fixed."""
+    rng, batch, want = np.random.default_rng(0), [], []
+    for lane in range(c.LANES):
+        groups = int(rng.choice([1, 2, 4]))
+        merge_s = 2.0**-10 if groups > 1 else 0.0
+        cost = lc.LongContext(2.0**-9, 2.0**-18, 2.0**-int(rng.integers(24, 30)), 0.0, 0.0, merge_s)
+        prompt, target, least = int(rng.integers(500, 5000)), float(rng.choice([0.006, 0.01, 0.02])), lane % 3 + 1
+        chunks = lc.adaptive_chunks(prompt, cost, target, least=least, most=4096, groups=groups)
+        want.append((len(chunks), float(np.sum(cost.chunk_seconds(chunks, groups)))))
+        batch.append(Long(alone(prompt, cost, most=4096), target, least, Groups(groups, 1, merge_s, 0.0)))
+    lanes = run(batch, FLAGS, DIMS, "mixed", has_target=True)
+    assert max(count for count, _ in want) > 30
+    for lane, (count, seconds) in zip(lanes, want, strict=True):
+        # A threshold of one token, and whole numbers where the root is near one.
+        assert lane["fault"] == 0 and abs(lane["num_iterations"].sum() - count) <= 1
+        assert lane["first_token_s"][0] == pytest.approx(seconds, rel=2e-3)
+
+
+def test_ten_million_tokens():
+    """Ten chunks of a million, then a decode: no sum runs over, on one group and on four that each take 2.5 million."""
+    cost, prompt = lc.LongContext(1e-3, 1e-8, 1e-13, 0.0, 0.0), 10_000_000
+    case = replace(alone(prompt, cost, most=1_000_000), output=np.array([3]), max_tokens=np.array([3]))
+    batch = [Long(case, 2.0**20, 1, Groups(groups, 2_500_000)) for groups in (1, 4)]
+    one, four = run(batch, FLAGS, DIMS, "mixed", has_target=True)
+    for lane in (one, four):
+        assert lane["fault"] == 0 and lane["num_iterations"].sum() == 12
+    pairs = {1: prompt**2, 4: 2_500_000**2 + 2 * 2_500_000 * 7_500_000}
+    for lane, groups in ((one, 1), (four, 4)):
+        want = 10 * 1e-3 + 1e-8 * prompt + 0.5e-13 * pairs[groups]
+        assert lane["first_token_s"][0] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, changes, stages, has_kv", [
+    ("sarathi", {}, 1, False), ("vllm-v1-async", {}, 1, False), ("vllm-v1-priority-tail", {}, 1, True),
+    ("vllm-v1", {}, STAGES, True),
+    ("sarathi", dict(pass_on_arrival=True, max_batch_seqs=8), STAGES, False)])
+def test_other_engines_equal_the_reference(name, changes, stages, has_kv):
+    """Blocks for whole prompts, a pass that does not see everybody, a sorted queue, chunks that follow each other
+    through stages."""
+    flags = replace(simulator.preset(name), stages=stages, **changes)
+    sizes = dict(num_stages=STAGES, num_batches=STAGES) if stages > 1 else {}
+    dims, seen = c.dims_of(name, 1, has_kv_parallel=has_kv, **sizes), Counter()
+    for seed in c.seeds(2, of=4):
+        seen += compare(seed, flags, dims, "round_robin")
+    assert seen["cases"] > 100 and seen["cut"] > 200 and seen["shared"] > 50, seen
+    assert seen["over"] > 20 and seen["others in time"] > 10, seen
+
+
+@pytest.mark.slow
+def test_groups_without_a_time():
+    flags, dims = simulator.preset("vllm-v1"), c.dims_of("vllm-v1", 1, has_kv_parallel=True)
+    seen = compare(3, flags, dims, "round_robin", has_target=False)
+    assert seen["cases"] > 50 and seen["others on groups"] > 20, seen
+
+
+@pytest.mark.slow
+def test_the_loop_body_copies_nothing_large():
+    """Nor has it a transcendental."""
+    large, small = test_compiled.large_shapes(DIMS, c.LANES)
+    assert len(large) >= 5 and not large & small
+    arguments = inputs(draw_many(0, FLAGS, DIMS), FLAGS, DIMS, "mixed", has_target=True)
+    assert test_compiled.problems(loop.run.lower(DIMS, *arguments).compile().as_text(), large) == []
+
+
+# ---- scenarios
+
+
+LONG = {"schema_version": 1, "num_seeds": 1, "model": {"name": "llama-3-8b", "max_position": 1_000_000},
+        "device": {"name": "h100"}, "cost": {"kind": "roofline", "split_kv": True},
+        "engine": {"preset": "vllm-v1@0.9", "tensor_parallel_size": 8, "max_num_seqs": 8,
+                   "max_num_batched_tokens": 4096},
+        "workload": {"kind": "poisson", "rate_rps": 2.0, "num_requests": 8, "input": 100, "output": 20}}
+
+TARGET, GROUPS = {"target_batch_time_ms": 20.0}, {"kv_parallel_size": 4, "kv_parallel_tokens": 100_000}
+
+
+def scenario(engine: dict, **sections) -> Scenario:
+    return Scenario.from_dict(LONG | sections | {"engine": LONG["engine"] | engine})
+
+
+FITTED = {"kind": "fitted", "prefill": {"a": 0.01}, "decode": {"a": 0.01}}
+
+
+@pytest.mark.parametrize("engine, sections, field, problem", [
+    ({"min_chunk_tokens": 4}, {}, "engine.min_chunk_tokens", "no effect"),
+    ({"kv_parallel_tokens": 4}, {}, "engine.kv_parallel_tokens", "no effect"),
+    ({"kv_parallel_size": 2}, {}, "engine.kv_parallel_tokens", "missing"),
+    ({"kv_parallel_size": 1024, "kv_parallel_tokens": 1 << 24}, {}, "engine.kv_parallel_tokens", "counted"),
+    (TARGET | {"enable_prefix_caching": True}, {}, "engine.enable_prefix_caching", "target_batch_time_ms"),
+    (TARGET | {"preset": "vllm-v0", "max_num_batched_tokens": 8192}, {}, "engine.phase_mix", "unified"),
+    (TARGET | {"preset": "orca"}, {}, "engine.target_batch_time_ms", "not chunked"),
+    (TARGET | {"scheduling_policy": "priority"}, {}, "engine.victim", "last_admitted"),
+    (TARGET | {"max_num_batched_tokens": 1 << 20}, {}, "engine.max_num_batched_tokens", "1,048,575"),
+    (TARGET | {"min_chunk_tokens": 5000}, {}, "engine.min_chunk_tokens", "4096"),
+    (TARGET | {"reserve": "max_tokens"}, {}, "engine.reserve", "'prompt'"),
+    (GROUPS, {"cluster": {"pools": [{"replicas": 2}]}}, "cluster.pools", "kv_parallel_size"),
+    (GROUPS, {"cluster": {"admission": {"max_waiting": 9}}}, "workload.client", "kv_parallel_size"),
+    (GROUPS | {"preset": "sarathi", "pipeline_parallel_size": 2}, {}, "engine.preset", "as requests arrive"),
+    (GROUPS, {"cost": FITTED | {"exact": True}}, "cost.exact", "not simulated"),
+    (GROUPS | {"num_gpu_blocks_override": 64, "max_model_len": 512}, {"cost": FITTED, "model": None}, "model", "merge"),
+    (GROUPS | {"pipeline_parallel_size": 2}, {"cluster": {"num_devices": 60}}, "engine.kv_parallel_size",
+     "needs 64 devices (4 KV groups x 2 pipeline stages x 8 tensor-parallel ranks), and there are 60"),
+    ({}, {"cluster": {"num_devices": 4}}, "cluster.num_devices", "needs 8 devices"),
+    ({"target_batch_time_ms": 9.0}, {"cost": FITTED}, "engine.target_batch_time_ms",
+     "less than the 10 ms of an iteration of 1 prompt token and nothing else"),
+    (GROUPS, {"model": {"name": "mistral-7b"}}, "engine.kv_parallel_size", "windowed"),
+])
+def test_refused(engine, sections, field, problem):
+    with pytest.raises(InputError) as caught:
+        jaxsim.simulate(scenario(engine, **sections))
+    assert caught.value.field == field and problem in str(caught.value)
+
+
+@pytest.mark.parametrize("engine, field", [(TARGET, "target_batch_time_ms"), (GROUPS, "kv_parallel_tokens")])
+def test_no_steady_state_in_closed_form(engine, field):
+    with pytest.raises(InputError, match=f"engine.{field} = .*: has no closed form"):
+        of_scenario(scenario(engine))
+
+
+def test_contexts_whose_sum_is_beyond_32_bits():
+    made = scenario({"max_model_len": 1_000_000, "kv_accounting": True, "num_gpu_blocks_override": 1 << 28,
+                     "max_num_seqs": 4096})
+    work = Workload(np.zeros(3000), np.full(3000, 900_000), np.full(3000, 2))
+    with pytest.raises(InputError, match="tokens of context together"):
+        lower.check_sums(c.dims_of("vllm-v1", 1, num_slots=4096), lower.resolve_system(made), work)
+
+
+def test_the_pool_is_that_of_all_groups():
+    one, four = (lower.resolve_system(scenario(engine)) for engine in ({}, GROUPS))
+    assert four.num_blocks == 4 * one.num_blocks and four.plan.num_devices == 4 * one.plan.num_devices == 32
+
+
+def test_what_a_merge_takes():
+    """Two messages in each of 32 layers, of 20 us between nodes; of a token what four heads of 128 have, to and from
+    three groups: 4 x 128 numbers of two bytes each way, and four sums, over 36 of 50 GB/s."""
+    made = lower.make_params(*(lambda s: (s, lower.resolve_system(s), None, 1))(scenario(GROUPS)))
+    rule = made.groups[0].batching.kv_parallel
+    assert load_model("llama-3-8b").layers == 32
+    assert float(rule.merge_s) == pytest.approx(64 * 20e-6)
+    assert float(rule.token_merge_s) == pytest.approx(32 * 3 * (4 * 128 * 4 + 4 * 4) / 36e9, rel=1e-6)
