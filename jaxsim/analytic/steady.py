@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.analytic.implicit import fixed_point, root
 from jaxsim.analytic.steps import Steps, steps
@@ -49,6 +49,8 @@ class Executor(eqx.Module):
     Static. num_batches: grid of batch sizes, at least max_num_seqs + 1. num_ranks: that iterate together, each with its
     own sequences. is_mixed: prompts share iterations with decodes. held: which tokens a sequence keeps room for: its
     "context", "all" of prompt and output, or "max_model_len". is_async: arrivals are seen one iteration later.
+
+    ranks: their number where it is traced; num_ranks is then the most there can be.
     """
 
     cost: AbstractIterationCost
@@ -65,6 +67,24 @@ class Executor(eqx.Module):
     is_mixed: bool = eqx.field(static=True, default=True)
     held: str = eqx.field(static=True, default="context")
     is_async: bool = eqx.field(static=True, default=False)
+    ranks: Float[Array, ""] | None = None
+
+    @property
+    def rank_count(self) -> Float[Array, ""] | int:
+        """Ranks that iterate together."""
+        return self.num_ranks if self.ranks is None else self.ranks
+
+    @property
+    def counts(self) -> Int[np.ndarray, " counts"]:
+        """Sequences of an executor, from none to as many as the grid has."""
+        return np.arange(self.num_ranks * (self.num_batches - 1) + 1)
+
+    def of_counts(self, rows: Float[Array, "*rows batches"]) -> Float[Array, "*rows counts"]:
+        """What rows say of the fullest rank, by sequences of all."""
+        if self.ranks is not None:
+            fullest = jnp.minimum(jnp.ceil(self.counts / self.ranks).astype(jnp.int32), self.num_batches - 1)
+            return rows[..., fullest]
+        return rows if self.num_ranks == 1 else rows[..., -(-self.counts // self.num_ranks)]
 
     def held_tokens(self, load: Load) -> Float[Array, ""]:
         """KV tokens that a running sequence takes on average, half a block of rounding included."""
@@ -74,19 +94,18 @@ class Executor(eqx.Module):
     def most_running(self, load: Load) -> Float[Array, ""]:
         """Sequences that an executor runs at once: by the limit of a rank, and by its KV pool at their mean length."""
         each = jnp.minimum(self.max_num_seqs, self.kv_tokens / self.held_tokens(load))
-        return self.num_ranks * jnp.maximum(each, 1.0)
+        return self.rank_count * jnp.maximum(each, 1.0)
 
     def steps(self, load: Load) -> Steps:
-        """Seconds of iterations at every number of sequences of the executor, 0 to `num_batches` - 1 a rank.
+        """Seconds of iterations at every number of sequences of the fullest rank, 0 to `num_batches` - 1.
 
         Ranks are as full as can be alike. In a pipeline the sequences are spread over `num_in_flight` batches: an
         iteration is the way of one batch through all stages, and what a prompt adds is added to each stage's part only.
         """
-        made = steps(self.cost, load, self.num_batches, self.max_num_batched_tokens, num_ranks=self.num_ranks,
+        made = steps(self.cost, load, self.num_batches, self.max_num_batched_tokens, num_ranks=self.rank_count,
                      is_mixed=self.is_mixed)
-        counts = np.arange(self.num_ranks * (self.num_batches - 1) + 1)
-        fullest = -(-counts // self.num_ranks)
-        at = jnp.maximum(jnp.asarray(fullest, float) / self.num_in_flight, np.minimum(counts, 1))
+        fullest = np.arange(self.num_batches)
+        at = jnp.maximum(jnp.asarray(fullest, float) / self.num_in_flight, np.minimum(fullest, 1))
         spread = jax.tree.map(lambda table: _between(table.T, at[:, None] if table.ndim == 2 else at).T, made)
         return eqx.tree_at(lambda s: (s.prompt_s, s.token_s), spread,
                            (spread.prompt_s / self.num_in_flight, spread.token_s / self.num_in_flight))
@@ -143,7 +162,8 @@ def _capacity(executor: Executor, load: Load, made: Steps) -> Float[Array, ""]:
     """Of one executor."""
     most = executor.most_running(load)
     prompts = most / _decoded(load)
-    full_s = _between(made.decode_s + made.added_s(jnp.broadcast_to(prompts, made.decode_s.shape)), most)
+    full_s = _between(executor.of_counts(
+        made.decode_s + made.added_s(jnp.broadcast_to(prompts, made.decode_s.shape))), most)
     return prompts / full_s
 
 
@@ -173,6 +193,7 @@ def _steady(executor: Executor, load: Load, made: Steps) -> Steady:
     start = made.decode_s
     token_s = fixed_point(lambda s: made.decode_s + made.added_s(rate * s), start, LONGEST_ITERATION * start)
     prompts = rate * token_s
+    by_rank_s, token_s = token_s, executor.of_counts(token_s)
     # Sequences 0, 1, ... of an executor, and behind the last a geometric tail.
     counts = jnp.arange(len(token_s), dtype=token_s.dtype)
     running = jnp.minimum(counts, most)
@@ -189,19 +210,20 @@ def _steady(executor: Executor, load: Load, made: Steps) -> Steady:
 
     def seen(values):
         """What an arrival finds on average."""
+        values = executor.of_counts(values)
         return (jnp.sum(weight * _between(values, running)) + tail * _between(values, most)) / total
 
     # An executor without decodes works only while prompts of others are computed.
-    is_idle = counts == 0
+    is_idle = jnp.arange(len(by_rank_s)) == 0
     alone = jnp.minimum(rate * made.own_s, 1.0)
     busy = jnp.where(is_idle, alone, 1.0)
     own_iteration_s = made.own_s / made.iterations
     left_s = jnp.where(is_idle, 0.5 * own_iteration_s, made.residual_s(prompts))
     if executor.is_async:
-        left_s = left_s + jnp.where(is_idle, own_iteration_s, token_s)
+        left_s = left_s + jnp.where(is_idle, own_iteration_s, by_rank_s)
     boundary_s = seen(busy * left_s)
     # Pollaczek-Khinchine in tokens; what is in service is part of the iteration in flight.
-    filled = jnp.minimum(rate / executor.num_ranks * load.input_tokens * made.token_s, FULLEST)
+    filled = jnp.minimum(rate / executor.rank_count * load.input_tokens * made.token_s, FULLEST)
     left_tokens = 0.5 * load.input_square / load.input_tokens
     queue_s = seen(jnp.square(filled) / (1 - filled) * left_tokens * made.token_s)
     lost = (made.iterations - jnp.maximum(load.input_tokens / executor.max_num_batched_tokens, 1.0)) * made.decode_s
@@ -217,7 +239,7 @@ def _steady(executor: Executor, load: Load, made: Steps) -> Steady:
         running=mean_running * executor.num_executors,
         waiting=jnp.where(is_stable, mean_waiting * executor.num_executors, jnp.inf),
         utilisation=seen(busy),
-        kv_share=mean_running / executor.num_ranks * executor.held_tokens(load) / executor.kv_tokens,
+        kv_share=mean_running / executor.rank_count * executor.held_tokens(load) / executor.kv_tokens,
         capacity_rps=capacity * executor.num_executors,
         output_tokens_per_s=rate * executor.num_executors * load.output_tokens, is_stable=is_stable)
 

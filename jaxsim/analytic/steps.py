@@ -73,7 +73,7 @@ def _corners(value: Float[Array, " counts"]) -> tuple[Int[Array, "2 counts"], Fl
     return jnp.stack([low, low + width]), (value - low) / width
 
 
-def iteration_seconds(cost: AbstractIterationCost, num_ranks: int, decodes: Int[Array, "*shape"],
+def iteration_seconds(cost: AbstractIterationCost, num_ranks: int | Float[Array, ""], decodes: Int[Array, "*shape"],
                       context: Float[Array, "*shape"], tokens: Float[Array, "*shape"], chunks: Int[Array, "*shape"],
                       end: Float[Array, "*shape"], pairs: Float[Array, "*shape"], filled: Int[Array, "*shape"]
                       ) -> Float[Array, "*shape"]:
@@ -93,15 +93,19 @@ def iteration_seconds(cost: AbstractIterationCost, num_ranks: int, decodes: Int[
     stats = BatchStats(decodes, decodes * context, chunks, tokens, end * tokens, pairs * tokens, decodes + chunks,
                        jnp.zeros_like(decodes), context)
     seconds = jax.vmap(lambda s, total: _priced(cost, s, total, num_ranks))(
-        stats, num_ranks * decodes + filled * tokens).reshape(2, 2, -1)
+        stats, _whole(num_ranks) * decodes + filled * tokens).reshape(2, 2, -1)
     near, far = seconds[:, 0] + (seconds[:, 1] - seconds[:, 0]) * part
     return (near + (far - near) * share).reshape(shape)
 
 
-def _priced(cost: AbstractIterationCost, stats: BatchStats, tokens: Int[Array, ""], num_ranks: int
-            ) -> Float[Array, ""]:
+def _whole(num_ranks: int | Float[Array, ""]) -> int | Int[Array, ""]:
+    return num_ranks if isinstance(num_ranks, int) else num_ranks.astype(jnp.int32)
+
+
+def _priced(cost: AbstractIterationCost, stats: BatchStats, tokens: Int[Array, ""],
+            num_ranks: int | Float[Array, ""]) -> Float[Array, ""]:
     seconds = cost.iteration(stats)
-    if num_ranks == 1:
+    if isinstance(num_ranks, int) and num_ranks == 1:
         return seconds
     is_decode = stats.num_prefill == 0
     seconds = seconds + cost.together_seconds(is_decode, tokens, stats.num_decode + stats.prefill_tokens)
@@ -109,7 +113,7 @@ def _priced(cost: AbstractIterationCost, stats: BatchStats, tokens: Int[Array, "
 
 
 def steps(cost: AbstractIterationCost, load: Load, num_batches: int, max_batched_tokens: Float[Array, ""], *,
-          num_ranks: int = 1, is_mixed: bool = True) -> Steps:
+          num_ranks: int | Float[Array, ""] = 1, is_mixed: bool = True) -> Steps:
     """Seconds at 0, 1, ..., `num_batches` - 1 decodes a rank.
 
     max_batched_tokens: of an iteration, decodes included where prompts share it with them (`is_mixed`). What is beyond
@@ -122,7 +126,8 @@ def steps(cost: AbstractIterationCost, load: Load, num_batches: int, max_batched
     # Chunks of one prompt end halfway on average, and with all of it where there is one.
     end = jnp.where(prompt > budget, 0.5 * (prompt / jnp.minimum(prompt, budget) + 1), 1.0)
     prompts = np.arange(1, MOST_PROMPTS + 1)[:, None]
-    ranks = np.minimum(prompts, num_ranks)
+    xp = np if isinstance(num_ranks, int) else jnp
+    ranks = xp.minimum(prompts, _whole(num_ranks))
     asked = prompt * prompts / ranks
     # Rows: decodes alone, of 1 where there are none; 1, 2, ... prompts; as many tokens as fit.
     tokens = jnp.concatenate([jnp.zeros((1, num_batches)), jnp.minimum(asked, budget), budget[None]])
@@ -131,7 +136,7 @@ def steps(cost: AbstractIterationCost, load: Load, num_batches: int, max_batched
     seconds = iteration_seconds(
         cost, num_ranks, jnp.concatenate([jnp.maximum(counts, 1)[None], jnp.tile(beside, (MOST_PROMPTS + 1, 1))]),
         load.decode_context, tokens, chunks, end, load.input_square / prompt,
-        jnp.asarray(np.concatenate([[[0]], ranks, [[num_ranks]]])))
+        jnp.asarray(xp.concatenate([xp.array([[0]]), ranks, xp.array([[_whole(num_ranks)]])])))
     decode_s, totals = seconds[0], jnp.maximum(asked / budget, 1.0) * seconds[1:-1]
     # What decodes would have taken anyway; an empty batch takes nothing.
     instead = jnp.maximum(asked / budget, 1.0) * decode_s * (counts > 0) if is_mixed else 0.0

@@ -12,9 +12,11 @@ Source: standard transformer algebra (a multiply and an add are 2 FLOP).
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import msgspec
 from jaxtyping import Array, Float
 
 from jaxsim.cost.attention import AttentionShape, LatentShape
+from jaxsim.cost.expert_load import Routing, busiest_pairs
 from jaxsim.cost.gemm import ExpertLoad, expected_blocks
 from jaxsim.spec.efficiency import EXPERT_ROWS
 from jaxsim.spec.model import ModelSpec
@@ -22,6 +24,7 @@ from jaxsim.spec.plan import Plan, WeightFormat
 
 GEMM, EXPERTS, ELEMENTWISE, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, HOP = (
     "gemm", "experts", "elementwise", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "hop")
+DEEP_EP = "deep_ep"
 
 EXPERT_KERNELS = 12
 """Launches of a fused MoE block: routing, alignment, two grouped products, activation, sum, and casts and fills."""
@@ -37,6 +40,9 @@ LARGE_WINDOW_TOKENS = 1024
 
 LOGITS_MESSAGE_BYTES = 2
 
+DISPATCH_BYTES = 1 + 4 / 128
+"""Of a number that DeepEP dispatches in 8 bits, a float32 scale for every 128 of them included. Source: DeepEP."""
+
 TOPK, EXPECTED, ALL = "topk", "expected", "all"
 DISTINCT_EXPERTS = (TOPK, EXPECTED, ALL)
 """Experts an iteration reads: k whatever the batch (GenZ), expected by their popularity, or all."""
@@ -48,7 +54,7 @@ SMALLEST_SKEW = 0.03
 HEAD = ("final_norm", "lm_head", "sampler", "logits_gather")
 """Names of what only the last pipeline stage does."""
 
-TOGETHER = ("experts", "expert_gather", "expert_scatter", "expert_exchange")
+TOGETHER = ("experts", "expert_gather", "expert_scatter", "expert_exchange", "expert_dispatch", "expert_combine")
 """Operators of the tokens of all data-parallel ranks."""
 
 
@@ -78,7 +84,8 @@ class Work(NamedTuple):
 
 def sends_tokens(plan: Plan) -> bool:
     """Whether each token is sent to the ranks of its experts, and only there."""
-    return plan.all_to_all and plan.enable_expert_parallel and plan.data_parallel_size > 1
+    groups = plan.data_parallel_size * plan.prefill_context_parallel_size
+    return plan.all_to_all and plan.enable_expert_parallel and groups > 1
 
 
 def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: str = EXPECTED,
@@ -134,16 +141,21 @@ def _attention_projections(model: ModelSpec, plan: Plan, fmt: WeightFormat, m) -
     return work
 
 
-def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, skew) -> list[Work]:
+def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, skew, routing: Routing = "balanced",
+                 placed=None) -> list[Work]:
     d, calls, a = model.hidden, model.num_moe_layers, fmt.activation_bytes
-    rank, ranks = plan.expert_shape(model), plan.ranks_in_step(model)
+    rank, ranks = plan.expert_shape(model), plan.ranks_of_tokens(model)
     matrices = 3 if model.gated else 2
     together = m * ranks
-    distinct = distinct_experts(model, together, mode, skew) / plan.expert_ranks
+    # A copy of an expert is read like another one.
+    places = model if not plan.num_redundant_experts else msgspec.structs.replace(
+        model, experts=model.experts + plan.num_redundant_experts, expert_groups=0, groups_per_token=0)
+    spread = skew if placed is None else placed[1]
+    distinct = distinct_experts(places, together, mode, spread) / plan.expert_ranks
     pairs = together * model.experts_per_token / plan.expert_ranks
     if plan.expert_ranks > 1:
-        # Busiest of R ranks under balanced random routing: mu + sqrt(2 mu ln R).
-        pairs = pairs + jnp.sqrt(2 * jnp.log(float(plan.expert_ranks)) * pairs)
+        pairs = busiest_pairs(pairs, plan.expert_ranks, load=routing, local_experts=rank.num_experts, skew=skew,
+                              share=None if placed is None else placed[0])
         pairs = jnp.minimum(pairs, together * min(model.experts_per_token, rank.num_experts))
     row_tokens = pairs / model.experts_per_token if sends_tokens(plan) else None
     one = 2.0 * matrices * d * rank.moe_ffn
@@ -157,7 +169,14 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, 
         inner = model.shared_experts * model.moe_ffn // plan.tensor_parallel_size
         work += _ffn("shared_expert", calls, m, d, inner, model.gated, fmt.linear_bytes, a)
     if ranks > 1:
-        if sends_tokens(plan):
+        if sends_tokens(plan) and plan.deep_ep:
+            sent, group = m * d / plan.tensor_parallel_size, plan.expert_ranks
+            dispatched = DISPATCH_BYTES if fmt.compute in ("fp8", "int8", "fp4") else a
+            # Tokens, not copies of them: the kernels know how many each has.
+            work += [Work("expert_dispatch", DEEP_EP, calls, 1, message_bytes=sent * dispatched, ranks=group,
+                          is_exchange=True),
+                     Work("expert_combine", DEEP_EP, calls, 1, message_bytes=sent * a, ranks=group, is_exchange=True)]
+        elif sends_tokens(plan):
             message = m * model.experts_per_token * d * a / plan.tensor_parallel_size
             # Dispatch and combine.
             work.append(Work("expert_exchange", ALL_TO_ALL, 2 * calls, 1, message_bytes=message,
@@ -173,10 +192,12 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, 
 
 
 def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Array, " counts"],
-               distinct: str = EXPECTED, skew: Float[Array, ""] | float = 0.0) -> list[Work]:
+               distinct: str = EXPECTED, skew: Float[Array, ""] | float = 0.0, routing: Routing = "balanced",
+               placed: tuple[Float[Array, ""], Float[Array, ""]] | None = None) -> list[Work]:
     """Everything of an iteration that depends only on its number of tokens, attention itself excepted.
 
-    distinct, skew: as `distinct_experts` takes them.
+    distinct, skew: as `distinct_experts` takes them. routing: load of the busiest rank (`busiest_pairs`); placed: where
+    a load balancer has placed experts, the busiest rank's share and the spread of their copies (`balanced_share`).
     """
     m, d, a, tp = tokens, model.hidden, fmt.activation_bytes, plan.tensor_parallel_size
     rank = model.rank_shape(tp)
@@ -186,18 +207,25 @@ def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Ar
     rotary = rank.heads * model.head_dim * a
     work.append(Work("rotary_and_cache_write", ELEMENTWISE, model.layers, 2,
                      activation_bytes=m * (rotary + 2 * cached)))
-    work.append(Work("norms", ELEMENTWISE, model.layers, 2, activation_bytes=4 * m * d * a))
+    normed = tp if plan.enable_sequence_parallelism else 1
+    work.append(Work("norms", ELEMENTWISE, model.layers, 2, activation_bytes=4 * m * d * a / normed))
     if model.num_dense_layers:
         work += _ffn("ffn", model.num_dense_layers, m, d, rank.ffn, model.gated, fmt.linear_bytes, a)
         work.append(Work("ffn_activation", ELEMENTWISE, model.num_dense_layers, 1,
                          activation_bytes=m * (3 if model.gated else 2) * rank.ffn * a))
     if model.num_moe_layers:
-        work += _expert_work(model, plan, fmt, m, distinct, skew)
+        work += _expert_work(model, plan, fmt, m, distinct, skew, routing, placed)
     if tp > 1:
         # One for the embedding, two a layer; where tokens are sent to their experts, these combine on the way back.
         exchanged = model.num_moe_layers if sends_tokens(plan) else 0
-        work.append(Work("all_reduce", ALL_REDUCE, 2 * model.layers + 1 - exchanged, 1,
-                         message_bytes=m * d * a, ranks=tp))
+        reduced = 2 * model.layers + 1 - exchanged
+        if plan.enable_sequence_parallelism:
+            # Of tokens that are padded to a multiple of the ranks; norms lie between.
+            padded = jnp.ceil(m / tp) * tp * d * a
+            work += [Work("sequence_scatter", REDUCE_SCATTER, reduced, 1, message_bytes=padded, ranks=tp),
+                     Work("sequence_gather", ALL_GATHER, reduced, 1, message_bytes=padded, ranks=tp)]
+        else:
+            work.append(Work("all_reduce", ALL_REDUCE, reduced, 1, message_bytes=m * d * a, ranks=tp))
     if plan.pipeline_parallel_size > 1:
         # Hidden state and residual.
         work.append(Work("stage_hop", HOP, plan.pipeline_parallel_size - 1, 1, message_bytes=2 * m * d * a,
@@ -248,14 +276,16 @@ def attention_work(model: ModelSpec, plan: Plan, kv_bytes: float) -> AttentionWo
     rank = model.rank_shape(plan.tensor_parallel_size)
     cached = model.layer_kv_bytes_per_token(kv_bytes, plan.tensor_parallel_size)
     layers = (model.layers - model.window_layers, model.window_layers)
+    # Ranks that share a cache by tokens read a part of it each, for the heads of all of them.
+    shards = plan.decode_context_parallel_size
     if model.is_mla:
         nope, rope, v, latent = (model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim,
                                  model.kv_lora_rank)
         pair = rank.heads * (nope + rope + v)
-        return AttentionWork(cached, rank.heads * (4 * latent + 2 * rope), pair, cached,
+        return AttentionWork(cached / shards, rank.heads * (4 * latent + 2 * rope), pair, cached,
                              2 * latent * rank.heads * (nope + v), pair, *layers)
     pair = 2 * rank.heads * model.head_dim
-    return AttentionWork(cached, 2 * pair, pair, cached, 0, pair, *layers)
+    return AttentionWork(cached / shards, 2 * pair, pair, cached, 0, pair, *layers)
 
 
 def attention_shape(model: ModelSpec, plan: Plan, fmt: WeightFormat, kv_bytes: float, *, windowed: bool = False

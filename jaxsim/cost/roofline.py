@@ -23,10 +23,13 @@ from jaxsim.cost import operators
 from jaxsim.cost.attention import AttentionShape, Decode, Latent, LatentShape, Prefill, Tail
 from jaxsim.cost.base import BatchStats
 from jaxsim.cost.collectives import CUSTOM_RANKS, CustomAllReduce, Hop, Nccl, over_network, over_pcie
+from jaxsim.cost.context_parallel import KvShards, Ring
+from jaxsim.cost.expert_load import Routing, balanced_share
 from jaxsim.cost.gemm import Experts, Gemm
 from jaxsim.cost.operators import AttentionWork, Work
 from jaxsim.cost.rates import Rates
 from jaxsim.cost.tabulated import SAMPLED, TOKENS, TabulatedCost, Together
+from jaxsim.cost.two_level import DeepEp, TwoLevel, collective, deep_ep, ranks_in_node
 from jaxsim.kernels import octaves
 from jaxsim.spec.device import NOMINAL_MULTIPROCESSORS, DeviceSpec, Link, load_device
 from jaxsim.spec.efficiency import Efficiency, section_records
@@ -100,15 +103,18 @@ class Roofline(eqx.Module):
         host_step_s, host_sequence_s: host seconds of an iteration and of each sequence in it, which do not
         overlap the device, unless scheduling is asynchronous: then only async_step_s stays serial and the
         others join the launches. launch_kernel_s: host seconds to issue one kernel or captured piece;
-        launch_graph_s: one graph. expert_skew: coefficient of variation of the experts' popularity.
+        launch_graph_s: one graph. expert_skew: coefficient of variation of the experts' popularity; expert_share,
+        expert_spread: where a load balancer has placed experts, the busiest rank's load in averages and the coefficient
+        of variation of the copies' popularity. tensor_scatter (sequence parallelism), deep_ep, shards and passing (ring
+        attention; pass_bytes_per_s its link): None where not there. Groups that span nodes have both levels in one.
 
-    Static: model, plan, weights (number format), kv_bytes, distinct_experts; elsewhere: names of operators that another
-    processor has (`jaxsim.cost.host`), "attention_decode" for the attention of decodes.
+    Static: model, plan, weights (number format), kv_bytes, distinct_experts, expert_load; elsewhere: names of operators
+    that another processor has (`jaxsim.cost.host`), "attention_decode" for the attention of decodes.
 
     Known gaps: no overlap of collectives with compute; popularities of experts have one spread for all models, and the
-    busiest rank's load is that of uniform routing; sequence lengths enter attention through sums and, with
-    FlashAttention 2, the longest context. With pipeline stages an iteration is the whole way through all of them;
-    tables say how long each is held.
+    busiest rank's load is that of uniform routing unless `expert_load` says otherwise; sequence lengths enter attention
+    through sums and, with FlashAttention 2, the longest context. With pipeline stages an iteration is the whole way
+    through all of them; tables say how long each is held.
     """
 
     peak_flops: Float[Array, ""]
@@ -126,11 +132,11 @@ class Roofline(eqx.Module):
     decode: Decode
     prefill: Prefill
     latent: Latent | None
-    all_reduce: CustomAllReduce | Nccl
-    all_gather: Nccl
-    exchange_gather: Nccl
-    reduce_scatter: Nccl
-    all_to_all: Nccl
+    all_reduce: CustomAllReduce | Nccl | TwoLevel
+    all_gather: Nccl | TwoLevel
+    exchange_gather: Nccl | TwoLevel
+    reduce_scatter: Nccl | TwoLevel
+    all_to_all: Nccl | TwoLevel
     hop: Hop
 
     host_step_s: Float[Array, ""]
@@ -146,6 +152,15 @@ class Roofline(eqx.Module):
     kv_bytes: float = eqx.field(static=True)
     distinct_experts: str = eqx.field(static=True)
     elsewhere: tuple[str, ...] = eqx.field(static=True, default=())
+    expert_load: Routing = eqx.field(static=True, default="balanced")
+
+    tensor_scatter: Nccl | TwoLevel | None = None
+    deep_ep: DeepEp | None = None
+    shards: KvShards | None = None
+    passing: Hop | None = None
+    pass_bytes_per_s: Float[Array, ""] | None = None
+    expert_share: Float[Array, ""] | None = None
+    expert_spread: Float[Array, ""] | None = None
 
     # Device seconds
 
@@ -168,6 +183,10 @@ class Roofline(eqx.Module):
                     + moved / (self.memory_bytes_per_s * self.elementwise.efficiency))
         if work.kind == operators.HOP:
             return self.hop.seconds(work.message_bytes, self.hop_bytes_per_s)
+        if work.kind == operators.DEEP_EP:
+            return self.deep_ep.seconds(work.ranks, work.message_bytes, self.exchange_bytes_per_s)
+        if work.kind == operators.REDUCE_SCATTER and not work.is_exchange:
+            return self.tensor_scatter.seconds(work.ranks, work.message_bytes, self.link_bytes_per_s)
         if work.is_exchange:
             kernel = self.exchange_gather if work.kind == operators.ALL_GATHER else getattr(self, work.kind)
             return kernel.seconds(work.ranks, work.message_bytes, self.exchange_bytes_per_s)
@@ -186,8 +205,9 @@ class Roofline(eqx.Module):
 
         together: only what ranks that iterate together do with the tokens of all, or only the rest.
         """
+        placed = None if self.expert_share is None else (self.expert_share, self.expert_spread)
         works = operators.token_work(self.model, self.plan, self.weights, tokens, self.distinct_experts,
-                                     self.expert_skew)
+                                     self.expert_skew, self.expert_load, placed)
         works = [w for w in works if w.name not in self.elsewhere]
         if together is None:
             return works
@@ -214,11 +234,26 @@ class Roofline(eqx.Module):
         full, windowed = self.attention_shape(), self.attention_shape(True)
         if self.model.sliding_window >= operators.LARGE_WINDOW_TOKENS:
             windowed = full
+        if self.shards is not None:
+            return self._sharded_decode(sequences)
         fixed = (work.full_layers * kernel.fixed_seconds(full, sequences, rates)
                  + work.window_layers * kernel.fixed_seconds(windowed, sequences, rates))
         slope = kernel.slope(full, sequences, rates)
         saved = slope - kernel.slope(full, sequences, rates._replace(bytes_per_s=jnp.asarray(UNLIMITED, float)))
         return fixed, work.full_layers * slope, work.window_layers * slope, work.full_layers * saved
+
+    def _sharded_decode(self, sequences: Float[Array, "*shape"]) -> tuple[Array, Array, Array, Array]:
+        """The same of ranks that share a cache by tokens: the heads of all of them, a part of each context."""
+        ranks, model, rates = self.shards.ranks, self.model, self.rates()
+        kernel, shape = self.latent or self.decode, self.attention_shape()
+        shape = shape._replace(heads=shape.heads * ranks)
+        query, value = ((model.kv_lora_rank + model.qk_rope_head_dim, model.kv_lora_rank) if model.is_mla
+                        else (model.head_dim, model.head_dim))
+        fixed = kernel.fixed_seconds(shape, sequences, rates) + self.shards.decode_seconds(
+            sequences, shape.heads, query, value, self.weights.activation_bytes)
+        slope = kernel.slope(shape, sequences, rates)
+        saved = slope - kernel.slope(shape, sequences, rates._replace(bytes_per_s=jnp.asarray(UNLIMITED, float)))
+        return (model.layers * fixed, model.layers * slope / ranks, 0 * slope, model.layers * saved / ranks)
 
     def chunk_coefficients(self) -> Float[Array, "2 columns"]:
         """Coefficients of `attention.chunk_seconds`, for all full and all windowed layers."""
@@ -229,6 +264,10 @@ class Roofline(eqx.Module):
             each = kernel.coefficients(self.attention_shape(windowed), rates)
             if "attention_decode" in self.elsewhere:
                 each = each.at[jnp.asarray(attend.OF_DECODES)].set(0.0)
+            if self.shards is not None:
+                # A chunk gathers what it reads of the cache, and has its own tokens.
+                key_s = self.shards.key_seconds(work.chunk_bytes)
+                each = each.at[attend.ADD_KEYS].add(key_s).at[attend.ADD_TOKEN].add(-key_s)
             both.append(each * (count * layers + (1 - layers)))
         return jnp.stack(both)
 
@@ -305,6 +344,11 @@ class Roofline(eqx.Module):
         chunks are exact at the knots of the ladder and linear between them. Both run at the size of a captured graph,
         or of captured pieces, up to the largest.
         """
+        return self.tables(max_tokens, max_sequences, cuda_graphs=cuda_graphs, async_scheduling=async_scheduling)
+
+    def tables(self, max_tokens: int, max_sequences: int, *, cuda_graphs: bool = True,
+               async_scheduling: bool = False) -> TabulatedCost:
+        """The same operator by operator: small programs that plans share, where `tabulate` compiles one for each."""
         float_type = self.peak_flops.dtype
         knots = octaves.knots(TOKENS, max_tokens)
         run_at = jnp.asarray(pad_to_graph(knots) if cuda_graphs else knots, float_type)
@@ -325,7 +369,16 @@ class Roofline(eqx.Module):
             by_sequences=jnp.stack([decode, launch, mixed_launch, serial, self._beside(sequences),
                                     *self.decode_attention(sequences)[1:]], axis=1),
             attention=self.chunk_coefficients(), window=jnp.asarray(self.window_reach, jnp.int32), tail=self.tail,
-            together=together, stages=self.stages)
+            together=together, stages=self.stages, ring=self.ring)
+
+    @property
+    def ring(self) -> Ring | None:
+        """Of prefill context parallelism."""
+        if self.passing is None:
+            return None
+        work = self._attention_work
+        return Ring.of(self.plan.prefill_context_parallel_size, self.model.layers, self.passing.latency_s,
+                       work.chunk_bytes / (self.pass_bytes_per_s * self.passing.efficiency), self.chunk_floor_s)
 
     @property
     def stages(self) -> Float[Array, " stages"] | None:
@@ -339,7 +392,11 @@ class Roofline(eqx.Module):
         """What unequal contexts add to decode attention."""
         if self.latent is not None or "attention_decode" in self.elsewhere or self.prefill.splits:
             return None
-        return self.decode.tail(self.attention_shape(), self.rates(), self._attention_work.full_layers)
+        made = self.decode.tail(self.attention_shape(), self.rates(), self._attention_work.full_layers)
+        if made is None or self.shards is None:
+            return made
+        return eqx.tree_at(lambda t: (t.alone_s, t.beside_s), made,
+                           (made.alone_s / self.shards.ranks, made.beside_s / self.shards.ranks))
 
     def _beside(self, sequences: Float[Array, " counts"]) -> Float[Array, " counts"]:
         """What the attention of decodes adds beside chunks, its reads excepted: all but the floor they share."""
@@ -356,8 +413,12 @@ class Roofline(eqx.Module):
         attention takes without contexts, "attention_decode" what decodes add, "attention_prefill" what prompt chunks
         add.
         """
+        stats = self._of_rank(stats)
         works, attention = self._of(stats, cuda_graphs)
         return {w.name: w.calls * self.call_seconds(w) for w in works} | attention
+
+    def _of_rank(self, stats: BatchStats) -> BatchStats:
+        return stats if self.ring is None else self.ring.of_rank(stats)
 
     def _of(self, stats: BatchStats, cuda_graphs: bool) -> tuple[list[Work], dict[str, Array]]:
         num_decode, is_mixed = float(stats.num_decode), int(stats.num_prefill) > 0
@@ -384,13 +445,15 @@ class Roofline(eqx.Module):
         if tail is not None:
             both = both + tail.beside(stats.num_decode, stats.decode_context, stats.longest_context,
                                       stats.num_prefill, stats.prefill_context)
+        ring = {} if self.ring is None else {"attention_ring": self.ring.more_seconds(alone, stats.prefill_context)}
         apart = self._beside(decodes) + coefficients[0, attend.APART] * (full * context + windowed * inside)
         return works, {"attention_floor": self.chunk_floor_s, "attention_prefill": alone,
-                       "attention_decode": both - alone + apart}
+                       "attention_decode": both - alone + apart} | ring
 
     def explain(self, stats: BatchStats, *, cuda_graphs: bool = True, async_scheduling: bool = False
                 ) -> StepCost:
         """Seconds of one iteration by operator and lane, evaluated directly (no tables), as plain numbers."""
+        stats = self._of_rank(stats)
         works, attention = self._of(stats, cuda_graphs)
         costs = [self._explain(work) for work in works] + self._explain_attention(stats, attention)
         device = sum(c.seconds for c in costs)
@@ -457,7 +520,8 @@ class Roofline(eqx.Module):
             "attention_prefill": (
                 work.pair_flops * (work.full_layers * causal + work.window_layers * seen)
                 + self.model.layers * work.chunk_flops * again,
-                work.chunk_bytes * (work.full_layers * keys + work.window_layers * reached), "compute")}
+                work.chunk_bytes * (work.full_layers * keys + work.window_layers * reached), "compute"),
+            "attention_ring": (0.0, 0.0, "network")}
         return [OperatorCost(name, float(s), amounts[name][0], amounts[name][1], 0.0, amounts[name][2])
                 for name, s in seconds.items()]
 
@@ -518,6 +582,18 @@ fast at 1.2. Routers of other models differ: gpt-oss-120b in vLLM on H200 (Infer
 """
 
 LINKS = ("link_bytes_per_s", "exchange_bytes_per_s", "hop_bytes_per_s")
+
+_MORE_LINKS = (*((name, "inside_bytes_per_s") for name in (
+    "all_reduce", "all_gather", "exchange_gather", "reduce_scatter", "all_to_all", "tensor_scatter", "deep_ep")),
+    ("shards", "bytes_per_s"), ("pass_bytes_per_s",))
+"""Links that only some plans have."""
+
+
+def _has(tree, place: tuple[str, ...]) -> bool:
+    for field in place:
+        tree = getattr(tree, field, None)
+    return tree is not None
+
 
 _PREFIXES = {"gemm": ("gemm", "gemm_16"), "expert": ("experts",), "elementwise": ("elementwise",),
              "decode": ("decode",), "prefill": ("prefill",), "latent": ("latent",), "all_reduce": ("all_reduce",),
@@ -603,12 +679,13 @@ def _is_of(section: str, fmt: WeightFormat) -> bool:
 
 def _links(model: ModelSpec, device: DeviceSpec, plan: Plan) -> tuple[Link, Link, Link]:
     """Of a device to its group of tensors, of experts, and to the next stage: ranks of one stage lie side by side."""
-    tensors, ranks = plan.tensor_parallel_size, plan.ranks_in_step(model)
+    tensors, ranks = plan.tensor_parallel_size, plan.ranks_of_tokens(model)
     group = plan.expert_ranks if operators.sends_tokens(plan) else ranks
     exchange = device.link_among(group, tensors * ranks if ranks > 1 else 1)
     stages = plan.pipeline_parallel_size
+    whole = plan.expert_group // plan.data_parallel_size
     return (device.link_among(tensors), exchange,
-            device.link_among(min(stages, 2), tensors * stages if stages > 1 else 1))
+            device.link_among(min(stages, 2), whole * stages if stages > 1 else 1))
 
 
 def _over(link: Link, record):
@@ -620,34 +697,60 @@ def _messages(record: Efficiency, model: ModelSpec, device: DeviceSpec, plan: Pl
     """Links, and collectives over them: vLLM's own all-reduce where devices read each other, NCCL otherwise."""
     tensors, experts, stages = _links(model, device, plan)
     can_be_custom = tensors.kind == "direct" and plan.tensor_parallel_size in CUSTOM_RANKS
+    among = plan.ranks_of_tokens(model) * plan.tensor_parallel_size
 
-    def nccl(name: str, link: Link) -> Nccl:
-        return Nccl.of(_over(link, record.nccl[name]), name)
+    def nccl(name: str, link: Link) -> Nccl | TwoLevel:
+        span = max(among, experts.ranks) if link is experts else link.ranks
+        return collective(record, name, device, link, link.ranks, span)
 
     reduce = (CustomAllReduce.of(record.custom_all_reduce) if all_reduce == "custom" and can_be_custom
               else nccl("all_reduce", tensors))
     return dict(link_bytes_per_s=tensors.bytes_per_s, exchange_bytes_per_s=experts.bytes_per_s,
                 hop_bytes_per_s=stages.bytes_per_s, all_reduce=reduce, all_gather=nccl("all_gather", tensors),
                 exchange_gather=nccl("all_gather", experts), reduce_scatter=nccl("reduce_scatter", experts),
-                all_to_all=nccl("all_to_all", experts), hop=Hop.of(_over(stages, record.hop)))
+                all_to_all=nccl("all_to_all", experts), hop=Hop.of(_over(stages, record.hop)),
+                **_more_messages(record, model, device, plan, nccl("reduce_scatter", tensors)))
+
+
+def _more_messages(record: Efficiency, model: ModelSpec, device: DeviceSpec, plan: Plan, scatter: Nccl | TwoLevel
+                   ) -> dict:
+    """Those of plans that have them."""
+    found: dict = {}
+    if plan.enable_sequence_parallelism:
+        found["tensor_scatter"] = scatter
+    if plan.deep_ep and operators.sends_tokens(plan):
+        found["deep_ep"] = deep_ep(model, plan, device, plan.expert_group)
+    if (shards := plan.decode_context_parallel_size) > 1:
+        link = device.link_among(shards)
+        found["shards"] = KvShards(*(collective(record, name, device, link, shards, shards)
+                                     for name in ("all_gather", "reduce_scatter")),
+                                   jnp.asarray(link.bytes_per_s, float), shards)
+    if (contexts := plan.prefill_context_parallel_size) > 1:
+        # To the next one of the ring; the way back to the first is over the same kind of link, or a slower one.
+        link = device.link_among(contexts, contexts * plan.tensor_parallel_size)
+        found |= {"passing": Hop.of(_over(link, record.hop)), "pass_bytes_per_s": jnp.asarray(link.bytes_per_s, float)}
+    return found
 
 
 def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dtype: str = "auto",
              kv_dtype: str = "auto", *, host: str = "vllm-v1", distinct_experts: str = operators.EXPECTED,
              all_reduce: Literal["custom", "nccl"] = "custom", moe_backend: MoeBackend = "auto", split_kv: bool = False,
-             **overrides: float) -> Roofline:
+             expert_load: Routing = "balanced", **overrides: float) -> Roofline:
     """A roofline with the device's constants, any leaf of which `overrides` replaces by name.
 
     dtype, kv_dtype: number formats ("auto" = the checkpoint's own). A format the device has no arithmetic for
     keeps its bytes and is multiplied in the next wider type it has. host: a name in `HOSTS`.
     distinct_experts: "topk", "expected" or "all". all_reduce: vLLM's own where it can run, or NCCL's always.
-    moe_backend: kernels of the experts. split_kv: attention is cut over the keys, too.
+    moe_backend: kernels of the experts. split_kv: attention is cut over the keys, too. expert_load: how tokens fall on
+    the ranks of experts (`jaxsim.cost.expert_load`): "balanced", "skewed" by `expert_skew`, as a load balancer leaves
+    it where the plan has one, or "worst".
     """
     plan = (plan or Plan()).check(model)
     fmt = weight_format(dtype, model)
     for field, value, known in (
             ("host", host, HOSTS), ("distinct_experts", distinct_experts, operators.DISTINCT_EXPERTS),
-            ("all_reduce", all_reduce, ("custom", "nccl")), ("moe_backend", moe_backend, get_args(MoeBackend))):
+            ("all_reduce", all_reduce, ("custom", "nccl")), ("moe_backend", moe_backend, get_args(MoeBackend)),
+            ("expert_load", expert_load, get_args(Routing))):
         if value not in known:
             raise InputError(f"cost.{field}", value, "is not known", suggest(value, known))
     record, peak = device.kernel_efficiency(), device.peak(fmt.compute)
@@ -659,6 +762,8 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
                  latent=Latent.of(record.latent) if model.is_mla else None,
                  elementwise=Elementwise(jnp.asarray(element.floor_s, float), jnp.asarray(element.efficiency, float)),
                  **_messages(record, model, device, plan, all_reduce))
+    if expert_load == "skewed" and plan.enable_eplb:
+        parts |= _placed(model, device, plan, float(overrides.get("expert_skew", EXPERT_SKEW)))
     numbers = dict(peak_flops=peak.flops, memory_bytes_per_s=device.memory_bytes_per_s,
                    attention_flops=device.peak("fp32" if fmt.compute == "fp32" else "bf16").flops,
                    **{name: parts.pop(name) for name in LINKS},
@@ -666,8 +771,18 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
     cost = Roofline(
         **{name: jnp.asarray(value, float) for name, value in numbers.items()}, **parts,
         num_multiprocessors=jnp.asarray(device.num_multiprocessors or NOMINAL_MULTIPROCESSORS, jnp.int32), model=model,
-        plan=plan, weights=fmt, kv_bytes=kv_cache_bytes(kv_dtype, dtype, model), distinct_experts=distinct_experts)
+        plan=plan, weights=fmt, kv_bytes=kv_cache_bytes(kv_dtype, dtype, model), distinct_experts=distinct_experts,
+        expert_load=expert_load)
     return _overridden(cost, numbers, overrides)
+
+
+def _placed(model: ModelSpec, device: DeviceSpec, plan: Plan, skew: float) -> dict:
+    """What a load balancer leaves; its numbers are of this skew, with no derivative by it."""
+    ranks = plan.expert_ranks
+    nodes = -(-ranks // ranks_in_node(device, ranks))
+    share, spread = balanced_share(model.experts, plan.num_redundant_experts, ranks, nodes, model.expert_groups or 1,
+                                   skew)
+    return {"expert_share": jnp.asarray(share, float), "expert_spread": jnp.asarray(spread, float)}
 
 
 def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> Roofline:
@@ -676,6 +791,7 @@ def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> R
     # One number for all groups, unless that of experts is given too.
     if "exchange_bytes_per_s" not in overrides:
         places["link_bytes_per_s"].append(("exchange_bytes_per_s",))
+    places["link_bytes_per_s"] += [place for place in _MORE_LINKS if _has(cost, place)]
     for prefix, parts in _PREFIXES.items():
         for part in parts:
             for name, leaf in vars(getattr(cost, part) or Elementwise(None, None)).items():

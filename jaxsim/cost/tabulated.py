@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.attention import APART, Tail, chunk_seconds
 from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats, DecodePace
+from jaxsim.cost.context_parallel import Ring
 from jaxsim.kernels import octaves
 
 DECODE_DEVICE, DECODE_LAUNCH, MIXED_LAUNCH, SERIAL, BESIDE, CONTEXT, WINDOW, SHARED = range(8)
@@ -46,11 +47,13 @@ class Together(eqx.Module):
     captured: Int[Array, ""]
     num_ranks: int = eqx.field(static=True)
 
-    def seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""]) -> Float[Array, ""]:
-        """Arguments as of `AbstractIterationCost.together_seconds`."""
-        others = self.num_ranks - 1
+    def seconds(self, is_decode: Bool[Array, ""], tokens: Int[Array, ""], most: Int[Array, ""],
+                num_ranks: Int[Array, ""] | None = None) -> Float[Array, ""]:
+        """Arguments as of `AbstractIterationCost.together_seconds`; num_ranks: where it is traced."""
+        ranks = self.num_ranks if num_ranks is None else num_ranks
+        others = ranks - 1 if num_ranks is None else jnp.maximum(num_ranks - 1, 1)
         is_padded = most <= self.captured
-        mean = (tokens + others) // self.num_ranks
+        mean = (tokens + others) // ranks
         # Even ranks on which each receives as much as the emptiest: (tokens - (tokens - most) / others) / others.
         even = (tokens * (others - 1) + most + others**2 - 1) // others**2
         mixed = (octaves.look_up(TOKENS, self.experts, jnp.where(is_padded, most, mean))
@@ -169,7 +172,7 @@ class TabulatedCost(AbstractTables):
     window: tokens of a context that windowed layers read, 0 where there are none. Sequences are taken at the batch's
         mean context. tail: what unequal contexts add, in full layers. together: of ranks that iterate together; then
         an iteration is without it, and `device_seconds` those of ranks that are all alike. by_sampled, stages: as of
-        any tables.
+        any tables. ring: of context-parallel ranks that share prompt chunks, of which the tables are for one.
     """
 
     by_tokens: Float[Array, " token_knots"]
@@ -180,6 +183,7 @@ class TabulatedCost(AbstractTables):
     tail: Tail | None = None
     together: Together | None = None
     stages: Float[Array, " stages"] | None = None
+    ring: Ring | None = None
 
     def _windowed(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> Int[Array, ""]:
         return jnp.minimum(context, num_sequences * self.window)
@@ -202,8 +206,17 @@ class TabulatedCost(AbstractTables):
         return seconds + self.tail.beside(stats.num_decode, stats.decode_context, stats.longest_context,
                                           stats.num_prefill, stats.prefill_context)
 
+    def _chunks_alone(self, stats: BatchStats) -> Float[Array, ""]:
+        """Seconds of attention to prompt chunks without decodes beside them."""
+        tokens, chunks, keys = (x.astype(jnp.float32) for x in (
+            stats.prefill_tokens, stats.num_prefill, stats.prefill_context))
+        return jnp.sum(chunk_seconds(self.attention, tokens, chunks, stats.prefill_pairs, keys, jnp.float32(0),
+                                     jnp.zeros(2, jnp.float32)))
+
     def own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
         """Device seconds without what ranks do together."""
+        if self.ring is not None:
+            stats = self.ring.of_rank(stats)
         row = self.row(stats.num_decode)
         decode = (row[DECODE_DEVICE] + row[CONTEXT] * stats.decode_context - row[SHARED] * stats.decode_shared
                   + row[WINDOW] * self._windowed(stats.num_decode, stats.decode_context))
@@ -211,6 +224,8 @@ class TabulatedCost(AbstractTables):
             decode = decode + self.tail.alone(stats.num_decode, stats.decode_context, stats.longest_context)
         mixed = (octaves.look_up(TOKENS, self.by_tokens, stats.prefill_tokens + stats.num_decode)
                  + octaves.look_up(SAMPLED, self.by_sampled, stats.num_sampled) + self.chunk_attention(stats))
+        if self.ring is not None:
+            mixed = mixed + self.ring.more_seconds(self._chunks_alone(stats), stats.prefill_context)
         return jnp.where(stats.num_prefill == 0, decode, mixed)
 
     def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,

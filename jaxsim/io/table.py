@@ -14,7 +14,7 @@ from jaxsim.cost.roofline import notes
 from jaxsim.engine.lower import resolve_system
 from jaxsim.metrics import ABORTS, FEWEST_FOR_TREND, PERCENTILES, Interval, LaneResult, Result, flatten
 from jaxsim.spec.cluster import PoolSection
-from jaxsim.spec.plan import Plan
+from jaxsim.spec.plan import plan_of
 from jaxsim.spec.presets import load_preset
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, RooflineCost, Scenario
 
@@ -74,6 +74,10 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
         degree += f" x PP {engine.pipeline_parallel_size}"
     if engine.data_parallel_size > 1:
         degree += f" x DP {engine.data_parallel_size}" + (" EP" if engine.enable_expert_parallel else "")
+    if engine.prefill_context_parallel_size > 1:
+        degree += f" x PCP {engine.prefill_context_parallel_size}"
+    if engine.decode_context_parallel_size > 1:
+        degree += f" (DCP {engine.decode_context_parallel_size})"
     usual = "least_loaded rank" if engine.data_parallel_size > 1 else "round_robin"
     many = f", {cluster.replicas} replicas ({cluster.router or usual})" if cluster.replicas > 1 else ""
     if cluster.variants is not None:
@@ -95,10 +99,7 @@ def describe(scenario: Scenario, lane: LaneResult) -> list[str]:
     if lane.front_end_s:
         lines.append(f"{lane.front_end_s * 1e3:g} ms of TTFT and E2E are outside the engine (cost.front_end_s)")
     if scenario.model and scenario.device and isinstance(scenario.cost, RooflineCost):
-        plan = Plan(tensor_parallel_size=engine.tensor_parallel_size,
-                    pipeline_parallel_size=engine.pipeline_parallel_size, data_parallel_size=engine.data_parallel_size,
-                    enable_expert_parallel=engine.enable_expert_parallel)
-        lines += notes(scenario.model.spec(), scenario.device.spec(), plan, scenario.dtype,
+        lines += notes(scenario.model.spec(), scenario.device.spec(), plan_of(engine), scenario.dtype,
                        moe_backend=engine.moe_backend, kv_dtype=scenario.kv_dtype)
     if engine.hybrid is not None:
         lines += _hybrid(scenario)

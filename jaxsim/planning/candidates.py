@@ -141,6 +141,10 @@ def vllm_line(scenario: Scenario, scheduler: Scheduler, candidate: Candidate) ->
         flags.append(("enable-expert-parallel", None))
         if engine.all2all_backend != "allgather_reducescatter":
             flags.append(("all2all-backend", engine.all2all_backend))
+        if engine.enable_eplb:
+            flags += [("enable-eplb", None), ("num-redundant-experts", engine.num_redundant_experts)]
+    if engine.decode_context_parallel_size > 1:
+        flags.append(("decode-context-parallel-size", engine.decode_context_parallel_size))
     flags += _formats(scenario)
     flags += [("max-num-seqs", scheduler.max_num_seqs), ("max-num-batched-tokens", scheduler.max_num_batched_tokens)]
     if engine.max_model_len is not None:
@@ -179,6 +183,7 @@ def _check_flags(scenario: Scenario, scheduler: Scheduler) -> None:
                          ("engine.context_reuse", engine.context_reuse), ("engine.hybrid", engine.hybrid),
                          ("engine.target_batch_time_ms", engine.target_batch_time_ms),
                          ("engine.kv_parallel_tokens", engine.kv_parallel_tokens),
+                         ("engine.enable_sequence_parallelism", engine.enable_sequence_parallelism or None),
                          ("cluster.remote_store", scenario.cluster.remote_store)):
         if value is not None:
             raise InputError(field, plain(value), "is not written as a flag of vLLM",

@@ -137,6 +137,10 @@ def _check(scenario: Scenario, devices, attainment, top, rank_by) -> None:
     if scenario.cluster.pools:
         raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools], "are not searched",
                          "leave them out, or compare them in a study")
+    if scenario.engine.prefill_context_parallel_size > 1:
+        raise InputError("engine.prefill_context_parallel_size", scenario.engine.prefill_context_parallel_size,
+                         "takes devices that the search does not deal out",
+                         "use 1, or a study: `jaxsim sweep --closed-form`")
     if scenario.cluster.variants is not None:
         raise InputError("cluster.variants", scenario.cluster.variants, "is not searched",
                          "leave it out, or compare numbers of replicas in a study")
@@ -232,9 +236,11 @@ class _Screen:
         longest = system.max_model_len
         batches = max(system.scheduler.max_num_seqs, LARGEST_GRID) + 1
         # Operator by operator: the same small programs for all plans, where tables would be one for each.
-        with jax.disable_jit():
-            cost = (cell_cost(scenario, system, batches - 1, longest) if candidate.is_cell_level
-                    else make_cost(scenario, system, batches - 1, longest))
+        if candidate.is_cell_level:
+            with jax.disable_jit():
+                cost = cell_cost(scenario, system, batches - 1, longest)
+        else:
+            cost = make_cost(scenario, system, batches - 1, longest, is_one_of_many=True)
         ranks = plan.data_parallel_size if candidate.is_cell_level else None
         return system, executor_of(scenario, system, cost, num_batches=batches, num_ranks=ranks)
 

@@ -46,6 +46,9 @@ class RooflineCost(Section, frozen=True, tag_field="kind", tag="roofline"):
         host: whose host overheads are taken; those of the preset's engine if left out.
         distinct_experts: how many experts a batch reads: as expected under uniform routing, the tokens' top-k
             with no overlap, or all.
+        expert_load: how tokens fall on the ranks that share experts: no expert is favoured ("balanced"), popularities
+            differ by overrides.expert_skew ("skewed"), less so where engine.enable_eplb has placed them, or all choose
+            one rank ("worst").
         front_end_s: seconds of a request outside the engine (HTTP server, tokenizer), in TTFT and end to end; those of
             `host` if left out, 0 where clocks are inside the engine.
         split_kv: attention is cut over the keys too, whatever the batch, as kernels for long contexts do it
@@ -56,6 +59,7 @@ class RooflineCost(Section, frozen=True, tag_field="kind", tag="roofline"):
     overrides: dict[str, float] = {}
     host: Text | None = None
     distinct_experts: Literal["expected", "topk", "all"] = "expected"
+    expert_load: Literal["balanced", "skewed", "worst"] = "balanced"
     front_end_s: NotNegative | None = None
     split_kv: bool = False
 

@@ -150,6 +150,15 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         enable_expert_parallel: whole experts are spread over the devices, instead of a slice of each.
         all2all_backend: how tokens reach experts on other data-parallel ranks: gathered everywhere and summed back
             ("allgather_reducescatter"), or sent to where they are needed (the others).
+        enable_eplb: a load balancer places whole experts, by how popular they are.
+        num_redundant_experts: copies of the most popular ones that it may place beside them.
+        prefill_context_parallel_size: groups of tensor-parallel devices that share the tokens of a prompt, on devices
+            of their own. Each keeps all of the KV cache and computes all decodes.
+        decode_context_parallel_size: tensor-parallel devices that share the tokens of a KV cache of which each would
+            hold a copy: their number over the KV heads at most (one with latent attention). A block holds as many
+            times block_size tokens.
+        enable_sequence_parallelism: reduce-scatter and all-gather in place of all-reduce, norms on a share of the
+            tokens each (vLLM's enable_sp).
         moe_backend: kernels of the experts: what vLLM takes unless told (for int4 weights that is Marlin's), or
             Marlin's, which multiply 4-bit weights in 16 bits (VLLM_MXFP4_USE_MARLIN).
         enable_chunked_prefill: a prompt may be split over iterations.
@@ -211,6 +220,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     data_parallel_size: Degree = 1
     enable_expert_parallel: bool = False
     all2all_backend: AllToAll = "allgather_reducescatter"
+    enable_eplb: bool = False
+    num_redundant_experts: Annotated[int, Meta(ge=0, le=65536)] = 0
+    prefill_context_parallel_size: Degree = 1
+    decode_context_parallel_size: Degree = 1
+    enable_sequence_parallelism: bool = False
     moe_backend: MoeBackend = "auto"
     enable_chunked_prefill: bool | None = None
     scheduling_policy: SchedulingPolicy | None = None

@@ -209,7 +209,7 @@ def rank_weight_bytes(model: ModelSpec, plan: Plan | None = None, fmt: WeightFor
     tp, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
     layers = plan.stage_layers(model.layers)[stage]
     layer = model.layer_parameters(tp)
-    experts = model.layer_parameters(tp * plan.data_parallel_size, plan.expert_ranks).experts
+    experts = model.layer_parameters(plan.expert_group, plan.expert_ranks).experts * plan.expert_copies(model)
     moe = layers * model.num_moe_layers / model.layers
     total = layers * (layer.attention * fmt.linear_bytes + layer.norms * fmt.other_bytes)
     total += (layers - moe) * layer.dense_ffn * fmt.linear_bytes
@@ -231,6 +231,8 @@ def activation_bytes(model: ModelSpec, plan: Plan, fmt: WeightFormat, space: Wor
     Sampler: sequences x vocabulary x bytes_per_logit, and two hidden states.
     """
     tokens, width = max_num_batched_tokens, fmt.activation_bytes
+    # Context-parallel ranks share them; all sample.
+    tokens = -(-tokens // plan.prefill_context_parallel_size)
     columns = 3 if model.gated else 2
     hidden = tokens * model.hidden * width
     dense = model.rank_shape(plan.tensor_parallel_size)
@@ -238,12 +240,13 @@ def activation_bytes(model: ModelSpec, plan: Plan, fmt: WeightFormat, space: Wor
     experts = 0.0
     if model.experts:
         rows = tokens * model.experts_per_token * plan.data_parallel_size / plan.expert_ranks
+        rows *= plan.prefill_context_parallel_size
         rows = max(rows, tokens) if plan.enable_expert_parallel else rows
         inner = plan.expert_shape(model).moe_ffn
         experts = rows * (max(2 * inner, model.hidden) + inner) * width
     sampler = 0.0
     if is_last_stage:
-        sampler = (min(max_num_seqs, tokens) * model.vocab * space.bytes_per_logit
+        sampler = (min(max_num_seqs, max_num_batched_tokens) * model.vocab * space.bytes_per_logit
                    + SAMPLER_HIDDEN_COPIES * hidden)
     return experts + max(ffn + HIDDEN_COPIES * hidden, sampler)
 
@@ -310,8 +313,9 @@ def _spend(model: ModelSpec, device: DeviceSpec, plan: Plan, rule: KvRule, fmt: 
            max_num_seqs: int) -> MemoryBudget:
     """The budget of the pipeline stage that has the fewest blocks, whether or not anything fits."""
     tp, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
-    per_layer = model.layer_kv_bytes_per_token(kv_width, tp) * block_size
-    is_parallel = tp > 1 or plan.ranks_in_step(model) > 1
+    # A block has as many tokens on all ranks that share a cache by tokens.
+    per_layer = model.layer_kv_bytes_per_token(kv_width, tp) * block_size / plan.decode_context_parallel_size
+    is_parallel = tp > 1 or plan.ranks_of_tokens(model) > 1 or plan.prefill_context_parallel_size > 1
     other = space.other_bytes(is_parallel)
     budgets = []
     for stage, layers in enumerate(plan.stage_layers(model.layers)):

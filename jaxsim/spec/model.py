@@ -65,6 +65,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     experts, experts_per_token, moe_ffn: routed experts (0 = none), how many a token takes, inner size of one.
     shared_experts: experts every token takes, of `moe_ffn` each; dense_layers_first: leading layers with a
         dense FFN; moe_layer_period: from there on, every so many-th layer has experts (1 = all).
+    expert_groups, groups_per_token: a token's experts are of so many of as many groups (0 = of any).
     kv_lora_rank: greater than 0 for multi-head latent attention (MLA), with q_lora_rank (0 = a plain query
         projection), qk_nope_head_dim, qk_rope_head_dim, v_head_dim.
     sliding_window: tokens a windowed layer looks back, 0 = none; window_layers: how many layers are windowed.
@@ -93,6 +94,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     shared_experts: CountOrNone = 0
     dense_layers_first: CountOrNone = 0
     moe_layer_period: Count = 1
+    expert_groups: CountOrNone = 0
+    groups_per_token: CountOrNone = 0
     kv_lora_rank: CountOrNone = 0
     q_lora_rank: CountOrNone = 0
     qk_nope_head_dim: CountOrNone = 0
@@ -125,6 +128,13 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                                  f"must be between 1 and experts = {self.experts}")
             if self.moe_ffn < 1:
                 raise InputError("model.moe_ffn", self.moe_ffn, "a model with experts needs their inner size")
+            if self.expert_groups and (self.experts % self.expert_groups or not 1 <= self.groups_per_token
+                                       <= self.expert_groups or self.experts_per_token
+                                       > self.groups_per_token * (self.experts // self.expert_groups)):
+                raise InputError("model.expert_groups", self.expert_groups,
+                                 f"does not go with {self.experts} experts of which a token takes"
+                                 f" {self.experts_per_token}, from groups_per_token = {self.groups_per_token} of them",
+                                 "give groups that divide the experts and are large enough, or 0")
         if self.num_dense_layers and self.ffn < 1:
             raise InputError("model.ffn", self.ffn, "a model with dense layers needs their inner size")
         if self.is_mla and min(self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim) < 1:
@@ -356,6 +366,8 @@ def _from_hf(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
                        moe_ffn=get("moe_ffn"), shared_experts=get("shared_experts"),
                        router_bias=config.get("topk_method") == "noaux_tc",
                        dense_layers_first=_hf_count(config, "first_k_dense_replace", 0, default=0),
+                       expert_groups=_hf_count(config, "n_group", 0, default=0),
+                       groups_per_token=_hf_count(config, "topk_group", 0, default=0),
                        moe_layer_period=_hf_count(config, "moe_layer_freq", 1, default=1))
     if kind == "opt":
         if config.get("word_embed_proj_dim", row["hidden"]) != row["hidden"]:

@@ -1,11 +1,12 @@
 """How a model is laid out on devices, and in which number formats."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim.spec.engine import EngineConfig
 from jaxsim.spec.model import ModelSpec, RankShape
 from jaxsim.spec.quantization import (
     EXAMPLES,
@@ -73,8 +74,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     Data-parallel ranks of a dense model are independent copies. Those of a mixture of experts copy attention and share
     the experts: with `enable_expert_parallel` whole ones are spread over tensor x data ranks, without it each is cut
     over them. A step exchanges tokens among them: all are gathered everywhere and their sums scattered, unless
-    `all_to_all` sends each to the ranks of its experts, which have to be whole. `kv_parallel_size` groups, each with
-    all of the model, share the KV of long contexts.
+    `all_to_all` sends each to the ranks of its experts, which have to be whole; by DeepEP's kernels where `deep_ep`
+    says which. `kv_parallel_size` groups, each with all of the model, share the KV of long contexts.
+
+    prefill_context_parallel_size: groups of tensor-parallel ranks that share the tokens of a prompt chunk, on devices
+    of their own; decode_context_parallel_size: tensor-parallel ranks that share the tokens of a KV cache instead of
+    copying its heads (`jaxsim.cost.context_parallel`). enable_sequence_parallelism: reduce-scatter and all-gather
+    instead of all-reduce, norms on a share of the tokens. enable_eplb: a load balancer places experts, with
+    `num_redundant_experts` copies of the most popular in all (`jaxsim.cost.expert_load`).
     """
 
     tensor_parallel_size: Degree = 1
@@ -83,23 +90,45 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     enable_expert_parallel: bool = False
     all_to_all: bool = False
     kv_parallel_size: Degree = 1
+    deep_ep: Literal["", "high_throughput", "low_latency"] = ""
+    prefill_context_parallel_size: Degree = 1
+    decode_context_parallel_size: Degree = 1
+    enable_sequence_parallelism: bool = False
+    enable_eplb: bool = False
+    num_redundant_experts: int = 0
 
     def __post_init__(self):
         for field in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
-                      "kv_parallel_size"):
+                      "prefill_context_parallel_size", "decode_context_parallel_size", "kv_parallel_size"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
                 raise InputError(f"engine.{field}", getattr(self, field), "must be an integer of at least 1")
 
     @property
     def num_devices(self) -> int:
         """Devices of the instance."""
-        one = self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
-        return one * self.kv_parallel_size
+        return (self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+                * self.prefill_context_parallel_size * self.kv_parallel_size)
+
+    @property
+    def label(self) -> str:
+        """As people write it: "TP2 DP4 EP"."""
+        named = (("TP", self.tensor_parallel_size), ("DP", self.data_parallel_size),
+                 ("PP", self.pipeline_parallel_size), ("PCP", self.prefill_context_parallel_size),
+                 ("DCP", self.decode_context_parallel_size), ("KVP", self.kv_parallel_size))
+        parts = [f"{name}{size}" for name, size in named if size > 1 or name == "TP"]
+        parts += ["EP"] if self.enable_expert_parallel else []
+        parts += [f"+{self.num_redundant_experts}"] if self.num_redundant_experts else []
+        return " ".join(parts + (["SP"] if self.enable_sequence_parallelism else []))
+
+    @property
+    def expert_group(self) -> int:
+        """Ranks over which experts are spread or cut."""
+        return self.tensor_parallel_size * self.data_parallel_size * self.prefill_context_parallel_size
 
     @property
     def expert_ranks(self) -> int:
         """Ranks over which whole experts are spread; 1 where each expert is cut."""
-        return self.tensor_parallel_size * self.data_parallel_size if self.enable_expert_parallel else 1
+        return self.expert_group if self.enable_expert_parallel else 1
 
     def ranks_in_step(self, model: ModelSpec) -> int:
         """Data-parallel ranks that iterate together, around experts that they share; 1 where each is by itself."""
@@ -110,8 +139,18 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
         Source: vLLM, `FusedMoEParallelConfig.make`: both are over tensor x data ranks.
         """
-        ranks = self.tensor_parallel_size * self.data_parallel_size
-        return model.rank_shape(ranks, self.expert_ranks)
+        shape = model.rank_shape(self.expert_group, self.expert_ranks)
+        if not self.num_redundant_experts:
+            return shape
+        return shape._replace(num_experts=shape.num_experts * self.expert_copies(model))
+
+    def expert_copies(self, model: ModelSpec) -> float:
+        """Places for experts, over experts."""
+        return 1 + self.num_redundant_experts / model.experts if self.num_redundant_experts else 1.0
+
+    def ranks_of_tokens(self, model: ModelSpec) -> int:
+        """Groups of tensor-parallel ranks with tokens of their own that meet around shared experts."""
+        return self.ranks_in_step(model) * (self.prefill_context_parallel_size if model.experts else 1)
 
     def stage_layers(self, layers: int) -> tuple[int, ...]:
         """Layers of each pipeline stage. A remainder goes to the stages before the last, from the back.
@@ -146,16 +185,77 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
                              "leave it out")
         if model.experts and not self.enable_expert_parallel:
             divides("tensor_parallel_size", model.moe_ffn, tp, "columns of an expert")
-            if model.moe_ffn % (tp * self.data_parallel_size):
+            if model.moe_ffn % self.expert_group:
                 raise InputError("engine.data_parallel_size", self.data_parallel_size,
-                                 f"makes {tp * self.data_parallel_size} tensor x data ranks, which do not divide the"
+                                 f"makes {self.expert_group} tensor x data ranks, which do not divide the"
                                  f" {model.moe_ffn} columns of an expert of {model.name}",
                                  "use fewer ranks, or set engine.enable_expert_parallel = true")
-        if model.experts and ranks > model.experts:
+        if model.experts and ranks > model.experts + self.num_redundant_experts:
             raise InputError("engine.enable_expert_parallel", True,
                              f"{ranks} ranks cannot share the {model.experts} experts of {model.name}",
                              "use fewer ranks")
+        check_experts(self, model)
+        check_contexts(self, model)
         if self.pipeline_parallel_size > model.layers:
             raise InputError("engine.pipeline_parallel_size", self.pipeline_parallel_size,
                              f"more than the {model.layers} layers of {model.name}", "use fewer stages")
         return self
+
+
+def plan_of(engine: EngineConfig) -> Plan:
+    """The plan of an engine, not checked against a model."""
+    backend = engine.all2all_backend
+    return Plan(**{name: getattr(engine, name) for name in (
+        "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel",
+        "prefill_context_parallel_size", "decode_context_parallel_size", "enable_sequence_parallelism", "enable_eplb",
+        "num_redundant_experts", "kv_parallel_size")}, all_to_all=backend not in ("allgather_reducescatter", "naive"),
+        deep_ep=backend.removeprefix("deepep_") if backend.startswith("deepep_") else "")
+
+
+def check_experts(plan: Plan, model: ModelSpec) -> None:
+    """Refuse whole experts that cannot be spread evenly. Raises `InputError`."""
+    ranks, redundant = plan.expert_ranks, plan.num_redundant_experts
+    if redundant < 0:
+        raise InputError("engine.num_redundant_experts", redundant, "is negative", "give 0 or more")
+    for field, value in (("enable_eplb", plan.enable_eplb), ("num_redundant_experts", redundant)):
+        if value and (ranks == 1 or not model.experts):
+            raise InputError(f"engine.{field}", value, "without whole experts on several ranks there is nothing to"
+                             " balance", "set engine.enable_expert_parallel = true with more ranks, or leave it out")
+    if redundant and not plan.enable_eplb:
+        raise InputError("engine.num_redundant_experts", redundant, "has no effect without a load balancer",
+                         "set engine.enable_eplb = true, or leave it out")
+    places = model.experts + redundant
+    if ranks > 1 and places % ranks:
+        what = f"{model.experts} experts" + (f" + {redundant} redundant = {places}" if redundant else "")
+        low, high = places - places % ranks - model.experts, places - places % ranks + ranks - model.experts
+        fits = " or ".join(str(count) for count in (low, high) if count >= 0)
+        raise InputError("engine.enable_expert_parallel", True,
+                         f"{ranks} ranks do not divide the {what} of {model.name}: {places % ranks} would be left over",
+                         f"use ranks that divide them, or num_redundant_experts = {fits} with enable_eplb")
+    if plan.deep_ep and not plan.all_to_all:
+        raise InputError("deep_ep", plan.deep_ep, "sends tokens", "set all_to_all as well")
+
+
+def check_contexts(plan: Plan, model: ModelSpec) -> None:
+    """Refuse contexts that cannot be cut this way. Raises `InputError`."""
+    tensors, shards, ring = (plan.tensor_parallel_size, plan.decode_context_parallel_size,
+                             plan.prefill_context_parallel_size)
+    heads = 1 if model.is_mla else model.kv_heads
+    if shards > 1 and (tensors % shards or shards * heads > tensors):
+        fits = [n for n in range(1, tensors + 1) if tensors % n == 0 and n * heads <= tensors]
+        raise InputError("engine.decode_context_parallel_size", shards,
+                         f"{tensors} tensor-parallel ranks hold {heads} KV head{'s' * (heads > 1)} {tensors / heads:g}"
+                         f" times: no more ranks than that, and no divisor of {tensors}, can share a cache by tokens",
+                         f"use {' or '.join(map(str, fits))}" if fits else
+                         f"leave it out, or use more than {heads} tensor-parallel ranks")
+    if ring > 1 and plan.ranks_in_step(model) > 1:
+        raise InputError("engine.prefill_context_parallel_size", ring,
+                         "with data-parallel ranks that iterate together is not simulated",
+                         "use 1, or engine.data_parallel_size = 1")
+    for field, value in (("prefill_context_parallel_size", ring), ("decode_context_parallel_size", shards)):
+        if value > 1 and model.window_layers:
+            raise InputError(f"engine.{field}", value, f"is not simulated with the sliding windows of {model.name}",
+                             "use 1")
+    if plan.enable_sequence_parallelism and tensors == 1:
+        raise InputError("engine.enable_sequence_parallelism", True, "one tensor-parallel rank has nobody to share"
+                         " tokens with", "use more tensor-parallel ranks, or leave it out")

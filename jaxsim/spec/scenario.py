@@ -151,7 +151,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def devices_of_pools(self) -> tuple[tuple[DeviceSection | None, int, int], ...]:
         """Of every pool, or of all replicas: the device, how many a replica has, and the number of replicas."""
-        degrees = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "kv_parallel_size")
+        degrees = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "kv_parallel_size",
+                   "prefill_context_parallel_size")
         return tuple(
             (self.device if pool.device is None else DeviceSection(name=pool.device),
              math.prod(pool.engine.get(name, getattr(self.engine, name)) for name in degrees), pool.replicas)

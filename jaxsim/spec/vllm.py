@@ -27,6 +27,10 @@ _TAKEN = {
     "pipeline-parallel-size": "engine.pipeline_parallel_size", "pp": "engine.pipeline_parallel_size",
     "data-parallel-size": "engine.data_parallel_size", "dp": "engine.data_parallel_size",
     "scheduling-policy": "engine.scheduling_policy", "moe-backend": "engine.moe_backend",
+    "decode-context-parallel-size": "engine.decode_context_parallel_size", "dcp": "engine.decode_context_parallel_size",
+    "prefill-context-parallel-size": "engine.prefill_context_parallel_size",
+    "pcp": "engine.prefill_context_parallel_size", "all2all-backend": "engine.all2all_backend",
+    "num-redundant-experts": "engine.num_redundant_experts",
 }
 """Flags with a value, and the scenario's field."""
 
@@ -34,6 +38,7 @@ _SWITCHES = {
     "enable-expert-parallel": "engine.enable_expert_parallel", "ep": "engine.enable_expert_parallel",
     "enable-chunked-prefill": "engine.enable_chunked_prefill", "async-scheduling": "engine.async_scheduling",
     "enforce-eager": "engine.enforce_eager", "enable-prefix-caching": "engine.enable_prefix_caching",
+    "enable-eplb": "engine.enable_eplb",
 }
 """Flags without a value (`--no-` switches them off)."""
 
@@ -41,8 +46,7 @@ _PHYSICS = frozenset("""
     speculative-config speculative-model num-speculative-tokens spec-method spec-model spec-tokens enable-lora
     lora-modules cpu-offload-gb kv-transfer-config kv-offloading-size kv-cache-memory-bytes kv-cache-memory
     quantization max-num-partial-prefills max-long-partial-prefills long-prefill-token-threshold scheduler-cls
-    num-scheduler-steps scheduler-delay-factor enable-eplb num-redundant-experts decode-context-parallel-size
-    prefill-context-parallel-size enable-dbo all2all-backend hf-overrides rope-scaling stream-interval runner
+    num-scheduler-steps scheduler-delay-factor enable-dbo hf-overrides rope-scaling stream-interval runner
     task enable-sleep-mode disable-sliding-window preemption-mode swap-space cudagraph-capture-sizes
     compilation-config performance-mode optimization-level
 """.split())
@@ -76,8 +80,7 @@ _HARMLESS = _PLAIN_SWITCHES | frozenset("""
 _HARMLESS_DEFAULTS = {
     "cpu-offload-gb": 0, "max-num-partial-prefills": 1, "max-long-partial-prefills": 1,
     "long-prefill-token-threshold": 0, "num-scheduler-steps": 1, "scheduler-delay-factor": 0,
-    "stream-interval": 1, "decode-context-parallel-size": 1, "prefill-context-parallel-size": 1,
-    "num-redundant-experts": 0, "task": "generate", "runner": "generate", "swap-space": None,
+    "stream-interval": 1, "task": "generate", "runner": "generate", "swap-space": None,
     "preemption-mode": "recompute",
 }
 """Values of those flags at which they change nothing (None: no value does, in the V1 engine)."""

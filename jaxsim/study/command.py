@@ -30,6 +30,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
     sweep.add_argument("study", metavar="STUDY", help="a study file (docs/studies.md)")
     sweep.add_argument("--out", metavar="DIR", help="folder of this study's results (default: results/NAME)")
     sweep.add_argument("--dry-run", action="store_true", help="say what would be run, and how large it is, and stop")
+    sweep.add_argument("--closed-form", action="store_true",
+                       help="means in closed form instead of a simulation; --out is then a table (.csv or .parquet)")
     sweep.add_argument("--executor", default="local", metavar="WHO",
                        help="local (threads), processes:N, or dask:ADDRESS of a scheduler (default: local)")
     sweep.add_argument("--workers", type=int, metavar="N", help="threads of the local executor (default: processors)")
@@ -56,6 +58,12 @@ def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> No
         raise InputError("--runs-a-tile", options.runs_a_tile, "is not a number of runs",
                          "give at least 1, or leave it out")
     study = chosen(options.study, values)
+    if options.closed_form:
+        if options.dry_run or options.requests:
+            flag = "--dry-run" if options.dry_run else "--requests"
+            raise InputError(flag, True, "has no effect with --closed-form, which simulates nothing", "leave it out")
+        _closed_form(study, options)
+        return
     start = time.perf_counter()
     is_new = not options.dry_run and not folder.exists()
     with _progress() as progress:
@@ -95,6 +103,53 @@ def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> No
         where = "left out of the table" if study.feasible_only else "in the column `refused`"
         print(f"refused: {len(made.refusals) - 3:,} more, {where}")
     print(f"{path}: {len(made.points) - (len(made.refusals) if study.feasible_only else 0):,} rows")
+
+
+def _closed_form(study: Any, options: argparse.Namespace) -> None:
+    """Print the table of `closed_form`, or write it. Raises `InputError`."""
+    from jaxsim._core.errors import InputError
+    from jaxsim.io.result import to_json
+    from jaxsim.io.table import console, number
+    from jaxsim.study.closed_form import closed_form
+
+    out = None if options.out is None else Path(options.out)
+    if out is not None and (out.suffix not in (".csv", ".parquet") or not out.parent.is_dir()):
+        raise InputError("--out", options.out, "is no table in a folder that is there",
+                         "give a name that ends in .csv or .parquet")
+    start = time.perf_counter()
+    frame, programs = closed_form(study)
+    if out is not None:
+        frame.to_csv(out, index=False) if out.suffix == ".csv" else frame.to_parquet(out, index=False)
+    refused = int(frame["refused"].notna().sum())
+    about = {"points": len(frame), "refused": refused, "programs": programs,
+             "elapsed_s": round(time.perf_counter() - start, 3)}
+    if options.json:
+        rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+        sys.stdout.write(to_json(about | {"rows": rows}))
+        return
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    varied = [name for name in frame.columns[:frame.columns.get_loc("refused")] if name not in ("plan", "devices")]
+    # Of a plan its label tells.
+    varied = [name for name in varied if not name.startswith("engine.") or not any(
+        part in name for part in ("parallel", "eplb", "redundant"))]
+    shown.add_column("plan")
+    for name in (*(name.split(".")[-1] for name in varied), "devices", "TTFT", "TPOT", "req/s", "tok/s a device",
+                 "$/M"):
+        shown.add_column(name, justify="right")
+    able = frame[frame["refused"].isna()].sort_values("output_tokens_per_s_per_device", ascending=False)
+    for row in able.to_dict("records"):
+        shown.add_row(row["plan"], *(str(row[name]) for name in varied), str(row["devices"]), *(
+            number(row[name]) for name in ("ttft_ms", "tpot_ms", "rate_within_limits", "output_tokens_per_s_per_device",
+                                           "usd_per_million_output_tokens")))
+    console().print(shown)
+    console().print("TTFT, TPOT: means at the study's rate, ms; req/s: the highest rate that keeps means within limits,"
+                    " and output tokens/s a device and dollars a million of them there; all in closed form")
+    for reason, count in frame["refused"].value_counts().head(3).items():
+        print(f"refused: {count} x {reason}")
+    print(f"{len(frame):,} points, {refused:,} of them refused; {programs} program{'s' * (programs > 1)};"
+          f" {about['elapsed_s']:,.1f} s")
 
 
 def check_workers(workers: int | None) -> None:

@@ -110,3 +110,14 @@ def test_the_rest_comes_from_the_base():
     assert (scenario.engine.data_parallel_size, scenario.cluster.router) == (2, "random")
     assert scenario.engine.preset == "vllm-v1@0.19"
     assert base["cluster"] == {"router": "random"}
+
+
+def test_flags_of_plans_past_one_node():
+    """Contexts cut over ranks, wide expert parallelism, its balancer."""
+    scenario, _ = imported(
+        "vllm serve deepseek-ai/DeepSeek-V3 -tp 8 -dcp 8 --prefill-context-parallel-size 2 --enable-expert-parallel"
+        " --all2all-backend deepep_low_latency --enable-eplb --num-redundant-experts 32")
+    engine = scenario.engine
+    assert (engine.tensor_parallel_size, engine.decode_context_parallel_size) == (8, 8)
+    assert (engine.prefill_context_parallel_size, engine.all2all_backend) == (2, "deepep_low_latency")
+    assert engine.enable_eplb and engine.num_redundant_experts == 32

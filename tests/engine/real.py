@@ -26,11 +26,11 @@ LONGEST = 1024
 ROUTER = "least_outstanding"
 
 
-def tables(stages: int = 1) -> t.TabulatedCost:
-    """Cost tables of the system, on the host."""
+def tables(stages: int = 1, **engine) -> t.TabulatedCost:
+    """Cost tables of the system, on the host; engine: further fields of it."""
     scenario = Scenario.from_dict({
         "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
-        "engine": {"pipeline_parallel_size": stages},
+        "engine": {"pipeline_parallel_size": stages, **engine},
         "workload": {"kind": "poisson", "rate_rps": 1.0, "input": 512, "output": 128}})
     return jax.device_get(lower.make_cost(scenario, lower.resolve_system(scenario), DIMS.num_slots, LONGEST))
 
@@ -113,6 +113,19 @@ def exact_lanes(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], tu
 
     token_knots, sampled_knots = knots_of(t.TOKENS, by_tokens), knots_of(t.SAMPLED, by_sampled)
     window = int(cost.window)
+    ring = None if cost.ring is None else [float(leaf) for leaf in jax.tree.leaves(cost.ring)]
+
+    def shared(s: simulator.BatchStatsRef) -> tuple[simulator.BatchStatsRef, float]:
+        """What one of the context-parallel ranks computes of an iteration, and what the ring adds to it."""
+        if ring is None or not s.num_prefill:
+            return s, 0.0
+        ranks, layers, latency_s, key_s, floor_s = ring
+        ranks = int(ranks)
+        tokens = s.prefill_tokens if ranks == 1 else 2 * -(-s.prefill_tokens // (2 * ranks))
+        own = replace(s, prefill_tokens=tokens, prefill_pairs=s.prefill_pairs / ranks)
+        step_s = sum(chunks(c, replace(own, num_decode=0), 0) for c in attention) / ranks
+        send_s = layers * (latency_s + s.prefill_context / ranks * key_s)
+        return own, (ranks - 1) * (max(step_s, send_s) - step_s + floor_s)
 
     def chunks(c: np.ndarray, s: simulator.BatchStatsRef, context: float) -> float:
         each = s.prefill_tokens / s.num_prefill
@@ -127,6 +140,7 @@ def exact_lanes(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], tu
         return np.hypot(np.hypot(work, longest) ** 2, reads ** 2) ** 0.5 + added
 
     def seconds(s: simulator.BatchStatsRef) -> tuple[float, float, float, float]:
+        s, waiting_s = shared(s)
         row = by_sequences[min(s.num_decode + s.num_prefill, len(by_sequences) - 1)]
         own = by_sequences[min(s.num_decode, len(by_sequences) - 1)]
         contexts = [s.decode_context, min(s.decode_context, s.num_decode * window)]
@@ -135,7 +149,7 @@ def exact_lanes(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], tu
             device = np.interp(s.prefill_tokens + s.num_decode, token_knots, by_tokens)
             device += np.interp(s.num_sampled, sampled_knots, by_sampled) + own[t.BESIDE]
             device += sum(chunks(c, s, context) + c[a.APART] * read
-                          for c, context, read in zip(attention, contexts, reads, strict=True))
+                          for c, context, read in zip(attention, contexts, reads, strict=True)) + waiting_s
             launch = row[t.MIXED_LAUNCH]
         else:
             device, launch = own[t.DECODE_DEVICE] + sum(reads), row[t.DECODE_LAUNCH]

@@ -144,7 +144,7 @@ HF_CONFIGS = {
                       num_key_value_heads=128, num_hidden_layers=61, vocab_size=129280,
                       max_position_embeddings=163840, n_routed_experts=256, num_experts_per_tok=8,
                       moe_intermediate_size=2048, n_shared_experts=1, first_k_dense_replace=3,
-                      moe_layer_freq=1,
+                      moe_layer_freq=1, n_group=8, topk_group=4,
                       kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64,
                       v_head_dim=128, topk_method="noaux_tc",
                       quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),

@@ -10,11 +10,12 @@ from jaxsim.engine.lower.systems import Pool, System, kinds_of_pools
 from jaxsim.spec.scenario import FittedCost, ProfiledCost, Scenario
 
 
-def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, max_tokens: int | None = None
-              ) -> AbstractIterationCost | tuple[AbstractIterationCost, ...]:
+def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, max_tokens: int | None = None,
+              is_one_of_many: bool = False) -> AbstractIterationCost | tuple[AbstractIterationCost, ...]:
     """The cost tables, for up to `num_slots` sequences of up to `longest` tokens; with pools of every kind of them.
 
-    max_tokens: of an iteration, where others that share the program need more than this scenario.
+    max_tokens: of an iteration, where others that share the program need more than this scenario. is_one_of_many: of
+    plans whose tables are made one after the other, without a compiled program for each.
     """
     if system.pools:
         return tuple(_encoding_cost(pool) if pool.role == "encode" else
@@ -36,9 +37,9 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, 
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
                      moe_backend=scenario.engine.moe_backend, split_kv=scenario.cost.split_kv,
-                     **scenario.cost.overrides)
-    return model.tabulate(most, num_slots, cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode],
-                          async_scheduling=s.async_scheduling)
+                     expert_load=scenario.cost.expert_load, **scenario.cost.overrides)
+    made = model.tables if is_one_of_many else model.tabulate
+    return made(most, num_slots, cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode], async_scheduling=s.async_scheduling)
 
 
 def _encoding_cost(pool: Pool) -> AbstractIterationCost:

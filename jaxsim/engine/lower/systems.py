@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxsim._core.errors import InputError
+from jaxsim.engine.lower.contexts import with_contexts
 from jaxsim.engine.lower.hybrid import Hybrid, hybrid_blocks, resolve_hybrid
 from jaxsim.policy.routing import AbstractRouting, router
 from jaxsim.policy.swap import MOST_GROUPED_BLOCKS
@@ -17,7 +18,7 @@ from jaxsim.spec.engine import SwapSection
 from jaxsim.spec.host_memory import HostBudget
 from jaxsim.spec.memory import MemoryBudget, kv_blocks
 from jaxsim.spec.model import ModelSpec
-from jaxsim.spec.plan import Plan, kv_cache_bytes
+from jaxsim.spec.plan import Plan, kv_cache_bytes, plan_of
 from jaxsim.spec.presets import Scheduler, resolve
 from jaxsim.spec.rules.cluster import check_migration, check_role_switching
 from jaxsim.spec.scenario import ClusterSection, Scenario
@@ -176,11 +177,7 @@ def _check_pools(system: System, scenario: Scenario) -> None:
 
 def _resolve_alone(scenario: Scenario) -> System:
     engine = scenario.engine
-    plan = Plan(tensor_parallel_size=engine.tensor_parallel_size, data_parallel_size=engine.data_parallel_size,
-                pipeline_parallel_size=engine.pipeline_parallel_size,
-                enable_expert_parallel=engine.enable_expert_parallel,
-                all_to_all=engine.all2all_backend not in ("allgather_reducescatter", "naive"),
-                kv_parallel_size=engine.kv_parallel_size)
+    plan = plan_of(engine)
     model = device = None
     if scenario.model is not None:
         model = scenario.model.spec()
@@ -191,6 +188,7 @@ def _resolve_alone(scenario: Scenario) -> System:
         engine, device_name=device.name if device else "",
         memory_bytes=device.memory_bytes if device else 0.0,
         max_model_len=model.max_position if model else None)
+    scheduler = with_contexts(scenario, plan, scheduler)
     if scheduler.order != "fcfs" and (scheduler.async_scheduling or scheduler.phase_mix != "unified"
                                       or scheduler.reserve != "none" or not scheduler.kv_accounting
                                       or (scheduler.order != "priority" and scheduler.admit != "any_time")):

@@ -25,7 +25,8 @@ def check_hybrid(s: "Scenario") -> None:
             *((f"engine.{degree}", getattr(engine, degree), getattr(engine, degree) > 1,
                f"is not simulated with {field}", f"use 1, or {OUT}")
               for degree in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
-                             "kv_parallel_size")),
+                             "kv_parallel_size", "prefill_context_parallel_size",
+                             "decode_context_parallel_size")),
             ("cluster.pools", [pool.role for pool in s.cluster.pools], bool(s.cluster.pools),
              f"are not simulated with {field}", f"use cluster.replicas, or {OUT}"),
             ("cluster.migration", True, s.cluster.migration is not None, f"is not simulated with {field}", OUT),

@@ -49,6 +49,8 @@ def _alike(s: "Scenario", scheduler: Scheduler, field: str) -> None:
              f"leave it out, or {out}"),
             ("engine.data_parallel_size", engine.data_parallel_size, engine.data_parallel_size > 1,
              "use 1, and cluster.replicas"),
+            *((f"engine.{degree}", getattr(engine, degree), getattr(engine, degree) > 1, "use 1")
+              for degree in ("prefill_context_parallel_size", "decode_context_parallel_size")),
             ("engine.swap", True, engine.swap is not None, f"leave it out, or {out}"),
             ("cluster.pools", [pool.role for pool in cluster.pools], bool(cluster.pools), "use cluster.replicas"),
             ("cluster.migration", True, cluster.migration is not None, f"leave it out, or {out}"),

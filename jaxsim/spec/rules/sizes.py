@@ -69,11 +69,13 @@ def check_sizes(s: "Scenario") -> None:
                              f"raise it to {prompt}, or set engine.enable_chunked_prefill = true")
     blocks = engine.num_gpu_blocks_override
     if blocks is not None and scheduler.kv_accounting:
-        needed = -(-(total - 1) // scheduler.block_size)
+        # Ranks that share a cache by tokens have a block of each.
+        block_size = scheduler.block_size * engine.decode_context_parallel_size
+        needed = -(-(total - 1) // block_size)
         if needed > blocks:
             raise InputError("engine.num_gpu_blocks_override", blocks,
                              f"the longest request ({text}) needs {needed} blocks of"
-                             f" {scheduler.block_size} tokens",
+                             f" {block_size} tokens",
                              f"give at least {needed} blocks, or shorten the requests")
 
 
