@@ -9,6 +9,7 @@ from jaxsim.engine import (
     fair,
     hand_over,
     lockstep,
+    lost_hand_overs,
     migration,
     offload,
     pipeline,
@@ -71,6 +72,8 @@ class Touched(eqx.Module):
 
     # give_up: with clients, whose request was cut off.
     cut_off: clients.CutOff | None = None
+    # With roles, who was looked at of those who have left for an instance.
+    item: lost_hand_overs.Item | None = None
 
     # settle: samples of the time between tokens, and how many tokens each stands for; what the tape is told.
     itl_s: Float[Array, " samples"] | None = None
