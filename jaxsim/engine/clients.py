@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.engine import ending, failures
-from jaxsim.engine.common import Context, choose, take
+from jaxsim.engine.common import Context, blocks_for, choose, take
 from jaxsim.engine.events import Event
 from jaxsim.engine.writes import Add, Put, Writes
 from jaxsim.kernels import clock, packed, queues, timers
@@ -34,7 +34,7 @@ from jaxsim.kernels.queues import Link
 from jaxsim.kernels.timers import NEVER, Instant
 from jaxsim.policy.arrivals import relative_to
 from jaxsim.state import world as w
-from jaxsim.state.requests import Requests
+from jaxsim.state.requests import PROMPT, Requests
 from jaxsim.state.world import Clocks, Counts
 
 TIMED_OUT, REJECTED = 2, 3
@@ -105,6 +105,8 @@ def give_up(context: Context, event: Event, at_rank: Int[Array, ""], counts: Cou
     if loss is not None:
         is_any, slot = is_any | loss.is_request, jnp.where(loss.is_running, loss.slot, slot)
     is_running, is_waiting = slot != null, is_any & (slot == null)
+    if dims.has_moves:
+        is_waiting = is_waiting & ~loss.is_held
 
     # Where somebody could join now who could not before, the jump in flight ends with the iteration.
     is_flying = phase == w.ENDING
@@ -139,6 +141,16 @@ def give_up(context: Context, event: Event, at_rank: Int[Array, ""], counts: Cou
         is_hidden = timers.instant_of(world.epoch, times.batch.start) < Instant(*take(world.sent, request))
         rank = replace(rank, visible=rank.visible - (is_waiting & ~is_hidden))
     rank = replace(rank, queue=queue, forming_slot=jnp.where(is_forming, null, rank.forming_slot))
+    if dims.has_demands:
+        emitted, preemptions = take(world.progress, request)
+        blocks = blocks_for(take(requests.table, request)[PROMPT] + emitted, dims)
+        rank = replace(rank, waiting_blocks=rank.waiting_blocks - jnp.where(is_waiting, blocks, 0))
+        if dims.has_migration:
+            was_preempted = preemptions > take(world.lost, request)[failures.BEFORE]
+            rank = replace(rank, killed=rank.killed - (is_waiting & was_preempted))
+        if dims.has_urgent:
+            gone = (is_any & is_running) * take(requests.is_urgent, request)
+            rank = replace(rank, urgent=rank.urgent - gone)
     counts = Counts(counts.executor, rank, batch)
 
     # Between iterations it leaves at once, before the pass; if nobody is left there is none.
@@ -192,6 +204,8 @@ def writes(context: Context, t, known: Writes, stamp: Float[Array, " 3"], own) -
         due, is_own, status, is_kept = failures.on_its_way(
             context, event, cut_off.loss, now, failures.Timer(due, is_own, status, is_kept))
     is_answered = retired.is_any & (retired.request != nobody)
+    if t.left is not None:
+        is_answered = is_answered & ~t.left.is_any
     positions, rows = timers.change(lambda row: take(world.timers, row), nobody,
                                     jnp.where(is_own, request, retired.request), due, is_own | is_answered)
     changed = {
@@ -223,6 +237,8 @@ def writes(context: Context, t, known: Writes, stamp: Float[Array, " 3"], own) -
                                   jnp.where(is_again, 0, progress.value))
         # The next sending begins anew; if there is none, who waited after a preemption did so until now.
         is_stalled = cut_off.is_waiting & (take(world.progress, request)[1] > 0)
+        if dims.has_migration:
+            is_stalled = is_stalled | cut_off.loss.is_held
         until = clock.to_integers(world.epoch, event.now)
         value = jnp.where(is_again, -take(world.stalled, request), jnp.where(is_stalled, until, 0))
         changed["stalled"] = Add((jnp.where(is_over, request, stalled.index[0]),),
@@ -244,6 +260,8 @@ def progress(context: Context, t, is_answered: Bool[Array, ""]) -> dict[str, Arr
     outcome = _outcome(context, event, cut_off)
     ended = is_answered.astype(jnp.int32) + (outcome.is_over & ~outcome.is_again)
     freed = (retired.is_any & ~is_answered).astype(jnp.int32) - cut_off.is_running
+    if t.left is not None:
+        freed = freed - t.left.is_any
     if cut_off.loss is not None:
         # Counted before, where its client gave up.
         freed = freed + (cut_off.is_running & ~cut_off.is_any)

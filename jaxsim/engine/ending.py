@@ -53,9 +53,14 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         whole, counter = jnp.maximum(batch.extra - batch.is_lost, 0), counter - batch.is_lost
         if group.batching.grows:
             used = used - jnp.where(is_lost, residues.crossing_at(counts_by_residue, counter), 0)
-        spent_s = jnp.where(is_lost, clock.elapsed(own.start, event.now), spent_s)
         before = clock.add(clock.add(own.start, own.first), span(own.pace, own.growth_s, whole))
         begun = clock.select(batch.extra > 0, before, own.start)
+        # What is through and what is not are added one by one, the latter as a pair: they may be no numbers of 24 bits.
+        done_s = jnp.where(batch.extra > 0, own.first.hi + span(own.pace, own.growth_s, whole).hi, 0.0)
+        counted_s = jnp.where(is_lost, done_s, spent_s)
+        since = clock.add(event.now, Time(-begun.hi, -begun.lo))
+        lost = clock.select(is_lost, since, Time(jnp.zeros_like(since.hi), jnp.zeros_like(since.lo)))
+        spent_s = jnp.where(is_lost, clock.elapsed(own.start, event.now), spent_s)
     mean_s = own.pace.hi + own.growth_s * (0.5 * (whole - 1))
     if group.batching.is_unified:
         gap_s, gap_count = jnp.float32(0), jnp.int32(0)
@@ -121,6 +126,8 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         faded = integrals.ratio - group.batching.ratio_decay * decode_iterations.astype(jnp.float32)
         integrals = replace(integrals, ratio=jnp.maximum(faded, group.batching.ratio_floor))
     executor, busy = counts.executor, clock.add(times.executor.busy, spent_s)
+    if dims.has_failures:
+        busy = clock.add(clock.add(times.executor.busy, counted_s), lost)
     num_iterations = executor.num_iterations + 1 + batch.extra
     if dims.num_ranks > 1:
         # An iteration of all ranks counts once.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxsim.engine import caches, role_switching, siblings
+from jaxsim.engine import caches, role_switching, siblings, sweeps
 from jaxsim.engine.common import Context, Params, iterations_to_reach, span, take
 from jaxsim.engine.loads import loads_of, pool_sizes
 from jaxsim.kernels import clock, packed, residues, timers
@@ -26,12 +26,14 @@ FREEZE_S = 1.5 * clock.EPOCH_S
 
 
 class OutageChange(NamedTuple):
-    """The next instance to go down or to come back, and when; is_due: that is what the step is about."""
+    """The next instance to go down or to come back, and when; is_due: that is what the step is about; sweep: with
+    roles, whether it is about a queue of another."""
 
     time: Time
     executor: Int[Array, ""]
     is_back: Bool[Array, ""]
     is_due: Bool[Array, ""] | bool = False
+    sweep: sweeps.Sweep | None = None
 
 
 class Event(NamedTuple):
@@ -236,6 +238,16 @@ def used_blocks(context: Context, now: Time) -> Int[Array, " ranks"]:
     return w.count_rows(dims).everything(world.counts).rank.used_blocks.ravel()
 
 
+def able_to_take(context: Context, now: Time) -> Bool[Array, " executors"]:
+    """Who takes prompts of those that are on and up, where executors are switched on and off, or fail."""
+    dims, world = context.dims, context.world
+    if dims.has_roles:
+        return role_switching.taking(context, ~context.params.hand_over.decodes) & ~world.is_down
+    if not dims.has_failures:
+        return world.control.fleet.is_on(now)
+    return ~world.is_down & world.control.fleet.is_on(now) if dims.has_scaling else ~world.is_down
+
+
 def route(context: Context, request: Int[Array, ""], now: Time, known: caches.Caches | None = None
           ) -> Int[Array, ""]:
     """The rank, among those of all executors, for the request that arrives now."""
@@ -246,11 +258,9 @@ def route(context: Context, request: Int[Array, ""], now: Time, known: caches.Ca
     if dims.has_roles:
         takes_prompts = role_switching.taking(context, ~params.hand_over.decodes)
         is_active = takes_prompts if is_active is None else takes_prompts & is_active
-    if dims.has_scaling:
-        is_on = world.control.fleet.is_on(now)
-        is_active = is_on if is_active is None else is_on & is_active
-    if dims.has_failures:
-        is_active = ~world.is_down if is_active is None else ~world.is_down & is_active
+    if dims.has_scaling or dims.has_failures:
+        able = able_to_take(context, now)
+        is_active = able if is_active is None else able & is_active
     num_routed = world.num_routed
     if dims.has_variants:
         variant = take(context.requests.variant, request)
@@ -325,6 +335,8 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         is_turn = (turn <= arrival) & ((turn < wake) | (turn.equals(wake) & (phase == w.PASSING)))
         is_arrival, now = is_arrival & ~is_turn, clock.select(is_turn, turn, now)
         is_idle = jnp.isinf(arrival.hi) & jnp.isinf(wake.hi) & jnp.isinf(earliest_door(world)[0].hi)
+        if dims.has_failures:
+            is_idle = is_idle & jnp.isinf(next_outage(params, world).time.hi)
     if dims.has_moves:
         door, its_executor = earliest_door(world)
         is_door = door <= now
@@ -335,6 +347,20 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         outage = next_outage(params, world)
         is_due = (outage.time < wake) | (outage.time.equals(wake) & (phase == w.PASSING))
         is_due = is_due & (outage.time <= arrival) & ~(is_timer_timeout & outage.time.equals(arrival))
+        if dims.has_migration:
+            is_due = is_due & (outage.time <= poll)
+            is_tick = is_tick & ~is_due
+        if dims.has_role_switching:
+            is_due = is_due & (outage.time <= turn)
+            is_turn = is_turn & ~is_due
+        if dims.has_moves:
+            is_due = is_due & (outage.time < door)
+            is_door = is_door & ~is_due
+        if dims.has_roles:
+            sweep = sweeps.coming(context, outage.executor)
+            is_flying = take(world.phase, outage.executor) == w.ENDING
+            outage = outage._replace(sweep=sweep._replace(
+                is_any=sweep.is_any & is_due & ~outage.is_back & ~is_flying))
         is_arrival, now = is_arrival & ~is_due, clock.select(is_due, outage.time, now)
     is_frozen = (now.hi >= FREEZE_S) | ~jnp.asarray(is_allowed(world, now))
     is_live = (world.num_finished < requests.count) & (world.fault == 0) & ~is_frozen
@@ -342,6 +368,8 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     is_wake = ~is_arrival & is_live
     if outage is not None:
         outage = outage._replace(is_due=is_due & is_live)
+        if outage.sweep is not None:
+            outage = outage._replace(sweep=outage.sweep._replace(is_any=outage.sweep.is_any & is_live))
         is_wake = is_wake & ~outage.is_due
     has_pair = partner = scales = None
     if dims.has_migration:
@@ -353,8 +381,13 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
             is_check, is_empty = fleet.check <= world.control.poll, world.outstanding == 0
             is_empty = is_empty & (world.control.moves[:, PARTNER] < 0)
             status = fleet.settled(now, is_empty)
+            is_up = ~world.is_down if dims.has_failures else None
             of_fleet = status == ON, status == DRAINING
-            scales = is_check, *params.scaling.decide(loads, status == ON, jnp.sum(status == STARTING))
+            scales = is_check, *params.scaling.decide(loads, status == ON, jnp.sum(status == STARTING), is_up)
+            if dims.has_failures:
+                of_fleet = tuple(one & is_up for one in of_fleet)
+        elif dims.has_failures:
+            of_fleet = (~world.is_down,)
         has_pair, source, partner = params.migration.next_pair(loads, world.control.paired, *of_fleet)
         if fleet is not None:
             has_pair = has_pair & ~is_check
@@ -402,6 +435,8 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
     more = {}
     if outage is not None:
         executor = jnp.where(outage.is_due, outage.executor, executor)
+        if outage.sweep is not None:
+            executor = jnp.where(outage.sweep.is_any, outage.sweep.executor, executor)
         following = clock.select(outage.time <= following, outage.time, following)
     if dims.has_clients:
         is_timeout, is_arrival = is_arrival & is_timer_timeout, is_arrival & ~is_timer_timeout
@@ -409,7 +444,7 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
         waiting = take(w.count_rows(dims).everything(world.counts).rank.waiting.ravel(), target)
         is_full = is_arrival & (world.num_outstanding >= clients.max_outstanding)
         if outage is not None:
-            is_full = is_arrival & (is_full | jnp.all(world.is_down))
+            is_full = is_arrival & (is_full | ~jnp.any(able_to_take(context, now)))
             is_again = is_again & ~outage.is_due
             more = dict(outage=outage, is_rerouted=is_again & (take(world.clients, request)[1] == ON_ITS_WAY))
         is_routed = is_arrival & ~is_full & (waiting >= clients.max_waiting)

@@ -16,6 +16,10 @@ taken at the next step of the source, for which its door opens if it rests for w
 How long it takes may depend on the pools of both ends (`HandOver.over`), and one link may be shared by all executors of
 two pools: a transfer then has that link, too. It takes a tick of the clock at least, so that none overtakes another.
 
+Where executors fail (`jaxsim.engine.lost_hand_overs`) a prompt may be computed with tokens that were emitted before;
+then one more is emitted, and KV of the prompt and all of them but the last goes over. With all that decode down a
+request waits, unaccepted, for the one that it is sent to.
+
 Approximated: an unaccepted request is not moved to another executor; a transfer is of the whole prompt; with `layers`
 it is shorter by the last iteration of its prompt, as if the link had been free for it.
 """
@@ -114,6 +118,9 @@ def fits(context: Context, event: Event, counts: Counts, front: Front) -> Bool[A
     most = take(context.params.hand_over.most_held, event.executor)
     is_fitting = ((front.queue.length > 0) & (rank.held_blocks < most)
                   & (front.blocks <= rules.num_blocks - rank.used_blocks))
+    if context.dims.has_failures:
+        # Nor does one whose iteration was cut off, which is about to go down.
+        is_fitting = is_fitting & ~take(context.world.is_down, event.executor) & (counts.batch.is_lost == 0)
     if context.dims.has_parts:
         is_kv = take(context.params.hand_over.decodes, event.executor)
         fit_tiles = (front.queue.length > 0) & parts.fits(context, event, counts, front.blocks)
@@ -121,30 +128,39 @@ def fits(context: Context, event: Event, counts: Counts, front: Front) -> Bool[A
     return is_fitting
 
 
-def _blocks(context: Context, request: Int[Array, ""]) -> Int[Array, ""]:
+def kv_blocks(context: Context, request: Int[Array, ""]) -> Int[Array, ""]:
+    """Blocks of the KV that goes over for a request."""
     if not context.group.batching.kv_accounting:
         return jnp.int32(0)
+    if context.dims.has_failures:
+        return blocks_for(_computed(context, request), context.dims)
     return blocks_for(take(context.requests.table, request)[PROMPT], context.dims)
 
 
 def _needed(context: Context, part: parts.Part | None, request: Int[Array, ""]) -> Int[Array, ""]:
     """Blocks of the first one not accepted; tiles where it comes with embeddings."""
-    blocks = _blocks(context, request)
+    blocks = kv_blocks(context, request)
     if part is None:
         return blocks
     return jnp.where(part.is_kv, blocks, take(context.requests.images, request)[TILES])
 
 
-def lengths_here(context: Context, event: Event, lengths: Int[Array, " 4"]) -> Int[Array, " 4"]:
-    """What a request comes to on this executor: one token where only prompts are computed."""
+def lengths_here(context: Context, event: Event, lengths: Int[Array, " 4"], emitted: Int[Array, ""] | int = 0
+                 ) -> Int[Array, " 4"]:
+    """What a request comes to on this executor: one token more than it has where only prompts are computed."""
     computes_prompts = take(context.params.hand_over.computes_prompts, event.executor)
-    return jnp.where(computes_prompts & (jnp.arange(lengths.shape[0]) == OUTPUT), 1, lengths)
+    return jnp.where(computes_prompts & (jnp.arange(lengths.shape[0]) == OUTPUT), emitted + 1, lengths)
 
 
 def is_leaving(context: Context, event: Event, request: Int[Array, ""], tokens: Int[Array, ""] | None = None
                ) -> Bool[Array, ""]:
-    """Whether a request whose last token on this executor is out has more to come on another, whatever its tokens."""
+    """Whether a request whose last token on this executor is out has more to come on another, whatever its tokens;
+    these matter where executors fail, since then it may have emitted some elsewhere."""
     computes_prompts = take(context.params.hand_over.computes_prompts, event.executor)
+    if context.dims.has_failures:
+        lengths = take(context.requests.table, request)
+        is_request = request != context.dims.num_requests
+        return computes_prompts & is_request & (tokens - lengths[PROMPT] + 1 < lengths[OUTPUT])
     return computes_prompts & (take(context.requests.table, request)[OUTPUT] > 1)
 
 
@@ -177,17 +193,18 @@ def who_gives_way(context: Context, is_joining: Bool[Array, ""], counts: Counts,
 def _computed(context: Context, request: Int[Array, ""]) -> Int[Array, ""]:
     """Tokens of a ready request whose KV is here: its prompt, and what it emitted before it came but the last."""
     prompt = take(context.requests.table, request)[PROMPT]
-    return prompt + take(context.world.progress, request)[0] - 1 if context.dims.has_migration else prompt
+    is_anywhere = context.dims.has_migration or context.dims.has_failures
+    return prompt + take(context.world.progress, request)[0] - 1 if is_anywhere else prompt
 
 
-def without_last_ready(context: Context, is_gone: Bool[Array, ""], counts: Counts, prompt: Int[Array, ""]) -> Counts:
-    """The last of those ready, of so many prompt tokens, is preempted."""
+def without_last_ready(context: Context, is_gone: Bool[Array, ""], counts: Counts, tokens: Int[Array, ""]) -> Counts:
+    """The last of those ready, with the KV of so many tokens, is preempted."""
     rank = counts.rank
     before = take(context.world.ready_before, rank.ready.back)
     ready = Queue(rank.ready.front, jnp.where(is_gone, before, rank.ready.back), rank.ready.length - is_gone)
     held = rank.held_blocks
     if context.dims.has_roles:
-        held = held - jnp.where(is_gone, blocks_for(prompt, context.dims), 0)
+        held = held - jnp.where(is_gone, blocks_for(tokens, context.dims), 0)
     visible = jnp.minimum(rank.visible_ready, ready.length)
     return replace(counts, rank=replace(rank, ready=ready, held_blocks=held, visible_ready=visible))
 
@@ -239,6 +256,9 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
     # One of the two leaves a queue and joins another.
     moving = jnp.where(is_delivering, delivered, accepted)
     following, source = take(world.next_waiting, moving), jnp.maximum(take(world.placed, moving)[1], 0)
+    if dims.has_failures:
+        # Where it was computed last.
+        source = jnp.maximum(take(world.routed, moving), 0)
     in_transfer = queues.pop_front(rank.in_transfer, following, is_delivering)
     behind, is_gone = following, is_accepting
     if part is not None:
@@ -325,7 +345,7 @@ def open_door(context: Context, event: Event, counts: Counts, times: Clocks, wak
     is_open = event.is_door if not dims.num_flights else event.is_door & ~is_landing
     is_asked = is_open & ((is_delivering & (phase == w.IDLE)) | (phase == w.RESTING)) & has_work
     wake, phase = clock.select(is_asked, now, wake), jnp.where(is_asked, w.PASSING, phase)
-    is_linked, prompt_blocks = is_accepting & (work > 0), _blocks(context, moving)
+    is_linked, prompt_blocks = is_accepting & (work > 0), kv_blocks(context, moving)
     is_woken = is_delivering & (take(world.phase, source) == w.RESTING)
     # Of whoever is first now.
     front = Front(queue, jnp.where(is_accepting, _needed(context, part, queue.front), front.blocks))
@@ -365,9 +385,13 @@ def leave(context: Context, event: Event, retired: Retired, times: Clocks) -> Le
     dims, params, requests, world, _ = context
     hand_over = params.hand_over
     lengths = take(requests.table, retired.request)
-    is_any = retired.is_any & is_leaving(context, event, retired.request)
-    target = chosen_by(context, retired.request, event.now, hand_over.routing, world.num_handed_over,
-                       role_switching.taking(context, hand_over.decodes))
+    is_any = retired.is_any & is_leaving(context, event, retired.request, retired.tokens)
+    taking = role_switching.taking(context, hand_over.decodes)
+    if dims.has_failures:
+        # With all of them down it waits for the one that it is sent to.
+        are_up = taking & ~world.is_down
+        taking = jnp.where(jnp.any(are_up), are_up, taking)
+    target = chosen_by(context, retired.request, event.now, hand_over.routing, world.num_handed_over, taking)
     leaver, part = retired.request, None
     if dims.has_parts:
         part = parts.encoded(context, event, retired.request, retired.is_any)
@@ -377,7 +401,8 @@ def leave(context: Context, event: Event, retired: Retired, times: Clocks) -> Le
     target = jnp.where(is_any, target, dims.num_executors)
     queue, link = queues.push_back(unaccepted_of(world, target), leaver, is_any, dims.num_requests)
     per_token = hand_over.over(hand_over.seconds_per_token, event.executor, chosen)
-    seconds = lengths[PROMPT].astype(jnp.float32) * per_token
+    tokens = retired.tokens if dims.has_failures else lengths[PROMPT]
+    seconds = tokens.astype(jnp.float32) * per_token
     layer_s = seconds / jnp.maximum(hand_over.layers, 1)
     overlapped = jnp.maximum(clock.on_grid(seconds) - times.batch.first.hi, clock.on_grid(layer_s))
     seconds = jnp.where(hand_over.layers > 0, overlapped, clock.on_grid(seconds))

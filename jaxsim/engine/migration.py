@@ -19,6 +19,11 @@ A step works on one executor: what a migration does at one of its two goes throu
 (`jaxsim.engine.hand_over`), before iterations end at that instant. The controller looks after those, before arrivals,
 and not while no request is anywhere: its timer begins anew with the arrival that ends this.
 
+An executor that goes down (`jaxsim.engine.failures`) ends the migration that it is in, before it loses anything else.
+With the destination down the request goes on at its source: as if nothing had been, where it has not left its batch
+yet, and else it is ready there again, at that instant. With the source down its blocks at the destination come back,
+and it is lost like all who were there, although it may have stopped already.
+
 Known gaps: a copy does not slow down iterations (Llumnix measures 1 %); handshakes take no time of their own.
 """
 
@@ -48,6 +53,7 @@ from jaxsim.state.control import (
     NUM_CAUSES,
     OFF,
     ON,
+    OUTAGE,
     PARTNER,
     PREEMPTED,
     REQUEST,
@@ -62,10 +68,11 @@ from jaxsim.state.control import (
 from jaxsim.state.requests import OUTPUT, PROMPT
 from jaxsim.state.world import Clocks, Counts, World
 
-BEGIN_STAGE, ALLOCATE, COMMIT, RELEASE, FREE, PUT_BACK = range(6)
+BEGIN_STAGE, ALLOCATE, COMMIT, RELEASE, FREE, PUT_BACK, ABANDON = range(7)
 """What a door opens for, in `World.doors`: at the source the beginning of a stage; at the destination to take blocks,
 and for the request; at the source to give its blocks back; at the destination to give back those it took, of a
-migration given up; at the source to have the request again."""
+migration given up; at the source to have the request again, or whatever there is to undo
+where the destination went down."""
 
 Door = tuple[Int[Array, ""], Float[Array, " 3"]]
 """Whose it is (nobody's: the number of executors), when it opens next (hi, lo) and for what."""
@@ -198,6 +205,12 @@ def act(context: Context, event: Event, counts: Counts, times: Clocks, wake: Tim
     fits = rules.num_blocks - rank.used_blocks - wanted >= rules.watermark_blocks
     is_taking, is_refused = is_for(ALLOCATE) & fits, is_for(ALLOCATE) & ~fits
     is_commit, is_back = is_for(COMMIT), is_for(PUT_BACK)
+    is_undone = is_abandoned = False
+    if dims.has_failures:
+        is_abandoned = is_for(ABANDON)
+        is_back = is_back | (is_abandoned & (rank.kept_blocks > 0))
+        # Who was to leave stays, and completes where it would have.
+        is_undone = is_abandoned & ~is_back & (row[LEAVES] == 1)
     taken = jnp.where(is_taking, wanted, 0)
     row = jnp.where(is_taking, _with(row, {STAGE: row[STAGE] + 1, COPIED: row[COPIED] + wanted}), row)
     gives_back = is_refused | is_for(FREE)
@@ -223,7 +236,7 @@ def act(context: Context, event: Event, counts: Counts, times: Clocks, wake: Tim
              (jnp.where(is_other_asked, partner, nobody), _at(clock.select(is_taking, due, now), for_what)))
 
     source, destination = jnp.where(at_destination, partner, e), jnp.where(at_destination, e, partner)
-    is_over = is_given_up | (is_refused & ~leaves) | is_for(RELEASE) | is_back
+    is_over = is_given_up | (is_refused & ~leaves) | is_for(RELEASE) | is_back | is_abandoned
     is_out = gives_back | is_commit
     is_any = event.is_door | begins
     moves = _with_row(control.moves, source, is_any, jnp.where(is_over, _nothing(), row))
@@ -251,6 +264,10 @@ def act(context: Context, event: Event, counts: Counts, times: Clocks, wake: Tim
     phase = jnp.where(is_between, w.ENDING, phase)
     shift = jnp.where(is_commit, e - partner, 0)
     parts = jnp.where(joins, clock.to_integers(world.epoch, now), 0)
+    if dims.has_failures:
+        lengths = take(requests.table, request)
+        end = jnp.where(is_undone, lengths[PROMPT] + lengths[OUTPUT] - 1 - entry[w.OFFSET], end)
+        stops = stops | is_undone
     acted = Acted(
         doors, link, jnp.where(joins, request, nowhere), joined_behind, jnp.where(stops, slot, dims.null_slot),
         packed.pack_key(end, slot, dims.slot_bits), jnp.where(is_commit, partner, e), is_commit,
@@ -262,21 +279,63 @@ def act(context: Context, event: Event, counts: Counts, times: Clocks, wake: Tim
 def _scaled(context: Context, event: Event) -> Fleet:
     """Who is on from now, when the controller looks."""
     params, world = context.params, context.world
+    is_up = ~world.is_down if context.dims.has_failures else True
     fleet, now, executors = world.control.fleet, event.now, jnp.arange(context.dims.num_executors)
     is_empty = (world.outstanding == 0) & (world.control.moves[:, PARTNER] < 0)
     status = jnp.where(event.is_tick & ~event.has_pair, fleet.settled(now, is_empty), fleet.status)
     num_off = jnp.sum((fleet.status == DRAINING) & (status == OFF))
     is_check, wants_more, wants_less = (event.is_tick & is_it for is_it in event.scales)
-    starts = is_check & wants_more & jnp.any(status == OFF)
+    are_off = (status == OFF) & is_up
+    starts = is_check & wants_more & jnp.any(are_off)
     drains = is_check & wants_less
-    starting = (executors == jnp.argmax(status == OFF)) & starts
-    draining = (executors == jnp.argmin(jnp.where(status == ON, world.outstanding, packed.EMPTY))) & drains
+    starting = (executors == jnp.argmax(are_off)) & starts
+    draining = (executors == jnp.argmin(jnp.where((status == ON) & is_up, world.outstanding, packed.EMPTY))) & drains
     status = jnp.where(starting, STARTING, jnp.where(draining, DRAINING, status))
     ready = clock.add(now, params.scaling.startup_s)
     ready = clock.select(starting, Time(*(jnp.broadcast_to(x, starting.shape) for x in ready)), fleet.ready)
     check = clock.select(is_check, clock.add(now, params.scaling.check_s), fleet.check)
     return Fleet(status, ready, check, fleet.used + (num_off - starts) * clock.to_integers(world.epoch, now),
                  fleet.starts + starts, fleet.drains + drains)
+
+
+class Broken(NamedTuple):
+    """What an executor that goes down has of a migration: whether it is in one, and has the rest of who had stopped for
+    the last stage; that request."""
+
+    is_any: Bool[Array, ""]
+    is_stopped: Bool[Array, ""]
+    request: Int[Array, ""]
+
+
+def broken(context: Context, event: Event, counts: Counts, is_losing: Bool[Array, ""]) -> Broken:
+    """What breaks off where an executor goes down, before anything else is lost there."""
+    row = take(context.world.control.moves, event.executor)
+    is_any = is_losing & (row[PARTNER] >= 0)
+    return Broken(is_any, is_any & (counts.rank.kept_blocks > 0), row[REQUEST])
+
+
+def break_off(context: Context, event: Event, found: Broken, counts: Counts, control: Control, acted: Acted
+              ) -> tuple[Counts, Control, Acted]:
+    """End the migration that an executor is in that goes down: its blocks here come back, and its partner's door opens
+    to undo the rest."""
+    dims, world, e, rank = context.dims, context.world, event.executor, counts.rank
+    row = take(control.moves, e)
+    # Nothing happens between the choice of a request and the first look at its stage.
+    is_source = (row[LEAVES] == 1) | (row[STAGE] > 0)
+    back = jnp.where(found.is_any, rank.held_blocks + rank.kept_blocks, 0)
+    rank = replace(rank, used_blocks=rank.used_blocks - back, held_blocks=jnp.where(found.is_any, 0, rank.held_blocks),
+                   kept_blocks=jnp.where(found.is_any, 0, rank.kept_blocks))
+    moves = _with_row(control.moves, e, found.is_any, _nothing())
+    aborted = control.aborted + ((jnp.arange(NUM_CAUSES) == OUTAGE) & found.is_any)
+    nobody = dims.num_executors
+    doors = ((jnp.where(found.is_any, e, nobody), _at(clock.never(), FREE)),
+             (jnp.where(found.is_any, row[PARTNER], nobody), _at(event.now, jnp.where(is_source, FREE, ABANDON))))
+    # Who had stopped does so for a migration no more.
+    parts = clock.to_integers(world.epoch, event.now)
+    moved = jnp.where(found.is_stopped, found.request, acted.moved[0]), jnp.where(
+        found.is_stopped, jnp.concatenate([jnp.zeros(2, jnp.int32), parts]), acted.moved[1])
+    acted = acted._replace(doors=choose(found.is_any, doors, acted.doors), moved=moved)
+    return replace(counts, rank=rank), replace(control, moves=moves, aborted=aborted), acted
 
 
 def opened(world: World, scaling: Scaling) -> World:
@@ -316,17 +375,22 @@ def leave(context: Context, event: Event, retired: Retired, control: Control
 
 def writes(context: Context, event: Event, acted: Acted, left: Left) -> Writes:
     """What a step changes of doors and of requests that migrate."""
-    world, scratch = context.world, context.dims.num_requests
+    world = context.world
     own, other = acted.doors
     is_leaving = left.door[0] != context.dims.num_executors
     other = (jnp.where(is_leaving, left.door[0], other[0]), jnp.where(is_leaving, left.door[1], other[1]))
     request, moved = acted.moved
+    if context.dims.has_failures:
+        # Who is sent counts from where it is sent to.
+        request = jnp.where(event.is_arrival, event.request, request)
+        shift = take(world.moved, event.request)[1] * (jnp.arange(moved.shape[0]) == 1)
+        moved = jnp.where(event.is_arrival, -shift, moved)
     parts = clock.to_integers(world.epoch, event.now)
     gone = jnp.concatenate([jnp.zeros(2, jnp.int32), -parts])
     return {
         "doors": Put((jnp.stack([own[0], other[0]]),), jnp.stack([own[1], other[1]])),
         "ready_before": Put((acted.joined,), acted.joined_behind),
-        "moved": Add((jnp.where(left.is_any, left.request, jnp.where(acted.joined != scratch, request, scratch)),),
+        "moved": Add((jnp.where(left.is_any, left.request, request),),
                      jnp.where(left.is_any, gone, moved)),
     }
 

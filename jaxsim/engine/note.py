@@ -116,7 +116,10 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         index = jnp.where(leaving_now, t.left.request, scratch)
         if rules.grows:
             index = jnp.where(leaving_now, t.left.request, writes["progress"].index[0])
-            value = jnp.where(leaving_now, jnp.stack([1, before]), writes["progress"].value)
+            emitted = jnp.int32(1)
+            if dims.has_failures:
+                emitted = retired.tokens - take(context.requests.table, retired.request)[PROMPT] + 1
+            value = jnp.where(leaving_now, jnp.stack([emitted, before]), writes["progress"].value)
             writes["progress"] = Put((index,), value)
         writes["preempted"] = Put((index,), stamp)
         writes |= hand_over.writes(context, event, t.opened, t.left, t.is_looking, stamp)
@@ -194,6 +197,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         change = event.is_arrival.astype(jnp.int32) - (retired.is_any if t.cut_off is None else is_finished)
         if t.cut_off is not None:
             change = change - t.cut_off.is_any
+            if t.left is not None:
+                change = change - t.left.is_any
         if t.switched is not None:
             change = change - t.switched.gone
         writes["outstanding"] = Add((t.rank,), change)
@@ -261,7 +266,7 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
     if t.cut_off is not None:
         progress |= clients.progress(context, t, is_finished)
     if dims.has_failures:
-        progress |= failures.progress(context, event, t.cut_off.loss)
+        progress |= failures.progress(context, event, t.cut_off.loss, t.item)
     if dims.has_parts:
         is_dealt = event.is_arrival & is_part(context, event.request)
         progress |= dict(num_dealt=world.num_dealt + is_dealt,

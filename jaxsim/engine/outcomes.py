@@ -159,7 +159,7 @@ def migrated(world: World, lanes: tuple, rows: tuple, finish_s: np.ndarray) -> d
         return {}
     moved, fleet = world.moved[rows], world.control.fleet
     found = {"migrations": moved[..., 0], "downtime_s": clock.from_integers_reference(moved[..., 2:]),
-             "last_instance": np.maximum(world.placed[rows][..., 1], 0) + moved[..., 1],
+             "last_instance": _last(world, rows, moved[..., 1]),
              "aborted_migrations": world.control.aborted[lanes]}
     if fleet is not None:
         end_s = np.max(finish_s, axis=-1)
@@ -167,6 +167,15 @@ def migrated(world: World, lanes: tuple, rows: tuple, finish_s: np.ndarray) -> d
         found |= {"instance_s": clock.from_integers_reference(fleet.used[lanes]) + is_used * end_s,
                   "starts": fleet.starts[lanes], "drains": fleet.drains[lanes]}
     return found
+
+
+def _last(world: World, rows: tuple, shift: np.ndarray) -> np.ndarray:
+    """Where requests that migrated so far from their first instance ended up; where instances fail, from that to which
+    they were sent last, -1 if none took them then."""
+    if world.lost is None:
+        return np.maximum(world.placed[rows][..., 1], 0) + shift
+    routed = world.routed[rows]
+    return np.where(routed < 0, -1, routed + shift)
 
 
 def images_of(dims: Dims, world: World, lane: int, workload: Workload, is_split: bool) -> dict[str, np.ndarray]:

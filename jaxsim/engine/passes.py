@@ -274,7 +274,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         is_from_queue = is_admitted & ~is_ready
         rank = replace(rank, ready=queues.pop_front(rank.ready, following, is_admitted & is_ready))
         if dims.has_roles:
-            own_blocks = blocks_for(prompt, dims) if rules.kv_accounting else 0
+            here = known - 1 if dims.has_failures else prompt
+            own_blocks = blocks_for(here, dims) if rules.kv_accounting else 0
             rank = replace(rank, held_blocks=rank.held_blocks - entering * own_blocks)
     if turn is not None:
         is_from_queue = is_admitted & ~turn.is_here

@@ -11,6 +11,10 @@ one more of them has them dealt anew. Empty is an executor that has nobody and o
 for a transfer. All that depends on the role (`HandOver`, `Encoding`, the group) is asked of `as_of_now`, so that the
 other phases know nothing of this.
 
+Who is down (`jaxsim.engine.failures`) counts for no stage and is not moved; a stage of which all are down is none. A
+move that was decided before goes on: who is down is empty, so it has its new role at the next look, and comes back in
+it.
+
 Approximated: turns go on while nobody is there. Parts that move behind those of later requests may leave caches full of
 parts that wait for each other; a run in which nothing can happen any more is stopped.
 """
@@ -113,9 +117,12 @@ def act(context: Context, now: Time, is_turn: Bool[Array, ""], is_handed: Bool[A
     is_of = role == jnp.arange(len(ROLES))[:, None]
     lengths = jnp.sum(jnp.where(is_of, world.outstanding - ranks.running.ravel(), 0), axis=1, dtype=jnp.int32)
     queued = roles.queued + jnp.where(is_sample, lengths, 0)
-    moves, source, target = policy.decide(queued, jnp.sum(is_of & (status == STAYS), axis=1, dtype=jnp.int32))
+    stays = status == STAYS
+    if dims.has_failures:
+        stays = stays & ~world.is_down
+    moves, source, target = policy.decide(queued, jnp.sum(is_of & stays, axis=1, dtype=jnp.int32))
     moves = moves & is_decision
-    spare = jnp.where((role == source) & (status == STAYS), world.outstanding, packed.EMPTY)
+    spare = jnp.where((role == source) & stays, world.outstanding, packed.EMPTY)
     mover = jnp.argmin(spare).astype(jnp.int32)
 
     is_poll = is_other & roles.poll.equals(now)

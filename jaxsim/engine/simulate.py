@@ -296,9 +296,11 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
     step = 1 << max(num_requests.bit_length() - 4, 0)
     num_requests = -(-num_requests // step) * step
     routing = scenario.cluster.router and router(scenario.cluster.router, scenario.cluster.router_weights)
-    dims = Dims(num_requests=num_requests, has_clients=scenario.has_clients,
-                num_more_logs=(sendings(scenario) - 1) * num_requests,
-                num_executors=system.num_executors or scenario.cluster.replicas * system.num_independent,
+    num_executors = system.num_executors or scenario.cluster.replicas * system.num_independent
+    rows = lower.outage_rows(scenario, num_executors)
+    dims = Dims(num_requests=num_requests, has_clients=scenario.has_clients, num_outages=rows,
+                # With every outage a first token may be lost.
+                num_more_logs=(sendings(scenario) - 1) * num_requests + rows, num_executors=num_executors,
                 num_ranks=system.num_ranks, has_roles=system.has_roles, has_parts=system.has_parts,
                 has_role_switching=scenario.cluster.role_switching is not None,
                 has_variants=scenario.cluster.variants is not None,
@@ -316,9 +318,6 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 has_kv_parallel=system.plan.kv_parallel_size > 1)
     # Beside thousands of slots a packed key has fewer bits for iterations: half of them for jumps between rebases.
     dims = dataclasses.replace(dims, max_jump=min(dims.max_jump, 1 << (MOST_JUMP_BITS - dims.slot_bits)))
-    rows = lower.outage_rows(scenario, dims.num_executors)
-    # With every outage a first token may be lost.
-    dims = dataclasses.replace(dims, num_outages=rows, num_more_logs=dims.num_more_logs + rows)
     return lower.routing_dims(routing, dims)
 
 

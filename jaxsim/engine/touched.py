@@ -11,6 +11,7 @@ from jaxsim.engine import (
     hand_over,
     kv_parallel,
     lockstep,
+    lost_hand_overs,
     migration,
     offload,
     pipeline,
@@ -73,6 +74,8 @@ class Touched(eqx.Module):
 
     # give_up: with clients, whose request was cut off.
     cut_off: clients.CutOff | None = None
+    # With roles, who was looked at of those who have left for an instance.
+    item: lost_hand_overs.Item | None = None
 
     # settle: samples of the time between tokens, and how many tokens each stands for; what the tape is told.
     itl_s: Float[Array, " samples"] | None = None

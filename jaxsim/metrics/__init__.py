@@ -4,7 +4,7 @@
 """
 
 from jaxsim.metrics.fairness import fair_shares, fairness_of, token_weights
-from jaxsim.metrics.lane import FINISHED, STATUS_NAMES, UNFINISHED, LaneResult, request_frame
+from jaxsim.metrics.lane import FINISHED, STATUS_NAMES, UNFINISHED, LaneResult, request_frame, transfer_begin
 from jaxsim.metrics.limits import limits_ms
 from jaxsim.metrics.power import Devices, devices_of, energy
 from jaxsim.metrics.result import Interval, Result, combine, flatten, interval
@@ -16,5 +16,5 @@ __all__ = [
     "ABORTS", "Devices", "FEWEST_FOR_TREND", "FINISHED", "Interval", "LATENCIES", "LaneResult", "PERCENTILES",
     "Result", "STATUS_NAMES", "UNFINISHED", "combine", "devices_of", "energy", "fair_shares", "fairness_of", "flatten",
     "interval", "is_measured", "is_unstable", "lane_metrics", "limits_ms", "outages", "outcomes", "request_frame",
-    "share_inside", "token_weights", "unstable_rows", "waiting_and_running_until",
+    "share_inside", "token_weights", "transfer_begin", "unstable_rows", "waiting_and_running_until",
 ]

@@ -37,7 +37,8 @@ class LaneResult:
         in the prefix cache when it was first admitted (with engine.swap.reuse and sessions, in host memory); None
         without.
     decode_instance, accepted_s, delivered_s: of requests that another instance decodes than computed the prompt: which,
-        when it took the request, when it had its KV; -1 and NaN for others, None without roles.
+        when it took the request, when it had its KV; -1 and NaN for others, None without roles. Where instances fail,
+        those of the last time, and of none where the request was lost since.
     migrations, downtime_s, last_instance: with migration, how often each request moved, for how long it stood still for
         that, and where it ended; aborted_migrations: those given up, in the order of `ABORTS`; all None without.
     instance_s, starts, drains: with scaling, seconds for which instances were on, starting or draining, summed over
@@ -166,6 +167,13 @@ class LaneResult:
         return float(np.nanmax(self.ended_s) - self.arrival_s[0])
 
 
+def transfer_begin(first_token_s: Float[np.ndarray, "*requests"], accepted_s: Float[np.ndarray, "*requests"] | None,
+                   restarts: Int[np.ndarray, "*requests"] | None) -> Float[np.ndarray, "*requests"]:
+    """When requests left for the instance that decodes: with the first token; who was sent on from an instance that
+    failed had that long before, so of it when it was taken, the last time."""
+    return first_token_s if restarts is None else np.where(restarts > 0, accepted_s, first_token_s)
+
+
 def request_frame(lane: LaneResult) -> pd.DataFrame:
     """One row a request, in the published columns of `requests.parquet`; a value that does not exist is
     missing.
@@ -173,8 +181,8 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
     front_end_s + encode_s + embedding_s + queue_s + prefill_s + transfer_s + decode_s + stall_s = e2e_s; encode_s (from
     arrival) and embedding_s (from there, its wait to be taken included) only where other instances encode images;
     `transfer_s` is from the first token to where the KV is with the instance that decodes, its wait to be taken
-    included. Where the engine does not say which stalls came before the first token, stalls are taken out of the decode
-    phase first.
+    included; of a request that was lost with an instance and sent on, of the last time, from where it was taken. Where
+    the engine does not say which stalls came before the first token, stalls are taken out of the decode phase first.
     """
     ttft = lane.first_token_s - lane.arrival_s + lane.front_end_s
     after_first = lane.finish_s - lane.first_token_s
@@ -185,7 +193,8 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         early = lane.prefill_stall_s
     transfer = np.zeros(lane.num_requests)
     if lane.delivered_s is not None:
-        transfer = np.nan_to_num(lane.delivered_s - lane.first_token_s, nan=0.0)
+        begun_s = transfer_begin(lane.first_token_s, lane.accepted_s, lane.restarts)
+        transfer = np.nan_to_num(lane.delivered_s - begun_s, nan=0.0)
     images, before_queue = {}, 0.0
     if lane.num_images is not None:
         images = {"images": np.asarray(lane.num_images, np.int64)}

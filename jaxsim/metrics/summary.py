@@ -31,7 +31,16 @@ from jaxtyping import Bool, Float, Int, Int8
 
 from jaxsim.kernels import histogram
 from jaxsim.metrics.fairness import TOKEN_WEIGHTS, fairness_of, service
-from jaxsim.metrics.lane import FAILED, FINISHED, REJECTED, STATUS_NAMES, TIMED_OUT, LaneResult, request_frame
+from jaxsim.metrics.lane import (
+    FAILED,
+    FINISHED,
+    REJECTED,
+    STATUS_NAMES,
+    TIMED_OUT,
+    LaneResult,
+    request_frame,
+    transfer_begin,
+)
 from jaxsim.metrics.limits import NO_LIMITS, meets
 from jaxsim.metrics.power import Devices, energy
 from jaxsim.metrics.stability import is_unstable
@@ -42,7 +51,7 @@ from jaxsim.spec.workload import TenantSection
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
-ABORTS = ("finished", "preempted", "no_room", "too_many_stages")
+ABORTS = ("finished", "preempted", "no_room", "too_many_stages", "outage")
 """Why a migration is given up (`jaxsim.engine.migration`)."""
 
 
@@ -208,7 +217,8 @@ def _slo_group(frame: pd.DataFrame, slo: SloSection, met: Mapping[str, np.ndarra
 
 def _transfer_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) -> dict[str, Any]:
     """Of requests that another instance decodes than computed the prompt, and whose KV is there."""
-    seconds = (lane.delivered_s - lane.first_token_s)[is_mine & ~np.isnan(lane.delivered_s)]
+    begun_s = transfer_begin(lane.first_token_s, lane.accepted_s, lane.restarts)
+    seconds = (lane.delivered_s - begun_s)[is_mine & ~np.isnan(lane.delivered_s)]
     summary = _milliseconds(seconds)
     return {"requests": len(seconds), "mean_ms": summary["mean_ms"], "p99_ms": summary["p99_ms"]}
 

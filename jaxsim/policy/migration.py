@@ -48,7 +48,8 @@ class Migration(eqx.Module):
                   ) -> tuple[Bool[Array, ""], Int[Array, ""], Int[Array, ""]]:
         """Whether a pair is left among those not `paired` yet; its source, its destination.
 
-        is_on, is_draining: None where all are on. A draining instance counts as one with infinitely much in use.
+        is_on, is_draining: None where all are on, or none drains; those that are down are neither. A draining instance
+        counts as one with infinitely much in use.
         """
         free = remaining_steps_to_migrate(loads) if self.metric == "remaining_steps" else freeness(loads)
         has_killed = loads.killed > 0
@@ -57,7 +58,7 @@ class Migration(eqx.Module):
         sends = (has_killed | (free < self.out_below)) & ~paired
         takes = ~has_killed & (free > self.in_above) & ~sends & ~paired
         if is_on is not None:
-            takes, sends = takes & is_on, sends & (is_on | is_draining)
+            takes, sends = takes & is_on, sends & (is_on if is_draining is None else is_on | is_draining)
         source = jnp.argmin(jnp.where(sends, jnp.maximum(free, -3e38), jnp.inf)).astype(jnp.int32)
         destination = jnp.argmax(jnp.where(takes, jnp.minimum(free, 3e38), -jnp.inf)).astype(jnp.int32)
         return jnp.any(sends) & jnp.any(takes), source, destination

@@ -27,13 +27,21 @@ class Scaling(eqx.Module):
     fewest: Int[Array, ""]
     most: Int[Array, ""]
 
-    def decide(self, loads: Loads, is_on: Bool[Array, " instances"], num_starting: Int[Array, ""]
-               ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-        """Whether an instance more is wanted, whether one less is."""
+    def decide(self, loads: Loads, is_on: Bool[Array, " instances"], num_starting: Int[Array, ""],
+               is_up: Bool[Array, " instances"] | None = None) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+        """Whether an instance more is wanted, whether one less is.
+
+        is_up: of instances that fail, those that do not at the moment. Only they are free or full, and at least
+        `fewest` of them stay on; one that is on and down counts as one of the `most`, since it comes back.
+        """
+        held = is_on
+        if is_up is not None:
+            is_on = is_on & is_up
         blocks = loads.num_blocks - loads.used_blocks - loads.waiting_blocks
         blocks = jnp.sum(jnp.where(is_on, blocks, 0))
         requests = jnp.sum(jnp.where(is_on, loads.running + loads.waiting, 0))
         free = jnp.where(requests > 0, blocks / jnp.maximum(requests, 1), jnp.inf)
         num_on = jnp.sum(is_on, dtype=jnp.int32)
-        wants_more = (free < self.out_below) & (num_on + num_starting < self.most)
+        num_held = num_on if is_up is None else jnp.sum(held, dtype=jnp.int32)
+        wants_more = (free < self.out_below) & (num_held + num_starting < self.most)
         return wants_more, (free > self.in_above) & (num_on > self.fewest) & (num_starting == 0)

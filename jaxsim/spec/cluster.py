@@ -139,7 +139,7 @@ class AdmissionSection(Section, frozen=True):
 class OutageSection(Section, frozen=True):
     """One engine is down for a while.
 
-        instance: which, from 0.
+        instance: which, from 0; with pools those of the first, then of the next.
         at_s: from when, in seconds from the start of the run.
         down_s: for how long.
     """

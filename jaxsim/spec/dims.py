@@ -108,12 +108,16 @@ class Dims:
             raise ValueError("has_scaling: by the controller of has_migration")
         if self.has_urgent and not self.has_demands:
             raise ValueError("has_urgent: a part of what has_demands reads")
-        if self.has_demands and self.has_clients:
+        if self.has_demands and self.has_clients and not self.has_failures:
             raise ValueError("has_demands: without clients that give up")
-        if self.has_migration and (self.has_clients or self.has_encoder or self.has_swap):
+        if self.has_migration and ((self.has_clients and not self.has_failures) or self.has_encoder or self.has_swap):
             raise ValueError("has_migration: without clients that give up, images and swapping")
-        if self.has_clients and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments or self.has_roles):
-            raise ValueError("has_clients: executors of one rank and one stage, without prefix caching or roles")
+        if self.has_clients and (self.num_ranks > 1 or self.num_batches > 1 or self.num_segments):
+            raise ValueError("has_clients: executors of one rank and one stage, without prefix caching")
+        if self.has_clients and self.has_roles and (not self.has_failures or self.num_flights or self.has_parts
+                                                    or self.has_free_stages):
+            raise ValueError("has_clients: with roles only where executors fail, and without links that are shared at a"
+                             " time, images and stages")
         if self.has_roles and self.route_by:
             raise ValueError("route_by: homes are of all executors, not of those of a role")
         if self.num_flights and (not self.has_roles or self.has_parts):

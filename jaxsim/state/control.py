@@ -13,11 +13,11 @@ from jaxsim.kernels.clock import Time
 PARTNER, REQUEST, SLOT, STAGE, COPIED, WANTED, LOST, LEAVES = range(8)
 """Columns of `Control.moves`."""
 
-FINISHED, PREEMPTED, NO_ROOM, TOO_MANY_STAGES = range(4)
-"""Why a migration was given up: its request finished or was preempted first, its destination lacked blocks, or what was
-left to copy was too much once more than allowed."""
+FINISHED, PREEMPTED, NO_ROOM, TOO_MANY_STAGES, OUTAGE = range(5)
+"""Why a migration was given up: its request finished or was preempted first, its destination lacked blocks, what was
+left to copy was too much once more than allowed, or one of its two executors went down."""
 
-NUM_CAUSES = 4
+NUM_CAUSES = 5
 
 OFF, STARTING, ON, DRAINING = range(4)
 """What an executor is, in `Fleet.status`."""

@@ -47,6 +47,9 @@ than `Dims.num_flights`."""
 DRAWN = 1 << 10
 """Further progress: somebody was swapped out for a draw of priorities, or called in."""
 
+NO_SWEEP = (-1, 0, 0, 0)
+"""`World.sweep` where nobody has been looked at."""
+
 REQUEST, OFFSET, RESERVED, PROMPT, STAMP = range(5)
 LIMIT, PLACE, SINCE = RESERVED, PROMPT, STAMP
 """Columns of `World.slot_entries`; the last two only where passes scan the slots. RESERVED blocks, PROMPT tokens and
@@ -507,7 +510,9 @@ class World(eqx.Module):
     # they were lost (columns as there).
     next_outage: Int[Array, ""] | None = None
     is_down: Bool[Array, " executors"] | None = None
-    lost: Int[Array, "rows 6"] | None = None
+    lost: Int[Array, "rows lost_fields"] | None = None
+    # With roles too, what is looked at of hand-overs (`jaxsim.engine.sweeps`).
+    sweep: Int[Array, " 4"] | None = None
     # Roles that change (`jaxsim.engine.role_switching`), else None: what their controller keeps, and of every switch
     # who and when (columns of `jaxsim.state.roles`).
     roles: Roles | None = None
@@ -700,7 +705,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
                        slot_of=ints(rows, value=dims.null_slot), previous_waiting=ints(rows), num_outstanding=ints(),
                        routed=ints(rows, value=-1))
     if dims.has_failures:
-        clients |= dict(next_outage=ints(), is_down=jnp.zeros(executors, bool), lost=ints(rows, 6))
+        clients |= dict(next_outage=ints(), is_down=jnp.zeros(executors, bool), lost=ints(rows, 6 + dims.has_migration))
+        clients |= dict(sweep=jnp.array(NO_SWEEP, jnp.int32) if dims.has_roles else None)
     if dims.has_parts:
         roles |= dict(steps_of_parts=ints(rows), num_dealt=ints())
     kept = {}

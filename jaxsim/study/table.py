@@ -23,6 +23,7 @@ from jaxsim.metrics import (
     outcomes,
     share_inside,
     token_weights,
+    transfer_begin,
     unstable_rows,
     waiting_and_running_until,
 )
@@ -144,7 +145,8 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     if tenants is not None:
         found |= _fairness(runs, tenants)
     if runs.delivered_s is not None:
-        waits = np.where(is_measured & (runs.decode_instance >= 0), runs.delivered_s - runs.first_token_s, np.nan)
+        begun_s = transfer_begin(runs.first_token_s, runs.accepted_s, runs.restarts)
+        waits = np.where(is_measured & (runs.decode_instance >= 0), runs.delivered_s - begun_s, np.nan)
         found["transfers.requests"] = (~np.isnan(waits)).sum(axis=1)
         found["transfers.mean_ms"] = _ratio(np.nansum(waits, axis=1), found["transfers.requests"]) * 1e3
         found["transfers.p99_ms"] = np.array([np.nan if np.isnan(w).all() else 1e3 * np.nanpercentile(w, 99)
@@ -243,7 +245,8 @@ def _moves(runs: Runs) -> Columns:
     turns = {} if runs.session is None else {"session": runs.session, "turn": runs.turn}
     if runs.delivered_s is None:
         return turns
-    return {"transfer_s": np.nan_to_num(runs.delivered_s - runs.first_token_s, nan=0.0),
+    begun_s = transfer_begin(runs.first_token_s, runs.accepted_s, runs.restarts)
+    return {"transfer_s": np.nan_to_num(runs.delivered_s - begun_s, nan=0.0),
             "decode_instance": runs.decode_instance, **turns}
 
 

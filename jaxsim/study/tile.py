@@ -57,6 +57,7 @@ class Runs:
     kv_peak_blocks: Int[np.ndarray, "runs instances"]
     running_s: Float[np.ndarray, "runs instances"]
     cached_tokens: Int[np.ndarray, "runs requests"] | None
+    accepted_s: Float[np.ndarray, "runs requests"] | None
     delivered_s: Float[np.ndarray, "runs requests"] | None
     decode_instance: Int[np.ndarray, "runs requests"] | None
     migrations: Int[np.ndarray, "runs requests"] | None
@@ -207,7 +208,7 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         running_s=joined(times.rank.running),
         cached_tokens=None if world.cached is None else world.cached[:, rows],
         variant=column("variant") if dims.has_variants else None,
-        delivered_s=moved.get("delivered_s"), decode_instance=moved.get("decode_instance"),
+        **{name: moved.get(name) for name in ("accepted_s", "delivered_s", "decode_instance")},
         **{name: moved.get(name) for name in ("migrations", "downtime_s", "last_instance", "aborted_migrations",
                                               "instance_s", "starts", "drains")},
         **{name: switched_roles(world, np.s_[:]).get(name) for name in ("role_switches", "drain_s")},

@@ -56,8 +56,14 @@ def draw(rng: np.random.Generator, flags: simulator.Flags, dims: Dims, router: s
         case = replace(case, deadline_s=never, first_token_deadline_s=never, max_waiting=np.inf,
                        max_outstanding=np.inf)
     calm = c.reference(case.case, flags, dims, router)
+    return FailureCase(case, draw_outages(rng, dims, calm), float(rng.choice([0.0, 1.0, np.inf, np.inf])))
+
+
+def draw_outages(rng: np.random.Generator, dims: Dims, calm: simulator.ReferenceResult, more: tuple[float, ...] = ()
+                 ) -> tuple[tuple[int, float, float], ...]:
+    """Outages over what happens if nothing fails; more: moments (s) that are of interest too."""
     moments = [0.0] + [r.end_s for r in calm.iterations] + [r.start_s + r.duration_s / 2 for r in calm.iterations]
-    moments += [r.arrival_s for r in calm.requests] * 2
+    moments += [r.arrival_s for r in calm.requests] * 2 + list(more)
     moments = np.unique(clock.round_arrivals_reference(np.array(moments)))
     # Early on queues are longest.
     early = moments[:len(moments) // 2 + 1]
@@ -77,7 +83,7 @@ def draw(rng: np.random.Generator, flags: simulator.Flags, dims: Dims, router: s
         # They may meet, so that an instance comes back and goes down at one instant.
         if all(i != instance or end <= a or b <= start for i, a, b in outages):
             outages.append((instance, start, end))
-    return FailureCase(case, tuple(outages), float(rng.choice([0.0, 1.0, np.inf, np.inf])))
+    return tuple(outages)
 
 
 def draw_many(seed: int, flags: simulator.Flags, dims: Dims, router: str = "mixed") -> list[FailureCase]:
@@ -122,22 +128,29 @@ def reference(case: FailureCase, flags: simulator.Flags, dims: Dims, router: str
                        failures=rules.Failures(case.outages, case.most_restarts))
 
 
-def answer(result: simulator.ReferenceResult, num_executors: int, num_blocks: int) -> dict:
-    """The reference's answer in the form of `unpack`."""
+def answer(result: simulator.ReferenceResult, num_executors: int, num_blocks: int,
+           stops: list[tuple[float, int]] | None = None) -> dict:
+    """The reference's answer in the form of `unpack`. stops: when (s) requests were preempted, or stopped that were to
+    go on elsewhere, where passes may preempt and start nothing."""
     plain = cc.answer(result, num_executors, num_blocks)
     columns = {name: np.array([getattr(r, name) for r in result.requests]) for name in ("losses", "restarts")}
     # From a loss to the next iteration, or to the end, a request that was sent on stands still if it had run.
     stalled, since = np.zeros(len(result.requests)), {}
     losses = [loss for loss in result.outages.losses if loss.sending == result.requests[loss.request].sendings]
     happened = sorted([(loss.time_s, 0, k, loss) for k, loss in enumerate(losses)]
-                      + [(record.start_s, 1, k, record) for k, record in enumerate(result.iterations)],
+                      + [(record.start_s, 1, k, record) for k, record in enumerate(result.iterations)]
+                      + [(time, -1, k, request) for k, (time, request) in enumerate(stops or ())
+                         if time >= result.requests[request].last_sent_s],
                       key=lambda one: one[:3])
     for time, is_iteration, _, what in happened:
+        if is_iteration < 0:
+            since.setdefault(what, time)
+            continue
         if not is_iteration:
             if what.ran and what.is_sent_on:
                 since.setdefault(what.request, time)
             continue
-        for request in what.preempted:
+        for request in what.preempted if stops is None else ():
             if time >= result.requests[request].last_sent_s:
                 since.setdefault(request, time)
         for request in what.batch:

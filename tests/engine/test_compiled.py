@@ -114,6 +114,8 @@ def large_shapes(dims, lanes: int) -> tuple[set[tuple[int, ...]], set[tuple[int,
         if name == "source" or getattr(shapes, name) is None:
             continue
         annotation = next(iter(typing.get_args(annotation)), annotation)  # optional ones
+        if not hasattr(annotation, "dim_str"):
+            continue  # few numbers of each executor
         axes = annotation.dim_str.split()
         shape = tuple(sorted((lanes, *getattr(shapes, name).shape)))
         (large if {"rows", "slot_width", "items", "segments", "entries"} & set(axes) else small).add(shape)

@@ -1,8 +1,9 @@
 """Laws under random interleavings of what may happen to a request: outages, deadlines, retries and preemptions;
-migrations, preemptions and instances that come and go; hand-overs over links; role switches, preemptions, hand-overs
-and parts of images that are dealt again, also over links that are shared.
+migrations, preemptions and instances that come and go, also with outages; hand-overs over links; role switches,
+preemptions, hand-overs and parts of images that are dealt again, also over links that are shared; outages, role
+switches, preemptions and hand-overs.
 
-Those are all of them: outages, migrations and roles are refused beside each other.
+Migrations and roles are refused beside each other, as are deadlines beside either.
 
 By what the engine says alone: every request ends once and with one status, no token is counted twice, no block and no
 slot is left behind, no pool holds more than it has, no link carries more than its bandwidth allows.
@@ -24,10 +25,12 @@ from jaxsim.state.control import ON, STARTING
 from tests.engine import cases as c
 from tests.engine import failure_cases as fc
 from tests.engine import link_cases as links
+from tests.engine import moving_failure_cases as mc
 from tests.engine import test_hand_over as roles
 from tests.engine import test_links
 from tests.engine import test_migration as moves
 from tests.engine import test_role_switching as switches
+from tests.engine import test_switching_failures as sf
 from tests.reference import simulator
 from tests.reference.disaggregation import NamedLink
 
@@ -350,4 +353,113 @@ def test_role_switches_over_links_that_are_shared():
     print(same, seen)
     assert same["cases"] > 40 and same["switches"] > 20 and same["with_transfers_out"] > 10, same
     assert all(seen[what] > 10 for what in ("switches", "preemptions", "transfers", "waited for a link")), seen
+    assert seen["all in one run"] > 4 and seen["refused"] < 20, seen
+
+
+# --- outages beside the others --------------------------------------------------------------------------------
+
+
+def served_through(one: fc.FailureCase, instances, starts, ends) -> bool:
+    """Whether anybody is served by an instance that goes down meanwhile."""
+    spans = list(zip(instances, starts, ends, strict=True))
+    return any(i == instance and start < down < end for instance, start, end in spans for i, down, _ in one.outages)
+
+
+OTHERWISE = ("blocks at the end", "blocks within the pool", "nobody is served through an outage")
+"""Laws of outages that are said otherwise where requests are in several places."""
+
+
+@pytest.mark.slow
+def test_outages_migrations_preemptions_and_instances_that_come_and_go():
+    flags, seen = replace(simulator.preset("vllm-v1"), headroom_blocks=6), Counter()
+    dims = mc.dims_of("vllm-v1", has_scaling=True, has_urgent=True)
+
+    @SEEDS
+    @given(st.integers(0, 2**32))
+    def check(seed):
+        batch = mc.draw_many(seed, flags, dims, "freeness", "last_come")
+        world = mc.simulate(batch, flags, dims)
+        for lane, one in enumerate(batch):
+            got = mc.unpack(dims, world, lane, len(one))
+            stays = (got["status"] == "finished") & (got["losses"] == 0) & (got["migrations"] == 0)
+            fleet = world.control.fleet
+            laws = {
+                "an instance of the cluster": bool(np.all((got["last_instance"] >= -1)
+                                                          & (got["last_instance"] < moves.EXECUTORS))),
+                "no block of nobody": not got["used_blocks"].any() and not got["left"].any(),
+                "blocks within the pool": bool(np.all(got["peak_blocks"] <= one.case.limits["num_blocks"])),
+                "who stands still for a migration is stalled": bool(np.all(
+                    (got["downtime_s"] <= got["stalled_s"]) | (got["sendings"] > 1))),
+                "a link carries a block in its time": bool(np.all(
+                    got["downtime_s"] >= (one.rules.block_s + one.rules.latency_s) * got["migrations"])),
+                "instances on are those of the beginning, started and not drained": np.isin(
+                    fleet.status[lane], (ON, STARTING)).sum() == one.scaling.fewest + got["starts"] - got["drains"],
+                "nobody is served through an outage": not served_through(
+                    one.failing, *(got[name][stays] for name in ("instance", "scheduled_s", "finish_s")))}
+            broken = [name for name in broken_by_outages(one.failing, dims, world, lane) if name not in OTHERWISE]
+            assert broken + [name for name, holds in laws.items() if not holds] == [], (lane, one)
+            happened = {name: int(got[name].sum()) for name in ("losses", "restarts", "migrations", "preemptions")}
+            happened |= dict(starts=got["starts"], drains=got["drains"], broken=int(got["aborted"][-1]))
+            seen.update(happened)
+            seen["all in one run"] += all(happened[what] for what in (
+                "losses", "restarts", "migrations", "preemptions", "starts"))
+
+    check()
+    print(seen)
+    assert all(seen[what] > 10 for what in ("losses", "restarts", "migrations", "preemptions", "starts", "drains",
+                                            "broken")) and seen["all in one run"] > 2, seen
+
+
+@pytest.mark.slow
+def test_outages_role_switches_preemptions_and_transfers():
+    flags, dims, seen = simulator.preset("vllm-v1"), sf.dims_of("vllm-v1"), Counter()
+    for seed in (41, 42):
+        batch = sf.draw_many(seed, flags, dims)
+        world = sf.simulate(batch, flags, dims)
+        for lane, (one, switching) in enumerate(batch):
+            if world.fault[lane] == c.w.STARVED:
+                seen["refused"] += 1
+                continue
+            got, case, rules = sf.pc.unpack(dims, world, lane, len(one)), one.case, one.rules
+            is_done, is_moved = got["status"] == "finished", ~np.isnan(got["delivered_s"])
+            source, target = got["instance"][is_moved], got["decode_instance"][is_moved]
+            accepted, due = got["accepted_s"][is_moved], got["delivered_s"][is_moved]
+            # Of a request that was sent on more goes over.
+            seconds, latency_s = links.alone_s(rules, ("prefill", "decode"), case.prompt[is_moved],
+                                               np.zeros(len(source)), np.ones(len(source)))
+            changes = role_changes(world, lane)
+            calm, moved = is_done & (got["losses"] == 0), is_done & (got["losses"] == 0) & is_moved
+            pool = max(flags.num_blocks for flags in switching.flags.values())
+
+            def is_as(role, instances, times, changes=changes, rules=rules):
+                return all(role_at(changes, rules.roles[int(i)], i, t) == role
+                           for i, t in zip(instances, times, strict=True))
+
+            laws = {
+                "nobody is left on the way": not got["left"].any() and not got["used_blocks"].any(),
+                "blocks within the pool": bool(np.all(got["peak_blocks"] <= pool)),
+                "a transfer takes its time": bool(np.all(due - accepted >= seconds + latency_s)),
+                "no link carries more than it can": sum(
+                    overfull_links(end, seconds, accepted, due - latency_s) for end in (source, target)) == 0,
+                "accepted once": len(set(world.transfers[lane, :len(one), hand_over.NUMBER][is_moved])) == len(source),
+                "handed over behind its first token": bool(np.all(
+                    (got["first_token_s"] <= got["accepted_s"])[is_moved & is_done]) and np.all(accepted <= due)),
+                "who is not lost is handed over": bool(np.all(is_moved[calm] == (case.output > 1)[calm])),
+                "prompts by who computes prompts": is_as("prefill", got["instance"][calm], got["first_token_s"][calm]),
+                "outputs by who decodes": is_as("decode", got["decode_instance"][moved], got["finish_s"][moved]),
+                "nobody is served through an outage": not served_through(
+                    one.failing, *(got[name][calm] for name in ("instance", "scheduled_s", "first_token_s")))
+                and not served_through(
+                    one.failing, *(got[name][moved] for name in ("decode_instance", "accepted_s", "finish_s"))),
+                "KV is fetched from who is up": not served_through(
+                    one.failing, *(got[name][moved] for name in ("instance", "first_token_s", "delivered_s")))}
+            broken = [name for name in broken_by_outages(one.failing, dims, world, lane) if name not in OTHERWISE]
+            assert broken + [name for name, holds in laws.items() if not holds] == [], (seed, lane, one)
+            happened = {name: int(got[name].sum()) for name in ("losses", "restarts", "preemptions")}
+            happened |= dict(switches=int((~np.isnan(changes[:, 6])).sum()), transfers=int(is_moved.sum()),
+                             waited=int((due - accepted > seconds + latency_s).sum()))
+            seen.update(happened)
+            seen["all in one run"] += all(happened.values())
+    print(seen)
+    assert all(seen[what] > 10 for what in ("losses", "restarts", "preemptions", "switches", "transfers", "waited"))
     assert seen["all in one run"] > 4 and seen["refused"] < 20, seen

@@ -66,7 +66,7 @@ def compare(drawn, flags, dims, scalings=None, headroom_blocks: int = 0) -> dict
         flags = replace(flags, headroom_blocks=headroom_blocks)
         drawn = [(replace(case, priority=case.priority - 1), rules) for case, rules in drawn]
     seen = dict(cases=0, preemptions=0, migrations=0, started=0, stages=0, jumps=0, put_back=0, twice=0,
-                **dict.fromkeys(("finished", "preempted", "no_room", "too_many_stages"), 0))
+                **dict.fromkeys(("finished", "preempted", "no_room", "too_many_stages", "outage"), 0))
     seen |= dict(starts=0, drains=0, drained=0)
     params = [params_of(case, rules, flags) for case, rules in drawn]
     if scalings is not None:
@@ -94,7 +94,7 @@ def compare(drawn, flags, dims, scalings=None, headroom_blocks: int = 0) -> dict
                                       [m.downtime / 2**30 for m in theirs], err_msg=name)
         ours = world.control.aborted[lane]
         np.testing.assert_array_equal(ours, [live.aborted[k] for k in (
-            "finished", "preempted", "no_room", "too_many_stages")], err_msg=name)
+            "finished", "preempted", "no_room", "too_many_stages", "outage")], err_msg=name)
         assert world.control.started[lane] == live.started, name
         for instance in range(EXECUTORS):
             mine = [r for r in result.iterations if r.instance == instance]

@@ -123,19 +123,25 @@ class HandOver:
             are_shared, *([] if rules.discipline == "fifo" else [clock]))
         self.num_handed_over = 0
         self.transfers: list[Transfer] = []  # in the order accepted
+        self.down: set[int] = set()  # instances
+        self.lost: list[tuple[str, int]] = []  # how far who was lost on the way had come, and how many tokens it had
+        self.waited_for_any = 0  # left with all that decode down
 
     def leave(self, source: Instance, job: Job, now: float) -> None:
         """A prompt is complete and more tokens are to come."""
         keep_for_transfer(source, job)
-        destination = self.decoding[self.route(job.request, self.decoding, self.num_handed_over)]
+        up = [instance for instance in self.decoding if instance.index not in self.down]
+        self.waited_for_any += not up
+        able = up or self.decoding
+        destination = able[self.route(job.request, able, self.num_handed_over)]
         self.num_handed_over += 1
         job.decode_instance = destination.index
         destination.unaccepted.append(job)
         self.accept(destination, now)
 
     def accept(self, instance: Instance, now: float) -> None:
-        """From the front of `unaccepted`, until one does not fit."""
-        while instance.unaccepted:
+        """From the front of `unaccepted`, until one does not fit; nobody while it is down."""
+        while instance.unaccepted and instance.index not in self.down:
             job = instance.unaccepted[0]
             blocks = self._blocks(job, instance.flags)
             not_running = sum(other.blocks for other in instance.in_transfer + instance.ready)
@@ -161,12 +167,50 @@ class HandOver:
             destination.running.append(job)  # its only queue
         self.accept(destination, now)
 
+    def break_off(self, failing: Instance, now: float, ask_for_pass: Callable[[Instance], None]) -> list[Job]:
+        """An instance goes down. Returns who had its KV there, or on the way from or to there, and runs nowhere.
+
+        Other instances have the blocks back that they held for these. Links stay taken for as long as they were to be.
+        """
+        lost = []
+        for other in self.instances:
+            if other is failing:
+                continue
+            mine = [job for job in other.unaccepted + other.in_transfer if job in failing.leaving]
+            for job in mine:
+                self._forget(other, job)
+                release_source(failing, job)
+            if mine:
+                self.accept(other, now)
+                ask_for_pass(other)
+            lost += mine
+        for job in failing.in_transfer + failing.unaccepted:
+            source = self.instances[job.instance]
+            self._forget(failing, job)
+            release_source(source, job)
+            ask_for_pass(source)
+            lost.append(job)
+        return lost
+
+    def _forget(self, destination: Instance, job: Job) -> None:
+        if job in destination.unaccepted:
+            destination.unaccepted.remove(job)
+            self.lost.append(("unaccepted", job.emitted))
+            return
+        destination.in_transfer.remove(job)
+        destination.free_blocks += job.blocks
+        job.blocks = 0
+        self.lost.append(("in transfer", job.emitted))
+        for transfer in self.transfers:
+            if transfer.job is job and transfer.delivered is None:
+                transfer.is_cut = True
+
     @staticmethod
     def _blocks(job: Job, flags: Flags) -> int:
-        return ceil_div(job.request.prompt, flags.block_size) if flags.track_blocks else 0
+        return ceil_div(job.computed, flags.block_size) if flags.track_blocks else 0
 
     def _send(self, job: Job, now: float) -> None:
-        num_bytes = job.request.prompt * self.rules.bytes_per_token
+        num_bytes = job.computed * self.rules.bytes_per_token
         seconds = num_bytes / self.way(job.instance, job.decode_instance).bandwidth
         work = self.clock.ticks(seconds)
         if self.rules.overlap_layers:

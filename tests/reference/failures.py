@@ -6,15 +6,20 @@ with all tokens that were emitted, which are computed again elsewhere; at most s
 Nobody is sent to an instance that is down. With all of them down whoever comes is refused; who was lost has failed.
 
 Events at one instant: ends of iterations, timeouts, instances that come back, instances that go down (both by number),
-arrivals by request, scheduling passes.
+looks of controllers, arrivals by request, scheduling passes.
+
+A migration that the instance is in is broken off first (`migration.LiveMigration.break_off`), and so are hand-overs
+(`disaggregation.HandOver.break_off`): who is on the way to another instance is lost with either.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .clock import ARRIVAL_GRID_TICKS, Clock
+from .disaggregation import HandOver
 from .memory import release
+from .migration import LiveMigration
 from .state import Instance, Job
 
 PHASE_OUTAGE = 1.75  # behind timeouts, before arrivals
@@ -42,6 +47,7 @@ class Loss:
     emitted: int
     computed: int
     preemptions: int
+    was: str = ""  # ready, or stopped for a migration; else it ran or waited
 
 
 @dataclass(eq=False)
@@ -59,6 +65,10 @@ class Outages:
     num_unheard: int = 0
     num_given_up: int = 0  # whose clients were gone, in iterations that were lost
     whole_ends: dict[int, set[float]] = field(default_factory=dict)  # of iterations, by instance (s)
+    preempted: list[tuple[float, int]] = field(default_factory=list)  # when (s) and who
+    live: LiveMigration | None = None
+    hand_over: HandOver | None = None
+    ask_for_pass: Callable[[Instance], None] | None = None
 
     def events(self) -> list[tuple]:
         """The changes, for the heap."""
@@ -68,10 +78,6 @@ class Outages:
             assert start < end
             found += [(start, PHASE_OUTAGE, (DOWN, instance)), (end, PHASE_OUTAGE, (BACK, instance))]
         return found
-
-    @property
-    def able(self) -> list[Instance]:
-        return [instance for instance in self.instances if instance.index not in self.down]
 
     def go_down(self, index: int, now: float) -> tuple[list[Job], list[Job]]:
         """Empties an instance. Returns who is to be sent on, and whose sending has failed."""
@@ -87,8 +93,11 @@ class Outages:
         instance.flights.clear()
         instance.stage_free = [0] * len(instance.stage_free)
         sent_on, failed = [], []
-        for job in instance.running + instance.waiting:
-            ran = job in instance.running
+        stopped = self.live.break_off(instance, now) if self.live else []
+        moving = self.hand_over.break_off(instance, now, self.ask_for_pass) if self.hand_over else []
+        with_kv = moving + instance.running + instance.ready + stopped
+        for job in with_kv + instance.waiting:
+            ran = job in with_kv
             if ran:
                 release(instance, job)
             if job.is_given_up:
@@ -96,15 +105,19 @@ class Outages:
                 continue
             is_sent_on = job.restarts < self.rules.most_restarts
             self.losses.append(Loss(self.clock.seconds(now), job.request.id, job.sending, index, ran, is_sent_on,
-                                    job.emitted, job.computed, job.preemptions))
+                                    job.emitted, job.computed, job.preemptions,
+                                    "ready" if job in instance.ready else "stopped" if job in stopped else
+                                    "moving" if job in moving else ""))
+            job.decode_instance = job.accepted = job.delivered = None
             (sent_on if is_sent_on else failed).append(job)
             if is_sent_on:
                 job.restarts += 1
                 job.is_on_its_way = True
                 job.lost_tokens += job.computed
-                job.computed, job.is_prefilled = 0, False
-        instance.running.clear()
-        instance.waiting.clear()
+                job.computed, job.is_prefilled, job.is_newcomer = 0, False, False
+                job.preemptions_before = job.preemptions
+        for queue in (instance.running, instance.waiting, instance.ready):
+            queue.clear()
         instance.waiting_at_start = None
         assert instance.free_blocks == instance.flags.num_blocks, "blocks of nobody"
         return sent_on, failed

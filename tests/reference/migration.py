@@ -13,11 +13,13 @@ copied, and at the end of that it is ready at the destination and gone from the 
 
 A migration ends without effect if at the beginning of a stage the request was preempted since it began, or has
 finished, or `max_stages` stages are over; if the request finishes as it is to stop; or if the destination has less than
-the stage's blocks free above its watermark. Blocks taken go back; who has stopped is ready where it was.
+the stage's blocks free above its watermark. Blocks taken go back; who has stopped is ready where it was. So it is where
+its destination goes down; where its source does, it is lost with that.
 
 Source: AlibabaPAI/llumnix; Llumnix (arXiv 2406.03243).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -104,7 +106,11 @@ class LiveMigration:
     moves: dict[int, Move] = field(default_factory=dict)  # under way
     started: int = 0
     aborted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
-        ("finished", "preempted", "no_room", "too_many_stages"), 0))
+        ("finished", "preempted", "no_room", "too_many_stages", "outage"), 0))
+    stops: list[tuple[float, int]] = field(default_factory=list)  # who stopped for a last stage, and when
+    spans: list[tuple[float, float, int, int]] = field(default_factory=list)  # of stages: when, from where, to where
+    broken: Counter = field(default_factory=Counter)  # by outages, as what and when
+    down: set[int] = field(default_factory=set)  # instances
     moved: dict[int, Moved] = field(default_factory=dict)  # by request
     num_stages: int = 0
     refused_at_last: int = 0
@@ -114,11 +120,13 @@ class LiveMigration:
 
     def look(self, now: float) -> None:
         free = [free_to_migrate(instance, self.rules.metric) for instance in self.instances]
-        killed = [any(job.preemptions for job in instance.waiting) for instance in self.instances]
-        everybody = range(len(self.instances))
+        killed = [any(job.preemptions > job.preemptions_before for job in instance.waiting)
+                  for instance in self.instances]
+        everybody = [i for i in range(len(self.instances)) if i not in self.down]
         takers = everybody
         if self.fleet:
             draining, takers = self.fleet.those("draining", now), self.fleet.those("on", now)
+            draining, takers = ([i for i in some if i not in self.down] for some in (draining, takers))
             everybody = sorted([*draining, *takers])
             free = [-inf if i in draining else own for i, own in enumerate(free)]
         sources = [i for i in everybody if killed[i] or free[i] < self.rules.out_below]
@@ -176,6 +184,7 @@ class LiveMigration:
     def stop(self, job: Job, now: float) -> None:
         move = self.move_of(job)
         move.stopped = now
+        self.stops.append((now, job.request.id))
         move.source.running.remove(job)
         move.source.stopped.append(job)
         self.copy(move, job.blocks - move.taken, now)
@@ -194,11 +203,14 @@ class LiveMigration:
         move.taken += blocks
         move.stages += 1
         self.num_stages += 1
-        self.expect(now + self.clock.ticks(self.rules.latency_s) + self.clock.ticks(blocks * self.rules.block_s),
-                    move.number)
+        end = now + self.clock.ticks(self.rules.latency_s) + self.clock.ticks(blocks * self.rules.block_s)
+        self.spans.append((now, end, move.source.index, move.destination.index))
+        self.expect(end, move.number)
 
     def stage_ends(self, number: int, now: float) -> None:
-        move = self.moves[number]
+        move = self.moves.get(number)
+        if move is None:
+            return  # broken off by an outage
         if move.stopped is None:
             self.begin_stage(move, now)
             return
@@ -221,6 +233,26 @@ class LiveMigration:
         instance.ready.append(move.job)
         self.ask_for_pass(instance)
         return moved
+
+    def break_off(self, instance: Instance, now: float) -> list[Job]:
+        """An instance goes down. Returns who had stopped there for the last stage of a migration, if anybody."""
+        for move in list(self.moves.values()):
+            if instance is move.destination:
+                self.abort(move, "outage")
+                self.broken["destination, stopped" if move.stopped is not None else "destination, to stop"
+                            if move.is_stopping else "destination"] += 1
+                if move.stopped is not None:
+                    # The source goes on with it.
+                    move.source.stopped.remove(move.job)
+                    self.join(move, move.source, now)
+            elif instance is move.source:
+                self.abort(move, "outage")
+                self.broken["source" if move.stopped is None else "source, stopped"] += 1
+                if move.stopped is not None:
+                    instance.stopped.remove(move.job)
+                    self.moved.setdefault(move.job.request.id, Moved()).downtime += now - move.stopped
+                    return [move.job]
+        return []
 
     def abort(self, move: Move, cause: str) -> None:
         self.aborted[cause] += not self.is_over

@@ -108,7 +108,7 @@ class ReferenceResult:
 
     `transfers` are in the order accepted. `merges_left_out`: times when simdistserve would have put two batches of
     decodes into one before a stage. `live`: the controller of migrations, as it was at the end;
-    `outages`: the same of instances that fail.
+    `outages`: the same of instances that fail; `hand_over`: of hand-overs between instances.
     `lifts`: of virtual token counters that were raised as a request came in;
     `lifts_of_empty`: of these into an empty queue. `turns`: when another request was next only as counters went up.
 
@@ -125,6 +125,7 @@ class ReferenceResult:
     merges_left_out: int = 0
     live: LiveMigration | None = None
     outages: Outages | None = None
+    hand_over: object = field(default=None, compare=False)
     parts: list[PartRecord] = field(default_factory=list)
     encode_iterations: dict[int, tuple[int, float]] = field(default_factory=dict)  # number and busy seconds
     encode_waits: int = 0  # requests whose embeddings were not accepted at once

@@ -9,8 +9,8 @@ index, looks by index.
 
 The rule: the stage with the longest queue (mean of the measurements since the last decision) gets an instance, unless
 all stages have at least half of that; it comes from the stage with the most instances that nobody has told to move, of
-those with a shorter queue, unless there is one only. The instance with the fewest requests moves. Ties: encode before
-prefill before decode, lower index first.
+those with a shorter queue, unless there is one only. Those that are down count for nothing. The instance with the
+fewest requests moves. Ties: encode before prefill before decode, lower index first.
 
 Source: EPD (arXiv 2501.05460).
 """
@@ -81,6 +81,7 @@ class Controller:
     other_events: int = 0
     seen_events: int = -1
     num_dealt: int = 0  # parts dealt out again
+    down: set[int] = field(default_factory=set)  # instances
 
     def __post_init__(self):
         self.measured = {stage: [] for stage in STAGES}
@@ -136,9 +137,11 @@ class Controller:
 
     def decide(self, now: float) -> bool:
         samples, self.measured = self.measured, {stage: [] for stage in STAGES}
-        free = {stage: [i for i in self.instances if i.role == stage and i.index not in self.moving]
+        free = {stage: [i for i in self.instances if i.role == stage and i.index not in {*self.moving, *self.down}]
                 for stage in STAGES}
         mean = {stage: Fraction(sum(samples[stage]), max(len(samples[stage]), 1)) for stage in STAGES if free[stage]}
+        if not mean:
+            return False
         target = max(mean, key=lambda stage: mean[stage])
         if all(length >= mean[target] / 2 for length in mean.values()):
             return False

@@ -140,9 +140,9 @@ def simulate(
         disaggregation.refuse_flags(all_flags)
     for request in requests:
         for one, role in set(zip(all_flags, roles, strict=True)):
-            if role == "prefill":
+            if role == "prefill" and failures is None:
                 refuse_impossible(replace(request, output=1), one)
-            elif role == "mixed" or (role == "decode" and request.output > 1):
+            elif role in ("mixed", "prefill") or (role == "decode" and request.output > 1):
                 refuse_impossible(request, one)
     instances = [Instance(i, one, role) for i, (one, role) in enumerate(zip(all_flags, roles, strict=True))]
     simulation = Simulation(requests, instances, router, of_each(cost), of_each(stage_cost), Clock(round_times), ranks,
@@ -216,13 +216,20 @@ class Simulation:
                                     if job.request.after is None]
         if self.fleet:
             self.events.append((clock.ticks(scaling.check_s), PHASE_CONTROL, 0))
-        self.outages = failures and Outages(failures, instances, clock)
+        self.num_over = 0  # finished, or ended without an answer for good
+        self.outages = failures and Outages(failures, instances, clock, live=self.live, hand_over=self.hand_over,
+                                            ask_for_pass=self.ask_for_pass)
         if self.outages:
             self.events += self.outages.events()
+            for other in (self.live, self.fleet, self.hand_over):
+                if other:
+                    other.down = self.outages.down
         self.controller = switching and Controller(
             switching, instances, clock, self.encoders, self.hand_over, costs,
             lambda time, number: heapq.heappush(self.events, (time, PHASE_CONTROL, number)),
             lambda able: setattr(self, "prefilling", able))
+        if self.controller and self.outages:
+            self.controller.down = self.outages.down
         heapq.heapify(self.events)
 
     @staticmethod
@@ -236,7 +243,7 @@ class Simulation:
                 continue
             if self.live and phase == PHASE_DELIVERY:
                 self.now = time
-                self.live.is_over = self.num_finished == len(self.jobs)
+                self.live.is_over = self.num_over == len(self.jobs)
                 self.live.stage_ends(index, time)
                 self.check_migration()
                 continue
@@ -259,15 +266,15 @@ class Simulation:
                 self.ask_for_pass(self.instances[index], is_return=True)
             elif phase == PHASE_CONTROL and self.controller:
                 is_quiet = all(other == PHASE_CONTROL for _, other, _ in self.events)
-                self.controller.turn(index, self.now, self.num_finished == len(self.jobs), is_quiet)
+                self.controller.turn(index, self.now, self.num_over == len(self.jobs), is_quiet)
                 self.controller.other_events -= 1
             elif phase == PHASE_CONTROL and index == 0:
-                if self.num_finished < len(self.jobs):
+                if self.num_over < len(self.jobs):
                     self.fleet.switch_off(self.now, self.live.is_busy)
                     self.fleet.look(self.now)
                     heapq.heappush(self.events, (self.now + self.clock.ticks(self.fleet.rules.check_s), phase, 0))
             elif phase == PHASE_CONTROL:
-                if self.fleet and self.num_finished < len(self.jobs):
+                if self.fleet and self.num_over < len(self.jobs):
                     self.fleet.switch_off(self.now, self.live.is_busy)
                 self.live.look(self.now)
                 self.look_at = None
@@ -283,7 +290,7 @@ class Simulation:
             if self.controller:
                 self.controller.other_events += 1
             if self.rules is not None:
-                check_cluster(self.instances, self.num_routed - self.num_finished)
+                check_cluster(self.instances, None if self.outages else self.num_routed - self.num_finished)
             if self.live:
                 self.check_migration()
 
@@ -323,12 +330,23 @@ class Simulation:
     def check_migration(self) -> None:
         for instance in self.instances:
             check_instance(instance, instance.flags)
-        assert sum(i.outstanding for i in self.instances) == self.num_routed - self.num_finished
+        if not self.outages:
+            assert sum(i.outstanding for i in self.instances) == self.num_routed - self.num_finished
+
+
+    @property
+    def able(self) -> list[Instance]:
+        """Who computes prompts, and is up and on."""
+        able = self.prefilling
+        if self.outages:
+            able = [instance for instance in able if instance.index not in self.outages.down]
+        if self.fleet:
+            able = [self.instances[i] for i in self.fleet.able(self.now)]
+        return able
+
     def choose(self, job: Job) -> Instance:
         """Who computes the prompt."""
-        able = self.prefilling if self.outages is None else self.outages.able
-        if self.fleet:
-            able = [self.instances[i] for i in self.fleet.those("on", self.now)]
+        able = self.able
         num_routed = self.num_routed
         if self.variants is not None:
             able = [i for i in able if i.index % self.variants == job.request.variant]
@@ -347,8 +365,11 @@ class Simulation:
         self.ask_for_pass(instance)
 
     def deliver(self, transfer: Transfer) -> None:
+        transfer.delivered = None if transfer.is_cut else self.now
         if self.instances[transfer.source].role == "encode":
             self.encoders.deliver(transfer, self.instances[transfer.destination], self.now)
+            return
+        if transfer.is_cut:
             return
         self.hand_over.deliver(transfer, self.now)
         for index in (transfer.source, transfer.destination):
@@ -371,7 +392,14 @@ class Simulation:
     def change_outage(self, change: int, index: int) -> None:
         if change == BACK:
             self.outages.down.remove(index)
+            if self.hand_over:
+                self.hand_over.accept(self.instances[index], self.now)
             return
+        if self.live:
+            self.live.is_over = self.num_over == len(self.jobs)
+        if self.fleet:
+            self.fleet.down_when[next(name for name in ("starting", "on", "draining", "off")
+                                      if index in self.fleet.those(name, self.now))] += 1
         if self.instances[index].flights:
             last = max(i for i, record in enumerate(self.iterations) if record.instance == index)
             done_s = self.clock.seconds(self.now) - self.iterations[last].start_s
@@ -408,6 +436,8 @@ class Simulation:
         if job.sending <= len(self.clients.backoff_s):
             wait = self.clock.ticks(self.clients.backoff_s[job.sending - 1], ARRIVAL_GRID_TICKS)
             heapq.heappush(self.events, (self.now + wait, PHASE_ARRIVAL, number))
+        else:
+            self.num_over += 1
 
     def arrive(self, job: Job) -> None:
         limits = self.clients
@@ -415,7 +445,7 @@ class Simulation:
         if limits is not None and sum(i.outstanding for i in self.instances) >= limits.max_outstanding:
             self.refuse(job, is_lost)
             return
-        if self.outages and not self.outages.able:
+        if self.outages and not self.able:
             self.outages.refused_all_down += 1
             self.refuse(job, is_lost)
             return
@@ -426,6 +456,8 @@ class Simulation:
         if limits is not None and len(instance.waiting) >= limits.max_waiting:
             self.refuse(job, is_lost)
             return
+        if self.live and job.request.id in self.live.moved:
+            self.live.moved[job.request.id].instance = None
         if is_lost:
             self.outages.restarts[job.request.id] += 1
         if instance.swap is not None:
@@ -472,6 +504,7 @@ class Simulation:
                     gone = instance.swap.stood - instance.swap.at_arrival[job.request.id]
                     instance.swap.waited[job.request.id] = instance.swap.waited.get(job.request.id, 0) + gone
                 self.num_finished += 1
+                self.num_over += 1
                 for number in self.followers.get(job.request.id, ()):
                     self.expect_follower(number)
                 release(instance, job)
@@ -532,6 +565,8 @@ class Simulation:
         check_batch(instance, plan, flags)
         check_instance(instance, flags)
         instance.preempted_before += [job.request.id for job in plan.preempted]
+        if self.outages:
+            self.outages.preempted += [(self.clock.seconds(self.now), job.request.id) for job in plan.preempted]
         if not plan.entries and instance.flights:
             return None
         if not plan.entries:
@@ -636,8 +671,9 @@ class Simulation:
             assert job.arrival <= job.scheduled <= job.first_token <= job.finish
             is_handed_over = job.request.output > 1 and (self.controller is not None
                                                           or self.instances[job.instance].role == "prefill")
-            assert (job.delivered is not None) == is_handed_over
-            if is_handed_over:
+            if not self.outages:
+                assert (job.delivered is not None) == is_handed_over
+            if is_handed_over and job.delivered is not None:
                 assert job.first_token <= job.accepted <= job.delivered <= job.finish
         emitted = self.num_unheard + sum(job.emitted for job in everybody)
         if self.outages:
@@ -648,7 +684,8 @@ class Simulation:
         assert sum(len(record.preempted) for record in self.iterations) == sum(job.preemptions for job in everybody)
         if self.hand_over is not None:
             moved = [transfer.job for transfer in self.hand_over.transfers if isinstance(transfer.job, Job)]
-            assert len(set(map(id, moved))) == len(moved) == sum(job.delivered is not None for job in self.jobs)
+            if not self.outages:
+                assert len(set(map(id, moved))) == len(moved) == sum(job.delivered is not None for job in self.jobs)
             check_links(self.hand_over.transfers, self.rules.links, self.rules.discipline)
 
         if self.encoders is not None:
@@ -718,6 +755,7 @@ class Simulation:
             ],
             live=self.live,
             outages=self.outages or None,
+            hand_over=self.hand_over,
             switches=[] if self.controller is None else self.controller.switches,
             dealt_again=0 if self.controller is None else self.controller.num_dealt,
             lifts=sum(i.counters.lifts for i in self.instances if i.counters is not None),

@@ -92,6 +92,7 @@ class Job:
     is_given_up: bool = False  # its client is gone
     restarts: int = 0  # times that it was sent on, its instance down
     is_on_its_way: bool = False  # to another instance
+    preemptions_before: int = 0  # when it was last sent on
     # Disaggregated: who decodes, blocks still held by who prefilled, when the transfer was accepted and over.
     decode_instance: int | None = None
     source_blocks: int = 0

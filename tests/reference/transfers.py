@@ -25,6 +25,8 @@ class Transfer:
     over: Hashable = None
     parts: tuple[int, int, int] = (720720, 720720, 720720)
     start: float | None = None
+    delivered: float | None = None
+    is_cut: bool = False  # one of its ends went down; its links stay taken
     due: float | None = None  # when it will be delivered, as far as is known
 
     @property

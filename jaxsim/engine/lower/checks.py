@@ -23,10 +23,11 @@ def check_requests(system: System, workload: Workload) -> None:
     for pool in system.pools:
         if pool.role == "encode":
             continue
-        # A prompt is all that a prefill engine holds of a request.
+        # A prompt is all that a prefill engine holds, unless another fails whose tokens it computes again.
         one = np.ones_like(workload.output_tokens)
         prompts = dataclasses.replace(workload, output_tokens=one, max_tokens=one)
-        check_requests(pool.system, prompts if pool.role == "prefill" else workload)
+        is_prompt = pool.role == "prefill" and not system.has_restarts
+        check_requests(pool.system, prompts if is_prompt else workload)
     if system.pools:
         return
     s = system.scheduler
@@ -162,9 +163,9 @@ def check_transfers(scenario: Scenario, system: System, workload: Workload) -> N
     if ways is None:
         bytes_per_token, bytes_per_s = transfer_rates(scenario, system)
         latency_s = 1e-6 * given.latency_us if given else 0.0
-        seconds = latency_s + workload.input_tokens * (bytes_per_token / bytes_per_s)
+        seconds = latency_s + _moved_tokens(system, workload) * (bytes_per_token / bytes_per_s)
     else:
-        seconds, field = _slowest_way(ways, workload)
+        seconds, field = _slowest_way(ways, _moved_tokens(system, workload))
     for what, value, most in (("one transfer", seconds.max(), MAX_SPAN_S),
                               ("all transfers, one after the other", seconds.sum(), MAX_ARRIVAL_S)):
         if not value <= most:
@@ -188,9 +189,15 @@ def check_transfers(scenario: Scenario, system: System, workload: Workload) -> N
                              "raise it, or lower cluster.transfer.most_at_once")
 
 
-def _slowest_way(ways: Ways, workload: Workload) -> tuple[np.ndarray, str]:
+def _moved_tokens(system: System, workload: Workload) -> np.ndarray:
+    """Of each request, whose KV may go over at most."""
+    tokens = workload.input_tokens.astype(np.int64)
+    return tokens + workload.output_tokens if system.has_restarts else tokens
+
+
+def _slowest_way(ways: Ways, tokens: np.ndarray) -> tuple[np.ndarray, str]:
     """Seconds of the transfer of each request over the way on which the longest takes longest, and its field."""
     per_token = ways.seconds(ways.bytes_per_token)
-    longest = int(workload.input_tokens.max())
+    longest = int(tokens.max())
     pair = max(ways.fields, key=lambda pair: ways.latency_s[pair] + longest * per_token[pair])
-    return ways.latency_s[pair] + workload.input_tokens * per_token[pair], ways.fields[pair]
+    return ways.latency_s[pair] + tokens * per_token[pair], ways.fields[pair]

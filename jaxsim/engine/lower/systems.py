@@ -30,7 +30,8 @@ class System:
 
     num_blocks: KV blocks of an instance; `memory` their arithmetic where they were derived. pools: where a cluster has
     any, all of them; the rest is then the first's. swap: host memory that victims move to, if they do. switches_roles:
-    engines of the pools change between their roles. hybrid: the host's part, where it has one.
+    engines of the pools change between their roles. hybrid: the host's part, where it has one. has_restarts: engines
+    fail, and others compute again what they lose.
     """
 
     scheduler: Scheduler
@@ -44,6 +45,7 @@ class System:
     swap: SwapSection | None = None
     switches_roles: bool = False
     hybrid: Hybrid | None = None
+    has_restarts: bool = False
 
     @property
     def num_executors(self) -> int:
@@ -125,7 +127,8 @@ def resolve_system(scenario: Scenario) -> System:
     # What stands for all of them is one that runs the model.
     first = next(pool for pool in pools if pool.role != "encode")
     system = dataclasses.replace(first.system, pools=tuple(pools),
-                                 switches_roles=scenario.cluster.role_switching is not None)
+                                 switches_roles=scenario.cluster.role_switching is not None,
+                                 has_restarts=scenario.cluster.failures is not None)
     _check_pools(system, scenario)
     _check_caches(scenario, system)
     if system.has_parts:

@@ -12,6 +12,7 @@ from jaxsim.engine import (
     failures,
     fair,
     hand_over,
+    lost_hand_overs,
     migration,
     passes,
     pipeline,
@@ -90,7 +91,10 @@ def receive(context: Context, t: Touched) -> Touched:
         is_cut = is_running & (counts.batch.extra > 0)
     counts = replace(counts, rank=replace(counts.rank, queue=queue))
     if context.dims.has_demands:
-        blocks = blocks_for(take(requests.table, arriving)[PROMPT], context.dims)
+        tokens = take(requests.table, arriving)[PROMPT]
+        if context.dims.has_failures:
+            tokens = tokens + take(world.progress, arriving)[0]
+        blocks = blocks_for(tokens, context.dims)
         waiting = counts.rank.waiting_blocks + jnp.where(event.is_arrival, blocks, 0)
         counts = replace(counts, rank=replace(counts.rank, waiting_blocks=waiting))
     cut_extra = jnp.int32(context.dims.max_jump) if context.dims.num_ranks > 1 else None
@@ -166,8 +170,17 @@ def give_up(context: Context, t: Touched) -> Touched:
         return t
     loss = None
     if context.dims.has_failures:
-        event, counts, wake, phase, loss = failures.strike(
-            context, t.event, t.rank, t.counts, t.times, t.wake, t.phase)
+        item = None
+        if context.dims.has_roles:
+            is_losing = failures.goes_down(t.event) & (t.phase != w.ENDING)
+            counts, wake, link, opened, item = lost_hand_overs.look(
+                context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row, t.link, t.opened, is_losing)
+            t = replace(t, counts=counts, wake=wake, link=link, opened=opened, item=item)
+        event, counts, wake, phase, loss, broken = failures.strike(
+            context, t.event, t.rank, t.counts, t.times, t.wake, t.phase, item)
+        if broken is not None:
+            counts, control, acted = migration.break_off(context, event, broken, counts, t.control, t.acted)
+            t = replace(t, control=control, acted=acted)
         t = replace(t, event=event, counts=counts, wake=wake, phase=phase)
     counts, wake, phase, residue_row, link, cut_off = clients.give_up(
         context, t.event, t.rank, t.counts, t.times, t.wake, t.phase, t.residue_row, t.link, loss)

@@ -9,6 +9,7 @@ from jaxsim.engine import (
     chunks,
     context_reuse,
     decode_queue,
+    failures,
     fair,
     free_stages,
     gathering,
@@ -164,7 +165,8 @@ def open_pass(context: Context, t: Touched) -> Touched:
     candidate = jnp.where(is_passing, candidate, scratch)
     lengths = take(requests.table, candidate)
     if dims.has_roles:
-        lengths = hand_over.lengths_here(context, event, lengths)
+        before = take(world.progress, candidate)[0] if dims.has_failures else 0
+        lengths = hand_over.lengths_here(context, event, lengths, before)
     emitted, preemptions, preempted_s = jnp.int32(0), jnp.int32(0), None
     if is_ready is not None and not rules.grows:
         emitted = is_ready.astype(jnp.int32)
@@ -341,7 +343,8 @@ def fill(context: Context, t: Touched) -> Touched:
             is_forming = victim[0] == t.counts.rank.forming_slot
             tenants, own_link = fair.preempt(context, tenants, is_preempting, victim[1], is_forming)
         if gives_way is not None:
-            counts = hand_over.without_last_ready(context, gives_way, counts, t.lengths[PROMPT])
+            tokens = t.lengths[PROMPT] + t.emitted - 1 if dims.has_failures else t.lengths[PROMPT]
+            counts = hand_over.without_last_ready(context, gives_way, counts, tokens)
         if t.sight is not None:
             counts, times, link, moved = swapping.move_out(
                 context, t.event, is_preempting, is_swapped, donor, before, counts, times, slots, t.sight, link,
@@ -366,7 +369,8 @@ def fill(context: Context, t: Touched) -> Touched:
             blocks = blocks + jnp.where(is_preempting, again, 0)
         rank = replace(rank, waiting_blocks=blocks)
         if dims.has_migration:
-            rank = replace(rank, killed=rank.killed + is_preempting - (is_from_queue & (t.preemptions > 0)))
+            before = take(world.lost, t.candidate)[failures.BEFORE] if dims.has_failures else 0
+            rank = replace(rank, killed=rank.killed + is_preempting - (is_from_queue & (t.preemptions > before)))
         if dims.has_urgent:
             joins, goes = placed.is_admitted.astype(jnp.int32), jnp.int32(0)
             if rules.grows:

@@ -139,8 +139,7 @@ def check_migration(s: "Scenario", reads_loads: bool = False) -> None:
     impatient = [t.name for t in workload.tenants if (t.deadline_s, t.first_token_deadline_s) != (None, None)]
     others = (("workload.images", workload.images), ("engine.swap", engine.swap),
               ("workload.client", workload.client if workload.has_deadlines else None),
-              ("workload.tenants", impatient or None), ("cluster.admission", cluster.admission),
-              ("cluster.failures", cluster.failures))
+              ("workload.tenants", impatient or None), ("cluster.admission", cluster.admission))
     for field, given in others:
         if given is not None:
             raise InputError(field, plain(given), f"is not simulated with {where}", "leave one of them out")
@@ -214,9 +213,12 @@ def check_failures(s: "Scenario") -> None:
     if given.max_restarts is not None and given.on_failure == "fail":
         raise InputError(f"{field}.max_restarts", given.max_restarts, "has no effect with on_failure = 'fail'",
                          "leave it out, or use 'reroute'")
-    scheduler = scheduler_of(s.engine)
+    scheduler, engines = scheduler_of(s.engine), sum(pool.replicas for pool in cluster.pools) or cluster.replicas
+    discipline = cluster.transfer.discipline if cluster.transfer is not None else "fifo"
     for name, value, is_wrong, remedy in (
-            ("cluster.pools", [pool.role for pool in cluster.pools], bool(cluster.pools), "use cluster.replicas"),
+            ("cluster.pools", [pool.role for pool in cluster.pools], bool(cluster.pools) and not cluster.has_roles,
+             "use cluster.replicas, or roles 'prefill' and 'decode'"),
+            ("cluster.transfer.discipline", discipline, discipline != "fifo", "use 'fifo'"),
             ("engine.data_parallel_size", s.engine.data_parallel_size, s.engine.data_parallel_size > 1,
              "use 1, and more replicas for a dense model"),
             ("engine.preset", scheduler.preset, scheduler.reserve not in ("none", "prompt")
@@ -225,15 +227,16 @@ def check_failures(s: "Scenario") -> None:
         if is_wrong:
             raise InputError(name, value, f"is not simulated with engines that fail ({field})", remedy)
     if given.mtbf_s is not None:
-        number = cluster.replicas * (given.until_s / (given.mtbf_s + given.mttr_s) + 1)
+        number = engines * (given.until_s / (given.mtbf_s + given.mttr_s) + 1)
         if number > MAX_OUTAGES:
             raise InputError(f"{field}.mtbf_s", given.mtbf_s, f"makes some {number:.0f} outages, more than the"
                              f" {MAX_OUTAGES} simulated", "raise it, or lower until_s or cluster.replicas")
     spans: dict[int, list[tuple[float, float]]] = {}
     for index, one in enumerate(given.outages):
-        if one.instance >= cluster.replicas:
-            raise InputError(f"{field}.outages[{index}].instance", one.instance,
-                             f"is not one of cluster.replicas = {cluster.replicas}", "count from 0")
+        if one.instance >= engines:
+            what = f"the {engines} engines of [[cluster.pools]]" if cluster.pools else f"cluster.replicas = {engines}"
+            raise InputError(f"{field}.outages[{index}].instance", one.instance, f"is not one of {what}",
+                             "count from 0")
         for start_s, end_s in spans.get(one.instance, ()):
             if one.at_s < end_s and start_s < one.at_s + one.down_s:
                 raise InputError(f"{field}.outages[{index}].at_s", one.at_s,

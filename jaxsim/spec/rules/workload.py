@@ -208,7 +208,8 @@ def check_clients(s: "Scenario") -> None:
             ("engine.preset", scheduler.preset, scheduler.phase_mix != "unified" or scheduler.gathers
              or scheduler.reserve == "expected" or scheduler.decode_context_limit is not None,
              "use a preset 'vllm-v1', 'sarathi' or 'orca'"),
-            ("cluster.pools", [pool.role for pool in s.cluster.pools], s.cluster.has_roles, "use roles 'mixed'")):
+            ("cluster.pools", [pool.role for pool in s.cluster.pools], s.cluster.has_roles
+             and (w.has_deadlines or s.cluster.admission is not None), "use roles 'mixed'")):
         if is_wrong:
             raise InputError(name, value, f"is not simulated with {what} ({field})", remedy)
 
