@@ -157,9 +157,9 @@ def run(scenarios: Sequence[Scenario], prompts: dict[Hashable, Prompts] | None =
         itl_counts=none(len(histogram.edges()) - 1).astype(int),
         **{name: none(2) for name in ("busy_s", "device_busy_s", "kv_block_s", "running_s")},
         kv_peak_blocks=none(2).astype(int), num_iterations=num_iterations,
-        **dict.fromkeys(("cached_tokens", "delivered_s", "decode_instance", "migrations", "downtime_s", "last_instance",
-                         "aborted_migrations", "instance_s", "starts", "drains", "session", "turn",
-                             "role_switches", "drain_s")),
+        **dict.fromkeys(("cached_tokens", "accepted_s", "delivered_s", "decode_instance", "migrations", "downtime_s",
+                         "last_instance", "aborted_migrations", "instance_s", "starts", "drains", "session", "turn",
+                         "role_switches", "drain_s")),
         num_context_limited=np.array([w.num_context_limited for w in workloads]),
         num_blocks=np.ones((runs, 2), int), front_end_s=none(), fault=("",) * runs)
     return out, owners
