@@ -9,8 +9,8 @@ c_j: host seconds to issue a kernel (the walk through the framework); l: from th
 d_j: device seconds. A lane's step is linear over (max, +), so a pass is a product of small matrices in any order of
 association: `lanes` is a scan of logarithmic depth, and differentiable.
 
-Source: SKIP (arXiv 2504.11750) for the measures; recurrence and closed form follow from them. `queue_depth` bounds how
-far the host runs ahead, which SKIP leaves out. Fusion: `fused`, by its definition of chains that always occur together.
+Source: SKIP (arXiv 2504.11750) for the measures; recurrence and closed form follow from them. Nothing bounds how far
+the host runs ahead, as in SKIP.
 """
 
 from typing import NamedTuple
@@ -55,24 +55,6 @@ def lanes(issue_s: Float[Array, " kernels"], launch_s: Scalar, kernel_s: Float[A
     return Lanes(ends[-1], waited, total / kernel_s.shape[0], ends[-1] - total)
 
 
-def lanes_with_queue(issue_s: Float[Array, " kernels"], launch_s: Scalar, kernel_s: Float[Array, " kernels"],
-                     queue_depth: int) -> Lanes:
-    """The same where the host waits while `queue_depth` kernels that it has issued have not started."""
-    issue_s, kernel_s = jnp.broadcast_arrays(jnp.asarray(issue_s, float), jnp.asarray(kernel_s, float))
-
-    def issue(carry, kernel):
-        called, end, starts = carry
-        issue_s, kernel_s = kernel
-        called = jnp.maximum(called + issue_s, starts[0])
-        start = jnp.maximum(called + launch_s, end)
-        return (called, start + kernel_s, jnp.append(starts[1:], start)), start - called
-
-    zero = jnp.zeros((), issue_s.dtype)
-    (_, end, _), waited = lax.scan(issue, (zero, zero, jnp.zeros(queue_depth, issue_s.dtype)), (issue_s, kernel_s))
-    total = jnp.sum(kernel_s)
-    return Lanes(end, jnp.sum(waited), total / kernel_s.shape[0], end - total)
-
-
 def segments(numbers: Float[Array, " segments"], issue_s: Float[Array, " segments"], launch_s: Scalar,
              kernel_s: Float[Array, " segments"]) -> Lanes:
     """A pass of segments, so many equal kernels each, in closed form a segment.
@@ -111,8 +93,3 @@ def captured(issue_s: Scalar, launch_s: Scalar, kernel_s: Float[Array, " kernels
 def turning_batch(issue_s: Scalar, fixed_s: Scalar, slope_s: Scalar) -> Scalar:
     """Batch from which on kernels of `fixed_s + slope_s batch` take longer than issuing them."""
     return (issue_s - fixed_s) / slope_s
-
-
-def fused(number: Scalar, chain: Scalar, chains: Scalar) -> Scalar:
-    """Kernels left where so many chains of `chain` kernels, which always occur together, are one each."""
-    return number - chains * (chain - 1)

@@ -41,6 +41,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsim.cost.host import Host, shared_memory
+
 Scalar = Float[Array, "*shape"] | float
 
 
@@ -105,7 +107,8 @@ class Streaming(eqx.Module):
     @property
     def link_while_reading(self) -> Scalar:
         """Bytes/s of the link while the CPU reads host memory."""
-        return jnp.minimum(self.link_bytes_per_s, self.memory_bytes_per_s / (self.threads + 1))
+        host = Host(self.link_bytes_per_s, self.memory_bytes_per_s, jnp.inf, self.threads)
+        return shared_memory(host, self.memory_bytes_per_s, jnp)[1]
 
     @property
     def lost_s(self) -> Scalar:
@@ -150,18 +153,6 @@ class Streaming(eqx.Module):
         computed_s = sequences * prompt / self.gpu_tokens_per_s
         decoded_s = output * jnp.maximum(self.pass_s, sequences / self.gpu_tokens_per_s)
         return sequences * output / (computed_s + decoded_s)
-
-    def kv_bytes_per_s(self) -> Scalar:
-        """What the CPU must read of KV where all room is read once a pass."""
-        return self.kv_bytes / self.pass_s
-
-    def cpu_bytes_per_s(self) -> Scalar:
-        """Bandwidth that host memory needs: KV for the CPU, and weights for the link."""
-        return self.kv_bytes_per_s() + self.link_bytes_per_s
-
-    def cpu_flops(self, queries_per_kv_head: Scalar, kv_bytes: Scalar = 2.0) -> Scalar:
-        """FLOP/s of attention over that KV: a multiplication and an addition for a query head and a number of KV."""
-        return 2 * queries_per_kv_head / kv_bytes * self.kv_bytes_per_s()
 
 
 RESOURCES = ("kv_bytes", "link_bytes_per_s", "memory_bytes_per_s", "gpu_tokens_per_s")

@@ -9,8 +9,10 @@
 **One memory for cores and link.** While the CPU reads at its rate and the link at its own and both exceed what the
 memory gives, all T threads and the link share it fairly (max-min): no requester gets more than another unless that one
 has all it wants. So the link keeps at least 1/(T + 1) of the memory, and loses the rest of what it wants in the seconds
-in which the CPU reads. On average over an iteration both demands may be far below the memory's rate; reads come in
-bursts of attention.
+in which the CPU reads; the CPU reads more slowly by what the link keeps. On average over an iteration both demands may
+be far below the memory's rate; reads come in bursts, of attention and of experts, each with its own demand: what is
+bound by FLOP wants less than the memory gives, and may take nothing from the link. A contention that is given counts in
+the seconds that the bytes take by themselves. Weights that are resident leave the link little to lose, so nothing is.
 
 **Hot experts.** Popularities are gamma-distributed with the coefficient of variation v of the roofline
 (`jaxsim.cost.operators.distinct_experts`), a = 1/v^2. The H hottest of E have popularities above x, the 1 - H/E
@@ -20,10 +22,11 @@ others m tokens touch E [P(a, a x) - (1 + l/a)^-a P(a, (a + l) x)], with l as th
 Source: MoE-Lens (arXiv 2504.09345) for streaming, attention on the CPU and the threshold; KTransformers
 (kvcache-ai/ktransformers) for experts on the CPU, with shared and hot experts on the GPU beside them.
 Known gaps: one socket, threads all alike, no NUMA; CPU kernels have no time of their own beside bytes and FLOP; the
-threshold leaves attention of prompts out.
+threshold leaves out attention of prompts, and hot experts on the GPU.
 """
 
 import dataclasses
+from types import ModuleType
 from typing import NamedTuple
 
 import equinox as eqx
@@ -44,6 +47,8 @@ from jaxsim.spec.efficiency import EXPERT_ROWS
 from jaxsim.spec.host_memory import Weights
 from jaxsim.spec.hybrid import HybridSection
 from jaxsim.spec.plan import WeightFormat
+
+Rate = Float[Array | np.ndarray, "*shape"] | float
 
 READ_SHARE = 0.73
 """Of a CPU's memory bandwidth that is reached. Source: MoE-Lens, about 150 of 204.8 GB/s on a Xeon 8380."""
@@ -90,24 +95,40 @@ def host_of(given: HybridSection, device: DeviceSpec, cpu: DeviceSpec | None) ->
     return Host(link, memory, flops, given.cpu_threads or threads)
 
 
-def shared_memory(host: Host, cpu_bytes_per_s: float) -> tuple[float, float]:
-    """Bytes/s of the CPU, which wants so many, and of the link, while both use host memory: max-min fair shares."""
-    wanted = host.link_bytes_per_s
-    if cpu_bytes_per_s + wanted <= host.memory_bytes_per_s:
-        return cpu_bytes_per_s, wanted
+def shared_memory(host: Host, cpu_bytes_per_s: Rate, xp: ModuleType = np) -> tuple[Rate, Rate]:
+    """Bytes/s of the CPU, which wants so many, and of the link, while both use host memory: max-min fair shares.
+
+    xp: jax.numpy for numbers that are traced.
+    """
+    memory, wanted = host.memory_bytes_per_s, host.link_bytes_per_s
     # Threads want alike; what they leave, and at least the share of one requester, is the link's.
-    even = host.memory_bytes_per_s / (host.threads + 1)
-    link = min(wanted, max(even, host.memory_bytes_per_s - cpu_bytes_per_s))
-    return min(cpu_bytes_per_s, host.memory_bytes_per_s - link), link
+    left = xp.maximum(memory / (host.threads + 1), memory - cpu_bytes_per_s)
+    link = xp.where(cpu_bytes_per_s + wanted <= memory, wanted, xp.minimum(wanted, left))
+    return xp.minimum(cpu_bytes_per_s, memory - link), link
 
 
-def contention(given: HybridSection, host: Host, cpu_bytes_per_s: float) -> float:
-    """Seconds that the link loses in a second in which the CPU reads so many bytes/s: given, or by fair shares."""
-    if not given.overlaps:
-        return 0.0
+class Reading(NamedTuple):
+    """Of bytes that the CPU reads and computes with: its seconds, and those that the link loses meanwhile."""
+
+    cpu_s: Float[np.ndarray, "*shape"]
+    lost_s: Float[np.ndarray, "*shape"]
+
+
+def reading(given: HybridSection, host: Host, num_bytes: Float[np.ndarray, "*shape"] | float,
+            flops: Float[np.ndarray, "*shape"] | float) -> Reading:
+    """Seconds of so many bytes and FLOP, beside the link where weights stream while the CPU computes."""
+    num_bytes, flops = np.asarray(num_bytes, float), np.asarray(flops, float)
+    by_bytes = num_bytes / host.memory_bytes_per_s
+    alone = np.maximum(by_bytes, flops / host.flops)
+    if not (given.is_streamed and given.overlaps):
+        return Reading(alone, np.zeros_like(alone))
     if given.contention is not None:
-        return given.contention
-    return 1.0 - shared_memory(host, cpu_bytes_per_s)[1] / host.link_bytes_per_s
+        return Reading(alone, given.contention * by_bytes)
+    is_read = num_bytes > 0
+    # Where nothing is read FLOP are none of the memory's.
+    reached, link = shared_memory(host, np.where(is_read, num_bytes, 1.0) / np.where(is_read, alone, 1.0))
+    cpu_s = np.where(is_read, num_bytes / reached, alone)
+    return Reading(cpu_s, np.where(is_read, cpu_s * (1 - link / host.link_bytes_per_s), 0.0))
 
 
 def hot_share(experts: int, hot: int, skew: float) -> float:
@@ -133,14 +154,10 @@ def cold_experts(experts: int, per_token: int, hot: int, skew: float, tokens: Fl
     return experts * (cold - untouched)
 
 
-def attention_seconds(cost: Roofline, given: HybridSection, host: Host) -> tuple[float, float]:
-    """Of a context token that a decode reads on the CPU, all layers, beside the link; and bytes/s it is read at."""
+def attention_seconds(cost: Roofline, given: HybridSection, host: Host) -> Reading:
+    """Of a context token that a decode reads on the CPU, all layers."""
     work = operators.attention_work(cost.model, cost.plan, cost.kv_bytes)
-    flops_s = work.decode_flops / host.flops
-    wanted = min(host.memory_bytes_per_s, work.decode_bytes / flops_s if flops_s else np.inf)
-    is_shared = given.is_streamed and given.overlaps and given.contention is None
-    reached = shared_memory(host, wanted)[0] if is_shared else wanted
-    return cost.model.layers * work.decode_bytes / reached, wanted
+    return reading(given, host, cost.model.layers * work.decode_bytes, cost.model.layers * work.decode_flops)
 
 
 def gpu_part(cost: Roofline, given: HybridSection) -> Roofline:
@@ -179,11 +196,15 @@ def hybrid_cost(cost: Roofline, given: HybridSection, weights: Weights, host: Ho
     gpu = gpu_part(cost, given)
     tables = gpu.tabulate(max_tokens, max_sequences, cuda_graphs=cuda_graphs, async_scheduling=async_scheduling)
     per_byte = 1.0 / host.link_bytes_per_s
-    read_s = lost = in_s = out_s = prompt_in_s = prompt_out_s = history_in_s = fixed_s = 0.0
+    read_s = lost = in_s = out_s = prompt_in_s = prompt_out_s = history_in_s = fixed_s = decode_fixed_s = 0.0
     cached = model.layers * model.layer_kv_bytes_per_token(cost.kv_bytes)
+
+    def leaf(value):
+        return jnp.asarray(value, jnp.float32)
+
     if given.attention == "cpu":
-        read_s, wanted = attention_seconds(cost, given, host)
-        lost = contention(given, host, wanted)
+        read_s, lost_s = attention_seconds(cost, given, host)
+        lost = lost_s / read_s
         shape = cost.attention_shape()
         # Of a token and layer: queries (absorbed ones of latent attention), and what comes back.
         asked, answered = ((model.heads * (model.kv_lora_rank + model.qk_rope_head_dim), model.heads * shape.latent)
@@ -191,12 +212,13 @@ def hybrid_cost(cost: Roofline, given: HybridSection, weights: Weights, host: Ho
         out_s = per_byte * (model.layers * asked * width + cached)
         in_s = per_byte * model.layers * answered * width
         prompt_out_s = history_in_s = per_byte * cached
-        fixed_s += model.layers * 1e-6 * given.hand_over_us
-    expert_s = None
+        # Prompts attend on the GPU.
+        decode_fixed_s = model.layers * 1e-6 * given.hand_over_us
+    expert_s = expert_lost_s = None
     if given.experts == "cpu":
         knots = octaves.knots(TOKENS, max_tokens).astype(float)
         skew = 0.0 if given.popularity == "uniform" else expert_skew
-        on_cpu, beside = _experts(gpu, fmt, host, knots, given.hot_experts, skew)
+        (on_cpu, lost_s), beside = _experts(gpu, fmt, given, host, knots, skew)
         state_s = per_byte * model.num_moe_layers * model.hidden * width
         if given.overlaps:
             in_s, out_s = in_s + state_s, out_s + state_s
@@ -204,33 +226,31 @@ def hybrid_cost(cost: Roofline, given: HybridSection, weights: Weights, host: Ho
             expert_s = on_cpu
             if given.hot_experts:
                 tables = _with_hot(tables, knots, beside, max_sequences)
-            if lost == 0.0 and given.is_streamed:
-                lost = contention(given, host, host.memory_bytes_per_s)
+            if given.is_streamed:
+                expert_lost_s = leaf(lost_s)
         else:
             expert_s = jnp.maximum(on_cpu, beside) + 2 * state_s * knots
-        fixed_s += model.num_moe_layers * 1e-6 * given.hand_over_us
-
-    def leaf(value):
-        return jnp.asarray(value, jnp.float32)
-
+        fixed_s = model.num_moe_layers * 1e-6 * given.hand_over_us
     return HybridCost(
         gpu=tables, read_s=leaf(read_s), expert_s=None if expert_s is None else leaf(expert_s),
         stream_s=leaf(weights.streamed * per_byte), in_s=leaf(in_s), out_s=leaf(out_s), prompt_out_s=leaf(prompt_out_s),
         contention=leaf(lost), is_chained=not given.overlaps, prompt_in_s=leaf(prompt_in_s),
-        history_in_s=leaf(history_in_s), hand_over_s=leaf(fixed_s))
+        history_in_s=leaf(history_in_s), hand_over_s=leaf(fixed_s), decode_hand_over_s=leaf(decode_fixed_s),
+        expert_lost_s=expert_lost_s)
 
 
-def _experts(gpu: Roofline, fmt: WeightFormat, host: Host, tokens: np.ndarray, hot: int, skew: float
-             ) -> tuple[Float[np.ndarray, " knots"], Float[Array, " knots"]]:
+def _experts(gpu: Roofline, fmt: WeightFormat, given: HybridSection, host: Host, tokens: np.ndarray, skew: float
+             ) -> tuple[Reading, Float[Array, " knots"]]:
     """Seconds of all layers by tokens: of cold experts on the CPU; of hot and shared ones on the GPU."""
-    model, k = gpu.model, gpu.model.experts_per_token
+    model, k, hot = gpu.model, gpu.model.experts_per_token, given.hot_experts
     share = hot_share(model.experts, hot, skew)
     matrices = 3 if model.gated else 2
     size = matrices * model.hidden * model.moe_ffn
     cold = _touched(gpu, hot, skew, tokens)
     rows = tokens * k * (1 - share)
-    on_cpu = model.num_moe_layers * np.maximum(cold * size * fmt.expert_bytes / host.memory_bytes_per_s,
-                                               2.0 * size * rows / host.flops)
+    layers = model.num_moe_layers
+    on_cpu = reading(given, host, np.where(tokens > 0, layers * cold * size * fmt.expert_bytes, 0.0),
+                     layers * 2.0 * size * rows)
     beside = jnp.zeros(len(tokens))
     if hot:
         pairs = jnp.asarray(tokens * k * share, float)
@@ -244,7 +264,7 @@ def _experts(gpu: Roofline, fmt: WeightFormat, host: Host, tokens: np.ndarray, h
     away = [work for work in operators.token_work(model, gpu.plan, fmt, jnp.asarray(tokens, float))
             if work.name in SHARED_EXPERTS and work.name in gpu.elsewhere]
     beside = beside + sum(work.calls * gpu.call_seconds(work) for work in away)
-    return np.where(tokens > 0, on_cpu, 0.0), jnp.where(tokens > 0, beside, 0.0)
+    return on_cpu, jnp.where(tokens > 0, beside, 0.0)
 
 
 def _touched(gpu: Roofline, hot: int, skew: float, tokens: Float[np.ndarray, " counts"]

@@ -1,9 +1,10 @@
 """A GPU that borrows from its host: weights over the link, attention and experts on the CPU, as lanes of an iteration.
 
     gpu     what any cost model says of the rest
-    cpu     hand-overs + context tokens that decodes read x seconds each + experts by tokens
+    cpu     hand-overs (of attention where somebody decodes) + context tokens that decodes read x seconds each
+            + experts by tokens
     in      streamed weights + what the GPU gets of each decode and prompt token, and of the KV of chunks before,
-            stretched while the CPU reads memory as well
+            + what the link loses while the CPU reads memory as well, by reader: attention, experts
     out     what the host gets of each decode, and of each prompt token
 
     overlapped    max(gpu, cpu, in, out)            chained    gpu + cpu + in + out
@@ -29,8 +30,9 @@ class HybridCost(AbstractIterationCost):
     expert_s: CPU seconds of experts by tokens of the iteration, on the grid `TOKENS`; None where the GPU has all.
     stream_s: seconds of the weights that cross the link in every iteration. in_s, out_s: of a decode, to the GPU and
     from it; prompt_in_s, prompt_out_s: of a prompt token; history_in_s: of a token before a chunk, which that reads.
-    contention: seconds that the link loses in a second in which the CPU reads: 0, both have all they need, to 1, the
-    link waits. hand_over_s: CPU seconds of any iteration.
+    contention: seconds that the link loses in a second in which the CPU reads KV: 0, both have all they need, to 1,
+    the link waits; expert_lost_s: seconds that it loses to experts, by tokens as `expert_s`; None where it does not.
+    hand_over_s: CPU seconds of any iteration; decode_hand_over_s: of one in which somebody decodes.
     """
 
     gpu: AbstractIterationCost
@@ -45,6 +47,8 @@ class HybridCost(AbstractIterationCost):
     prompt_in_s: Float[Array, ""] | float = 0.0
     history_in_s: Float[Array, ""] | float = 0.0
     hand_over_s: Float[Array, ""] | float = 0.0
+    decode_hand_over_s: Float[Array, ""] | float = 0.0
+    expert_lost_s: Float[Array, " token_knots"] | None = None
 
     @property
     def reads_longest(self) -> bool:
@@ -55,10 +59,14 @@ class HybridCost(AbstractIterationCost):
                     history: Int[Array, ""] | int = 0) -> Float[Array, " 3"]:
         """Seconds of cpu, in, out."""
         read = self.read_s * context
+        lost, computed = self.contention * read, self.hand_over_s + self.decode_hand_over_s * (num_decode > 0) + read
+        tokens = num_decode + prompt_tokens
         if self.expert_s is not None:
-            read = read + octaves.look_up(TOKENS, self.expert_s, num_decode + prompt_tokens)
+            computed = computed + octaves.look_up(TOKENS, self.expert_s, tokens)
+        if self.expert_lost_s is not None:
+            lost = lost + octaves.look_up(TOKENS, self.expert_lost_s, tokens)
         moved_in = self.in_s * num_decode + self.prompt_in_s * prompt_tokens + self.history_in_s * history
-        return jnp.stack([self.hand_over_s + read, self.stream_s + moved_in + self.contention * read,
+        return jnp.stack([computed, self.stream_s + moved_in + lost,
                           self.out_s * num_decode + self.prompt_out_s * prompt_tokens])
 
     def lanes(self, stats: BatchStats) -> Float[Array, " 4"]:

@@ -1,7 +1,8 @@
 """Weights and KV of a model that a GPU and its host hold together, with the sums written out.
 
     host   streamed weights + experts that the CPU computes + KV, where the CPU attends
-    GPU    resident weights + two layers of streamed ones + activations + runtime [+ KV, where the GPU attends]
+    GPU    resident weights, hot experts among them + two layers of streamed ones + activations + runtime
+           [+ KV, where the GPU attends]
 
 A layer computes while the next one arrives, hence two (MoE-Lens, arXiv 2504.09345; host memory is pinned whole). KV in
 host memory is given by blocks like KV on the device.
@@ -29,7 +30,8 @@ STREAMED_LAYERS = 2
 class Weights(NamedTuple):
     """Where weights are, in bytes.
 
-    resident: on the GPU; streamed: over the link in every iteration; on_cpu: experts that the CPU computes.
+    resident: on the GPU, hot experts among them whatever is streamed; streamed: over the link in every iteration;
+    on_cpu: experts that the CPU computes.
     layer: of the streamed ones, a layer's (embeddings and LM head are spread over the layers).
     """
 
@@ -53,7 +55,7 @@ def place_weights(model: ModelSpec, given: HybridSection, dtype: str = "auto") -
     """Weights by place. Raises `InputError` for parts of a model that it has not."""
     fmt = weight_format(dtype, model)
     total = rank_weight_bytes(model, Plan(), fmt)
-    on_cpu = 0.0
+    on_cpu = hot = 0.0
     if given.experts == "cpu":
         if not model.experts:
             raise InputError(f"{FIELD}.experts", "cpu", f"{model.name} has no experts", "use 'gpu'")
@@ -62,15 +64,20 @@ def place_weights(model: ModelSpec, given: HybridSection, dtype: str = "auto") -
                              f"are more than the {model.experts} experts of a layer of {model.name}", "lower it")
         experts = model.num_moe_layers * model.layer_parameters().experts * fmt.expert_bytes
         on_cpu = experts * (1 - given.hot_experts / model.experts)
+        hot = experts - on_cpu
     by_gpu, streamed = total - on_cpu, 0.0
     if given.is_streamed:
-        streamed = by_gpu - GB * (given.resident_weight_gb or 0.0)
+        # Hot experts stay.
+        most = by_gpu - hot
+        streamed = most - GB * (given.resident_weight_gb or 0.0)
         field, value = "resident_weight_gb", given.resident_weight_gb
         if given.cpu_offload_gb is not None:
             streamed, field, value = GB * given.cpu_offload_gb, "cpu_offload_gb", given.cpu_offload_gb
-        if not 0 <= streamed <= by_gpu:
+        if not 0 <= streamed <= most:
+            beside = " beside hot experts" if hot else ""
             raise InputError(f"{FIELD}.{field}", value,
-                             f"is more than the {by_gpu / GB:.1f} GB of weights that the GPU computes with", "lower it")
+                             f"is more than the {most / GB:.1f} GB of weights that the GPU computes with{beside}",
+                             "lower it")
     return Weights(by_gpu - streamed, streamed, on_cpu, streamed / model.layers)
 
 
@@ -111,11 +118,11 @@ class HostBudget(msgspec.Struct, frozen=True, kw_only=True):
 def host_blocks(model: ModelSpec, device: DeviceSpec, cpu: DeviceSpec | None, given: HybridSection, *,
                 dtype: str = "auto", kv_dtype: str = "auto", block_size: int = 16, gpu_memory_utilization: float = 0.9,
                 max_num_batched_tokens: int = 2048, max_num_seqs: int = 256, max_model_len: int | None = None,
-                rule: str = "vllm@0.15") -> HostBudget:
+                rule: str = "vllm@0.15", num_gpu_blocks_override: int | None = None) -> HostBudget:
     """KV blocks of a GPU and its host, or an `InputError` with the sum that does not work out.
 
     Arguments carry vLLM's names, as those of `jaxsim.spec.memory.kv_blocks`; whatever the rule of the engine, the GPU's
-    share is of all of its memory. cpu: where it is named.
+    share is of all of its memory. cpu: where it is named. num_gpu_blocks_override: so many, if they fit.
     """
     weights, fmt = place_weights(model, given, dtype), weight_format(dtype, model)
     split, space = kv_rule(rule)
@@ -125,17 +132,26 @@ def host_blocks(model: ModelSpec, device: DeviceSpec, cpu: DeviceSpec | None, gi
     left = usable - weights.on_gpu - activations - other
     if left <= 0:
         _refuse_gpu(model, given, weights, activations + other, usable, fmt.expert_bytes)
-    room = _host_room(model, cpu, given, weights)
     block_bytes = block_size * model.kv_bytes_per_token(kv_cache_bytes(kv_dtype, dtype, model))
     is_on_host = given.attention == "cpu"
+    asked = _Asked(f"{FIELD}.kv_space_gb", given.kv_space_gb, GB * (given.kv_space_gb or 0.0))
+    if num_gpu_blocks_override is not None:
+        asked = _Asked("engine.num_gpu_blocks_override", num_gpu_blocks_override, num_gpu_blocks_override * block_bytes)
+    room = _host_room(model, cpu, given, weights, asked)
     kv_bytes = left
     if is_on_host:
-        kv_bytes = room if given.kv_space_gb is None else GB * given.kv_space_gb
+        kv_bytes = room if asked.value is None else asked.num_bytes
+    elif num_gpu_blocks_override is not None:
+        if asked.num_bytes > left:
+            raise InputError(asked.field, asked.value, f"are {asked.num_bytes / GB:.1f} GB of KV, more than the"
+                             f" {left / GB:.1f} GB that weights and activations leave of the GPU", "lower it")
+        kv_bytes = asked.num_bytes
     budget = HostBudget(
-        num_blocks=min(int(kv_bytes // block_bytes), 1 << 30), block_size=block_size, block_bytes=block_bytes,
-        kv_bytes=kv_bytes, is_on_host=is_on_host, weight_bytes=weights.on_gpu, host_weight_bytes=weights.on_host,
-        activation_bytes=activations, other_bytes=other, usable_bytes=usable)
-    need = max_model_len if max_model_len is not None and split.must_hold_max_model_len else 1
+        num_blocks=num_gpu_blocks_override or min(int(kv_bytes // block_bytes), 1 << 30), block_size=block_size,
+        block_bytes=block_bytes, kv_bytes=kv_bytes, is_on_host=is_on_host, weight_bytes=weights.on_gpu,
+        host_weight_bytes=weights.on_host, activation_bytes=activations, other_bytes=other, usable_bytes=usable)
+    is_derived = num_gpu_blocks_override is None
+    need = max_model_len if max_model_len is not None and split.must_hold_max_model_len and is_derived else 1
     if budget.num_tokens < need:
         where = f"{FIELD}.kv_space_gb" if is_on_host else "engine.gpu_memory_utilization"
         value = given.kv_space_gb if is_on_host else gpu_memory_utilization
@@ -181,8 +197,7 @@ def _refuse_gpu(model: ModelSpec, given: HybridSection, weights: Weights, rest: 
     two = weights.on_gpu - weights.resident
     per_hot = (model.num_moe_layers * model.layer_parameters().experts * expert_bytes / model.experts
                if model.experts else 0.0)
-    # Hot experts stay even where the rest is streamed past them.
-    hot = per_hot * given.hot_experts * (not given.is_streamed)
+    hot = per_hot * given.hot_experts
     text = (f"{weights.resident / GB:.1f} resident + {two / GB:.1f} (two layers of streamed weights) +"
             f" {rest / GB:.1f} (activations, runtime) = {(weights.on_gpu + rest) / GB:.1f} GB, more than the"
             f" {usable / GB:.1f} GB that the engine may fill")
@@ -201,20 +216,30 @@ def _refuse_gpu(model: ModelSpec, given: HybridSection, weights: Weights, rest: 
                      f"{remedy}, or lower engine.max_num_batched_tokens")
 
 
-def _host_room(model: ModelSpec, cpu: DeviceSpec | None, given: HybridSection, weights: Weights) -> float:
+class _Asked(NamedTuple):
+    """Room for KV as it was asked for: by which field, with which value (None: not at all), in bytes."""
+
+    field: str
+    value: float | None
+    num_bytes: float
+
+
+def _host_room(model: ModelSpec, cpu: DeviceSpec | None, given: HybridSection, weights: Weights, asked: _Asked
+               ) -> float:
     """Bytes of host memory beside the weights; without end where nobody knows. Raises `InputError`."""
     memory = GB * given.host_memory_gb if given.host_memory_gb is not None else (cpu and cpu.memory_bytes)
     if memory is None:
-        if given.attention == "cpu" and given.kv_space_gb is None:
+        if given.attention == "cpu" and asked.value is None:
             raise InputError(f"{FIELD}.kv_space_gb", None, "missing, and host memory is not known to derive it from",
                              f"give it, or {FIELD}.host_memory_gb")
         return float("inf")
-    kv = GB * (given.kv_space_gb or 0.0) if given.attention == "cpu" else 0.0
+    kv = asked.num_bytes if given.attention == "cpu" else 0.0
     if weights.on_host + kv > memory:
         more = f" + {kv / GB:.1f} GB of KV" if kv else ""
-        raise InputError(f"{FIELD}.kv_space_gb" if kv and weights.on_host <= memory else f"{FIELD}.host_memory_gb",
-                         given.kv_space_gb if kv and weights.on_host <= memory else memory / GB,
+        is_kv = kv and weights.on_host <= memory
+        raise InputError(asked.field if is_kv else f"{FIELD}.host_memory_gb",
+                         asked.value if is_kv else memory / GB,
                          f"does not go: {weights.on_host / GB:.1f} GB of weights{more} of {model.name} ="
                          f" {(weights.on_host + kv) / GB:.1f} GB, host memory has {memory / GB:.1f} GB",
-                         "lower engine.hybrid.kv_space_gb, use a narrower dtype or a host with more memory")
+                         f"lower {asked.field}, use a narrower dtype or a host with more memory")
     return memory - weights.on_host

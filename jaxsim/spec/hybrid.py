@@ -15,10 +15,14 @@ class HybridSection(Section, frozen=True):
 
         weights: of what the GPU computes: resident there, or streamed from host memory in every iteration.
         resident_weight_gb: of streamed weights, 10^9 bytes that stay on the GPU.
-        cpu_offload_gb: instead (vLLM's flag), 10^9 bytes that are streamed; the rest stays on the GPU.
+        cpu_offload_gb: instead (vLLM's flag), 10^9 bytes that are streamed; the rest stays on the GPU. It only sets how
+            many: weights arrive beside computing and the token cap follows from them as with streamed weights, while
+            vLLM fetches a layer when it is its turn and leaves max_num_batched_tokens as it is (say overlap = false
+            and give that for an engine that does so).
         attention: where decodes attend; prompts always do on the GPU. With "cpu" the KV cache is in host memory.
         experts: where routed experts are computed.
-        hot_experts: of each layer, the most popular, that stay on the GPU where experts are on the CPU.
+        hot_experts: of each layer, the most popular, that stay on the GPU where experts are on the CPU, also where
+            other weights are streamed.
         popularity: of experts, of which hot ones have their share: the model's spread (expert_skew of the roofline), or
             uniform.
         kv_space_gb: host memory for KV, 10^9 bytes; all that weights leave of host_memory_gb if left out.
@@ -29,11 +33,13 @@ class HybridSection(Section, frozen=True):
         cpu_gb_per_s: of host memory, as it is reached; a share of the CPU's peak if left out.
         cpu_tflops: of the CPU, as it is reached; a share of its peak if left out.
         cpu_threads: that read host memory side by side; the CPU's cores if left out.
-        contention: seconds that the link loses in each second in which the CPU reads host memory; if left out, what
-            fair sharing of that memory by all threads and the link makes of them.
+        contention: seconds that the link loses of streaming in each second that the bytes of KV and
+            experts take the CPU by themselves; if left out, what fair sharing of that memory by all threads and the
+            link makes of them.
         overlap: GPU, CPU and link work at once and the slowest counts; otherwise one after the other. If left out,
             true unless experts are on the CPU, which a layer waits for.
-        hand_over_us: that a layer takes, beside bytes, whose work goes to the CPU and comes back.
+        hand_over_us: that a layer takes, beside bytes, whose work goes to the CPU and comes back: experts' in every
+            iteration, attention's where somebody decodes.
     """
 
     weights: Literal["resident", "streamed"] = "resident"

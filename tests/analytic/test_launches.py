@@ -13,17 +13,14 @@ US = 2.0**-20
 """About a microsecond; all numbers below are dyadic, so sums are exact."""
 
 
-def replay(issue, launch, kernel, queue_depth=None):
-    """Kernel by kernel: (latency, sum of start - call, starts)."""
+def replay(issue, launch, kernel):
+    """Kernel by kernel: (latency, sum of start - call)."""
     called = end = waited = 0.0
-    starts = []
-    for j, (c, d) in enumerate(zip(issue, kernel, strict=True)):
+    for c, d in zip(issue, kernel, strict=True):
         called += c
-        if queue_depth is not None and j >= queue_depth:
-            called = max(called, starts[j - queue_depth])
-        starts.append(max(called + launch, end))
-        waited += starts[-1] - called
-        end = starts[-1] + d
+        start = max(called + launch, end)
+        waited += start - called
+        end = start + d
     return end, waited
 
 
@@ -45,9 +42,6 @@ def test_any_kernels():
         issue, kernel = (rng.integers(0, 16, number) * US for _ in range(2))
         ours = launches.lanes(issue, 3 * US, kernel)
         assert (float(ours.latency_s), float(ours.launch_and_queue_s)) == replay(issue, 3 * US, kernel)
-        for depth in (1, 2, 1000):
-            ours = launches.lanes_with_queue(issue, 3 * US, kernel, depth)
-            assert (float(ours.latency_s), float(ours.launch_and_queue_s)) == replay(issue, 3 * US, kernel, depth)
 
 
 def test_segments_of_equal_kernels():
@@ -88,14 +82,6 @@ def test_knee():
     assert waited[batches > turn].min() > waited[0]
     # A host half as fast and a device twice as fast: four times the batch, as far as kernels have no fixed part.
     assert launches.turning_batch(2 * issue, 0.0, slope / 2) == 4 * launches.turning_batch(issue, 0.0, slope)
-
-
-def test_fusion():
-    """1,000 kernels, 60 chains of 16: 100 left, ten times fewer, and ten times sooner done where the host is behind."""
-    left = launches.fused(1000, 16, 60)
-    assert left == 100
-    before, after = (launches.alike(n, 8 * US, 2 * US, 1 * US).latency_s for n in (1000, left))
-    assert float(before / after) == pytest.approx(10, rel=0.01)
 
 
 def test_gradient_by_the_lane_that_limits():

@@ -51,15 +51,24 @@ def test_memory_is_shared_fairly():
 
 
 def test_contention_of_a_streaming_host():
-    """While 40 threads read 150 GB/s the link has 150/41 of its 19.5 GB/s; a number that is given wins; without overlap
-    they take turns."""
+    """While 40 threads read 150 GB/s the link has 150/41 of its 19.5 GB/s; what FLOP bound to 130 GB/s leaves it all it
+    wants; a number that is given counts in seconds of the bytes; without overlap, or without weights on the link,
+    nothing is lost."""
     host = h.host_of(STREAMED, A40, XEON)
     assert host == h.Host(19.5e9, 150e9, 0.5 * 5.9e12, 40)
-    assert h.contention(STREAMED, host, 150e9) == pytest.approx(1 - 150 / 41 / 19.5)
-    assert h.contention(STREAMED, host, 130e9) == 0.0
+    # 150 GB, a second of them, and FLOP that take as long, or longer.
+    slow = 150 / 130
+    for seconds, cpu_s, lost_s in ((0.0, 41 / 40, 41 / 40 * (1 - 150 / 41 / 19.5)), (slow, slow, 0.0), (9.0, 9.0, 0.0),
+                                   # 145 GB/s are wanted, 5 are left.
+                                   (150 / 145, 150 / 145, 150 / 145 * (1 - 5 / 19.5))):
+        found = h.reading(STREAMED, host, 150e9, seconds * host.flops)
+        assert (float(found.cpu_s), float(found.lost_s)) == pytest.approx((cpu_s, lost_s), abs=1e-12)
     given = msgspec.structs.replace(STREAMED, contention=0.25)
-    assert h.contention(given, host, 150e9) == 0.25
-    assert h.contention(msgspec.structs.replace(STREAMED, overlap=False), host, 150e9) == 0.0
+    assert h.reading(given, host, 150e9, 0.0) == (1.0, 0.25)
+    assert h.reading(given, host, 150e9, 9 * host.flops) == (9.0, 0.25)
+    for changes in (dict(overlap=False), dict(weights="resident")):
+        assert h.reading(msgspec.structs.replace(STREAMED, **changes), host, 150e9, 0.0) == (1.0, 0.0)
+    assert h.reading(STREAMED, host, 0.0, host.flops) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("experts, per_token, hot, skew", [
@@ -159,6 +168,30 @@ def test_experts_on_the_cpu_by_hand(tokens, is_read):
 
 
 @pytest.mark.slow
+def test_readers_share_memory_with_streamed_weights():
+    """Experts and attention on the CPU while 3.2 GB stream: of a prompt of 2,000 tokens experts are bound by FLOP and
+    take nothing from the link; two decodes' are bound by bytes and read what the link leaves of 100 GB/s; attention
+    counts by itself."""
+    given = msgspec.structs.replace(CPU_EXPERTS, weights="streamed", overlap=True, attention="cpu", hand_over_us=10.0)
+    size, weights = 3 * 4096 * 14336, place_weights(MIXTRAL, given)
+    even = 100 / 41
+    prompt = BatchStats.of(num_prefill=1, prefill_tokens=2000, prefill_context=2000, prefill_pairs=2000.0**2)
+    _, _, (_, cpu, into, _) = lanes(given, prompt)
+    assert cpu == pytest.approx(32 * (2 * size * 2 * 2000 / 2e12 + 1e-5), rel=0.01)
+    assert into == pytest.approx((weights.streamed + 2000 * 32 * 4096 * 2) / 20e9, rel=1e-3)
+    decodes = BatchStats.of(num_decode=2, decode_context=20_000)
+    _, made, (_, cpu, into, _) = lanes(given, decodes)
+    by_bytes = 32 * 8 * (1 - 0.75**2) * size * 2 / 100e9
+    # Attention: 4,096 bytes a token and layer, and 4 FLOP a byte.
+    attended = 20_000 * 32 * 4096 / 100e9
+    stretched = (by_bytes + attended) * 100 / (100 - even)
+    assert cpu == pytest.approx(stretched + 2 * 32 * 1e-5, rel=0.01)
+    moved = 2 * 32 * 4096 * 2 * 2
+    assert into == pytest.approx((weights.streamed + moved) / 20e9 + stretched * (1 - even / 20), rel=0.01)
+    assert float(made.contention) == pytest.approx(1 - even / 20)
+
+
+@pytest.mark.slow
 def test_hot_experts_take_from_the_cpu_what_the_gpu_does_beside():
     """Their rows leave the CPU; where layers wait the slower of both counts, where they overlap each has its lane."""
     tokens = 512
@@ -225,6 +258,7 @@ def test_distinct_experts_are_counted_as_elsewhere(mode, distinct):
     """Six of eight on the CPU, two of eight a token, three tokens, all as popular: read at 1 byte a second."""
     cost = roofline(MIXTRAL, A40, None, host="none", distinct_experts=mode)
     host = h.Host(np.inf, 1.0, np.inf, 1)
-    on_cpu, beside = h._experts(h.gpu_part(cost, CPU_EXPERTS), cost.weights, host, np.array([0.0, 3.0]), 2, 0.0)
-    assert on_cpu.tolist() == pytest.approx([0.0, 32 * distinct * 3 * 4096 * 14336 * 2])
+    given = msgspec.structs.replace(CPU_EXPERTS, hot_experts=2)
+    (on_cpu, lost), beside = h._experts(h.gpu_part(cost, given), cost.weights, given, host, np.array([0.0, 3.0]), 0.0)
+    assert not lost.any() and on_cpu.tolist() == pytest.approx([0.0, 32 * distinct * 3 * 4096 * 14336 * 2])
     assert float(beside[0]) == 0 < float(beside[1])

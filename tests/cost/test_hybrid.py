@@ -35,6 +35,19 @@ def test_by_hand():
     assert hybrid(read_s=0.5, stream_s=2.0, is_chained=True).iteration(MIXED) == 3 + 32 + 2
 
 
+def test_each_reader_takes_its_own_from_the_link():
+    """Half of the seconds of attention, an eighth of a second a token of experts; hand-overs of attention only where
+    somebody decodes."""
+    knots = jnp.asarray(octaves.knots(TOKENS, 4096), jnp.float32)
+    cost = hybrid(experts=knots, expert_lost_s=knots / 8, read_s=0.5, stream_s=2.0, contention=0.5, hand_over_s=0.25,
+                  decode_hand_over_s=0.5)
+    assert cost.lanes(MIXED).tolist() == [3, 0.25 + 0.5 + 32 + 12, 2 + 16 + 12 / 8, 0]
+    prompt = BatchStats.of(num_prefill=1, prefill_tokens=8, prefill_context=8, prefill_pairs=64.0)
+    assert cost.lanes(prompt).tolist() == [3, 0.25 + 8, 2 + 1, 0]
+    pace = cost.decode(jnp.int32(4), jnp.int32(64))
+    assert pace.first_s == 0.25 + 0.5 + 32 + 4 and pace.growth_s == 2
+
+
 def test_experts_go_by_the_tokens():
     knots = octaves.knots(TOKENS, 4096)
     cost = hybrid(experts=jnp.asarray(knots, jnp.float32) * 0.5, is_chained=True)

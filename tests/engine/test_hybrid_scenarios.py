@@ -27,9 +27,9 @@ RESIDENT = {"experts": "cpu", "cpu": "xeon_8380", "host_memory_gb": 512.0}
 def scenario(hybrid: dict | None = None, engine: dict | None = None, **sections) -> Scenario:
     """Mixtral-8x7B, 93.4 GB, on an A40; None takes a field away."""
     hybrid = {k: v for k, v in (STREAMED if hybrid is None else hybrid).items() if v is not None}
+    engine = (engine or {}) | ({"hybrid": hybrid} if hybrid else {})
     base = {"schema_version": 1, "num_seeds": 1, "model": {"name": "mixtral-8x7b"}, "device": {"name": "a40"},
-            "engine": {"preset": "vllm-v1@0.9", "max_num_seqs": 64, "max_model_len": 1024, "hybrid": hybrid,
-                       **(engine or {})},
+            "engine": {"preset": "vllm-v1@0.9", "max_num_seqs": 64, "max_model_len": 1024, **engine},
             "workload": {"kind": "batch", "num_requests": 40, "input": 98, "output": 8}} | sections
     return Scenario.from_dict({name: value for name, value in base.items() if value is not None})
 
@@ -44,6 +44,8 @@ CASES = [
     ("engine.data_parallel_size", dict(engine={"data_parallel_size": 2}), "not simulated"),
     ("engine.enable_prefix_caching", dict(engine={"enable_prefix_caching": True}), "attention"),
     ("cluster.pools", dict(cluster={"pools": [{"role": "mixed"}]}), "not simulated"),
+    ("cluster.pools[1].engine.hybrid", dict(hybrid={}, cluster={"pools": [
+        {"role": "prefill"}, {"role": "decode", "engine": {"hybrid": STREAMED}}]}), "not simulated in pools"),
     ("engine.hybrid", dict(hybrid={"cpu": "xeon_8380"}), "all of the model on the GPU"),
     ("engine.hybrid.cpu", dict(hybrid=STREAMED | {"cpu": None}), "attention"),
     ("engine.hybrid.cpu", dict(hybrid=RESIDENT | {"cpu": None, "cpu_gb_per_s": 100.0}), "experts"),
@@ -59,6 +61,18 @@ CASES = [
     ("engine.hybrid.hot_experts", dict(hybrid=RESIDENT | {"hot_experts": 9}), "8 experts"),
     ("engine.hybrid.hot_experts", dict(hybrid=RESIDENT | {"hot_experts": 6}), "use at most 3"),
     ("engine.hybrid.contention", dict(hybrid=STREAMED | {"contention": 0.5, "overlap": False}), "take turns"),
+    ("engine.hybrid.contention", dict(hybrid=RESIDENT | {"contention": 0.5}), "weights = 'resident'"),
+    *((f"engine.hybrid.{name}", dict(hybrid={"weights": "streamed", name: value}), "CPU computes nothing")
+      for name, value in (("contention", 0.5), ("cpu_gb_per_s", 100.0), ("cpu_tflops", 2.0), ("cpu_threads", 8))),
+    ("engine.hybrid.popularity", dict(hybrid=STREAMED | {"popularity": "uniform"}), "no effect"),
+    # Two of eight hot experts of all layers are 22.5 GB; 3.2 are left to stream.
+    ("engine.hybrid.resident_weight_gb", dict(hybrid=RESIDENT | {
+        "weights": "streamed", "hot_experts": 2, "resident_weight_gb": 4.0}), "3.2 GB of weights that the GPU"),
+    ("engine.hybrid.hot_experts", dict(hybrid=RESIDENT | {"weights": "streamed", "hot_experts": 6}), "use at most 3"),
+    ("engine.num_gpu_blocks_override", dict(engine={"num_gpu_blocks_override": 150_000}),
+     "93.4 GB of weights + 314.6 GB of KV of mistralai/Mixtral-8x7B-v0.1 = 408.0 GB, host memory has 402.7 GB"),
+    ("engine.num_gpu_blocks_override", dict(hybrid={"weights": "streamed"}, engine={"num_gpu_blocks_override": 50_000}),
+     "104.9 GB of KV, more than"),
     ("engine.hybrid.hand_over_us", dict(hybrid={"weights": "streamed", "hand_over_us": 5.0}), "no effect"),
     # 93.4 + 310 GB beside 402.7, 93.4 beside 90.
     ("engine.hybrid.kv_space_gb", dict(hybrid=STREAMED | {"kv_space_gb": 310.0}), "93.4 GB of weights + 310.0 GB of KV"
@@ -98,6 +112,13 @@ def test_where_weights_are():
         model, HybridSection(weights="streamed", cpu_offload_gb=(total - 20e9) / 1e9))
     hot = place_weights(model, HybridSection(experts="cpu", hot_experts=2))
     assert hot.on_cpu == experts * 0.75 and hot.resident == total - hot.on_cpu == hot.on_gpu and hot.streamed == 0
+    # Hot experts stay while the rest streams past them.
+    both = place_weights(model, HybridSection(weights="streamed", experts="cpu", hot_experts=2))
+    assert both.on_cpu == experts * 0.75 and both.resident == experts * 0.25 and both.streamed == total - experts
+    assert both.on_gpu == experts * 0.25 + (total - experts) / 16
+    kept = place_weights(model, HybridSection(weights="streamed", experts="cpu", hot_experts=2, resident_weight_gb=1.0))
+    assert kept.resident == pytest.approx(experts * 0.25 + 1e9)
+    assert kept.streamed == pytest.approx(total - experts - 1e9)
 
 
 def test_room_for_kv():
@@ -110,8 +131,12 @@ def test_room_for_kv():
     m = on_gpu.memory
     assert m.kv_bytes == pytest.approx(0.9 * 48_305_799_168 - m.weight_bytes - m.activation_bytes - m.other_bytes)
     assert not m.is_on_host and on_gpu.hybrid.host.memory_bytes_per_s == float("inf")
-    given = lower.resolve_system(scenario(engine={"num_gpu_blocks_override": 99}))
-    assert given.num_blocks == 99
+    for hybrid in (STREAMED, STREAMED | {"kv_space_gb": None}, {"weights": "streamed"}):
+        given = lower.resolve_system(scenario(hybrid, engine={"num_gpu_blocks_override": 99}))
+        assert given.num_blocks == given.memory.num_blocks == 99 and given.memory.kv_bytes == 99 * 16 * 131072
+        assert "99 KV blocks" in given.memory.lines[-1]
+        facts = lower.hybrid_facts(given.hybrid, given.scheduler, given.memory)
+        assert facts["kv_bytes"] == 99 * 16 * 131072
 
 
 def test_the_token_cap_is_where_the_link_stops_to_be_what_limits():

@@ -24,25 +24,26 @@ def with_hosts(monkeypatch, issue_s: float, factor: float) -> None:
                                             for name, p in skip.PLATFORMS.items()})
 
 
-@pytest.mark.parametrize("issue_s, factor, verdicts", [
-    (25e-6, 2.0, (REPRODUCED, REPRODUCED)), (5e-6, 8.0, (NOT_REPRODUCED, REPRODUCED)),
-    pytest.param(25e-6, 8.0, (REPRODUCED, NOT_REPRODUCED), marks=pytest.mark.slow),
-    pytest.param(200e-6, 1.0, (NOT_REPRODUCED, NOT_REPRODUCED), marks=pytest.mark.slow)])
-def test_knees_are_the_hosts_seconds_against_the_devices(found, monkeypatch, issue_s, factor, verdicts):
+@pytest.mark.parametrize("issue_s, factor, are_met", [
+    (25e-6, 2.0, (True, True)), (5e-6, 8.0, (False, True)),
+    pytest.param(25e-6, 8.0, (True, False), marks=pytest.mark.slow),
+    pytest.param(200e-6, 1.0, (False, False), marks=pytest.mark.slow)])
+def test_knees_are_the_hosts_seconds_against_the_devices(found, monkeypatch, issue_s, factor, are_met):
+    """None of them is a gate: host seconds and lengths are guesses."""
     with_hosts(monkeypatch, issue_s, factor)
     claims = skip.knee_claims(found)
-    assert tuple(claim.verdict for claim in claims[:2]) == verdicts
-    assert [claim.verdict for claim in claims[-3:]] == [NO_GATE] * 3
+    assert tuple(claim.ours == claim.paper for claim in claims[:2]) == are_met
+    assert {claim.verdict for claim in claims} == {NO_GATE}
     # What is asked of the hosts does not depend on what was stated of them.
     low, high = claims[-3].ours
-    assert (low < 1e6 * issue_s < high) == (verdicts[0] == REPRODUCED)
+    assert (low < 1e6 * issue_s < high) == are_met[0]
 
 
 def test_latencies(found, monkeypatch):
     """Where the device limits the host's seconds are not in it; where the host does, they are all."""
     with_hosts(monkeypatch, 20e-6, 3.0)
     large, _, small = skip.latency_claims(found)
-    assert large.verdict == REPRODUCED and small.verdict == NO_GATE
+    assert large.verdict == REPRODUCED and small.verdict == NO_GATE and len(large.ours) == 2 * len(skip.LENGTHS)
     assert small.ours == pytest.approx((3.0, 3.0), rel=0.01)
     with_hosts(monkeypatch, 20e-6, 100.0)
     assert skip.latency_claims(found)[0].verdict == NOT_REPRODUCED
@@ -75,7 +76,7 @@ def test_where_something_holds():
 
 @pytest.mark.slow
 def test_an_engine_without_graphs():
-    """Measured seconds are met by an engine that takes them, missed by one that does not."""
+    """Measured ratios are met by an engine that takes as long whatever the cell, missed by one that does not."""
     _, _, tensor, _ = zip(*skip.CELLS.values(), strict=True)
     batches = tuple(n for n, *_ in skip.CELLS.values())
 
@@ -83,8 +84,8 @@ def test_an_engine_without_graphs():
         ms = np.broadcast_to(np.asarray(ms, float), len(batches))
         return DecodeLanes(batches, 0 * ms, 1e-3 * ms, 0.5e-3 * ms, 1e-3 * ms, 1245)
 
-    for ms, verdicts in ((tensor, (REPRODUCED, REPRODUCED)), (30.0, (NOT_REPRODUCED, REPRODUCED)),
-                         (np.array(tensor) * [1, 1, 1, 1, 1, 2], (NOT_REPRODUCED, NOT_REPRODUCED))):
+    for ms, verdicts in ((tensor, (NO_GATE, REPRODUCED)), (30.0, (NO_GATE, REPRODUCED)),
+                         (np.array(tensor) * [1, 1, 1, 1, 1, 2], (NO_GATE, NOT_REPRODUCED))):
         assert tuple(claim.verdict for claim in skip.eager_engine_claims(engine(ms))[:2]) == verdicts
     assert skip.eager_engine().num_kernels == 1245 and len(skip.eager_engine().host_bound) == 6
 
@@ -96,9 +97,16 @@ def rows(graphs: float, eager: float, none: float) -> pd.DataFrame:
                              (False, "vllm-v1", graphs), (True, "vllm-v1", eager), (False, "none", none))])
 
 
-@pytest.mark.parametrize("ms, verdict", [(7.2, REPRODUCED), (4.0, NOT_REPRODUCED), (11.0, NOT_REPRODUCED)])
-def test_small_batches(ms, verdict):
+@pytest.mark.parametrize("ms", [7.2, 11.0])
+def test_small_batches(ms):
+    """No gates: constants come from runs of the same source."""
     claims = skip.host_lane_claims(skip.decode_rows(rows(ms, 11.5, 6.0)))
-    assert [claim.verdict for claim in claims] == [verdict, NO_GATE, NO_GATE]
+    assert [claim.verdict for claim in claims] == [NO_GATE] * 3
     assert [claim.ours for claim in claims] == [ms, 6.0, 11.5] and "4.0 ms" in claims[0].reason
     assert ("up to batch 32" in claims[2].reason) == (ms < 11)
+
+
+@pytest.mark.slow
+def test_what_constants_were_fitted_to_is_no_gate():
+    llama, qwen = skip.synchronous_claims()
+    assert llama.is_gate and not qwen.is_gate and "fitted on these runs" in qwen.reason

@@ -99,27 +99,32 @@ def errors(rows: pd.DataFrame, gb_per_s: float, tflops: float, hand_over_us: flo
     return pd.DataFrame(found)
 
 
+def as_written(found: pd.Series) -> tuple[float, float]:
+    """Median and largest error in percent with the digits of docs/accuracy.md, section 7, so that it stays true."""
+    return tuple(round(100 * x, 1 if 100 * x < 10 else None) for x in (float(found.median()), float(found.max())))
+
+
 def test_two_sockets_from_one(rows):
     vectors = rows[~rows["version"].str.contains("AMX")]
     constants = calibrated(vectors)
-    # Shares of 307 GB/s and of 4.5 TFLOP/s that are no more than a machine has.
-    assert constants[0] / 307.2 == pytest.approx(0.55, abs=0.02) and constants[1] / 4.5 == pytest.approx(0.46, abs=0.03)
-    assert constants[2] == pytest.approx(444, abs=20)
+    # Shares of 307 GB/s and of 4.5 TFLOP/s that are no more than a machine has; as written in docs/accuracy.md.
+    assert constants[0] == pytest.approx(169, abs=0.5) and constants[1] == pytest.approx(2.06, abs=0.005)
+    assert constants[2] == pytest.approx(444, abs=0.5)
     held_out = vectors[vectors["sockets"] == 2]
     assert len(held_out) == 16
     found = errors(held_out, *constants).abs()
-    assert found["decode"].median() < 0.08 and found["decode"].max() < 0.17
-    assert found["prefill"].median() < 0.25 and found["prefill"].max() < 0.62
+    assert as_written(found["decode"]) == (6.3, 16.0) and as_written(found["prefill"]) == (23.0, 60.0)
     # Prompts of two tokens are decodes; without them:
-    assert found[held_out["prompt_tokens"].to_numpy() > 2]["prefill"].max() < 0.46
+    longer = found[held_out["prompt_tokens"].to_numpy() > 2]["prefill"]
+    assert 100 * longer.min() == pytest.approx(9, abs=0.5) and 100 * longer.max() == pytest.approx(44, abs=0.5)
 
 
 def test_peaks_alone_are_optimistic(rows):
-    """What is written in docs/accuracy.md, so that it stays true: nothing is calibrated and decodes are too fast."""
+    """Nothing is calibrated, and decodes are too fast."""
     vectors = rows[~rows["version"].str.contains("AMX") & (rows["sockets"] == 2)]
     found = errors(vectors, *PEAKS)
-    assert 0.5 < found["decode"].median() < 0.85 and 0.2 < found["prefill"].median() < 0.45
     assert (found["decode"] > 0).all()
+    assert as_written(found["decode"].abs()) == (68.0, 99.0) and as_written(found["prefill"].abs()) == (34.0, 166.0)
 
 
 def test_matrix_units_are_optimistic(rows):
@@ -129,19 +134,4 @@ def test_matrix_units_are_optimistic(rows):
     peak = MATRIX_SHARE * CPU.bf16_flops / 1e12
     ratio = [prefill(cost(int(row["experts"]), 2 * PEAKS[0], 2 * peak, 0.0, 1.0), int(row["prompt_tokens"]))
              / row["prefill_tok_per_s"] for _, row in amx.iterrows()]
-    assert 2.5 < np.median(ratio) < 3.5
-
-
-def test_experts_move_in_proportion(shared_data):
-    """Qwen3-Next on four GPUs, experts on them by chance: time is linear in the share left on the CPU, which the two
-    ends give; the rows between are predicted. Towards the end the measured gain comes later."""
-    table = pd.read_csv(shared_data / "runs" / "ktransformers_expert_placement_qwen3next80b.csv").set_index(
-        "gpu_expert_ratio")
-    for column, median, most in (("random", 0.03, 0.16), ("uniform", 0.07, 0.25)):
-        rate = table[column]
-        share = rate.index.to_numpy()
-        predicted = 1 / ((1 - share) / rate.iloc[0] + share / rate.iloc[-1])
-        error = np.abs(predicted / rate.to_numpy() - 1)[1:-1]
-        assert len(error) == 9 and np.median(error) < median and error.max() < most
-    # Popular experts are worth more than their number.
-    assert (table["frequency"] / table["uniform"]).iloc[3:-1].min() > 1.05
+    assert as_written(pd.Series(ratio) - 1) == (205.0, 303.0)

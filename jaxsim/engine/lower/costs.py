@@ -3,7 +3,7 @@
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.cost.host import hybrid_cost
-from jaxsim.cost.roofline import CUDA_GRAPHS, EXPERT_SKEW, FRONT_ENDS, roofline
+from jaxsim.cost.roofline import CUDA_GRAPHS, EXPERT_SKEW, FRONT_ENDS
 from jaxsim.engine import measured
 from jaxsim.engine.lower.hybrid import price
 from jaxsim.engine.lower.systems import Pool, System, kinds_of_pools
@@ -34,10 +34,7 @@ def make_cost(scenario: Scenario, system: System, num_slots: int, longest: int, 
                            system.hybrid.weights, system.hybrid.host, most, num_slots,
                            expert_skew=scenario.cost.overrides.get("expert_skew", EXPERT_SKEW),
                            cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode], async_scheduling=s.async_scheduling)
-    model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
-                     host=scenario.cost.host or s.host, distinct_experts=scenario.cost.distinct_experts,
-                     moe_backend=scenario.engine.moe_backend, split_kv=scenario.cost.split_kv,
-                     expert_load=scenario.cost.expert_load, **scenario.cost.overrides)
+    model = price(scenario, s, system.model, system.device, system.plan)
     made = model.tables if is_one_of_many else model.tabulate
     return made(most, num_slots, cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode], async_scheduling=s.async_scheduling)
 

@@ -24,10 +24,11 @@ class Hybrid(NamedTuple):
 
 
 def price(scenario: Scenario, s: Scheduler, model: ModelSpec, device: DeviceSpec, plan: Plan) -> Roofline:
-    """The roofline of a scenario with a hybrid section, of everything on the GPU."""
-    return roofline(model, device, plan, scenario.dtype, scenario.kv_dtype, host=scenario.cost.host or s.host,
-                    distinct_experts=scenario.cost.distinct_experts, moe_backend=scenario.engine.moe_backend,
-                    **scenario.cost.overrides)
+    """The roofline of a scenario, of everything on the GPU."""
+    cost = scenario.cost
+    return roofline(model, device, plan, scenario.dtype, scenario.kv_dtype, host=cost.host or s.host,
+                    distinct_experts=cost.distinct_experts, moe_backend=scenario.engine.moe_backend,
+                    split_kv=cost.split_kv, expert_load=cost.expert_load, **cost.overrides)
 
 
 def resolve_hybrid(scenario: Scenario, s: Scheduler, model: ModelSpec, device: DeviceSpec, plan: Plan
@@ -63,7 +64,8 @@ def hybrid_blocks(scenario: Scenario, s: Scheduler, model: ModelSpec, device: De
     return host_blocks(
         model, device, _cpu(scenario), scenario.engine.hybrid, dtype=scenario.dtype, kv_dtype=scenario.kv_dtype,
         block_size=s.block_size, gpu_memory_utilization=s.gpu_memory_utilization,
-        max_num_batched_tokens=tokens, max_num_seqs=s.max_batch_seqs, max_model_len=max_model_len, rule=s.kv_rule)
+        max_num_batched_tokens=tokens, max_num_seqs=s.max_batch_seqs, max_model_len=max_model_len, rule=s.kv_rule,
+        num_gpu_blocks_override=scenario.engine.num_gpu_blocks_override)
 
 
 def _cpu(scenario: Scenario) -> DeviceSpec | None:
@@ -72,7 +74,8 @@ def _cpu(scenario: Scenario) -> DeviceSpec | None:
 
 
 def hybrid_facts(hybrid: Hybrid, s: Scheduler, memory: HostBudget | None) -> dict[str, Any]:
-    """What a summary says of it: bytes by place, seconds of a pass of weights, the token cap and its origin."""
+    """What a summary says of it: weights by place and KV, in bytes; the link's rate and seconds of a pass of weights
+    alone; the token cap, and where weights are streamed beside the GPU its threshold with the line it follows from."""
     weights, host, threshold = hybrid
     facts = {"gpu_weight_bytes": weights.on_gpu, "streamed_weight_bytes": weights.streamed,
              "cpu_weight_bytes": weights.on_cpu, "link_bytes_per_s": host.link_bytes_per_s,

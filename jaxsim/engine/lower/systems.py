@@ -213,7 +213,7 @@ def _resolve_alone(scenario: Scenario) -> System:
     memory, num_blocks = None, engine.num_gpu_blocks_override
     if hybrid is not None:
         memory = hybrid_blocks(scenario, scheduler, model, device, max_model_len)
-        num_blocks = num_blocks or memory.num_blocks
+        num_blocks = memory.num_blocks
     elif num_blocks is None and scheduler.kv_accounting:
         memory = kv_blocks(
             model, device, plan, dtype=scenario.dtype, kv_dtype=scenario.kv_dtype,

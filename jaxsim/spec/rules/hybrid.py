@@ -15,6 +15,10 @@ OUT = "leave engine.hybrid out"
 def check_hybrid(s: "Scenario") -> None:
     """What runs on a GPU and its host together. Raises `InputError`."""
     engine, given, field = s.engine, s.engine.hybrid, "engine.hybrid"
+    for index, pool in enumerate(s.cluster.pools):
+        if pool.engine.get("hybrid") is not None:
+            raise InputError(f"cluster.pools[{index}].engine.hybrid", "given", "is not simulated in pools",
+                             "leave it out, or use cluster.replicas with engine.hybrid")
     if given is None:
         return
     on_cpu = "'cpu' for engine.hybrid.attention or engine.hybrid.experts"
@@ -48,6 +52,14 @@ def check_hybrid(s: "Scenario") -> None:
              "has no effect while all experts are on the GPU", "leave it out, or set experts = 'cpu'"),
             (f"{field}.hand_over_us", given.hand_over_us, given.hand_over_us > 0 and not given.uses_cpu,
              "has no effect while the CPU computes nothing", f"leave it out, or give {on_cpu}"),
+            *((f"{field}.{name}", getattr(given, name), getattr(given, name) is not None and not given.uses_cpu,
+               "has no effect while the CPU computes nothing", f"leave it out, or give {on_cpu}")
+              for name in ("contention", "cpu_gb_per_s", "cpu_tflops", "cpu_threads")),
+            (f"{field}.contention", given.contention, given.contention is not None and not given.is_streamed,
+             "has no effect with weights = 'resident', as little else crosses the link",
+             "leave it out, or set weights = 'streamed'"),
+            (f"{field}.popularity", given.popularity, given.popularity != "skewed" and given.experts == "gpu",
+             "has no effect while all experts are on the GPU", "leave it out, or set experts = 'cpu'"),
             (f"{field}.contention", given.contention, bool(given.contention) and not given.overlaps,
              "has no effect where the link and the CPU take turns", "leave it out, or set overlap = true"),
             (f"{field}.cpu", None, given.uses_cpu and not is_known,
