@@ -17,6 +17,7 @@ pipeline one batch goes through all stages, so that stages wait for each other.
 """
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import equinox as eqx
@@ -45,7 +46,9 @@ class Platform(eqx.Module):
     flops, wide_flops: FLOP/s of products of weights, and of 16-bit ones (attention, router, LM head).
     memory_bytes_per_s. link_bytes_per_s: per direction, among the ranks of a layer; stage_bytes_per_s: between stages.
     start_s: of a collective before its first byte; hop_s: latency of a link, of which a ring pays 2 (N - 1).
-    compute_efficiency, memory_efficiency, link_efficiency: shares of all these that are reached.
+    compute_efficiency, memory_efficiency, link_efficiency: shares of all these that are reached. stage_start_s,
+    stage_efficiency: of a message between stages, before its first byte, and of its bandwidth; `link_efficiency` where
+    that is None.
     """
 
     flops: Scalar
@@ -58,6 +61,8 @@ class Platform(eqx.Module):
     compute_efficiency: Scalar = 1.0
     memory_efficiency: Scalar = 1.0
     link_efficiency: Scalar = 1.0
+    stage_start_s: Scalar = 0.0
+    stage_efficiency: Scalar | None = None
 
 
 class PassSeconds(NamedTuple):
@@ -94,17 +99,18 @@ class Pass(eqx.Module):
         """FLOP in units of the weights' type, `wider` times as fast as 16 bits."""
         return jnp.sum(self.flops * jnp.where(np.array(self.is_wide), wider, 1.0))
 
-    def seconds(self, platform: Platform) -> PassSeconds:
-        """Seconds on a platform."""
+    def seconds(self, platform: Platform, arrays: ModuleType = jnp) -> PassSeconds:
+        """Seconds on a platform; arrays: `numpy`, where neither a derivative nor a compiled program is wanted."""
         p = platform
-        arithmetic = self.flops / (jnp.where(np.array(self.is_wide), p.wide_flops, p.flops) * p.compute_efficiency)
+        arithmetic = self.flops / (arrays.where(np.array(self.is_wide), p.wide_flops, p.flops) * p.compute_efficiency)
         memory = self.bytes / (p.memory_bytes_per_s * p.memory_efficiency)
         is_compute = arithmetic > memory
-        links = (self.starts * p.start_s + (self.hops + self.stage_hops) * p.hop_s
+        stage_efficiency = p.link_efficiency if p.stage_efficiency is None else p.stage_efficiency
+        links = (self.starts * p.start_s + self.hops * p.hop_s + self.stage_hops * (p.stage_start_s + p.hop_s)
                  + self.wire_bytes / (p.link_bytes_per_s * p.link_efficiency)
-                 + self.stage_bytes / (p.stage_bytes_per_s * p.link_efficiency))
-        return PassSeconds(jnp.sum(jnp.where(is_compute, arithmetic, 0.0)),
-                           jnp.sum(jnp.where(is_compute, 0.0, memory)), links)
+                 + self.stage_bytes / (p.stage_bytes_per_s * stage_efficiency))
+        return PassSeconds(arrays.sum(arrays.where(is_compute, arithmetic, 0.0)),
+                           arrays.sum(arrays.where(is_compute, 0.0, memory)), links)
 
     def _of(self, amounts: Float[Array, " operators"], prefix: str, but: str) -> float:
         return math.fsum(float(x) for name, x in zip(self.names, amounts, strict=True)

@@ -3,14 +3,15 @@
 Each resource alone, in closed form, what no platform can do without:
 
     memory        weights + B (KV(input) + beams KV(output))                            of the fullest device
-    bandwidth     max over passes of  bytes / ((1 - s) limit eta_m)                     limit: TTFT of a prompt pass,
-    compute       max over passes of  FLOP / ((1 - s) limit eta_c)                      TPOT of a decode pass
-    link          max over passes of  wire bytes / (s limit eta_l)                      each way, s: share for links
-    link latency  min over passes of  s limit / hops
+    bandwidth     max over passes of  bytes / (limit eta_m)                             limit: TTFT of a prompt pass,
+    compute       max over passes of  FLOP / (limit eta_c)                              TPOT of a decode pass
+    link          max over passes of  wire bytes / (s/2 limit eta_l)                    each way, s: share for links
+    link latency  min over passes of  s/2 limit / hops
 
-Together, an operator takes the longer of its arithmetic and its reads, so each limit asks for more than either alone:
-FLOP/s and bytes/s at which both limits are just met, by Newton's method on their logarithms (`balanced`), with links at
-their closed forms. Where no such pair exists, because a prompt pass is bound by reads or a decode by arithmetic
+Together, links have the share s of each limit, half of it for bytes and half for hops, and operators what is left. An
+operator takes the longer of its arithmetic and its reads, so each limit asks for more than either alone: FLOP/s and
+bytes/s at which both limits are just met, by Newton's method on their logarithms (`balanced`), with links at their
+closed forms. Where no such pair exists, because a prompt pass is bound by reads or a decode by arithmetic
 whatever the other, both grow over their closed forms by one factor until the tighter limit is met.
 
 A decode pass is the last one of a request, with all of its output behind the prompt; a prompt pass computes all prompts
@@ -22,32 +23,37 @@ they add capacity, not speed.
     found.rows, found.verdict
 
 Numbers are plain 64-bit floats: models of tens of trillions of parameters are no different. `balanced` and the passes
-(`jaxsim.analytic.ideal`) are differentiable in every number.
+(`jaxsim.analytic.ideal`) are differentiable in every number, in 32 bits too, to some of their last digits.
 
 Source: GenZ (arXiv 2406.01698) section 7; its form of bandwidth from notes on the paper, of the others reconstructed.
 """
 
 import dataclasses
 import functools
+import math
 import numbers
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim._core.precision import enable_x64
 from jaxsim.analytic import ideal
 from jaxsim.analytic.ideal import WIDER, Memory, Pass, PassSeconds, Platform
 from jaxsim.analytic.implicit import root
-from jaxsim.cost.genz import enable_x64
+from jaxsim.analytic.lower import of_scenario
+from jaxsim.analytic.steady import steady_state
 from jaxsim.cost.operators import DISTINCT_EXPERTS, EXPECTED
 from jaxsim.engine import lower
 from jaxsim.spec.model import ModelSpec, load_model
-from jaxsim.spec.plan import Plan, kv_cache_bytes, weight_format
-from jaxsim.spec.presets import resolve
+from jaxsim.spec.plan import Plan, kv_cache_bytes, plan_of, weight_format
+from jaxsim.spec.presets import Scheduler, resolve
 from jaxsim.spec.quantization import WeightFormat
 from jaxsim.spec.scenario import Scenario
 
@@ -60,7 +66,10 @@ LONGEST_STEP = 2.0
 """Of a logarithm in one of them."""
 
 MET = 1e-6
-"""Relative distance from a limit that counts as met."""
+"""Relative distance from a limit that counts as met, or what rounding leaves of it (`MET_ROUNDINGS`)."""
+
+MET_ROUNDINGS = 256
+"""Last digits that a sum of some tens of operators, and Newton's step from it, may be off: 3e-5 in 32 bits."""
 
 MOST_FACTOR_LOG = 40.0
 """Logarithm of the largest common factor over the closed forms."""
@@ -106,6 +115,8 @@ class UseCase:
         plan: how the model is laid out.
         dtype, kv_dtype: number formats (`jaxsim.spec.plan`); "auto" the model's own.
         distinct_experts: experts that a pass reads: expected of uniform routing, topk (whatever the batch), all.
+        memory_share: of a device's visible memory, that weights and cache may take.
+        notes: what was chosen where nothing was given, in words.
     """
 
     model: ModelSpec
@@ -121,6 +132,8 @@ class UseCase:
     dtype: str = "auto"
     kv_dtype: str = "auto"
     distinct_experts: str = EXPECTED
+    memory_share: float = 0.9
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self):
         for field in ("input_tokens", "output_tokens", "batch", "beams"):
@@ -145,6 +158,14 @@ class UseCase:
             raise InputError("batch", self.batch, "leaves data-parallel ranks without a request",
                              f"give at least {self.plan.data_parallel_size}")
         self.plan.check(self.model)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader has to know: the notes, and a context that the model has no positions for."""
+        tokens, most = self.input_tokens + self.output_tokens, self.model.max_position
+        if tokens <= most:
+            return self.notes
+        return (*self.notes, f"{tokens:,.0f} tokens are more than the {most:,} positions of {self.model.name}")
 
     @property
     def fmt(self) -> WeightFormat:
@@ -196,17 +217,17 @@ class Alone(NamedTuple):
 
 def alone(prefill: Pass, decode: Pass, ttft_s: Scalar, tpot_s: Scalar, efficiencies: Efficiencies = USUAL, *,
           link_share: Scalar = 0.2, wider: Scalar = 1.0) -> Alone:
-    """What each resource has to be, were all others without limit; links have `link_share` of each limit, where there
-    are any. A pass without links asks for no bandwidth, and for no latency (infinity)."""
+    """What each resource has to be, were all others without limit and had it all of each limit; links have
+    `link_share` of it, half for bytes and half for hops. A pass without links asks for no bandwidth, and for no latency
+    (infinity)."""
     rows = []
     for work, limit_s in ((prefill, ttft_s), (decode, tpot_s)):
         wire, hops = work.wire_bytes + work.stage_bytes, work.hops + work.stage_hops
         has_links = jnp.asarray(hops) > 0
-        own_s = limit_s * (1 - jnp.where(has_links, link_share, 0.0))
-        rows.append((work.scaled_flops(wider) / (own_s * efficiencies.compute),
-                     jnp.sum(work.bytes) / (own_s * efficiencies.memory),
-                     wire / (link_share * limit_s * efficiencies.link),
-                     jnp.where(has_links, link_share * limit_s / jnp.where(has_links, hops, 1.0), jnp.inf)))
+        link_s = 0.5 * link_share * limit_s
+        rows.append((work.scaled_flops(wider) / (limit_s * efficiencies.compute),
+                     jnp.sum(work.bytes) / (limit_s * efficiencies.memory), wire / (link_s * efficiencies.link),
+                     jnp.where(has_links, link_s / jnp.where(has_links, hops, 1.0), jnp.inf)))
     return Alone(*zip(*rows, strict=True))
 
 
@@ -223,30 +244,33 @@ def balanced(prefill: Pass, decode: Pass, ttft_s: Scalar, tpot_s: Scalar, least:
     """FLOP/s and bytes/s with which both passes take just their limits, links and efficiencies being those of `least`.
 
     least: with FLOP/s and bytes/s to begin with, at or below what is needed (`alone`).
-    Logarithms of seconds are convex in those of FLOP/s and bytes/s, so Newton's method comes from the side of too
-    little. Derivative: implicit function theorem.
+    Unknown are the logarithms of both over those of `least`, so that nothing is lost to the size of the numbers.
+    Logarithms of seconds are convex in them, so Newton's method comes from the side of too little. Derivative: implicit
+    function theorem.
     """
-    begin = jnp.log(jnp.stack([jnp.asarray(x, float) for x in (least.flops, least.memory_bytes_per_s)]))
+    begin = jnp.stack([jnp.asarray(x, float) for x in (least.flops, least.memory_bytes_per_s)])
+    digit = float(jnp.finfo(begin.dtype).eps)
 
-    def gaps(logs: Float[Array, "2"]) -> Float[Array, "2"]:
-        platform = _with(least, jnp.exp(logs[0]), jnp.exp(logs[1]), wider)
+    def gaps(more: Float[Array, "2"]) -> Float[Array, "2"]:
+        platform = _with(least, *(begin * jnp.exp(more)), wider)
         return jnp.log(jnp.stack([prefill.seconds(platform).total / ttft_s, decode.seconds(platform).total / tpot_s]))
 
-    def solve(function, logs):
-        def improved(_, logs):
+    def solve(function, more):
+        def improved(_, more):
             # What decides nothing stays where it is.
-            slopes = jax.jacfwd(function)(logs) - 1e-9 * jnp.eye(2)
-            return logs - jnp.clip(jnp.linalg.solve(slopes, function(logs)), -LONGEST_STEP, LONGEST_STEP)
+            slopes = jax.jacfwd(function)(more) - digit ** 0.5 * jnp.eye(2)
+            return more - jnp.clip(jnp.linalg.solve(slopes, function(more)), -LONGEST_STEP, LONGEST_STEP)
 
-        return lax.fori_loop(0, STEPS, improved, logs)
+        return lax.fori_loop(0, STEPS, improved, more)
 
     def divided(tangent, y):
-        return jnp.linalg.solve(jax.jacfwd(tangent)(jnp.zeros_like(y)) - 1e-12 * jnp.eye(2), y)
+        return jnp.linalg.solve(jax.jacfwd(tangent)(jnp.zeros_like(y)) - MET_ROUNDINGS * digit * jnp.eye(2), y)
 
-    logs = lax.custom_root(gaps, lax.stop_gradient(begin), solve, divided)
-    is_met = jnp.all(jnp.abs(gaps(logs)) < MET) & jnp.all(logs > begin - MET)
-    factor = root(lambda x: jnp.max(gaps(begin + x)), 0.0, MOST_FACTOR_LOG)
-    flops, moved = jnp.exp(jnp.where(is_met, logs, begin + factor))
+    more = lax.custom_root(gaps, jnp.zeros_like(begin), solve, divided)
+    met = max(MET, MET_ROUNDINGS * digit)
+    is_met = jnp.all(jnp.abs(gaps(more)) < met) & jnp.all(more > -met)
+    factor = root(lambda x: jnp.max(gaps(jnp.stack([x, x]))), 0.0, MOST_FACTOR_LOG)
+    flops, moved = begin * jnp.exp(jnp.where(is_met, more, factor))
     return Balanced(flops, moved, is_met)
 
 
@@ -312,10 +336,10 @@ class Requirements:
         if self.has_links:
             bandwidth, hop = closed.link_bytes_per_s, closed.hop_s
             rows.append(Row("link bandwidth, each way", "B/s", max(bandwidth), platform.link_bytes_per_s, None,
-                            f"{_limit(bandwidth)}, {self.link_share:.0%} of it"))
+                            f"{_limit(bandwidth)}, {self.link_share / 2:.0%} of it"))
             collectives = (self.prefill, self.decode)[hop.index(min(hop))].starts
-            rows.append(Row("link latency, at most", "s", min(hop), platform.hop_s, None,
-                            f"{_limit(hop, min)}, {self.link_share:.0%} of it, {float(collectives):.0f} collectives"))
+            rows.append(Row("link latency, at most", "s", min(hop), platform.hop_s, None, f"{_limit(hop, min)},"
+                            f" {self.link_share / 2:.0%} of it, {float(collectives):.0f} collectives"))
         return tuple(rows)
 
     def _reads(self) -> str:
@@ -368,7 +392,7 @@ class Requirements:
                 "memory": self.memory._asdict(), "requirements": [row._asdict() for row in self.rows],
                 "seconds": {"ttft": self.ttft._asdict() | {"total": self.ttft.total},
                             "tpot": self.tpot._asdict() | {"total": self.tpot.total}},
-                "is_met_by_both": self.is_met_by_both, "verdict": self.verdict}
+                "is_met_by_both": self.is_met_by_both, "remarks": list(use.remarks), "verdict": self.verdict}
 
 
 def three(value: float) -> str:
@@ -410,11 +434,11 @@ def needs(use: UseCase, *, efficiencies: Efficiencies = USUAL, link_share: float
     for name, value in (*((f"{k}_efficiency", v) for k, v in efficiencies._asdict().items()),
                         ("link_share", link_share)):
         is_share = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        # Both parts of a link's work may take the share, and something has to be left.
-        most, is_open = (0.5, True) if name == "link_share" else (1.0, False)
-        if not is_share or not 0 < value <= most or (is_open and value == most):
+        # Something has to be left for operators.
+        is_open = name == "link_share"
+        if not is_share or not 0 < value <= 1 or (is_open and value == 1):
             raise InputError(name, value, "is out of range",
-                             "give a share above 0, below 0.5" if is_open else "give a share above 0, at most 1")
+                             f"give a share above 0, {'below' if is_open else 'at most'} 1")
     with enable_x64(True):
         prefill, decode = use.passes()
         closed = alone(prefill, decode, use.ttft_s, use.tpot_s, efficiencies, link_share=link_share, wider=use.wider)
@@ -437,25 +461,41 @@ _balanced = jax.jit(lambda prefill, decode, ttft_s, tpot_s, least, wider: balanc
     prefill, decode, ttft_s, tpot_s, least, wider=wider))
 
 
+LOAD = ("model", "plan", "dtype", "kv_dtype", "input_tokens", "output_tokens", "beams")
+"""Fields of a use case that decide how many requests run at a scenario's rate."""
+
+
 def use_case_of(scenario: Scenario, **changes: Any) -> UseCase:
-    """The use case of a scenario: its model, formats and plan, mean lengths of the requests that its first seed draws,
-    its limits, and `max_num_seqs` of an instance as the batch. changes: fields of `UseCase` instead. Raises
-    `InputError` for what it has not."""
+    """The use case of one replica of a scenario: its model, formats, plan, share of memory and limits, and mean lengths
+    of the requests that its first seed draws.
+
+    batch: those that decode on average at the replica's share of the rate, on the scenario's own device in closed form
+    (`jaxsim.analytic.steady_state`), at most `max_num_seqs` a rank; `max_num_seqs` itself where that load is not
+    stable, has no closed form, or `changes` make it another. prompts: as many as `max_num_batched_tokens` hold of the
+    mean length, rounded up. `UseCase.notes` say what was chosen. changes: fields of `UseCase` instead. Raises
+    `InputError` for what it has not.
+    """
     if scenario.model is None and "model" not in changes:
         raise InputError("model", None, "is missing: a fitted cost has none", "name a model")
     if scenario.cluster.pools:
         raise InputError("cluster.pools", [pool.role for pool in scenario.cluster.pools],
                          "are several platforms", "ask for each with a scenario of its own")
     engine = scenario.engine
+    if engine.hybrid is not None:
+        raise InputError("engine.hybrid", "given", "is a device and its host, of which ideal passes know one",
+                         "leave it out, or simulate it")
     given = dict(changes)
-    given.setdefault("plan", Plan(tensor_parallel_size=engine.tensor_parallel_size,
-                                  pipeline_parallel_size=engine.pipeline_parallel_size,
-                                  data_parallel_size=engine.data_parallel_size,
-                                  enable_expert_parallel=engine.enable_expert_parallel))
+    plan = given.setdefault("plan", plan_of(engine))
+    for field in ("prefill_context_parallel_size", "decode_context_parallel_size", "kv_parallel_size"):
+        if getattr(plan, field) > 1:
+            raise InputError(f"engine.{field}", getattr(plan, field), "is not in ideal passes",
+                             "use 1, or simulate it")
     if "model" not in given:
         given |= {"model": scenario.model.spec()}
         given.setdefault("dtype", scenario.dtype)
         given.setdefault("kv_dtype", scenario.kv_dtype)
+    if hasattr(scenario.cost, "distinct_experts"):
+        given.setdefault("distinct_experts", scenario.cost.distinct_experts)
     if not {"input_tokens", "output_tokens"} <= given.keys():
         drawn = lower.make_workload(scenario, scenario.seeds[0])
         for field in ("input_tokens", "output_tokens"):
@@ -465,6 +505,51 @@ def use_case_of(scenario: Scenario, **changes: Any) -> UseCase:
             if limit_ms is None:
                 raise InputError(f"slo.{field[:-2]}_ms", None, "is missing", "give the limit, in milliseconds")
             given[field] = limit_ms / 1e3
-    # Of every data-parallel rank.
-    given.setdefault("batch", resolve(engine).max_num_seqs * given["plan"].data_parallel_size)
-    return UseCase(**given)
+    s, notes, replicas = _scheduler(scenario), [], scenario.cluster.replicas
+    if plan.deep_ep:
+        plan = given["plan"] = msgspec.structs.replace(plan, deep_ep="")
+        notes.append("DeepEP's exchanges as two all-to-alls")
+    given.setdefault("memory_share", s.gpu_memory_utilization)
+    if replicas > 1:
+        notes.append(f"one of {replicas} replicas")
+    if "batch" not in given:
+        # Of every data-parallel rank.
+        most = s.max_num_seqs * plan.data_parallel_size
+        running, why = (_running(scenario) if not set(changes) & set(LOAD)
+                        else (None, "the scenario's load is changed"))
+        given["batch"] = most if running is None else min(max(math.ceil(running), plan.data_parallel_size), most)
+        notes.append(f"batch {given['batch']:,}: max_num_seqs, as {why}" if running is None else
+                     f"batch {given['batch']:,}: requests that decode on average {why}")
+    if "prompts" not in given:
+        whole = math.ceil(s.max_num_batched_tokens * plan.data_parallel_size / given["input_tokens"])
+        given["prompts"] = min(whole, given["batch"])
+        notes.append(f"prompts of a pass {given['prompts']:,}: " + (
+            f"max_num_batched_tokens = {s.max_num_batched_tokens:,} over the mean prompt" if whole <= given["batch"]
+            else "all of the batch"))
+    return UseCase(**given, notes=tuple(notes))
+
+
+def _scheduler(scenario: Scenario) -> Scheduler:
+    """With the defaults of an engine for the scenario's device, where it has one."""
+    if scenario.device is None:
+        return resolve(scenario.engine)
+    device = scenario.device.spec()
+    return resolve(scenario.engine, device_name=device.name, memory_bytes=device.memory_bytes or 0.0,
+                   max_model_len=None if scenario.model is None else scenario.model.spec().max_position)
+
+
+def _running(scenario: Scenario) -> tuple[float | None, str]:
+    """Requests that decode on average on a replica, where they do in a steady state; and where, or why not."""
+    try:
+        executor, load = of_scenario(scenario)
+    except InputError as error:
+        return None, f"there is no closed form: {error.field} {error.problem}"
+    state = _steady_state(executor, load)
+    if not bool(state.is_stable):
+        return None, "the scenario's own devices do not keep up with its rate"
+    rate = float(load.rate_rps) / scenario.cluster.replicas
+    return float(state.running) / scenario.cluster.replicas, (
+        f"at {three(rate)} requests/s on the scenario's own device, in closed form")
+
+
+_steady_state = eqx.filter_jit(steady_state)

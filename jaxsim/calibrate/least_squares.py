@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from scipy.optimize import least_squares
 
 from jaxsim._core.errors import InputError
+from jaxsim._core.precision import enable_x64
 
 UNDETERMINED = 0.3
 """Standard error of a logarithm beyond which the data do not determine a parameter: more than a third of its value."""
@@ -97,9 +98,7 @@ class Fit:
 
 def double_precision() -> AbstractContextManager:
     """A context in which JAX computes in 64 bits, whatever the process does elsewhere."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    return jax.experimental.enable_x64()
+    return enable_x64(True)
 
 
 class Problem:

@@ -22,7 +22,7 @@ experts, LoRA, state-space models, quantised KV, ASTRA-sim. It has no latent att
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -30,16 +30,12 @@ import msgspec
 from jaxtyping import Array, Float
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim._core.precision import enable_x64
 from jaxsim.cost import operators
 from jaxsim.cost.operators import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, HOP
 from jaxsim.spec.model import ModelSpec, load_model
 from jaxsim.spec.plan import Plan
 from jaxsim.spec.quantization import WeightFormat
-
-try:
-    from jax import enable_x64
-except ImportError:  # before JAX 0.8
-    from jax.experimental import enable_x64
 
 Scalar = Float[Array, ""] | float
 
@@ -415,37 +411,6 @@ def speculative_tokens(length: int, acceptance: Scalar) -> Float[Array, ""]:
     return jnp.minimum(1 + accepted + length * x ** length, length)
 
 
-class Requirements(NamedTuple):
-    """What a platform must have: bytes, bytes/s and FLOP/s over all its devices."""
-
-    memory_bytes: Scalar
-    bytes_per_s: Scalar
-    flops: Scalar
-
-
-def platform_requirements(model: ModelSpec, *, context: Scalar, ttft_s: Scalar, tpot_s: Scalar, batch: Scalar = 1,
-                          beams: Scalar = 1, dtype: str = "bf16", compute_efficiency: Scalar = 1.0,
-                          memory_efficiency: Scalar = 1.0) -> Requirements:
-    """Memory, bandwidth and arithmetic that a use case needs, GenZ's inversion.
-
-        memory      all weights + batch beams KV(context)
-        bytes/s     (active weights + batch KV(context)) / (TPOT eta_m)
-        FLOP/s      (2 P_active S batch + 4 L H dh S^2 batch) / (TTFT eta_c)
-
-    Source: GenZ section 7; the bandwidth from notes on the paper, the other two reconstructed, none is a golden number.
-    """
-    if dtype not in DTYPES:
-        raise InputError("dtype", dtype, "is not a number type of GenZ", suggest(dtype, DTYPES))
-    width, slowness = DTYPES[dtype]
-    batch, beams, context = 1.0 * batch, 1.0 * beams, 1.0 * context
-    cached = model.kv_bytes_per_token(width) * context
-    attention = 4 * model.layers * model.heads * model.head_dim * context * context * batch
-    return Requirements(
-        model.num_parameters * width + batch * beams * cached,
-        (model.num_active_parameters * width + batch * cached) / (tpot_s * memory_efficiency),
-        (2 * model.num_active_parameters * context * batch + attention) * slowness / (ttft_s * compute_efficiency))
-
-
 # Golden numbers
 
 
@@ -457,26 +422,35 @@ def _golden_moe_machine() -> Machine:
     return Machine.of(2000, 4900, compute_efficiency=0.8, memory_efficiency=0.8)
 
 
-def _beams(part: str) -> Float[Array, ""]:
-    # Its collectives say that the notebook's model has the vocabulary of Llama 2.
-    model = msgspec.structs.replace(load_model("llama-3.1-70b"), vocab=32_000)
+BEAMS_VOCAB, A100_LATENCY_S, ROUTER_MESSAGE = 32_000, 2e-6, "experts"
+"""What the notebooks do not print, read off what they do: Llama 2's vocabulary, off the collectives of the beams case;
+seconds of a link of the A100, off those of Mixtral's prompt pass; what its router sends, off those of its decode."""
+
+
+def beams(part: str, vocab: int = BEAMS_VOCAB) -> Float[Array, ""]:
+    """Seconds of a decode of Llama-3.1-70B on four H100 with 8 beams, or of a part of `PassSeconds`."""
+    model = msgspec.structs.replace(load_model("llama-3.1-70b"), vocab=vocab)
     works = decode_work(model, Plan(tensor_parallel_size=4), context=2589, generated=30, beams=8)
     return getattr(pass_seconds(works, Machine.named("H100", 0.75)), part)
 
 
-def _mixtral(part: str, is_decode: bool) -> Float[Array, ""]:
-    # 2 us a link is what the collectives of its prompt pass say; those of its decode pass then agree.
+def mixtral(part: str, is_decode: bool, latency_s: float = A100_LATENCY_S,
+            router_message: Literal["hidden", "experts"] = ROUTER_MESSAGE) -> Float[Array, ""]:
+    """The same of Mixtral-8x7B on four A100: a decode, or a prompt."""
     model, plan = load_model("mixtral-8x7b"), Plan(tensor_parallel_size=4)
-    works = (decode_work(model, plan, context=1024, generated=256, router_message="experts") if is_decode
+    works = (decode_work(model, plan, context=1024, generated=256, router_message=router_message) if is_decode
              else prefill_work(model, plan, tokens=1024))
-    return getattr(pass_seconds(works, Machine.named("A100_40GB", link_latency_s=2e-6)), part)
+    return getattr(pass_seconds(works, Machine.named("A100_40GB", link_latency_s=latency_s)), part)
 
 
-def _mixtral_22b(experts_per_rank: float) -> Float[Array, ""]:
-    plan = Plan(tensor_parallel_size=4, enable_expert_parallel=True)
-    works = decode_work(load_model("mixtral-8x22b"), plan, context=0, generated=1, batch=32, dtype="fp8",
-                        experts_per_rank=experts_per_rank)
-    return pass_seconds(works, Machine.named("H100")).total
+EXPERTS = Plan(tensor_parallel_size=4, enable_expert_parallel=True)
+
+
+def mixtral_22b(part: str = "total", **experts: Any) -> Float[Array, ""]:
+    """The same of a decode of Mixtral-8x22B in fp8 on four H100 with expert parallelism, batch 32; experts: as
+    `decode_work` takes them."""
+    works = decode_work(load_model("mixtral-8x22b"), EXPERTS, context=0, generated=1, batch=32, dtype="fp8", **experts)
+    return getattr(pass_seconds(works, Machine.named("H100")), part)
 
 
 class Claim(NamedTuple):
@@ -509,13 +483,13 @@ CLAIMS = (
           lambda: layer_seconds(decode_work(load_model("mixtral-8x7b"), context=1024), _golden_moe_machine())),
     Claim("Mixtral-8x7B layer, prompt of 1024", "0.781855",
           lambda: layer_seconds(prefill_work(load_model("mixtral-8x7b"), tokens=1024), _golden_moe_machine())),
-    Claim("Llama-3.1-70B, 4 H100, 8 beams at 2589 + 30", "14.481", lambda: _beams("total")),
-    Claim("of which collectives", "1.834", lambda: _beams("communication")),
-    Claim("Mixtral-8x7B, 4 A100-40, decode at 1024 + 256", "5.383", lambda: _mixtral("total", True)),
-    Claim("of which collectives", "1.648", lambda: _mixtral("communication", True)),
-    Claim("Mixtral-8x7B, 4 A100-40, prompt of 1024", "28.66", lambda: _mixtral("total", False)),
-    Claim("of which collectives", "7.05", lambda: _mixtral("communication", False)),
-    Claim("Mixtral-8x22B fp8, 4 H100, EP, batch 32, spread evenly", "3.23", lambda: _mixtral_22b(0.5)),
-    Claim("the same, all tokens to the experts of one chip", "11.33", lambda: _mixtral_22b(2)),
+    Claim("Llama-3.1-70B, 4 H100, 8 beams at 2589 + 30", "14.481", lambda: beams("total")),
+    Claim("of which collectives", "1.834", lambda: beams("communication")),
+    Claim("Mixtral-8x7B, 4 A100-40, decode at 1024 + 256", "5.383", lambda: mixtral("total", True)),
+    Claim("of which collectives", "1.648", lambda: mixtral("communication", True)),
+    Claim("Mixtral-8x7B, 4 A100-40, prompt of 1024", "28.66", lambda: mixtral("total", False)),
+    Claim("of which collectives", "7.05", lambda: mixtral("communication", False)),
+    Claim("Mixtral-8x22B fp8, 4 H100, EP, batch 32, spread evenly", "3.23", lambda: mixtral_22b(experts_per_rank=0.5)),
+    Claim("the same, all tokens to the experts of one chip", "11.33", lambda: mixtral_22b(experts_per_rank=2)),
 )
 """Times that GenZ publishes. Source: its golden tests, its notebooks, and (the last two) notes on the paper."""

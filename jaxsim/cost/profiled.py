@@ -553,7 +553,7 @@ def with_extrapolated(profile: Profile, base: Roofline, max_tokens: int, max_seq
         chunks, octaves.knots(MIXED_KEYS, 2 * max_context),
         octaves.knots(MIXED_DECODES, max_sequences), octaves.knots(MIXED_CONTEXT, max_context))
     knots, ranks = octaves.knots(TOKENS, max_tokens), base.num_ranks
-    run_at = pad_to_graph(knots) if cuda_graphs else knots
+    run_at = pad_to_graph(knots) if cuda_graphs is True else knots
     joint = (_add(*make.together(padded)), *make.together(run_at)) if ranks > 1 else None
     parts = (make.tokens(run_at), make.sampled(octaves.knots(SAMPLED, max_sequences)),
              decode, attention, make.prefill_attention(octaves.knots(CHUNK, max_tokens),

@@ -336,22 +336,23 @@ class Roofline(eqx.Module):
     # The engine's tables
 
     @eqx.filter_jit
-    def tabulate(self, max_tokens: int, max_sequences: int, *, cuda_graphs: bool = True,
+    def tabulate(self, max_tokens: int, max_sequences: int, *, cuda_graphs: bool | str = True,
                  async_scheduling: bool = False) -> TabulatedCost:
         """The tables the loop reads, up to `max_tokens` tokens and `max_sequences` sequences an iteration.
 
         Differentiable in every leaf. Decode-only iterations are exact for every count; iterations with prompt
         chunks are exact at the knots of the ladder and linear between them. Both run at the size of a captured graph,
-        or of captured pieces, up to the largest.
+        or of captured pieces, up to the largest. cuda_graphs: "decodes" if only they are captured.
         """
         return self.tables(max_tokens, max_sequences, cuda_graphs=cuda_graphs, async_scheduling=async_scheduling)
 
-    def tables(self, max_tokens: int, max_sequences: int, *, cuda_graphs: bool = True,
+    def tables(self, max_tokens: int, max_sequences: int, *, cuda_graphs: bool | str = True,
                async_scheduling: bool = False) -> TabulatedCost:
         """The same operator by operator: small programs that plans share, where `tabulate` compiles one for each."""
         float_type = self.peak_flops.dtype
         knots = octaves.knots(TOKENS, max_tokens)
-        run_at = jnp.asarray(pad_to_graph(knots) if cuda_graphs else knots, float_type)
+        # Where only decodes are captured, iterations with prompts run as they are.
+        run_at = jnp.asarray(pad_to_graph(knots) if cuda_graphs is True else knots, float_type)
         sampled = jnp.asarray(octaves.knots(SAMPLED, max_sequences), float_type)
         counts = np.arange(max_sequences + 1)
         padded = pad_to_graph(counts) if cuda_graphs else counts
@@ -406,7 +407,7 @@ class Roofline(eqx.Module):
 
     # For people
 
-    def operator_seconds(self, stats: BatchStats, *, cuda_graphs: bool = True) -> dict[str, Float[Array, ""]]:
+    def operator_seconds(self, stats: BatchStats, *, cuda_graphs: bool | str = True) -> dict[str, Float[Array, ""]]:
         """Device seconds of one iteration by operator, all calls, evaluated directly (no tables).
 
         An iteration runs at the size its captured graph, or pieces of one, are padded to. "attention_floor" is what
@@ -420,11 +421,11 @@ class Roofline(eqx.Module):
     def _of_rank(self, stats: BatchStats) -> BatchStats:
         return stats if self.ring is None else self.ring.of_rank(stats)
 
-    def _of(self, stats: BatchStats, cuda_graphs: bool) -> tuple[list[Work], dict[str, Array]]:
+    def _of(self, stats: BatchStats, cuda_graphs: bool | str) -> tuple[list[Work], dict[str, Array]]:
         num_decode, is_mixed = float(stats.num_decode), int(stats.num_prefill) > 0
         sampled = float(stats.num_sampled) if is_mixed else num_decode
         tokens = num_decode + float(stats.prefill_tokens)
-        if cuda_graphs:
+        if cuda_graphs is True or cuda_graphs and not is_mixed:
             tokens = float(pad_to_graph(np.asarray([tokens]))[0])
         works = self.token_works(jnp.asarray(tokens, float)) + self.sampled_works(jnp.asarray(sampled, float))
         decodes = jnp.asarray(num_decode, float)
@@ -450,7 +451,7 @@ class Roofline(eqx.Module):
         return works, {"attention_floor": self.chunk_floor_s, "attention_prefill": alone,
                        "attention_decode": both - alone + apart} | ring
 
-    def explain(self, stats: BatchStats, *, cuda_graphs: bool = True, async_scheduling: bool = False
+    def explain(self, stats: BatchStats, *, cuda_graphs: bool | str = True, async_scheduling: bool = False
                 ) -> StepCost:
         """Seconds of one iteration by operator and lane, evaluated directly (no tables), as plain numbers."""
         stats = self._of_rank(stats)

@@ -30,6 +30,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim._core.errors import InputError
+from jaxsim._core.precision import enable_x64
 from jaxsim.engine import loop, lower, tape
 from jaxsim.engine.common import Params
 from jaxsim.engine.simulate import RECORDS_A_REQUEST, prepare
@@ -128,9 +129,7 @@ def in_lanes(run: Callable[..., PyTree], dims: Dims, inputs: tuple) -> PyTree:
 
 def in_32_bits() -> AbstractContextManager:
     """A context in which arrays have 32 bits, as the loop has them throughout, whatever the caller's mode."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(False)
-    return jax.experimental.disable_x64()
+    return enable_x64(False)
 
 
 def _narrow(x):

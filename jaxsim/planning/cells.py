@@ -88,10 +88,11 @@ def cell_tables(group: Roofline, whole: Roofline, max_tokens: int, max_sequences
     made = group.tabulate(max_tokens, max_sequences, **options)
     graphs = options.get("cuda_graphs", True)
 
-    def padded(counts) -> Float[Array, " counts"]:
-        return jnp.asarray(pad_to_graph(counts) if graphs else counts, float)
+    def padded(counts, is_captured) -> Float[Array, " counts"]:
+        return jnp.asarray(pad_to_graph(counts) if is_captured else counts, float)
 
-    tokens, sequences = padded(octaves.knots(TOKENS, max_tokens)), padded(np.arange(max_sequences + 1))
+    tokens = padded(octaves.knots(TOKENS, max_tokens), graphs is True)
+    sequences = padded(np.arange(max_sequences + 1), graphs)
     by_sequences = made.by_sequences.at[:, DECODE_DEVICE].add(-_ffn_seconds(group, sequences))
     groups = whole.plan.tensor_parallel_size // group.plan.tensor_parallel_size
     together = Together(sum(_shared_seconds(group, whole, sequences)), *_shared_seconds(group, whole, tokens),

@@ -5,8 +5,9 @@ each with the fewest pipeline stages whose memory holds weights and cache; of th
 with the fewest devices, then the shortest TPOT. Seconds are the ideal ones of `jaxsim.analytic.ideal` on the device's
 datasheet, under the efficiencies asked for.
 
-Links are those of the catalogue. Source of their latencies: GenZ's collectives, 5 us and 1 us a hop; 20 us to begin
-with over PCIe or between nodes (`jaxsim.cost.collectives`).
+Links are those of the catalogue. Source of their latencies: GenZ's collectives, 5 us and 1 us a hop. Over PCIe and
+between nodes a collective, or a message from stage to stage, has 20 us to begin with and half (a guess) or 72 % of the
+bandwidth (`jaxsim.cost.collectives`); elsewhere it has the efficiency asked for.
 
 Known gaps: kernels of a device (simulate it, or `jaxsim plan`); data-parallel ranks and replicas, which hold more
 requests, not faster ones; activations: `memory_share` leaves room for them.
@@ -21,14 +22,20 @@ import numpy as np
 import pandas as pd
 
 from jaxsim._core.errors import InputError
+from jaxsim._core.precision import enable_x64
 from jaxsim.analytic.ideal import Pass, Platform
 from jaxsim.analytic.requirements import Efficiencies, Requirements, UseCase, three
-from jaxsim.cost.genz import LINK_LATENCY_S, START_S, enable_x64
-from jaxsim.spec.device import DeviceSpec, device_catalogue, load_device
+from jaxsim.cost.collectives import over_network, over_pcie
+from jaxsim.cost.genz import LINK_LATENCY_S, START_S
+from jaxsim.spec.device import DeviceSpec, Link, device_catalogue, load_device
+from jaxsim.spec.efficiency import HopEfficiency
 from jaxsim.spec.plan import Plan
 
-SLOW_START_S = 20e-6
-"""Before a message to another node, or over PCIe. Source: `jaxsim.cost.collectives.over_network`, `over_pcie`."""
+_ANY = HopEfficiency(latency_s=0.0, efficiency=1.0, source="")
+
+SLOW = {"host": over_pcie(_ANY), "network": over_network(_ANY)}
+"""By kind of link, seconds before a message and share of the bandwidth; other kinds have GenZ's and the one asked for.
+Source: `jaxsim.cost.collectives`; what PCIe reaches is a guess."""
 
 
 class Option(NamedTuple):
@@ -57,21 +64,31 @@ class Platforms:
     refused: dict[str, str]
 
 
-def worth(found: Requirements, memory_bytes: float, bytes_per_s: float, flops: float) -> dict[str, float]:
-    """Devices that each resource by itself is worth, from the totals of requirements without any links."""
+def worth(found: Requirements, memory_bytes: float, bytes_per_s: float, flops: float, wide_flops: float | None = None
+          ) -> dict[str, float]:
+    """Devices that each resource by itself is worth, from the totals of requirements without any links.
+
+    flops, wide_flops: of products in the weights' type, and in 16 bits, as the device has them: without the narrow type
+    both are one; as for the tensor cores that have it unless given.
+    """
+    use = found.use_case
+    wider = use.wider if wide_flops is None else flops / wide_flops
+    compute = max(float(np.sum(work.flops * np.where(work.is_wide, wider, 1.0))) / limit_s
+                  for work, limit_s in ((found.prefill, use.ttft_s), (found.decode, use.tpot_s)))
     return {"memory": found.memory.total_bytes / memory_bytes,
             "bandwidth": found.num_devices * max(found.alone.memory_bytes_per_s) / bytes_per_s,
-            "compute": found.num_devices * max(found.alone.flops) / flops}
+            "compute": found.num_devices * compute / found.efficiencies.compute / flops}
 
 
 def platforms(use: UseCase, found: Requirements, names: Iterable[str] | None = None, *, most_devices: int = 1024,
-              memory_share: float = 0.9) -> Platforms:
+              memory_share: float | None = None, link_efficiency: float | None = None) -> Platforms:
     """Devices that meet a use case: all accelerators of the catalogue, or those with these names.
 
     found: requirements of the same use on one device (its plan is not read), whose totals `counts` is made of;
-    most_devices: that are looked for; memory_share: of visible memory that weights and cache may take. Raises
-    `InputError`.
+    most_devices: that are looked for; memory_share: of visible memory that weights and cache may take, the use case's
+    unless given; link_efficiency: of all links, those over PCIe and between nodes too. Raises `InputError`.
     """
+    memory_share = use.memory_share if memory_share is None else memory_share
     if not 0 < memory_share <= 1:
         raise InputError("memory_share", memory_share, "is out of range", "give a share above 0, at most 1")
     if most_devices < 1:
@@ -85,9 +102,9 @@ def platforms(use: UseCase, found: Requirements, names: Iterable[str] | None = N
             refused[device.name] = "its memory is not known"
             continue
         room = memory_share * device.usable_memory_bytes
-        peak = device.peak(use.fmt.compute).flops
-        counts.append({"device": device.name, **worth(found, room, device.memory_bytes_per_s, peak)})
-        options = [_option(use, device, *layout, room / memory_share, found.efficiencies)
+        peaks = device.peak(use.fmt.compute).flops, device.peak("bf16").flops
+        counts.append({"device": device.name, **worth(found, room, device.memory_bytes_per_s, *peaks)})
+        options = [_option(use, device, *layout, room / memory_share, found.efficiencies, link_efficiency)
                    for layout in layouts.within(room)]
         if not options:
             refused[device.name] = f"memory: no plan of at most {most_devices:,} of them holds weights and cache"
@@ -166,29 +183,30 @@ class _Layouts:
         return self.bytes[plan]
 
 
-def platform_of(device: DeviceSpec, use: UseCase, plan: Plan, efficiencies: Efficiencies) -> Platform:
-    """A device of the catalogue as the ideal passes see it, in a group of a plan."""
+def platform_of(device: DeviceSpec, use: UseCase, plan: Plan, efficiencies: Efficiencies,
+                link_efficiency: float | None = None) -> Platform:
+    """A device of the catalogue as the ideal passes see it, in a group of a plan.
+
+    link_efficiency: of every kind of link, instead of that of `efficiencies` inside a node and those of `SLOW`.
+    """
     ranks, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
     link = device.link_among(max(ranks, 2), ranks)
     between = device.link_among(2, ranks * stages)
-    start_s = SLOW_START_S if link.kind in ("host", "network") else START_S
-    return Platform(device.peak(use.fmt.compute).flops, device.peak("bf16").flops, device.memory_bytes_per_s,
-                    link.bytes_per_s, between.bytes_per_s, start_s, LINK_LATENCY_S, *efficiencies)
+
+    def efficiency(of: Link) -> float:
+        if link_efficiency is not None:
+            return link_efficiency
+        return SLOW[of.kind].efficiency if of.kind in SLOW else efficiencies.link
+
+    return Platform(
+        device.peak(use.fmt.compute).flops, device.peak("bf16").flops, device.memory_bytes_per_s, link.bytes_per_s,
+        between.bytes_per_s, SLOW[link.kind].latency_s if link.kind in SLOW else START_S, LINK_LATENCY_S,
+        efficiencies.compute, efficiencies.memory, efficiency(link),
+        SLOW[between.kind].latency_s if between.kind in SLOW else 0.0, efficiency(between))
 
 
 def _option(use: UseCase, device: DeviceSpec, plan: Plan, held_bytes: float, passes: tuple[Pass, Pass],
-            usable_bytes: float, efficiencies: Efficiencies) -> Option:
-    platform = platform_of(device, use, plan, efficiencies)
-    return Option(plan, *(_seconds(work, platform) for work in passes), held_bytes / usable_bytes)
-
-
-def _seconds(work: Pass, platform: Platform) -> float:
-    """`Pass.seconds` in plain numbers: some thousand of them are asked for."""
-    p = platform
-    flops, moved, is_wide = (np.asarray(x) for x in (work.flops, work.bytes, work.is_wide))
-    arithmetic = flops / (np.where(is_wide, p.wide_flops, p.flops) * p.compute_efficiency)
-    operators = np.maximum(arithmetic, moved / (p.memory_bytes_per_s * p.memory_efficiency))
-    links = (work.starts * p.start_s + (work.hops + work.stage_hops) * p.hop_s
-             + work.wire_bytes / (p.link_bytes_per_s * p.link_efficiency)
-             + work.stage_bytes / (p.stage_bytes_per_s * p.link_efficiency))
-    return float(operators.sum() + links)
+            usable_bytes: float, efficiencies: Efficiencies, link_efficiency: float | None) -> Option:
+    platform = platform_of(device, use, plan, efficiencies, link_efficiency)
+    # In plain numbers: some thousand of them are asked for.
+    return Option(plan, *(float(work.seconds(platform, np).total) for work in passes), held_bytes / usable_bytes)

@@ -29,7 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
                "exit status: 0 done, whether or not a device meets it; 2 an input that cannot be used")
     command.add_argument("scenario", nargs="?", metavar="SCENARIO",
                          help="a file or a shipped name: its model, formats, degrees, mean lengths and limits, and\n"
-                              "max_num_seqs as the batch")
+                              "as the batch what decodes on average on one of its replicas")
     command.add_argument("--model", metavar="M", help="a name of `jaxsim list models`, or the path of a config.json")
     command.add_argument("--use-case", metavar="NAME",
                          help="lengths, beams and limits of one of GenZ's (docs/requirements.md), which other\n"
@@ -39,7 +39,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
     command.add_argument("--batch", type=int, metavar="N", help="requests at once (default: 1, or the scenario's)")
     command.add_argument("--beams", type=int, metavar="N", help="sequences of each request (default: 1)")
     command.add_argument("--prompts", type=int, metavar="N",
-                         help="prompts that one pass computes within the TTFT (default: of the whole batch)")
+                         help="prompts that one pass computes within the TTFT (default: of the whole batch, or\n"
+                              "those that a scenario's max_num_batched_tokens hold)")
     command.add_argument("--separate-prompts", action="store_true",
                          help="every beam holds and reads the prompt's KV itself (default: once a request)")
     command.add_argument("--ttft-ms", type=float, metavar="MS", help="limit of the pass over the prompts")
@@ -54,14 +55,15 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
                          help="experts a pass reads: expected (default), topk (whatever the batch) or all")
     command.add_argument("--compute-efficiency", type=float, metavar="SHARE", help="of peak FLOP/s (default: 0.75)")
     command.add_argument("--memory-efficiency", type=float, metavar="SHARE", help="of peak bandwidth (default: 0.8)")
-    command.add_argument("--link-efficiency", type=float, metavar="SHARE", help="of a link's bandwidth (default: 0.75)")
+    command.add_argument("--link-efficiency", type=float, metavar="SHARE",
+                         help="of a link's bandwidth (default: 0.75; of a device's PCIe 0.5, between nodes 0.72)")
     command.add_argument("--link-share", type=float, default=0.2, metavar="SHARE",
                          help="of each limit, for links where there are any (default: 0.2)")
     command.add_argument("--device", action="append", dest="devices", metavar="NAME",
                          help="look at this device only (repeatable; default: all accelerators of the catalogue)")
     command.add_argument("--most-devices", type=int, default=1024, metavar="N", help="looked for (default: 1024)")
-    command.add_argument("--memory-share", type=float, default=0.9, metavar="SHARE",
-                         help="of a device's memory, for weights and cache (default: 0.9)")
+    command.add_argument("--memory-share", type=float, metavar="SHARE",
+                         help="of a device's memory, for weights and cache (default: 0.9, or the scenario's)")
     command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="values",
                          help="replace a field of the scenario (repeatable)")
     command.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
@@ -81,7 +83,8 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     found = needs(use, efficiencies=efficiencies, link_share=options.link_share)
     one = found if use.plan == Plan() else needs(use.with_plan(Plan()), efficiencies=efficiencies,
                                                  link_share=options.link_share)
-    met = platforms(use, one, options.devices, most_devices=options.most_devices, memory_share=options.memory_share)
+    met = platforms(use, one, options.devices, most_devices=options.most_devices, memory_share=options.memory_share,
+                    link_efficiency=options.link_efficiency)
     line = verdict(met)
     if options.json:
         from jaxsim.planning.command import _plain
@@ -179,6 +182,8 @@ def _print(found: Any, met: Any, line: str) -> None:
     out.print(f"{use.model.name} in {use.fmt.name}: {parameters}")
     out.print(f"{size} of {use.input_tokens:,.0f} + {use.output_tokens:,.0f} tokens, TTFT {number(1e3 * use.ttft_s)}"
               f" ms, TPOT {number(1e3 * use.tpot_s)} ms")
+    for remark in use.remarks:
+        out.print(remark)
     table = Table(box=None, pad_edge=False)
     table.add_column("requirement", no_wrap=True)
     for name in ("alone", "each device", f"all {devices}" if found.num_devices > 1 else "in all"):

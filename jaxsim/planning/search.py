@@ -1,6 +1,5 @@
 """Plan search: enumerate, screen in closed form, simulate the survivors in one batch, rank."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -99,10 +98,7 @@ def search(scenario: Scenario, devices: Sequence[tuple[str, int]], *, attainment
             rows.append(_described(candidate) | screen(candidate, made[number]))
     table = pd.DataFrame(rows)
     if "screened.tpot_ms" not in table:
-        reasons = "; ".join(f"{row['device']} {row['plan']}: {row['refused']}" for row in rows)
-        raise InputError("--devices", [f"{name}:{count}" for name, count in devices], f"no plan can run: {reasons}",
-                         "use more or larger devices, a narrower dtype, a smaller engine.max_model_len, or more of the"
-                         " memory (engine.gpu_memory_utilization)")
+        raise _none_fits(devices, rows)
     chosen = _survivors(table, scenario, top, rank_by)
     progress("simulating", 0, len(chosen))
     table = _simulated(table, [made[k] for k in chosen], chosen, scenario, attainment, workers)
@@ -248,15 +244,27 @@ class _Screen:
 def executors(scenario: Scenario, device: str, num_devices: int) -> list[tuple[Candidate, Executor]]:
     """Every plan on so many devices that fits them, as the closed forms have it; nothing is simulated, or ranked.
 
-    For studies of one set of plans under many loads. Raises `InputError` where the search would.
+    For studies of one set of plans under many loads. Raises `InputError` where the search would, also where not one
+    plan fits.
     """
     _check(scenario, [(device, num_devices)], 0.9, 1, "e2e")
-    found = []
+    found, refused = [], []
     for candidate in candidates(scenario.model.spec(), load_device(device).name, num_devices):
-        # What cannot be cut that way, or does not fit, is not among them.
-        with contextlib.suppress(InputError):
+        try:
             found.append((candidate, _Screen._executor(candidate, _scenario(scenario, candidate))[1]))
+        except InputError as error:
+            # What cannot be cut that way, or does not fit, is not among them.
+            refused.append(_described(candidate) | {"refused": str(error)})
+    if not found:
+        raise _none_fits([(device, num_devices)], refused)
     return found
+
+
+def _none_fits(devices: Sequence[tuple[str, int]], rows: list[dict[str, Any]]) -> InputError:
+    reasons = "; ".join(f"{row['device']} {row['plan']}: {row['refused']}" for row in rows)
+    return InputError("--devices", [f"{name}:{count}" for name, count in devices], f"no plan can run: {reasons}",
+                      "use more or larger devices, a narrower dtype, a smaller engine.max_model_len, or more of the"
+                      " memory (engine.gpu_memory_utilization)")
 
 
 def _survivors(table: pd.DataFrame, scenario: Scenario, top: int, rank_by: RankBy) -> list[int]:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
+from jaxsim._core.precision import enable_x64
 from jaxsim.cost import genz
-from jaxsim.cost.genz import GIB, Machine, decode_work, pass_seconds, prefill_work
+from jaxsim.cost.genz import EXPERTS, GIB, Machine, decode_work, pass_seconds, prefill_work
 from jaxsim.io.figure import FAINT, INK, drawn, heading
 from jaxsim.reproduce.claim import FALLS, RISES, Claim, Reproduction
 from jaxsim.spec.device import load_device
@@ -32,24 +33,43 @@ EXACT, TIGHT = 1e-3, 0.1
 
 # ---- times
 
-SOURCES = ((TESTS, EXACT),) * 4 + ((NOTEBOOKS, EXACT),) * 2 + ((NOTEBOOKS, TIGHT),) * 4
-"""Of `genz.CLAIMS` in order, and the tolerance of their class."""
-
-EXPERTS = Plan(tensor_parallel_size=4, enable_expert_parallel=True)
+SOURCES = (*((TESTS, EXACT),) * 4, (NOTEBOOKS, EXACT), (NOTEBOOKS, None), *((NOTEBOOKS, TIGHT),) * 3, (NOTEBOOKS, None))
+"""Of `genz.CLAIMS` in order, and the tolerance of their class; None of those that a choice of ours was read off."""
 
 
 def mixtral_22b(is_whole_pass: bool = True, **experts: Any) -> float:
     """Milliseconds of a decode of Mixtral-8x22B in fp8 on four H100 with expert parallelism, batch 32."""
-    works = decode_work(load_model("mixtral-8x22b"), EXPERTS, context=0, generated=1, batch=32, dtype="fp8", **experts)
-    found = pass_seconds(works, Machine.named("H100"))
-    return 1e3 * float(found.total if is_whole_pass else found.compute)
+    return 1e3 * float(genz.mixtral_22b("total" if is_whole_pass else "compute", **experts))
+
+
+def time_reasons() -> tuple[str, ...]:
+    """What was chosen for the passes of `genz.CLAIMS`, and what they are without it."""
+    vocab, latency = load_model("llama-3.1-70b").vocab, genz.LINK_LATENCY_S
+    with enable_x64(True):
+        beams = {part: 1e3 * float(genz.beams(part, vocab)) for part in ("total", "communication")}
+        router, link, prompt = (
+            {part: 1e3 * float(genz.mixtral(part, *given)) for part in ("total", "communication")}
+            for given in ((True, genz.A100_LATENCY_S, "hidden"), (True, latency), (False, latency)))
+    llama, slow = (f"vocabulary of {genz.BEAMS_VOCAB:,}, Llama 2's", f"links of {1e6 * genz.A100_LATENCY_S:g} us")
+    off, short = f"with {vocab:,} {{:.5g}}", f"with its default, {1e6 * latency:g} us, {{:.4g}}"
+    sent = "router that sends a number an expert; with the hidden state of the released code {:.4g}, "
+    found = (
+        f"with a {llama}, read off the next row; " + off.format(beams["total"]),
+        f"a {llama}, was read off this row; " + off.format(beams["communication"]),
+        f"with {slow}, read off the prompt's collectives, and a " + (sent + short).format(
+            router["total"], link["total"]),
+        f"with {slow} as above, and a " + (sent + short).format(router["communication"], link["communication"])
+        + "; the router's message was read off this row",
+        f"with {slow}, read off the next row; " + short.format(prompt["total"]),
+        f"{slow} were read off this row; " + short.format(prompt["communication"]))
+    return ("in its binary GB/s",) * 4 + tuple(f"in its binary GB/s, {reason}" for reason in found)
 
 
 def time_claims() -> list[Claim]:
     """Layers and passes with printed times."""
-    found = [_claim(f"{claim.name}, ms", source, float(claim.published_ms), claim.found_ms(), tolerance,
-                    "in its binary GB/s")
-             for claim, (source, tolerance) in zip(genz.CLAIMS, SOURCES, strict=False)]
+    found = [_claim(f"{claim.name}, ms", source, float(claim.published_ms), claim.found_ms(), tolerance, reason)
+             for claim, (source, tolerance), reason in zip(
+                 genz.CLAIMS[:len(SOURCES)], SOURCES, time_reasons(), strict=True)]
     found += [_claim(f"validation error, {name}, %", NOTES, paper, None, None,
                      "the authors' measurements are not public, and its efficiencies are fitted on them; jaxsim's own"
                      " errors on measured runs are in docs/accuracy.md")
@@ -65,7 +85,8 @@ def expert_claims() -> list[Claim]:
     setting = "Mixtral-8x22B, fp8, 4 H100, EP, batch 32"
     return [
         _claim(f"{setting}: TPOT, ms, tokens spread evenly, all to the experts of one chip", NOTES, RISES, (even, one),
-               0.0, "2 experts a token, whatever the batch"),
+               None, "cannot fail: it follows from half an expert read a chip, or two; 2 experts a token, whatever the"
+               " batch"),
         _claim("the same, times longer", NOTES, 3.5, one / even, TIGHT,
                f"of operators alone {alone[1] / alone[0]:.3g}; 169 collectives with 5 us to begin with are"
                f" {even - alone[0]:.2g} ms of both"),
@@ -106,11 +127,6 @@ def held_bytes(model: ModelSpec, context: float) -> float:
     return weight_bytes(model) + model.kv_bytes_per_token(1) * (context + BEAMS * OUTPUT)
 
 
-def terabytes(num_bytes: float) -> float:
-    """GenZ's TB: a million of its MB, which are 2^20 bytes. Source: its notebook of platform requirements."""
-    return num_bytes / 2**20 / 1e6
-
-
 def read_bytes(model: ModelSpec, context: float) -> float:
     """Of a token: active weights and the cache."""
     layer = model.layer_parameters()
@@ -132,11 +148,14 @@ def memory_claims() -> list[Claim]:
         _claim("10T model: KV cache where contexts begin, GB", NOTEBOOKS, 363.8671875,
                model.kv_bytes_per_token(1) * FIRST_TOKENS / GIB, EXACT,
                f"{FIRST_TOKENS:,} tokens, read off GPT-3's cache there"),
-        _claim("10T model at 2M tokens: memory, TB", NOTES, 15.0, terabytes(total), TIGHT,
-               f"TB of a million of its MB; of 10^12 bytes it is {total / 1e12:.1f}, which would miss; with the 12 KV"
-               f" heads that the model has in later versions {terabytes(later):.3g} TB"),
-        _claim("the same, stacks of HBM3e", NOTES, float(STACKS), terabytes(total) / (STACK_GB / 1e3), TIGHT,
-               f"of {STACK_GB:g} GB, as its notebook has them"),
+        _claim("10T model at 2M tokens: memory, TB", NOTES, 15.0, total / 1e12, TIGHT,
+               f"TB of 10^12 bytes; of 2^40 {total / 2**40:.1f}, of a million of 2^20 {total / 2**20 / 1e6:.1f}: GenZ"
+               " counts memory in binary units (GenZ/unit.py, binary_dicts), but lines of its chart have 1,000 GB in a"
+               " TB, so which one is meant is not known. With the 12 KV heads that the model has in later versions"
+               f" {later / 1e12:.3g} TB"),
+        _claim("the same, stacks of HBM3e", NOTES, float(STACKS), total / (STACK_GB * 1e9), None,
+               f"of {STACK_GB:g} GB of 10^9 bytes, {total / (STACK_GB * GIB):.0f} of 2^30; 400 are a line of the chart,"
+               " at 14.4 TB, and hold less than the 15 TB that are asked for"),
         _claim("the same, TPOT from which on capacity binds before bandwidth, ms", NOTES, None, 1e3 * tpot_s, None,
                "said to bind; the TPOT was not published. With the bandwidth that an H200 has for each byte, at its"
                " peak: at a longer TPOT memory for capacity is fast enough")]
@@ -163,11 +182,12 @@ def elasticities() -> dict[str, dict[str, float]]:
     return found
 
 
-def layouts(is_decode: bool) -> dict[str, float]:
-    """Milliseconds of Mixtral-8x22B on four H100, experts cut over them or whole on them."""
+def layouts(is_decode: bool, distinct_experts: str = "topk") -> dict[str, float]:
+    """Milliseconds of Mixtral-8x22B on four H100, experts cut over them or whole on them; of a decode, with as many
+    experts read."""
     model, machine, found = load_model("mixtral-8x22b"), Machine.named("H100", 0.75), {}
     for name, plan in (("TP", Plan(tensor_parallel_size=4)), ("EP", EXPERTS)):
-        works = (decode_work(model, plan, context=4096, batch=BATCH) if is_decode
+        works = (decode_work(model, plan, context=4096, batch=BATCH, distinct_experts=distinct_experts) if is_decode
                  else prefill_work(model, plan, tokens=4096))
         found[name] = 1e3 * float(pass_seconds(works, machine).total)
     return found
@@ -183,20 +203,23 @@ def sensitivity_claims() -> list[Claim]:
     decode, prefill = (tuple(abs(by[name][number]) for number in order) for name, order in (
         ("decode", ("bytes_per_s", "link_latency_s", "link_bytes_per_s", "flops")),
         ("prefill", ("flops", "link_bytes_per_s", "link_latency_s", "bytes_per_s"))))
-    experts = {name: layouts(name == "decode") for name in ("prefill", "decode")}
-    ours = "the setting is ours: Mixtral-8x22B, 4 H100"
+    prompt, decodes = layouts(False), {mode: layouts(True, mode) for mode in ("topk", "expected")}
+    setting_is_ours = "the setting is ours"
+    ours = f"{setting_is_ours}: Mixtral-8x22B, 4 H100"
     return [
         _claim(f"{setting}, decode: elasticity by memory bandwidth, link latency, link bandwidth", NOTES, FALLS,
-               decode[:3], 0.0, f"by jax.grad; by FLOP/s {decode[3]:.2g}"),
+               decode[:3], 0.0, f"{setting_is_ours}; by jax.grad; by FLOP/s {decode[3]:.2g}"),
         _claim(f"{setting}, prefill: elasticity by FLOP/s, link bandwidth, link latency", NOTES, FALLS, prefill[:3],
-               0.0, f"by jax.grad; by memory bandwidth {prefill[3]:.2g}"),
-        _claim("experts of a prefill: TP, then EP, ms", NOTES, FALLS, (experts["prefill"]["TP"],
-                                                                    experts["prefill"]["EP"]), 0.0,
+               0.0, f"{setting_is_ours}; by jax.grad; by memory bandwidth {prefill[3]:.2g}"),
+        _claim("experts of a prefill: TP, then EP, ms", NOTES, FALLS, (prompt["TP"], prompt["EP"]), 0.0,
                f"{ours}, one prompt of 4,096; two exchanges of the 2 copies of every token send twice what an"
                " all-reduce does"),
-        _claim("experts of a decode: EP, then TP, ms", NOTES, FALLS, (experts["decode"]["EP"],
-                                                                   experts["decode"]["TP"]), 0.0,
-               f"{ours}, batch {BATCH}, whole experts on each rank")]
+        *(_claim(f"experts of a decode, {read}: EP, then TP, ms", NOTES, FALLS,
+                 (decodes[mode]["EP"], decodes[mode]["TP"]), None,
+                 f"no setting was published, and the order turns with the experts that a batch reads; {ours}, batch"
+                 f" {BATCH}, {why}")
+          for mode, read, why in (("topk", "2 of them read", "whole experts on each rank, as GenZ counts them"),
+                                  ("expected", "as uniform routing reads them", "physical value: all 8")))]
 
 
 def reproduce(num_seeds: int | None = None) -> Reproduction:
@@ -224,7 +247,7 @@ def _draw_memory(axis: Any) -> None:
     contexts = np.linspace(1e5, 2e6, 40)
     for name, model, colour in (("all heads cached", assistant(), "#D55E00"),
                                 ("12 KV heads", load_model("hypothetical/super-llm-10t-moe"), "#0072B2")):
-        axis.plot(contexts / 1e6, [terabytes(held_bytes(model, c)) for c in contexts], color=colour, label=name)
+        axis.plot(contexts / 1e6, [held_bytes(model, c) / 1e12 for c in contexts], color=colour, label=name)
     for stacks in (128, STACKS):
         axis.axhline(stacks * STACK_GB / 1e3, color=FAINT, linewidth=0.8, linestyle="--")
         axis.annotate(f"{stacks} stacks of HBM3e", (0.1, stacks * STACK_GB / 1e3), va="bottom", fontsize=9, color=FAINT)

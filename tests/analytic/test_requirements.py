@@ -4,15 +4,17 @@ import json
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from scipy.optimize import brentq
 
 import jaxsim
 from jaxsim._core.errors import InputError
-from jaxsim.analytic import ideal
-from jaxsim.analytic.requirements import USUAL, Efficiencies, UseCase, alone, balanced, requirements, use_case_of
-from jaxsim.cost.genz import enable_x64
+from jaxsim._core.precision import enable_x64
+from jaxsim.analytic import ideal, of_scenario, steady_state
+from jaxsim.analytic.requirements import USUAL, Efficiencies, UseCase, alone, balanced, needs, requirements, use_case_of
+from jaxsim.planning.platforms import platforms
 from jaxsim.spec.model import load_model
 from jaxsim.spec.plan import Plan, weight_format
 from jaxsim.spec.scenario import Scenario
@@ -174,14 +176,20 @@ def test_links_take_their_share():
     assert [row.requirement for row in found.rows][3:] == ["link bandwidth, each way", "link latency, at most"]
     for work, limit_s, index in ((found.prefill, 0.2, 0), (found.decode, 0.01, 1)):
         assert found.alone.link_bytes_per_s[index] == pytest.approx(
-            float(work.wire_bytes + work.stage_bytes) / (0.2 * limit_s) / found.efficiencies.link)
-        assert found.alone.hop_s[index] == pytest.approx(0.2 * limit_s / float(work.hops + work.stage_hops))
-    p = found.platform
+            float(work.wire_bytes + work.stage_bytes) / (0.1 * limit_s) / found.efficiencies.link)
+        assert found.alone.hop_s[index] == pytest.approx(0.1 * limit_s / float(work.hops + work.stage_hops))
+        # All of the limit, were links without limit.
+        assert found.alone.flops[index] == pytest.approx(total(work.flops) / limit_s / found.efficiencies.compute)
+        assert found.alone.memory_bytes_per_s[index] == pytest.approx(
+            total(work.bytes) / limit_s / found.efficiencies.memory)
+    p, limits = found.platform, (0.2, 0.01)
     assert p.link_bytes_per_s == max(found.alone.link_bytes_per_s) and p.hop_s == min(found.alone.hop_s)
     for work, spent in ((found.prefill, found.ttft), (found.decode, found.tpot)):
         links_s = float((work.hops + work.stage_hops) * p.hop_s + (work.wire_bytes + work.stage_bytes)
                         / p.link_bytes_per_s / found.efficiencies.link)
         assert spent.links == pytest.approx(links_s)
+        # Bytes and hops together.
+        assert links_s <= 0.2 * limits[work is found.decode] * (1 + 1e-9)
         assert spent.total == pytest.approx(seconds(work, p.flops, p.memory_bytes_per_s, links_s=links_s))
     assert found.rows[1].total == 8 * found.rows[1].per_device
 
@@ -221,6 +229,46 @@ def test_newton_finds_what_is_there():
         assert (min(met) == pytest.approx(1, rel=3e-6)) == found.is_met_by_both
         kinds.append(found.is_met_by_both)
     assert 5 < sum(kinds) < 23
+
+
+def solved(use: UseCase, is_wide: bool):
+    """FLOP/s, bytes/s and whether both limits are met, in 64 bits or 32."""
+    with enable_x64(is_wide):
+        prefill, decode = use.passes()
+        closed = alone(prefill, decode, use.ttft_s, use.tpot_s)
+        least = ideal.Platform(max(closed.flops), max(closed.flops), max(closed.memory_bytes_per_s), 1.0, 1.0, 0.0, 0.0,
+                               *USUAL)
+        assert least.flops.dtype == (jnp.float64 if is_wide else jnp.float32)
+        return [float(x) for x in SOLVE(prefill, decode, use.ttft_s, use.tpot_s, least)]
+
+
+SOLVE = jax.jit(balanced)
+
+
+def test_32_bits_are_those_of_64():
+    """Where both limits can be met, and where one only; 10^15 FLOP/s have no digits to spare in a logarithm."""
+    kinds = []
+    for given in (dict(), dict(batch=64), dict(prompts=1, batch=256), dict(tpot_s=10.0),
+                  dict(input_tokens=30, output_tokens=2000, batch=64),
+                  dict(ttft_s=5.0, input_tokens=100, output_tokens=20, batch=512, prompts=1)):
+        (*wide, is_met), (*narrow, is_met_too) = (solved(case(**given), is_wide) for is_wide in (True, False))
+        assert narrow == pytest.approx(wide, rel=1e-4) and is_met == is_met_too
+        kinds.append(is_met)
+    assert {0.0, 1.0} == set(kinds)
+
+
+@pytest.mark.slow
+def test_derivatives_in_32_bits():
+    slopes = []
+    for is_wide in (True, False):
+        with enable_x64(is_wide):
+            prefill, decode = case(batch=8).passes()
+            closed = alone(prefill, decode, 0.2, 0.01)
+            least = ideal.Platform(max(closed.flops), max(closed.flops), max(closed.memory_bytes_per_s), 1.0, 1.0, 0.0,
+                                   0.0, *USUAL)
+            slopes.append(np.asarray(jax.jit(jax.jacrev(lambda s, *rest: jnp.log(jnp.stack(balanced(
+                *rest[:2], *s, rest[2])[:2]))))(jnp.array([0.2, 0.01]), prefill, decode, least), float))
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-3, abs=1e-2)
 
 
 @pytest.mark.slow
@@ -278,12 +326,47 @@ def test_trillions_of_parameters():
     assert "hypothetical/super-llm-10t-moe" in found.verdict and "384 devices" in found.verdict
 
 
-def test_scenarios():
+@pytest.mark.slow
+def test_a_scenario_that_keeps_its_limits_is_met_by_its_device():
+    """As many requests and prompts as the scenario has at once, not as many as its engine would take."""
     scenario = Scenario.named("default")
     use = use_case_of(scenario)
     assert use.model == scenario.model.spec() and use.plan.tensor_parallel_size == scenario.engine.tensor_parallel_size
-    assert use.tpot_s == scenario.slo.tpot_ms / 1e3 and use.batch == scenario.engine.max_num_seqs
-    assert use_case_of(scenario, batch=3, input_tokens=7.0, output_tokens=2.0).input_tokens == 7.0
+    assert use.tpot_s == scenario.slo.tpot_ms / 1e3 and use.memory_share == 0.9
+    state = steady_state(*of_scenario(scenario))
+    assert state.ttft_s < use.ttft_s and state.tpot_s < use.tpot_s
+    assert use.batch == np.ceil(float(state.running) / 2) < scenario.engine.max_num_seqs
+    # 8,192 tokens an iteration.
+    assert use.prompts == min(np.ceil(8192 / use.input_tokens), use.batch) and use.prompts > 1
+    assert [note.split(":")[0] for note in use.notes] == [
+        "one of 2 replicas", f"batch {use.batch}", f"prompts of a pass {use.prompts}"]
+    met = platforms(use, needs(use), [scenario.device.name])
+    assert met.table["devices"].tolist() == [1]
+
+
+def test_scenarios():
+    scenario = Scenario.named("default")
+    lengths = dict(input_tokens=700.0, output_tokens=2.0)
+    use = use_case_of(scenario, batch=3, **lengths)
+    assert (use.input_tokens, use.batch, use.prompts) == (700.0, 3, 3)
+    # The load is another one.
+    use = use_case_of(scenario.with_values({"engine.max_num_batched_tokens": 1500}), **lengths)
+    assert (use.batch, use.prompts) == (scenario.engine.max_num_seqs, 3) and "load is changed" in use.notes[1]
+    # What others are drawn from has no rate.
+    closed = {"kind": "closed-loop", "concurrency": 4, "num_requests": 40, "input": 100, "output": 20}
+    for values, why in (({"workload": closed}, "no rate"), ({"engine.gpu_memory_utilization": 0.1}, "no closed form")):
+        use = use_case_of(scenario.with_values(values))
+        assert use.batch == scenario.engine.max_num_seqs and why in use.notes[1]
+    assert use.memory_share == 0.1
+    moe = Scenario.named("moe-tensor-parallel").with_values(
+        {"cost.distinct_experts": "all", "slo": {"ttft_ms": 1000, "tpot_ms": 50}})
+    assert use_case_of(moe, batch=4).distinct_experts == "all"
+
+
+def test_contexts_beyond_the_model_are_told():
+    assert case().remarks == ()
+    (remark,) = case(input_tokens=LLAMA.max_position).remarks
+    assert "132,072 tokens are more than the 131,072 positions" in remark
 
 
 @pytest.mark.parametrize("given, field", [
@@ -292,7 +375,7 @@ def test_scenarios():
     (dict(input_tokens=0.5), "input_tokens"), (dict(output_tokens=float("inf")), "output_tokens"),
     (dict(prompts=2), "prompts"),
     (dict(distinct_experts="some"), "distinct_experts"), (dict(dtype="fp7"), "model.dtype"),
-    (dict(kv_dtype="fp7"), "model.kv_dtype"), (dict(link_share=0.5), "link_share"), (dict(link_share=0), "link_share"),
+    (dict(kv_dtype="fp7"), "model.kv_dtype"), (dict(link_share=1), "link_share"), (dict(link_share=0), "link_share"),
     (dict(efficiencies=Efficiencies(compute=1.5)), "compute_efficiency"),
     (dict(efficiencies=Efficiencies(link=0)), "link_efficiency"),
     (dict(plan=Plan(tensor_parallel_size=3)), "engine.tensor_parallel_size"),
@@ -312,3 +395,7 @@ def test_scenarios_that_lack_something_are_refused():
         use_case_of(Scenario.named("prefill-decode"))
     with pytest.raises(InputError, match="model"):
         use_case_of(Scenario.named("fitted-latency"))
+    for field, value in (("hybrid", {}), ("prefill_context_parallel_size", 2)):
+        with pytest.raises(InputError, match=f"engine.{field}"):
+            use_case_of(msgspec.structs.replace(scenario, engine=msgspec.structs.replace(
+                scenario.engine, **{field: value})))

@@ -218,13 +218,6 @@ def test_experts_that_uniform_routing_reads(batch, read):
     assert float(whole["experts_up"].off_chip_bytes) == 8 * 2 * 14336 * 4096 * 2
 
 
-def test_requirements_of_a_use_case():
-    need = genz.platform_requirements(LLAMA, context=2000, ttft_s=1.0, tpot_s=0.01, batch=4, beams=2)
-    assert need.memory_bytes == pytest.approx(2 * 6.738e9 + 8 * 2000 * 524_288, rel=1e-4)
-    assert need.bytes_per_s == pytest.approx(100 * (2 * 6.738e9 + 4 * 2000 * 524_288), rel=1e-4)
-    assert need.flops == pytest.approx(2 * 6.738e9 * 8000 + 4 * 32 * 4096 * 2000 ** 2 * 4, rel=1e-4)
-
-
 # Derivatives
 
 def elasticities(works, machine):
@@ -283,7 +276,6 @@ def test_counts_of_traced_integers_do_not_overflow():
     (lambda: decode_work(LLAMA, Plan(tensor_parallel_size=3), context=10), "engine.tensor_parallel_size"),
     (lambda: genz.collective_seconds("broadcast", 1, 2, Machine.of(1, 1)), "kind"),
     (lambda: genz.speculative_tokens(0, 0.5), "length"),
-    (lambda: genz.platform_requirements(LLAMA, context=1, ttft_s=1, tpot_s=1, dtype="fp7"), "dtype"),
 ])
 def test_errors_name_the_field(call, field):
     with pytest.raises(InputError) as caught:

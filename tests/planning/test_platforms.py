@@ -2,13 +2,15 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from jaxsim import cli
 from jaxsim._core.errors import InputError
+from jaxsim._core.precision import enable_x64
 from jaxsim.analytic.ideal import Pass
-from jaxsim.analytic.requirements import UseCase, needs
-from jaxsim.cost.genz import enable_x64
+from jaxsim.analytic.requirements import USUAL, UseCase, needs
 from jaxsim.planning.platforms import label, platform_of, platforms, worth
 from jaxsim.planning.requirements_command import amount
 from jaxsim.spec.device import load_device
@@ -37,7 +39,7 @@ def brute_force(name: str, most: int, use: UseCase = USE) -> list[tuple[int, flo
             if laid.memory().device_bytes > 0.9 * device.usable_memory_bytes:
                 continue
             with enable_x64(True):
-                platform = platform_of(device, laid, plan, (0.75, 0.8, 0.75))
+                platform = platform_of(device, laid, plan, USUAL)
                 ttft, tpot = (float(Pass.seconds(work, platform).total) for work in laid.passes())
             if ttft <= use.ttft_s and tpot <= use.tpot_s:
                 good.append((ranks * stages, tpot, plan))
@@ -76,6 +78,40 @@ def test_worth_by_resource(found):
     assert counts["memory"] == pytest.approx(found.memory.total_bytes / 80e9)
     assert counts["bandwidth"] == pytest.approx(float(sum(found.decode.bytes)) / 0.8 / USE.tpot_s / 3e12)
     assert counts["compute"] == pytest.approx(float(sum(found.prefill.flops)) / 0.75 / USE.ttft_s / 1e15)
+
+
+def test_a_narrow_type_that_a_device_has_not():
+    """fp8 on an A100: all products run in 16 bits, those that are 16-bit anyway once."""
+    use = UseCase(model=load_model("llama-3.1-8b"), input_tokens=1000, output_tokens=500, ttft_s=0.1, tpot_s=0.025,
+                  dtype="fp8")
+    narrow = needs(use)
+    counts = platforms(use, narrow, ["a100_sxm_80", "h100"]).counts.set_index("device")
+    flops, is_wide = narrow.prefill.flops, np.array(narrow.prefill.is_wide)
+    assert counts.loc["a100_sxm_80", "compute"] == pytest.approx(flops.sum() / 0.1 / 0.75 / 312e12)
+    h100 = load_device("h100")
+    seconds = flops[is_wide].sum() / h100.peak("bf16").flops + flops[~is_wide].sum() / h100.peak("fp8").flops
+    assert counts.loc[h100.name, "compute"] == pytest.approx(seconds / 0.1 / 0.75, rel=1e-3)
+
+
+def test_links_by_their_kind():
+    """NVLink has the efficiency asked for; PCIe and the network theirs, and 20 us before a message, from stage to stage
+    too, unless an efficiency is given for all."""
+    h100, l4 = load_device("h100"), load_device("l4")
+    for device, plan, start_s, share, stage_start_s, stage_share in (
+            (h100, Plan(tensor_parallel_size=4, pipeline_parallel_size=2), 5e-6, 0.75, 0.0, 0.75),
+            (h100, Plan(tensor_parallel_size=8, pipeline_parallel_size=2), 5e-6, 0.75, 20e-6, 0.72),
+            (l4, Plan(tensor_parallel_size=2, pipeline_parallel_size=2), 20e-6, 0.5, 20e-6, 0.5)):
+        p = platform_of(device, USE, plan, USUAL)
+        assert (p.start_s, p.link_efficiency, p.stage_start_s, p.stage_efficiency) == (
+            start_s, share, stage_start_s, stage_share)
+        p = platform_of(device, USE, plan, USUAL, 0.6)
+        assert p.link_efficiency == p.stage_efficiency == 0.6 and p.stage_start_s == stage_start_s
+    laid = USE.with_plan(Plan(tensor_parallel_size=8, pipeline_parallel_size=2))
+    with enable_x64(True):
+        decode = jax.tree.map(np.asarray, laid.passes()[1])
+    near, far = (platform_of(h100, laid, Plan(tensor_parallel_size=8, pipeline_parallel_size=n), USUAL) for n in (1, 2))
+    more = 20e-6 + float(decode.stage_bytes) * (1 / far.stage_bytes_per_s / 0.72 - 1 / near.stage_bytes_per_s / 0.75)
+    assert decode.seconds(far, np).links - decode.seconds(near, np).links == pytest.approx(more, rel=1e-5)
 
 
 @pytest.mark.parametrize("given, field", [
@@ -130,7 +166,7 @@ def test_use_cases_are_changed_by_other_options(capsys):
     ((*OPTIONS, "--beams", "-1"), "beams = -1"),
     ((*OPTIONS, "--tpot-ms", "-1"), "tpot_ms = -1.0: is no limit; give milliseconds above 0"),
     ((*OPTIONS, "--set", "slo.ttft_ms=1"), "--set = 'slo.ttft_ms': has no scenario to change"),
-    ((*OPTIONS, "--link-share", "0.6"), "link_share = 0.6: is out of range; give a share above 0, below 0.5"),
+    ((*OPTIONS, "--link-share", "1"), "link_share = 1.0: is out of range; give a share above 0, below 1"),
     ((*OPTIONS, "--tensor-parallel-size", "0"), "engine.tensor_parallel_size = 0"),
     ((*OPTIONS, "--enable-expert-parallel"), "has no experts"),
     ((*OPTIONS, "--device", "h1000"), "device.name = 'h1000': is not in the catalogue"),

@@ -161,6 +161,12 @@ def test_mistakes(capsys, arguments, says):
     assert re.search(says, refused(capsys, *arguments))
 
 
+def test_executors_of_what_does_not_fit():
+    base = Scenario.from_dict(BASE).with_values({"model.name": "llama-3.1-70b"})
+    with pytest.raises(InputError, match="no plan can run: l4 TP1: "):
+        searching.executors(base, "l4", 1)
+
+
 def test_no_plan_fits(capsys):
     """Every refusal is shown."""
     err = refused(capsys, "--model", "llama-3.1-70b", "--devices", "l4:2")
