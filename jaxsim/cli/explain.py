@@ -65,7 +65,8 @@ def _lanes(scenario: Any, system: Any, context: int) -> dict[str, Any]:
     s, cost = system.scheduler, scenario.cost
     model = roofline(system.model, system.device, system.plan, scenario.dtype, scenario.kv_dtype,
                      host=cost.host or s.host, distinct_experts=cost.distinct_experts,
-                     moe_backend=scenario.engine.moe_backend, **cost.overrides)
+                     moe_backend=scenario.engine.moe_backend, split_kv=cost.split_kv, expert_load=cost.expert_load,
+                     **cost.overrides)
     most = s.max_batch_seqs
     batches = [1 << i for i in range(most.bit_length())]
     batches += [most] if batches[-1] != most else []
