@@ -1,10 +1,10 @@
 """Contexts cut over ranks: prompts in a ring (prefill context parallelism), KV caches by tokens (decode context
 parallelism).
 
-    Ring       C ranks hold 1/C of a chunk's tokens each. Block by block the keys pass round: a rank attends to one and
-               sends it on meanwhile.
+    Ring       C ranks hold 1/C of a chunk's tokens each. Block by block the keys of these pass round: a rank attends to
+               one and sends it on meanwhile.
                tokens of a rank    2 ceil(n / 2C)        causal pairs of a rank    pairs / C
-               attention           a + (C - 1) max(latency + keys bytes / (C link eta) - a / C, 0) a layer
+               attention           a + (C - 1) max(latency + n bytes / (C link eta) - a / C, 0) a layer
     KvShards   D ranks that would hold the same KV heads hold 1/D of the tokens each. In decode they gather the queries
                of all their heads, attend to their own tokens, and scatter the sums back, with the weights of each.
                a layer    gather(queries) + gather(log-sum-exps) + scatter(outputs);  context / D, heads x D
@@ -16,8 +16,9 @@ for a rank's own tokens; decodes are computed by every context rank alike, each 
 Source: ring attention (arXiv 2310.01889), zig-zag as in Llama 3 (arXiv 2407.21783); vLLM,
 docs/serving/context_parallel_deployment.md, for decode context parallelism, its bound tensor ranks / KV heads and the
 replicated cache of prefill context parallelism (vLLM-Ascend cuts that too, which is not simulated). Approximated: all
-chunks of an iteration are cut as one, so that only the whole is padded; with KvShards, what chunks read of the cache is
-gathered at the speed of the link, without latency.
+chunks of an iteration are cut as one, so that only the whole is padded; attention to what all ranks have in their
+caches, of which nothing is sent, is spread evenly over the blocks and hides their messages too; with KvShards, what
+chunks read of the cache is gathered at the speed of the link, without latency.
 """
 
 import equinox as eqx
@@ -27,9 +28,18 @@ from jaxtyping import Array, Float, Int
 from jaxsim.cost.base import BatchStats
 from jaxsim.cost.collectives import Nccl
 from jaxsim.cost.two_level import TwoLevel
+from jaxsim.spec.model import ModelSpec
 
 LSE_BYTES = 4
 """Of the log-sum-exp of a head, in float32."""
+
+
+def merged_numbers(model: ModelSpec) -> tuple[int, int]:
+    """Of a head and a token, numbers of the query that goes to the holders of a cache, and of the partial output that
+    comes back. MLA attends absorbed: to latents, of which its outputs are sums."""
+    if model.is_mla:
+        return model.kv_lora_rank + model.qk_rope_head_dim, model.kv_lora_rank
+    return model.head_dim, model.head_dim
 
 
 class Ring(eqx.Module):
@@ -57,10 +67,11 @@ class Ring(eqx.Module):
         return eqx.tree_at(lambda s: (s.prefill_tokens, s.prefill_pairs), stats,
                            (tokens, stats.prefill_pairs / self.ranks))
 
-    def more_seconds(self, attention_s: Float[Array, ""], keys: Int[Array, ""]) -> Float[Array, ""]:
-        """What the ring adds to a rank's attention of `attention_s` to chunks that end with `keys` tokens together."""
+    def more_seconds(self, attention_s: Float[Array, ""], tokens: Int[Array, ""]) -> Float[Array, ""]:
+        """What the ring adds to a rank's attention of `attention_s` to chunks of so many tokens on all ranks together:
+        theirs alone go round, those before them are in the cache of every rank."""
         ranks = self.ranks.astype(attention_s.dtype)
-        send_s = self.layers * (self.latency_s + keys / ranks * self.key_s)
+        send_s = self.layers * (self.latency_s + tokens / ranks * self.key_s)
         return (ranks - 1) * (jnp.maximum(send_s - attention_s / ranks, 0.0) + self.floor_s)
 
 

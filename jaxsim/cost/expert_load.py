@@ -68,9 +68,9 @@ def rebalance(weight: Float[np.ndarray, "layers experts"], copies: int, ranks: i
     """Which expert each place of all ranks holds, `copies / ranks` places a rank, in order of ranks.
 
     weight: tokens of every expert; copies: places, redundant ones included; groups: of experts, kept in a node where
-    nodes divide them.
+    nodes divide them, the ranks and the places.
     """
-    if groups % nodes:
+    if groups % nodes or ranks % nodes or copies % nodes:
         nodes = groups = 1
     experts = weight.shape[1]
     size = experts // groups
@@ -101,6 +101,7 @@ def _replicated(loads: Float[np.ndarray, " experts"], members: Int[np.ndarray, "
 def _packed(weights: Float[np.ndarray, " items"], packs: int) -> list[list[int]]:
     """Items in as many packs of the same number: the heaviest first, each to the lightest pack that has room."""
     room = len(weights) // packs
+    assert room * packs == len(weights), (len(weights), packs)
     if room == 1:
         return [[item] for item in range(packs)]
     found: list[list[int]] = [[] for _ in range(packs)]

@@ -83,9 +83,8 @@ class Work(NamedTuple):
 
 
 def sends_tokens(plan: Plan) -> bool:
-    """Whether each token is sent to the ranks of its experts, and only there."""
-    groups = plan.data_parallel_size * plan.prefill_context_parallel_size
-    return plan.all_to_all and plan.enable_expert_parallel and groups > 1
+    """Whether each token is sent to the ranks of its experts, and only there (`Plan.sends_tokens`)."""
+    return plan.sends_tokens
 
 
 def distinct_experts(model: ModelSpec, tokens: Float[Array, " counts"], mode: str = EXPECTED,
@@ -162,12 +161,15 @@ def _expert_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, m, mode: str, 
     weights = 1.0 * matrices * d * rank.moe_ffn * fmt.expert_bytes * distinct
     load = ExpertLoad(together, pairs, {rows: expected_blocks(pairs, distinct, rows) for rows in EXPERT_ROWS}, weights,
                       model.experts_per_token, rank.num_experts, d, rank.moe_ffn, model.gated, a, row_tokens)
-    work = [_gemm("router", calls, m, d, model.experts, fmt.other_bytes, a, is_linear=False),
+    tp = plan.tensor_parallel_size
+    # Where tokens are sent, tensor-parallel ranks have a share of them each, and all of the shared experts.
+    own, cuts = (jnp.ceil(m / tp), 1) if sends_tokens(plan) else (m, tp)
+    work = [_gemm("router", calls, own, d, model.experts, fmt.other_bytes, a, is_linear=False),
             Work("experts", EXPERTS, calls, EXPERT_KERNELS, flops=one * pairs, weight_bytes=weights,
                  activation_bytes=pairs * (2 * d + matrices * rank.moe_ffn) * a, load=load)]
     if model.shared_experts:
-        inner = model.shared_experts * model.moe_ffn // plan.tensor_parallel_size
-        work += _ffn("shared_expert", calls, m, d, inner, model.gated, fmt.linear_bytes, a)
+        inner = model.shared_experts * model.moe_ffn // cuts
+        work += _ffn("shared_expert", calls, own, d, inner, model.gated, fmt.linear_bytes, a)
     if ranks > 1:
         if sends_tokens(plan) and plan.deep_ep:
             sent, group = m * d / plan.tensor_parallel_size, plan.expert_ranks
@@ -216,7 +218,8 @@ def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Ar
     if model.num_moe_layers:
         work += _expert_work(model, plan, fmt, m, distinct, skew, routing, placed)
     if tp > 1:
-        # One for the embedding, two a layer; where tokens are sent to their experts, these combine on the way back.
+        # One for the embedding, two a layer; where tokens are sent to their experts, their sums are made on the
+        # way back.
         exchanged = model.num_moe_layers if sends_tokens(plan) else 0
         reduced = 2 * model.layers + 1 - exchanged
         if plan.enable_sequence_parallelism:
@@ -226,6 +229,10 @@ def token_work(model: ModelSpec, plan: Plan, fmt: WeightFormat, tokens: Float[Ar
                      Work("sequence_gather", ALL_GATHER, reduced, 1, message_bytes=padded, ranks=tp)]
         else:
             work.append(Work("all_reduce", ALL_REDUCE, reduced, 1, message_bytes=m * d * a, ranks=tp))
+            if exchanged:
+                # Each has its share of them back from the experts; attention takes all.
+                work.append(Work("expert_output_gather", ALL_GATHER, exchanged, 1,
+                                 message_bytes=jnp.ceil(m / tp) * tp * d * a, ranks=tp))
     if plan.pipeline_parallel_size > 1:
         # Hidden state and residual.
         work.append(Work("stage_hop", HOP, plan.pipeline_parallel_size - 1, 1, message_bytes=2 * m * d * a,

@@ -23,7 +23,7 @@ from jaxsim.cost import operators
 from jaxsim.cost.attention import AttentionShape, Decode, Latent, LatentShape, Prefill, Tail
 from jaxsim.cost.base import BatchStats
 from jaxsim.cost.collectives import CUSTOM_RANKS, CustomAllReduce, Hop, Nccl, over_network, over_pcie
-from jaxsim.cost.context_parallel import KvShards, Ring
+from jaxsim.cost.context_parallel import KvShards, Ring, merged_numbers
 from jaxsim.cost.expert_load import Routing, balanced_share
 from jaxsim.cost.gemm import Experts, Gemm
 from jaxsim.cost.operators import AttentionWork, Work
@@ -247,10 +247,8 @@ class Roofline(eqx.Module):
         ranks, model, rates = self.shards.ranks, self.model, self.rates()
         kernel, shape = self.latent or self.decode, self.attention_shape()
         shape = shape._replace(heads=shape.heads * ranks)
-        query, value = ((model.kv_lora_rank + model.qk_rope_head_dim, model.kv_lora_rank) if model.is_mla
-                        else (model.head_dim, model.head_dim))
         fixed = kernel.fixed_seconds(shape, sequences, rates) + self.shards.decode_seconds(
-            sequences, shape.heads, query, value, self.weights.activation_bytes)
+            sequences, shape.heads, *merged_numbers(model), self.weights.activation_bytes)
         slope = kernel.slope(shape, sequences, rates)
         saved = slope - kernel.slope(shape, sequences, rates._replace(bytes_per_s=jnp.asarray(UNLIMITED, float)))
         return (model.layers * fixed, model.layers * slope / ranks, 0 * slope, model.layers * saved / ranks)
@@ -414,14 +412,16 @@ class Roofline(eqx.Module):
         attention takes without contexts, "attention_decode" what decodes add, "attention_prefill" what prompt chunks
         add.
         """
-        stats = self._of_rank(stats)
-        works, attention = self._of(stats, cuda_graphs)
+        own = self._of_rank(stats)
+        works, attention = self._of(own, cuda_graphs, stats.prefill_tokens)
         return {w.name: w.calls * self.call_seconds(w) for w in works} | attention
 
     def _of_rank(self, stats: BatchStats) -> BatchStats:
         return stats if self.ring is None else self.ring.of_rank(stats)
 
-    def _of(self, stats: BatchStats, cuda_graphs: bool | str) -> tuple[list[Work], dict[str, Array]]:
+    def _of(self, stats: BatchStats, cuda_graphs: bool | str, new: Int[Array, ""]
+            ) -> tuple[list[Work], dict[str, Array]]:
+        """new: tokens of the chunks on all context-parallel ranks; `stats` are of one."""
         num_decode, is_mixed = float(stats.num_decode), int(stats.num_prefill) > 0
         sampled = float(stats.num_sampled) if is_mixed else num_decode
         tokens = num_decode + float(stats.prefill_tokens)
@@ -446,7 +446,7 @@ class Roofline(eqx.Module):
         if tail is not None:
             both = both + tail.beside(stats.num_decode, stats.decode_context, stats.longest_context,
                                       stats.num_prefill, stats.prefill_context)
-        ring = {} if self.ring is None else {"attention_ring": self.ring.more_seconds(alone, stats.prefill_context)}
+        ring = {} if self.ring is None else {"attention_ring": self.ring.more_seconds(alone, new)}
         apart = self._beside(decodes) + coefficients[0, attend.APART] * (full * context + windowed * inside)
         return works, {"attention_floor": self.chunk_floor_s, "attention_prefill": alone,
                        "attention_decode": both - alone + apart} | ring
@@ -454,8 +454,8 @@ class Roofline(eqx.Module):
     def explain(self, stats: BatchStats, *, cuda_graphs: bool | str = True, async_scheduling: bool = False
                 ) -> StepCost:
         """Seconds of one iteration by operator and lane, evaluated directly (no tables), as plain numbers."""
-        stats = self._of_rank(stats)
-        works, attention = self._of(stats, cuda_graphs)
+        new, stats = stats.prefill_tokens, self._of_rank(stats)
+        works, attention = self._of(stats, cuda_graphs, new)
         costs = [self._explain(work) for work in works] + self._explain_attention(stats, attention)
         device = sum(c.seconds for c in costs)
         launch, mixed, serial = (float(x) for x in self.host_seconds(
@@ -747,6 +747,7 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
     it where the plan has one, or "worst".
     """
     plan = (plan or Plan()).check(model)
+    _check_effects(model, plan, split_kv, expert_load)
     fmt = weight_format(dtype, model)
     for field, value, known in (
             ("host", host, HOSTS), ("distinct_experts", distinct_experts, operators.DISTINCT_EXPERTS),
@@ -775,6 +776,19 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
         plan=plan, weights=fmt, kv_bytes=kv_cache_bytes(kv_dtype, dtype, model), distinct_experts=distinct_experts,
         expert_load=expert_load)
     return _overridden(cost, numbers, overrides)
+
+
+def _check_effects(model: ModelSpec, plan: Plan, split_kv: bool, expert_load: str) -> None:
+    """Refuse what would change nothing. Raises `InputError`."""
+    if split_kv and model.is_mla:
+        raise InputError("cost.split_kv", True, f"has no effect with model.name = {model.name!r}: the kernel of its"
+                         " latent attention is another", "leave it out")
+    if expert_load != "balanced" and not model.experts:
+        raise InputError("cost.expert_load", expert_load, f"has no effect with model.name = {model.name!r}, which has"
+                         " no experts", "leave it out")
+    if plan.enable_eplb and expert_load != "skewed":
+        raise InputError("engine.enable_eplb", True, f"has no effect with cost.expert_load = {expert_load!r}: there is"
+                         " nothing, or no way, to balance", "set cost.expert_load = 'skewed', or leave it out")
 
 
 def _placed(model: ModelSpec, device: DeviceSpec, plan: Plan, skew: float) -> dict:

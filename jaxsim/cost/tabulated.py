@@ -215,6 +215,7 @@ class TabulatedCost(AbstractTables):
 
     def own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
         """Device seconds without what ranks do together."""
+        new = stats.prefill_tokens
         if self.ring is not None:
             stats = self.ring.of_rank(stats)
         row = self.row(stats.num_decode)
@@ -225,7 +226,7 @@ class TabulatedCost(AbstractTables):
         mixed = (octaves.look_up(TOKENS, self.by_tokens, stats.prefill_tokens + stats.num_decode)
                  + octaves.look_up(SAMPLED, self.by_sampled, stats.num_sampled) + self.chunk_attention(stats))
         if self.ring is not None:
-            mixed = mixed + self.ring.more_seconds(self._chunks_alone(stats), stats.prefill_context)
+            mixed = mixed + self.ring.more_seconds(self._chunks_alone(stats), new)
         return jnp.where(stats.num_prefill == 0, decode, mixed)
 
     def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,

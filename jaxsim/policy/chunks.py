@@ -3,9 +3,6 @@
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
-MOST_TOKENS = (1 << 20) - 1
-"""Of a chunk that is looked for."""
-
 
 class Chunks(eqx.Module):
     """The time that an iteration with a prompt may take, in seconds, and the least tokens of a chunk.

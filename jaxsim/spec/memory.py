@@ -211,9 +211,11 @@ def rank_weight_bytes(model: ModelSpec, plan: Plan | None = None, fmt: WeightFor
     layer = model.layer_parameters(tp)
     experts = model.layer_parameters(plan.expert_group, plan.expert_ranks).experts * plan.expert_copies(model)
     moe = layers * model.num_moe_layers / model.layers
+    # Copied where each of these ranks has tokens of its own.
+    shared = model.layer_parameters(1 if plan.sends_tokens else tp).shared
     total = layers * (layer.attention * fmt.linear_bytes + layer.norms * fmt.other_bytes)
     total += (layers - moe) * layer.dense_ffn * fmt.linear_bytes
-    total += moe * (experts * fmt.expert_bytes + layer.shared * fmt.linear_bytes
+    total += moe * (experts * fmt.expert_bytes + shared * fmt.linear_bytes
                     + layer.router * fmt.other_bytes)
     first, last = stage == 0, stage == stages - 1
     head = 0 if model.tie_embeddings and first else model.vocab * model.hidden

@@ -130,6 +130,17 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Ranks over which whole experts are spread; 1 where each expert is cut."""
         return self.expert_group if self.enable_expert_parallel else 1
 
+    @property
+    def sends_tokens(self) -> bool:
+        """Whether each token is sent to the ranks of its experts, and only there.
+
+        Tensor-parallel ranks then have a share of the tokens each, from the router to the combine; shared experts are
+        copied, and hidden states are gathered after it. Source: vllm-project/vllm from 0.11 (pull request 24134),
+        `use_sequence_parallel_moe`, which asks for data-parallel ranks, as is taken to hold for context ranks too.
+        """
+        groups = self.data_parallel_size * self.prefill_context_parallel_size
+        return self.all_to_all and self.enable_expert_parallel and groups > 1
+
     def ranks_in_step(self, model: ModelSpec) -> int:
         """Data-parallel ranks that iterate together, around experts that they share; 1 where each is by itself."""
         return self.data_parallel_size if model.experts else 1

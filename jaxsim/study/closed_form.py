@@ -26,7 +26,8 @@ def closed_form(study: Study) -> tuple[pd.DataFrame, int]:
     wrong.
 
     Columns: the point's fields; plan; devices; refused; ttft_ms, tpot_ms, e2e_ms, `STATE`, is_stable at the point's
-    rate; rate_within_limits: requests/s up to which means keep [slo], and at it tokens/s and dollars a million of them.
+    rate; kv_tokens: KV capacity of one replica, of all its ranks; rate_within_limits: requests/s up to which means keep
+    [slo], and at it tokens/s and dollars a million of them.
     """
     points, base = list(study.points()), study.base_tree()
     if not points:

@@ -244,6 +244,7 @@ class Lanes:
         lower.check_counters(dims, [self.workload(scenario, seed) for seed in scenario.seeds])
         for seed in scenario.seeds:
             lower.check_sums(dims, system, self.workload(scenario, seed))
+        self._check_target(scenario, system)
         statics = tuple(getattr(s, name) for name in s.__struct_fields__
                         if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS)
         key = (statics, s.decode_context_limit is not None, scenario.cluster.router,
@@ -257,6 +258,15 @@ class Lanes:
                dataclasses.replace(dims, num_slots=0))
         schedulers = tuple(pool.system.scheduler for pool in system.pools) or (s,)
         return Shape(key, dims.num_requests, dims.num_slots, schedulers, longest, output, work, requests, dims, last_s)
+
+    def _check_target(self, scenario: Scenario, system: lower.System) -> None:
+        """Here, where a point is refused alone, and not with those that share its program. Raises `InputError`."""
+        if scenario.engine.target_batch_time_ms is None:
+            return
+        key = _bytes("target", self._system_key(scenario), scenario.cost)
+        # Tables of a few sequences: what is asked of them is a chunk alone.
+        self._kinds.get(key, lambda: lower.check_target(scenario, lower.make_cost(
+            scenario, system, 8, 64, max_tokens=scenario.engine.min_chunk_tokens)))
 
     def _cost_kind(self, scenario: Scenario, system: lower.System) -> Hashable:
         """The structure of the cost tables, apart from their sizes."""
@@ -317,7 +327,6 @@ class Lanes:
             slots, tokens, longest)
         cost = self._costs.get(key, lambda: jax.device_get(
             lower.make_cost(scenario, system, slots, longest, max_tokens=tokens)))
-        lower.check_target(scenario, cost)
         w = scenario.workload
         closed = (w.concurrency, w.think_s) if w.kind == "closed-loop" else None
         key = *key, _bytes(scenario.cluster, closed, w.has_sessions, w.client, w.has_deadlines, w.images)

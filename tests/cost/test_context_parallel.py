@@ -53,6 +53,20 @@ def test_a_ring_waits_for_the_slower_of_attention_and_link():
         assert found == pytest.approx(total, rel=1e-5)
 
 
+def test_the_keys_of_a_history_do_not_travel():
+    """Every rank has them: a small chunk behind a long history costs what it does with free links, but for latency."""
+    cost = roofline(LLAMA, H100, Plan(tensor_parallel_size=8, prefill_context_parallel_size=2))
+    made = cost.tables(8192, 8)
+    free = eqx.tree_at(lambda t: t.ring.key_s, made, 0.0 * made.ring.key_s)
+    behind, alone = prompt(64, 500_000), prompt(4096)
+    assert float(made.device_seconds(behind)) == pytest.approx(float(free.device_seconds(behind)), rel=1e-3)
+    assert float(made.device_seconds(alone)) > float(free.device_seconds(alone))
+    # As their own keys alone: all of the history would take more than a tenth of a second.
+    assert float(made.ring.layers * made.ring.key_s) * 500_000 > 0.1
+    assert sum(map(float, cost.operator_seconds(behind).values())) == pytest.approx(
+        float(made.device_seconds(behind)), rel=1e-3)
+
+
 def prompt(tokens: int, history: int = 0) -> BatchStats:
     return BatchStats.of(0, 0, 1, tokens, history + tokens, float((history + tokens) ** 2 - history**2))
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsim._core.errors import InputError
 from jaxsim.cost.expert_load import (
     balanced_share,
     busiest_pairs,
@@ -38,6 +39,20 @@ def test_groups_that_nodes_do_not_divide_are_left_alone():
     plain, more = (rank_loads(weight, rebalance(weight, 60 + r, 12, 5, 4), 12).max(axis=1) / 5 for r in (0, 24))
     assert all(set(row) == set(range(60)) for row in rebalance(weight, 84, 12, 5, 4))
     assert more.mean() < 0.9 * plain.mean() and more.mean() >= 1
+
+
+def test_ranks_that_nodes_do_not_divide_are_balanced_as_one():
+    """Nine ranks on nodes of eight: over all of them, though two nodes would divide the groups."""
+    weight = popularities(72, 1.0, layers=8)
+    for redundant in (0, 9):
+        found = rebalance(weight, 72 + redundant, 9, 2, 8)
+        assert found.tolist() == rebalance(weight, 72 + redundant, 9).tolist()
+        assert all(set(row) == set(range(72)) for row in found)
+    # Places that they do not divide, of ranks that they do.
+    assert rebalance(weight, 80, 16, 5, 5).shape == (8, 80)
+    odd = rebalance(weight[:, :35], 35, 5, 2, 1)
+    assert all(set(row) == set(range(35)) for row in odd)
+    assert balanced_share(72, 0, 9, 2, 8, 1.0) == balanced_share(72, 0, 9, 1, 1, 1.0)
 
 
 def drawn(pairs: float, ranks: int, local: int, skew: float, trials: int = 400) -> float:
@@ -110,3 +125,19 @@ def test_loads_of_a_plan():
     assert load_of(widest).local_experts == 1
     cost = roofline(load_model("deepseek-v3"), load_device("h100"), balanced, expert_load="skewed")
     assert 1 < float(cost.expert_share) < 1.1 and float(cost.expert_spread) < 0.5
+
+
+DEEPSEEK = load_model("deepseek-v3").name
+
+
+@pytest.mark.parametrize("model, engine, more, field, other", [
+    ("deepseek-v3", {"enable_eplb": True}, {}, "engine.enable_eplb", "cost.expert_load = 'balanced'"),
+    ("deepseek-v3", {"enable_eplb": True}, {"expert_load": "worst"}, "engine.enable_eplb",
+     "cost.expert_load = 'worst'"),
+    ("llama-3.1-8b", {}, {"expert_load": "skewed"}, "cost.expert_load", "model.name = 'meta-llama/Llama-3.1-8B'"),
+    ("deepseek-v3", {}, {"split_kv": True}, "cost.split_kv", f"model.name = {DEEPSEEK!r}")])
+def test_what_changes_nothing_is_refused(model, engine, more, field, other):
+    plan = Plan(data_parallel_size=32, enable_expert_parallel=load_model(model).experts > 0, all_to_all=True, **engine)
+    with pytest.raises(InputError) as refusal:
+        roofline(load_model(model), load_device("h100"), plan, **more)
+    assert refusal.value.field == field and f"has no effect with {other}" in str(refusal.value)

@@ -10,6 +10,7 @@ from jaxsim.cost.base import BatchStats
 from jaxsim.cost.operators import attention_work, distinct_experts, head_work, token_work
 from jaxsim.cost.roofline import roofline
 from jaxsim.spec.device import load_device
+from jaxsim.spec.memory import rank_weight_bytes
 from jaxsim.spec.model import ModelSpec, load_model
 from jaxsim.spec.plan import Plan, weight_format
 
@@ -104,6 +105,24 @@ def test_expert_parallelism_exchanges_tokens():
     assert float(works["experts"].weight_bytes) == pytest.approx(float(alone["experts"].weight_bytes) / 8)
     # The busiest rank carries more than its share.
     assert float(works["experts"].flops) > float(alone["experts"].flops) / 8
+
+
+def test_tensor_ranks_send_a_share_of_the_tokens_each():
+    """From 32 tokens eight for each of four: router and shared experts, which are whole, are for these; what comes back
+    is gathered once in each of 58 layers, in place of an all-reduce. Sequence parallelism gathers by itself."""
+    model = load_model("deepseek-v3")
+    plan = Plan(tensor_parallel_size=4, data_parallel_size=8, enable_expert_parallel=True, all_to_all=True)
+    works = {w.name: w for w in all_work(model, plan, 30.0)}
+    assert works["all_reduce"].calls == 2 * 61 + 1 - 58
+    gather = works["expert_output_gather"]
+    assert (gather.kind, gather.calls, gather.ranks) == ("all_gather", 58, 4) and not gather.is_exchange
+    assert float(gather.message_bytes) == 32 * 7168 * 2
+    assert float(works["router"].flops) == 2 * 7168 * 256 * 8
+    assert float(works["shared_expert_up"].flops) == 2 * 7168 * 2 * 2048 * 8
+    whole, cut = (rank_weight_bytes(model, p) for p in (plan, msgspec.structs.replace(plan, all_to_all=False)))
+    assert whole - cut == pytest.approx(58 * 3 * 7168 * 2048 * 3 / 4)
+    more = {w.name: w for w in all_work(model, msgspec.structs.replace(plan, enable_sequence_parallelism=True), 30.0)}
+    assert "expert_output_gather" not in more and more["sequence_gather"].calls == 2 * 61 + 1 - 58
 
 
 def test_skewed_experts():

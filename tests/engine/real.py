@@ -124,7 +124,8 @@ def exact_lanes(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], tu
         tokens = s.prefill_tokens if ranks == 1 else 2 * -(-s.prefill_tokens // (2 * ranks))
         own = replace(s, prefill_tokens=tokens, prefill_pairs=s.prefill_pairs / ranks)
         step_s = sum(chunks(c, replace(own, num_decode=0), 0) for c in attention) / ranks
-        send_s = layers * (latency_s + s.prefill_context / ranks * key_s)
+        # What the chunks bring; each rank has the rest of their contexts.
+        send_s = layers * (latency_s + s.prefill_tokens / ranks * key_s)
         return own, (ranks - 1) * (max(step_s, send_s) - step_s + floor_s)
 
     def chunks(c: np.ndarray, s: simulator.BatchStatsRef, context: float) -> float:

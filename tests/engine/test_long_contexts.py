@@ -12,10 +12,14 @@ from jaxsim import InputError, Scenario
 from jaxsim.analytic import long_context as lc
 from jaxsim.analytic.lower import of_scenario
 from jaxsim.engine import loop, lower
+from jaxsim.engine.lower.long_contexts import make_kv_parallel
 from jaxsim.policy.chunks import Chunks
 from jaxsim.policy.kv_parallel import KvParallel
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.model import load_model
+from jaxsim.study.lanes import Lanes
+from jaxsim.study.plan import plan
+from jaxsim.study.study import Study
 from jaxsim.workload import Workload
 from tests.engine import cases as c
 from tests.engine import test_compiled
@@ -275,14 +279,33 @@ FITTED = {"kind": "fitted", "prefill": {"a": 0.01}, "decode": {"a": 0.01}}
     (GROUPS | {"pipeline_parallel_size": 2}, {"cluster": {"num_devices": 60}}, "engine.kv_parallel_size",
      "needs 64 devices (4 KV groups x 2 pipeline stages x 8 tensor-parallel ranks), and there are 60"),
     ({}, {"cluster": {"num_devices": 4}}, "cluster.num_devices", "needs 8 devices"),
+    ({"prefill_context_parallel_size": 2, "tensor_parallel_size": 4}, {"cluster": {"num_devices": 7}},
+     "cluster.num_devices", "needs 8 devices (2 prefill context-parallel groups x 4 tensor-parallel ranks)"),
+    (GROUPS | {"num_gpu_blocks_override": 4 * 6249, "max_model_len": 200_000}, {}, "engine.kv_parallel_tokens",
+     "24,996 KV blocks of 16 tokens are 99,984 tokens on each of 4 groups"),
+    (GROUPS | {"kv_parallel_tokens": 1 << 24, "max_model_len": 8_000_000, "gpu_memory_utilization": 0.5},
+     {"model": {"name": "llama-3-8b", "max_position": 8_000_000}}, "engine.kv_parallel_tokens", "more than a group"),
+    (TARGET | {"scheduling_policy": "least_slack", "slack_output_ms": 20.0}, {
+        "slo": {"e2e_ms": 1000.0}, "workload": LONG["workload"] | {"prediction": {"sigma": 0.0}}},
+     "engine.scheduling_policy", "target_batch_time_ms"),
     ({"target_batch_time_ms": 9.0}, {"cost": FITTED}, "engine.target_batch_time_ms",
      "less than the 10 ms of an iteration of 1 prompt token and nothing else"),
-    (GROUPS, {"model": {"name": "mistral-7b"}}, "engine.kv_parallel_size", "windowed"),
+    (GROUPS | {"kv_parallel_tokens": 10_000}, {"model": {"name": "mistral-7b"}}, "engine.kv_parallel_size", "windowed"),
 ])
 def test_refused(engine, sections, field, problem):
     with pytest.raises(InputError) as caught:
         jaxsim.simulate(scenario(engine, **sections))
     assert caught.value.field == field and problem in str(caught.value)
+
+
+def test_a_point_whose_time_is_too_short_is_refused_alone():
+    """Before anything runs, so that those which share its program are kept."""
+    tree = scenario(TARGET, cost=FITTED).to_dict()
+    study = Study.from_dict({"schema_version": 1, "scenario": tree,
+                             "axes": {"engine.target_batch_time_ms": [9.0, 20.0, 30.0]}})
+    made = plan(study, Lanes())
+    assert made.num_programs == 1 and len(made.refusals) == 1
+    assert "is less than the 10 ms" in str(made.refusals)
 
 
 @pytest.mark.parametrize("engine, field", [(TARGET, "target_batch_time_ms"), (GROUPS, "kv_parallel_tokens")])
@@ -302,6 +325,23 @@ def test_contexts_whose_sum_is_beyond_32_bits():
 def test_the_pool_is_that_of_all_groups():
     one, four = (lower.resolve_system(scenario(engine)) for engine in ({}, GROUPS))
     assert four.num_blocks == 4 * one.num_blocks and four.plan.num_devices == 4 * one.plan.num_devices == 32
+
+
+def test_a_group_has_room_for_its_part_of_a_context():
+    """Exactly: a block less a group is one too few; contexts that are shorter than the part need no more than that."""
+    blocks = {"num_gpu_blocks_override": 4 * 6250, "max_model_len": 200_000}
+    assert lower.resolve_system(scenario(GROUPS | blocks)).num_blocks == 25_000
+    shorter = scenario(GROUPS | {"num_gpu_blocks_override": 4 * 64, "max_model_len": 1024})
+    assert lower.resolve_system(shorter).num_blocks == 256
+
+
+def test_what_a_merge_of_latent_attention_takes():
+    """Outputs are sums of latents: 512 numbers of a head come back for 512 and 64 that went there."""
+    made = scenario({"kv_parallel_size": 2, "kv_parallel_tokens": 1000, "num_gpu_blocks_override": 4096,
+                     "max_model_len": 4096}, model={"name": "deepseek-v3"}, cost={"kind": "roofline"})
+    rule = make_kv_parallel(made, lower.resolve_system(made))
+    size = 128 // 8 * (2 * (512 + 64 + 512) + 4)
+    assert float(rule.token_merge_s) == pytest.approx(61 * size / 36e9, rel=1e-6)
 
 
 def test_what_a_merge_takes():

@@ -164,6 +164,11 @@ def test_mixed_pools_may_differ():
     (ROLES, {"engine.preset": "distserve-sim", "engine.decode_context_limit": 500}, "decode_context_limit"),
     (ROLES, {"engine.preset": "vllm-v0", "engine.enable_chunked_prefill": True, "engine.phase_mix": "prefill_first"},
      "is not simulated with prefill and decode engines"),
+    *(([{}, {"engine": {name: value}}], {}, f"cluster.pools[1].engine.{name}")
+      for name, value in (("target_batch_time_ms", 20.0), ("kv_parallel_size", 2), ("kv_parallel_tokens", 4096),
+                          ("prefill_context_parallel_size", 2), ("decode_context_parallel_size", 2))),
+    (ROLES, {"engine.prefill_context_parallel_size": 2}, "engine.prefill_context_parallel_size = 2: is not simulated"),
+    (ROLES, {"engine.decode_context_parallel_size": 2}, "engine.decode_context_parallel_size = 2: is not simulated"),
     ([{"device": "h101"}, {}], {}, "h100"),
     ([{"role": "prefill"}, {"role": "decode", "engine": {"gpu_memory_utilization": 0.2}}], {},
      "cluster.pools[1]: model.name"),

@@ -5,6 +5,7 @@ import numpy as np
 from jaxsim._core.errors import InputError
 from jaxsim.cost.base import AbstractIterationCost, BatchStats
 from jaxsim.cost.collectives import over_network, over_pcie
+from jaxsim.cost.context_parallel import LSE_BYTES, merged_numbers
 from jaxsim.engine.lower.systems import System
 from jaxsim.policy.chunks import Chunks
 from jaxsim.policy.kv_parallel import KvParallel
@@ -12,8 +13,8 @@ from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
 from jaxsim.workload.workload import Workload
 
-QUERY_BYTES, SUM_BYTES = 2, 4
-"""Of a number of a query or a partial output, and of the sum of weights that each head's comes with."""
+QUERY_BYTES = 2
+"""Of a number of a query or a partial output."""
 
 MESSAGES = 2
 """A layer: queries there, partial outputs back."""
@@ -43,9 +44,7 @@ def make_kv_parallel(scenario: Scenario, system: System) -> KvParallel | None:
     hop = system.device.kernel_efficiency().hop
     hop = {"network": over_network, "host": over_pcie}.get(link.kind, lambda same: same)(hop)
     heads = model.rank_shape(tensors).heads
-    value = model.v_head_dim if model.is_mla else model.head_dim
-    query = model.kv_lora_rank + model.qk_rope_head_dim if model.is_mla else model.head_dim
-    size = heads * (QUERY_BYTES * query + QUERY_BYTES * value + SUM_BYTES)
+    size = heads * (QUERY_BYTES * sum(merged_numbers(model)) + LSE_BYTES)
     return KvParallel(
         np.int32(groups), np.int32(engine.kv_parallel_tokens), np.float32(MESSAGES * model.layers * hop.latency_s),
         np.float32(model.layers * (groups - 1) * size / (link.bytes_per_s * hop.efficiency)))

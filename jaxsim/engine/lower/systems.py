@@ -223,6 +223,14 @@ def _resolve_alone(scenario: Scenario) -> System:
             rule=scheduler.kv_rule)
         # Groups that share KV have one pool.
         num_blocks = memory.num_blocks * plan.kv_parallel_size
+    if engine.kv_parallel_size > 1 and scheduler.kv_accounting:
+        # The busiest has shard(n) = min(n, max(tokens, n / groups)); the even part is in the pool of all of them.
+        room = num_blocks // plan.kv_parallel_size * scheduler.block_size
+        if min(engine.kv_parallel_tokens, max_model_len) > room:
+            raise InputError("engine.kv_parallel_tokens", engine.kv_parallel_tokens,
+                             f"of a context are more than a group has room for: {num_blocks:,} KV blocks of"
+                             f" {scheduler.block_size} tokens are {room:,} tokens on each of {plan.kv_parallel_size}"
+                             " groups", f"give at most {room}, or more devices a group")
     if engine.kv_parallel_size > 1 and model.window_layers:
         raise InputError("engine.kv_parallel_size", engine.kv_parallel_size,
                          f"is not simulated with the windowed layers of {model.name}", "use 1")

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 MAX_OUTAGES = 4096
 """Of all engines of a run, about."""
 
+_OF_ONE_KIND = {"target_batch_time_ms": None, "kv_parallel_size": 1, "kv_parallel_tokens": None,
+                "prefill_context_parallel_size": 1, "decode_context_parallel_size": 1}
+"""Fields of an engine that no pool has of its own, and what they are where nobody gives them."""
+
 
 def check_pools(s: "Scenario") -> None:
     """Pools and what they hand over. Raises `InputError`."""
@@ -27,12 +31,21 @@ def check_pools(s: "Scenario") -> None:
     roles = {pool.role for pool in cluster.pools}
     if roles in ({"encode"}, {"encode", "decode"}):
         raise InputError("cluster.pools", sorted(roles), "compute no prompts", "add one of role 'prefill' or 'mixed'")
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        if cluster.has_roles and getattr(s.engine, name) > 1:
+            raise InputError(f"engine.{name}", getattr(s.engine, name), "is not simulated with prefill and decode"
+                             " engines: what they hand over is cut by tensor-parallel ranks alone",
+                             "use 1, or cluster.replicas")
     for index, pool in enumerate(cluster.pools):
         lacking = {"prefill": "decode", "decode": "prefill"}.get(pool.role)
         if lacking is not None and lacking not in roles:
             cannot = "nobody would compute its prompts" if lacking == "prefill" else "nobody would go on after them"
             raise InputError(f"cluster.pools[{index}].role", pool.role, f"without a pool of role {lacking!r} {cannot}",
                              f"add one of role {lacking!r}, or use 'mixed'")
+        for name, without in _OF_ONE_KIND.items():
+            if pool.engine.get(name, without) != without:
+                raise InputError(f"cluster.pools[{index}].engine.{name}", pool.engine[name], "is not simulated in"
+                                 " pools", "leave it out, or use cluster.replicas and engine." + name)
         try:
             s.of_pool(index)
         except InputError as error:

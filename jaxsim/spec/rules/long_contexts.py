@@ -43,7 +43,8 @@ def _alike(s: "Scenario", scheduler: Scheduler, field: str) -> None:
             ("engine.kv_accounting", False, not scheduler.kv_accounting, "set it to true"),
             ("engine.admit", scheduler.admit, scheduler.admit != "any_time", "use 'any_time'"),
             ("engine.victim", scheduler.victim, scheduler.victim != "last_admitted", "use 'last_admitted'"),
-            ("engine.scheduling_policy", scheduler.order, scheduler.order == "vtc", "use another"),
+            ("engine.scheduling_policy", scheduler.order, scheduler.order in ("vtc", "least_slack"),
+             "use another"),
             ("engine.enable_prefix_caching", True, engine.enable_prefix_caching, f"leave it out, or {out}"),
             ("engine.batch_wait_timeout_iters", scheduler.batch_wait_timeout_iters, scheduler.gathers,
              f"leave it out, or {out}"),
@@ -113,6 +114,7 @@ def _check_devices(s: "Scenario") -> None:
     parts = [f"{value} {name}" for name, value in (
         ("replicas", s.cluster.replicas), ("KV groups", engine.kv_parallel_size),
         ("pipeline stages", engine.pipeline_parallel_size), ("data-parallel ranks", engine.data_parallel_size),
+        ("prefill context-parallel groups", engine.prefill_context_parallel_size),
         ("tensor-parallel ranks", engine.tensor_parallel_size)) if value > 1]
     text = "of all pools" if s.cluster.pools else " x ".join(parts) or "one engine"
     field, value = "cluster.num_devices", most
