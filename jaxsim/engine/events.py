@@ -239,10 +239,11 @@ def used_blocks(context: Context, now: Time) -> Int[Array, " ranks"]:
 
 
 def able_to_take(context: Context, now: Time) -> Bool[Array, " executors"]:
-    """Who takes prompts of those that are on and up, where executors are switched on and off, or fail."""
+    """Who takes prompts, where only some of the executors do, are on, or are up."""
     dims, world = context.dims, context.world
     if dims.has_roles:
-        return role_switching.taking(context, ~context.params.hand_over.decodes) & ~world.is_down
+        takes_prompts = role_switching.taking(context, ~context.params.hand_over.decodes)
+        return takes_prompts & ~world.is_down if dims.has_failures else takes_prompts
     if not dims.has_failures:
         return world.control.fleet.is_on(now)
     return ~world.is_down & world.control.fleet.is_on(now) if dims.has_scaling else ~world.is_down
@@ -255,10 +256,7 @@ def route(context: Context, request: Int[Array, ""], now: Time, known: caches.Ca
     if dims.all_ranks == 1:
         return jnp.int32(0)
     is_active = params.is_active
-    if dims.has_roles:
-        takes_prompts = role_switching.taking(context, ~params.hand_over.decodes)
-        is_active = takes_prompts if is_active is None else takes_prompts & is_active
-    if dims.has_scaling or dims.has_failures:
+    if dims.has_roles or dims.has_scaling or dims.has_failures:
         able = able_to_take(context, now)
         is_active = able if is_active is None else able & is_active
     num_routed = world.num_routed
@@ -383,7 +381,9 @@ def next_event(context: Context) -> tuple[Event, Bool[Array, ""]]:
             status = fleet.settled(now, is_empty)
             is_up = ~world.is_down if dims.has_failures else None
             of_fleet = status == ON, status == DRAINING
-            scales = is_check, *params.scaling.decide(loads, status == ON, jnp.sum(status == STARTING), is_up)
+            num_coming = jnp.sum((status == STARTING) & is_up) if dims.has_failures else None
+            scales = is_check, *params.scaling.decide(loads, status == ON, jnp.sum(status == STARTING), is_up,
+                                                      num_coming)
             if dims.has_failures:
                 of_fleet = tuple(one & is_up for one in of_fleet)
         elif dims.has_failures:

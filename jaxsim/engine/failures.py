@@ -82,24 +82,22 @@ def goes_down(event: Event) -> Bool[Array, ""]:
 
 
 def strike(context: Context, event: Event, at_rank: Int[Array, ""], counts: Counts, times: Clocks, wake: Time,
-           phase: Int[Array, ""], item: lost_hand_overs.Item | None = None
+           phase: Int[Array, ""], is_losing: Bool[Array, ""], item: lost_hand_overs.Item | None = None
            ) -> tuple[Event, Counts, Time, Int[Array, ""], Loss, migration.Broken | None]:
     """An instance goes down or comes back: its iteration is cut off, one request is lost, or nobody is left.
 
-    Returns what this changes; the event is about the request that is lost; with migration, what breaks off.
+    is_losing: it goes down, and its iteration is over. Returns what this changes; the event is about the request that
+    is lost; with migration, what breaks off.
     """
     dims, params, requests, world, _ = context
     nobody, null = dims.num_requests, jnp.int32(dims.null_slot)
-    is_failing = goes_down(event)
-    is_flying = phase == w.ENDING
     # The iteration ends here and now, and is settled in the next step.
-    is_cut = is_failing & is_flying
+    is_cut = goes_down(event) & ~is_losing
     cut, cut_end = ending.cut_jump(event.now, counts, times)
     counts, wake = choose(is_cut, cut, counts), clock.select(is_cut, event.now, wake)
     is_lost = jnp.where(is_cut & (event.now < cut_end), 1, counts.batch.is_lost)
     rank, batch = counts.rank, counts.batch
 
-    is_losing = is_failing & ~is_flying
     broken, is_loss = None, is_losing
     if dims.has_migration:
         broken = migration.broken(context, event, counts, is_losing)

@@ -20,8 +20,9 @@ Where executors fail (`jaxsim.engine.lost_hand_overs`) a prompt may be computed 
 then one more is emitted, and KV of the prompt and all of them but the last goes over. With all that decode down a
 request waits, unaccepted, for the one that it is sent to.
 
-Approximated: an unaccepted request is not moved to another executor; a transfer is of the whole prompt; with `layers`
-it is shorter by the last iteration of its prompt, as if the link had been free for it.
+Approximated: an unaccepted request is not moved to another executor; a transfer is of all that was computed, whatever
+the other side may have; with `layers` it is shorter by the last iteration of its prompt, as if the link had been free
+for it.
 """
 
 from dataclasses import replace
@@ -444,6 +445,8 @@ def writes(context: Context, event: Event, opened: Opened, left: Left, is_lookin
     if left.part is not None:
         row = jnp.where(opened.is_any, opened.parent, left.part.parent)
         steps = {"steps_of_parts": Add((row,), jnp.int32(1))}
+    if dims.has_failures:
+        steps["left_at"] = Put((jnp.where(left.is_kv, left.request, dims.num_requests),), stamp)
     return steps | {
         "doors": Put((jnp.stack([own, other]),), jnp.stack([jnp.where(opened.is_any, mine, at_once), at_once])),
         "unaccepted": Put((jnp.where(opened.is_any, e, left.target),), jnp.stack(queue)),

@@ -138,7 +138,8 @@ def lost_of(world: World, params: Params, rows: tuple, ended_s: np.ndarray) -> d
 
 
 def handed_over(world: World, rows: tuple) -> dict[str, np.ndarray]:
-    """With roles: `decode_instance`, `accepted_s` and `delivered_s` of these requests."""
+    """With roles: `decode_instance`, `accepted_s` and `delivered_s` of these requests, where instances fail `left_s`
+    too."""
     if world.transfers is None:
         return {}
     transfers = world.transfers[rows]
@@ -148,8 +149,12 @@ def handed_over(world: World, rows: tuple) -> dict[str, np.ndarray]:
         stamps = np.moveaxis(transfers[..., column:column + 3], -1, 0)
         return np.where(is_through, clock.join_reference(*stamps), np.nan)
 
-    return {"decode_instance": target, "accepted_s": seconds(hand_over.ACCEPTED),
-            "delivered_s": seconds(hand_over.DUE)}
+    found = {"decode_instance": target, "accepted_s": seconds(hand_over.ACCEPTED),
+             "delivered_s": seconds(hand_over.DUE)}
+    if world.left_at is not None:
+        stamps = np.moveaxis(world.left_at[rows], -1, 0)
+        found["left_s"] = np.where(is_through, clock.join_reference(*stamps), np.nan)
+    return found
 
 
 def migrated(world: World, lanes: tuple, rows: tuple, finish_s: np.ndarray) -> dict[str, np.ndarray]:

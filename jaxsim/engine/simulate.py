@@ -176,6 +176,7 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
     for workload in workloads:
         lower.check_requests(system, workload)
         lower.check_transfers(scenario, system, workload)
+        lower.check_outages(scenario, system, workload)
     most = max(lower.num_rows(scenario, system, workload) for workload in workloads)
     longest = max(int((workload.input_tokens + workload.output_tokens).max()) for workload in workloads)
     dims = dims_of(scenario, system, most)

@@ -1,9 +1,10 @@
 """Whose KV is on an instance that goes down, among those whom others are to decode: a walk over the queues of these.
 
 A request whose prompt is computed stands, until its KV is through, in a queue of the instance that is to decode it, and
-nothing says of an instance whose KV it keeps. So where one goes down that computes prompts, the two queues of every
-other are turned round once, one request a step: the first leaves, and joins again behind all others unless its KV is
-lost. All of that is at one instant, behind deliveries and ends of iterations, so nobody sees them half turned.
+nothing says of an instance whose KV it keeps. So where one goes down that keeps KV for any of them, the two queues
+of others are turned round once, one request a step, until it keeps none: the first leaves, and joins again behind all
+others unless its KV is lost. All of that is at one instant, behind deliveries and ends of iterations, so nobody sees
+them half turned.
 """
 
 from typing import NamedTuple
@@ -34,9 +35,12 @@ def coming(context: Context, failing: Int[Array, ""]) -> Sweep:
     dims, _, _, world, _ = context
     row, here = world.sweep, jnp.arange(dims.num_executors)
     unaccepted = world.unaccepted[:-1, 2]
-    in_transfer = w.count_rows(dims).everything(world.counts).rank.in_transfer.length.ravel()
+    ranks = w.count_rows(dims).everything(world.counts).rank
+    in_transfer = ranks.in_transfer.length.ravel()
+    # Blocks that it keeps for somebody, but those given back since its last step.
+    keeps_any = take(ranks.kept_blocks.ravel(), failing) > take(world.returned, failing)
     is_within = row[UNACCEPTED] + row[IN_TRANSFER] > 0
-    are_next = (here > row[EXECUTOR]) & (here != failing) & (unaccepted + in_transfer > 0)
+    are_next = keeps_any & (here > row[EXECUTOR]) & (here != failing) & (unaccepted + in_transfer > 0)
     executor = jnp.where(is_within, row[EXECUTOR], jnp.argmax(are_next)).astype(jnp.int32)
     return Sweep(is_within | jnp.any(are_next), executor,
                  jnp.where(is_within, row[UNACCEPTED], take(unaccepted, executor)),

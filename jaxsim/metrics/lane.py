@@ -38,7 +38,8 @@ class LaneResult:
         without.
     decode_instance, accepted_s, delivered_s: of requests that another instance decodes than computed the prompt: which,
         when it took the request, when it had its KV; -1 and NaN for others, None without roles. Where instances fail,
-        those of the last time, and of none where the request was lost since.
+        those of the last time, and of none where the request was lost since. left_s: only there, when the request left
+        that time for the instance that decodes; None where that is with its first token.
     migrations, downtime_s, last_instance: with migration, how often each request moved, for how long it stood still for
         that, and where it ended; aborted_migrations: those given up, in the order of `ABORTS`; all None without.
     instance_s, starts, drains: with scaling, seconds for which instances were on, starting or draining, summed over
@@ -105,6 +106,7 @@ class LaneResult:
     decode_instance: Int[np.ndarray, " requests"] | None = None
     accepted_s: Float[np.ndarray, " requests"] | None = None
     delivered_s: Float[np.ndarray, " requests"] | None = None
+    left_s: Float[np.ndarray, " requests"] | None = None
     migrations: Int[np.ndarray, " requests"] | None = None
     downtime_s: Float[np.ndarray, " requests"] | None = None
     last_instance: Int[np.ndarray, " requests"] | None = None
@@ -167,11 +169,11 @@ class LaneResult:
         return float(np.nanmax(self.ended_s) - self.arrival_s[0])
 
 
-def transfer_begin(first_token_s: Float[np.ndarray, "*requests"], accepted_s: Float[np.ndarray, "*requests"] | None,
-                   restarts: Int[np.ndarray, "*requests"] | None) -> Float[np.ndarray, "*requests"]:
-    """When requests left for the instance that decodes: with the first token; who was sent on from an instance that
-    failed had that long before, so of it when it was taken, the last time."""
-    return first_token_s if restarts is None else np.where(restarts > 0, accepted_s, first_token_s)
+def transfer_begin(first_token_s: Float[np.ndarray, "*requests"], left_s: Float[np.ndarray, "*requests"] | None
+                   ) -> Float[np.ndarray, "*requests"]:
+    """When requests left for the instance that decodes: with the first token; where instances fail `left_s`, since who
+    was sent on may have had that long before."""
+    return first_token_s if left_s is None else left_s
 
 
 def request_frame(lane: LaneResult) -> pd.DataFrame:
@@ -181,8 +183,9 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
     front_end_s + encode_s + embedding_s + queue_s + prefill_s + transfer_s + decode_s + stall_s = e2e_s; encode_s (from
     arrival) and embedding_s (from there, its wait to be taken included) only where other instances encode images;
     `transfer_s` is from the first token to where the KV is with the instance that decodes, its wait to be taken
-    included; of a request that was lost with an instance and sent on, of the last time, from where it was taken. Where
-    the engine does not say which stalls came before the first token, stalls are taken out of the decode phase first.
+    included; of a request that was lost with an instance and sent on, of the last time, from the token with which it
+    left then. Where the engine does not say which stalls came before the first token, stalls are taken out of the
+    decode phase first.
     """
     ttft = lane.first_token_s - lane.arrival_s + lane.front_end_s
     after_first = lane.finish_s - lane.first_token_s
@@ -193,7 +196,7 @@ def request_frame(lane: LaneResult) -> pd.DataFrame:
         early = lane.prefill_stall_s
     transfer = np.zeros(lane.num_requests)
     if lane.delivered_s is not None:
-        begun_s = transfer_begin(lane.first_token_s, lane.accepted_s, lane.restarts)
+        begun_s = transfer_begin(lane.first_token_s, lane.left_s)
         transfer = np.nan_to_num(lane.delivered_s - begun_s, nan=0.0)
     images, before_queue = {}, 0.0
     if lane.num_images is not None:

@@ -217,7 +217,7 @@ def _slo_group(frame: pd.DataFrame, slo: SloSection, met: Mapping[str, np.ndarra
 
 def _transfer_group(lane: LaneResult, is_mine: Bool[np.ndarray, " requests"]) -> dict[str, Any]:
     """Of requests that another instance decodes than computed the prompt, and whose KV is there."""
-    begun_s = transfer_begin(lane.first_token_s, lane.accepted_s, lane.restarts)
+    begun_s = transfer_begin(lane.first_token_s, lane.left_s)
     seconds = (lane.delivered_s - begun_s)[is_mine & ~np.isnan(lane.delivered_s)]
     summary = _milliseconds(seconds)
     return {"requests": len(seconds), "mean_ms": summary["mean_ms"], "p99_ms": summary["p99_ms"]}

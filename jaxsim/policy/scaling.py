@@ -28,11 +28,13 @@ class Scaling(eqx.Module):
     most: Int[Array, ""]
 
     def decide(self, loads: Loads, is_on: Bool[Array, " instances"], num_starting: Int[Array, ""],
-               is_up: Bool[Array, " instances"] | None = None) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+               is_up: Bool[Array, " instances"] | None = None, num_coming: Int[Array, ""] | None = None
+               ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """Whether an instance more is wanted, whether one less is.
 
-        is_up: of instances that fail, those that do not at the moment. Only they are free or full, and at least
-        `fewest` of them stay on; one that is on and down counts as one of the `most`, since it comes back.
+        is_up: of instances that fail, those that do not at the moment; num_coming: of those that start, how many are
+        up. Only who is up is free or full, and fewer than `fewest` of them on or starting want one more, however free
+        they are; one that is on and down counts as one of the `most`, since it comes back.
         """
         held = is_on
         if is_up is not None:
@@ -43,5 +45,8 @@ class Scaling(eqx.Module):
         free = jnp.where(requests > 0, blocks / jnp.maximum(requests, 1), jnp.inf)
         num_on = jnp.sum(is_on, dtype=jnp.int32)
         num_held = num_on if is_up is None else jnp.sum(held, dtype=jnp.int32)
-        wants_more = (free < self.out_below) & (num_held + num_starting < self.most)
+        wants_more = free < self.out_below
+        if is_up is not None:
+            wants_more = wants_more | (num_on + num_coming < self.fewest)
+        wants_more = wants_more & (num_held + num_starting < self.most)
         return wants_more, (free > self.in_above) & (num_on > self.fewest) & (num_starting == 0)

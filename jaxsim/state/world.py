@@ -511,8 +511,10 @@ class World(eqx.Module):
     next_outage: Int[Array, ""] | None = None
     is_down: Bool[Array, " executors"] | None = None
     lost: Int[Array, "rows lost_fields"] | None = None
-    # With roles too, what is looked at of hand-overs (`jaxsim.engine.sweeps`).
+    # With roles too, what is looked at of hand-overs (`jaxsim.engine.sweeps`); of requests, when they last left for the
+    # executor that decodes (epoch, hi, lo).
     sweep: Int[Array, " 4"] | None = None
+    left_at: Float[Array, "rows 3"] | None = None
     # Roles that change (`jaxsim.engine.role_switching`), else None: what their controller keeps, and of every switch
     # who and when (columns of `jaxsim.state.roles`).
     roles: Roles | None = None
@@ -706,7 +708,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
                        routed=ints(rows, value=-1))
     if dims.has_failures:
         clients |= dict(next_outage=ints(), is_down=jnp.zeros(executors, bool), lost=ints(rows, 6 + dims.has_migration))
-        clients |= dict(sweep=jnp.array(NO_SWEEP, jnp.int32) if dims.has_roles else None)
+        clients |= dict(sweep=jnp.array(NO_SWEEP, jnp.int32) if dims.has_roles else None,
+                        left_at=floats(rows, 3) if dims.has_roles else None)
     if dims.has_parts:
         roles |= dict(steps_of_parts=ints(rows), num_dealt=ints())
     kept = {}

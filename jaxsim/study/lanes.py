@@ -232,6 +232,7 @@ class Lanes:
             workload = self.workload(scenario, seed)
             lower.check_requests(system, workload)
             lower.check_transfers(scenario, system, workload)
+            lower.check_outages(scenario, system, workload)
             lower.make_patience(scenario, system, workload)
             last_s = max(last_s, float(workload.unit_times[-1]) if _is_stretched(scenario) else 0.0)
             most = max(most, lower.num_rows(scenario, system, workload))

@@ -145,7 +145,7 @@ def columns(runs: Runs, slos: Sequence[SloSection], warmup_s: Float[np.ndarray, 
     if tenants is not None:
         found |= _fairness(runs, tenants)
     if runs.delivered_s is not None:
-        begun_s = transfer_begin(runs.first_token_s, runs.accepted_s, runs.restarts)
+        begun_s = transfer_begin(runs.first_token_s, runs.left_s)
         waits = np.where(is_measured & (runs.decode_instance >= 0), runs.delivered_s - begun_s, np.nan)
         found["transfers.requests"] = (~np.isnan(waits)).sum(axis=1)
         found["transfers.mean_ms"] = _ratio(np.nansum(waits, axis=1), found["transfers.requests"]) * 1e3
@@ -245,7 +245,7 @@ def _moves(runs: Runs) -> Columns:
     turns = {} if runs.session is None else {"session": runs.session, "turn": runs.turn}
     if runs.delivered_s is None:
         return turns
-    begun_s = transfer_begin(runs.first_token_s, runs.accepted_s, runs.restarts)
+    begun_s = transfer_begin(runs.first_token_s, runs.left_s)
     return {"transfer_s": np.nan_to_num(runs.delivered_s - begun_s, nan=0.0),
             "decode_instance": runs.decode_instance, **turns}
 

@@ -96,6 +96,7 @@ class Runs:
     fetched_tokens: Int[np.ndarray, "runs requests"] | None = None
     loaded_from: Int[np.ndarray, "runs requests"] | None = None
     variant: Int[np.ndarray, "runs requests"] | None = None
+    left_s: Float[np.ndarray, "runs requests"] | None = None
 
 
 def simulate_runs(dims: Dims, runs: Sequence[Run], lanes: int | None = None) -> Runs:
@@ -208,7 +209,7 @@ def unpack(dims: Dims, world: World, runs: Sequence[Run]) -> Runs:
         running_s=joined(times.rank.running),
         cached_tokens=None if world.cached is None else world.cached[:, rows],
         variant=column("variant") if dims.has_variants else None,
-        **{name: moved.get(name) for name in ("accepted_s", "delivered_s", "decode_instance")},
+        **{name: moved.get(name) for name in ("accepted_s", "delivered_s", "left_s", "decode_instance")},
         **{name: moved.get(name) for name in ("migrations", "downtime_s", "last_instance", "aborted_migrations",
                                               "instance_s", "starts", "drains")},
         **{name: switched_roles(world, np.s_[:]).get(name) for name in ("role_switches", "drain_s")},

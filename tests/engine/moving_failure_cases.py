@@ -196,5 +196,6 @@ def exercised(one: MovingCase, result: simulator.ReferenceResult) -> Counter:
     seen["no instance is up"] += result.outages.refused_all_down
     if live.fleet:
         seen.update({f"down while {status}": n for status, n in live.fleet.down_when.items()})
-        seen.update(starts=live.fleet.starts, drains=live.fleet.drains)
+        seen.update({"starts": live.fleet.starts, "drains": live.fleet.drains,
+                     "started as others were down": live.fleet.started_for_lack})
     return seen

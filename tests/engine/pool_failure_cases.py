@@ -26,7 +26,7 @@ from tests.reference import clients as client_rules
 from tests.reference import failures as failure_rules
 from tests.reference import simulator
 
-HANDED_OVER = ("decode_instance", "accepted_s", "delivered_s")
+HANDED_OVER = ("decode_instance", "left_s", "accepted_s", "delivered_s")
 
 
 @dataclass
@@ -135,7 +135,7 @@ def answer(result: simulator.ReferenceResult, one: PoolCase) -> dict:
     plain = fc.answer(result, len(one.rules.roles), one.case.limits["num_blocks"], stops=result.outages.preempted)
     # Blocks are taken for transfers between iterations too.
     del plain["peak_blocks"]
-    none = {"decode_instance": -1, "accepted_s": np.nan, "delivered_s": np.nan}
+    none = {"decode_instance": -1, "left_s": np.nan, "accepted_s": np.nan, "delivered_s": np.nan}
     return plain | {name: np.array([none[name] if getattr(r, name) is None else getattr(r, name)
                                     for r in result.requests]) for name in HANDED_OVER}
 

@@ -108,17 +108,22 @@ def problems(text: str, large: set[tuple[int, ...]]) -> list[str]:
 
 def large_shapes(dims, lanes: int) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
     """Shapes of the world's arrays over requests or slots in a batch, and those of all others."""
-    shapes = jax.eval_shape(lambda: c.w.initial_world(dims))
     large, small = set(), set()
-    for name, annotation in World.__annotations__.items():
-        if name == "source" or getattr(shapes, name) is None:
-            continue
+
+    def look(annotation, shaped):
+        if shaped is None:
+            return
         annotation = next(iter(typing.get_args(annotation)), annotation)  # optional ones
         if not hasattr(annotation, "dim_str"):
-            continue  # few numbers of each executor
+            for name, inner in annotation.__annotations__.items():
+                if (annotation, name) != (World, "source"):
+                    look(inner, getattr(shaped, name))
+            return
         axes = annotation.dim_str.split()
-        shape = tuple(sorted((lanes, *getattr(shapes, name).shape)))
+        shape = tuple(sorted((lanes, *shaped.shape)))
         (large if {"rows", "slot_width", "items", "segments", "entries"} & set(axes) else small).add(shape)
+
+    look(World, jax.eval_shape(lambda: c.w.initial_world(dims)))
     return large, small
 
 

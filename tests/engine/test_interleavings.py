@@ -410,6 +410,14 @@ def test_outages_migrations_preemptions_and_instances_that_come_and_go():
                                             "broken")) and seen["all in one run"] > 2, seen
 
 
+def tokens_over(result: simulator.ReferenceResult, rules: simulator.Disaggregation, case: c.Case) -> np.ndarray:
+    """Of each request, whose KV went over last; the prompt where none did, or where KV has no bytes."""
+    tokens = case.prompt.copy()
+    for transfer in result.transfers if rules.bytes_per_token else ():
+        tokens[transfer.request] = round(transfer.num_bytes / rules.bytes_per_token)
+    return tokens
+
+
 @pytest.mark.slow
 def test_outages_role_switches_preemptions_and_transfers():
     flags, dims, seen = simulator.preset("vllm-v1"), sf.dims_of("vllm-v1"), Counter()
@@ -424,9 +432,12 @@ def test_outages_role_switches_preemptions_and_transfers():
             is_done, is_moved = got["status"] == "finished", ~np.isnan(got["delivered_s"])
             source, target = got["instance"][is_moved], got["decode_instance"][is_moved]
             accepted, due = got["accepted_s"][is_moved], got["delivered_s"][is_moved]
-            # Of a request that was sent on more goes over.
-            seconds, latency_s = links.alone_s(rules, ("prefill", "decode"), case.prompt[is_moved],
+            # Of a request that was sent on more goes over; the engine does not keep how much.
+            tokens = tokens_over(sf.reference(one, switching, flags, dims), rules, case)[is_moved]
+            seconds, latency_s = links.alone_s(rules, ("prefill", "decode"), tokens,
                                                np.zeros(len(source)), np.ones(len(source)))
+            has_own = (got["losses"] == 0)[is_moved]
+            seen["more went over"] += int((tokens > case.prompt[is_moved]).sum())
             changes = role_changes(world, lane)
             calm, moved = is_done & (got["losses"] == 0), is_done & (got["losses"] == 0) & is_moved
             pool = max(flags.num_blocks for flags in switching.flags.values())
@@ -457,9 +468,10 @@ def test_outages_role_switches_preemptions_and_transfers():
             assert broken + [name for name, holds in laws.items() if not holds] == [], (seed, lane, one)
             happened = {name: int(got[name].sum()) for name in ("losses", "restarts", "preemptions")}
             happened |= dict(switches=int((~np.isnan(changes[:, 6])).sum()), transfers=int(is_moved.sum()),
-                             waited=int((due - accepted > seconds + latency_s).sum()))
+                             waited=int((due - accepted > seconds + latency_s)[has_own].sum()))
             seen.update(happened)
             seen["all in one run"] += all(happened.values())
     print(seen)
     assert all(seen[what] > 10 for what in ("losses", "restarts", "preemptions", "switches", "transfers", "waited"))
+    assert seen["more went over"] > 4, seen
     assert seen["all in one run"] > 4 and seen["refused"] < 20, seen

@@ -13,6 +13,8 @@ import pytest
 
 from jaxsim import simulate
 from jaxsim.engine import loop
+from jaxsim.policy.loads import Loads
+from jaxsim.policy.scaling import Scaling
 from jaxsim.study import runner
 from tests.engine import cases as c
 from tests.engine import client_cases as cc
@@ -30,7 +32,7 @@ ALWAYS = ("finished", "failed", "lost as it ran", "lost as it waited", "lost rea
           "migrated since", "migrations", "taken by another", "sent again", "preemptions", "preempted before",
           "given up: outage", "given up: finished", "given up: preempted", "given up: no_room")
 SCALED = ("rejected", "no instance is up", "down while starting", "down while on", "down while draining",
-          "down while off", "starts", "drains")
+          "down while off", "starts", "drains", "started as others were down")
 
 
 def agree(seed: int, flags: simulator.Flags, dims, metric: str, choice: str) -> Counter:
@@ -124,6 +126,45 @@ def test_what_becomes_of_a_migration():
                   aborted=[0, 0, 0, 0, 1])
     assert by_hand([(1, 3.5, 100.0)]) == stayed
     assert by_hand([(0, 3.5, 100.0)]) == stayed | dict(last_instance=[1], restarts=[1])
+
+
+def test_as_few_as_may_be():
+    """Of three instances one at least: the first, which is on, is down. The second is off, and up."""
+    rules = Scaling(np.float32(1), np.float32(0), np.float32(9), np.float32(0), np.int32(1), np.int32(3))
+    zeros = np.zeros(3, np.int32)
+    loads = Loads(zeros, np.full(3, 40, np.int32), zeros, zeros, zeros, zeros)
+
+    def decided(is_up, is_starting):
+        is_starting = np.array(is_starting)
+        return [bool(x) for x in rules.decide(loads, np.array([True, False, False]), is_starting.sum(),
+                                              np.array(is_up), (is_starting & is_up).sum())]
+
+    assert decided([True, True, True], [False] * 3) == [False, False]
+    assert decided([False, True, True], [False] * 3) == [True, False]
+    # Enough start; or would, if that one were up.
+    assert decided([False, True, True], [False, True, False]) == [False, False]
+    assert decided([False, False, True], [False, True, False]) == [True, False]
+
+
+@pytest.mark.slow
+def test_instances_start_for_those_that_are_down():
+    """One of three is on, goes down at 0.5 s for good, and nobody is there. At the look at 1 s the second starts and
+    takes requests at 2 s: who comes at 1.5 s is refused, who comes at 2.5 s is served in three iterations."""
+    case = c.Case(np.array([1.5, 2.5]), np.array([8, 8]), np.array([3, 3]), np.array([3, 3]), np.zeros(2, int),
+                  np.zeros((2, 2), np.float32),
+                  dict(max_num_seqs=4, max_num_batched_tokens=64, watermark_blocks=0, num_blocks=40,
+                       max_model_len=128), ((1.0, 0, 0, 0, 0),) * 3, router=2)
+    flags = replace(simulator.preset("vllm-v1"), headroom_blocks=6)
+    dims = mc.dims_of("vllm-v1", has_scaling=True, has_urgent=True)
+    never = np.full(2, np.inf)
+    failing = fc.FailureCase(cc.ClientCase(case, never, never, ()), ((0, 0.5, 100.0),), np.inf)
+    scaling = simulator.Scaling(check_s=1.0, out_below=1.0, in_above=1000.0, startup_s=1.0, fewest=1, most=3)
+    one = mc.MovingCase(failing, simulator.Migration(polling_s=2.0, out_below=0.0, in_above=39.0), scaling)
+    got, theirs = mc.unpack(dims, mc.simulate([one], flags, dims), 0, 2), mc.reference(one, flags, dims)
+    assert mc.differences(got, mc.answer(theirs, one)) == []
+    assert got["status"].tolist() == ["rejected", "finished"] and got["instance"].tolist() == [-1, 1]
+    assert got["finish_s"][1] == 5.5 and (got["starts"], got["drains"]) == (1, 0)
+    assert theirs.live.fleet.started_for_lack == 1
 
 
 # --- from a scenario ----------------------------------------------------------------------------------------

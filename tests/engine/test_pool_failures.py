@@ -13,7 +13,7 @@ import pytest
 
 from jaxsim import Scenario, simulate
 from jaxsim._core.errors import InputError
-from jaxsim.engine import loop
+from jaxsim.engine import loop, lower
 from jaxsim.policy import routing
 from jaxsim.study import runner
 from tests.engine import cases as c
@@ -88,24 +88,27 @@ def by_hand(*many) -> list[dict]:
 def test_what_becomes_of_a_hand_over():
     """Computed at 1 s, there at 9 s, done at 12 s. Whichever end goes down at 5 s: prompt and token are computed anew
     until 6 s, which gives the second token, and KV of nine tokens goes over."""
-    calm = dict(first_token_s=1.0, finish_s=12.0, instance=0, restarts=0, decode_instance=2, accepted_s=1.0,
+    calm = dict(first_token_s=1.0, finish_s=12.0, instance=0, restarts=0, decode_instance=2, left_s=1.0, accepted_s=1.0,
                 delivered_s=9.0)
-    moved = calm | dict(restarts=1, accepted_s=6.0)
+    moved = calm | dict(restarts=1, left_s=6.0, accepted_s=6.0)
     found = by_hand([], [(0, 5.0, 100.0)], [(2, 5.0, 100.0)], [(2, 10.5, 100.0)], [(2, 11.5, 100.0)],
-                    [(2, 0.5, 20.0), (3, 0.5, 30.0)])
+                    [(2, 0.5, 20.0), (3, 0.5, 30.0)], [(0, 0.5, 100.0), (2, 0.25, 20.0), (3, 0.25, 30.0)])
     assert found[0] == calm
     # The way into the decode engine is taken up to 9 s, for what was cut off.
     assert found[1] == moved | dict(instance=1, delivered_s=18.0, finish_s=20.0)
     # And so is the way out of the prefill engine.
     assert found[2] == moved | dict(decode_instance=3, delivered_s=18.0, finish_s=20.0)
     # Lost as it runs, with two tokens and a lost iteration: ten tokens go over, the fourth is decoded.
-    assert found[3] == calm | dict(restarts=1, decode_instance=3, accepted_s=11.5, delivered_s=21.5, finish_s=22.5)
+    assert found[3] == calm | dict(restarts=1, decode_instance=3, left_s=11.5, accepted_s=11.5, delivered_s=21.5,
+                            finish_s=22.5)
     # The last token is the prefill engine's own.
     last = found[4]
-    assert np.isnan([last.pop("accepted_s"), last.pop("delivered_s")]).all()
+    assert np.isnan([last.pop(name) for name in ("left_s", "accepted_s", "delivered_s")]).all()
     assert last == dict(first_token_s=1.0, finish_s=12.5, instance=0, restarts=1, decode_instance=-1)
     # Nobody to decode until 20 s, when the first is back.
     assert found[5] == calm | dict(accepted_s=20.0, delivered_s=28.0, finish_s=31.0)
+    # Lost before its prompt was computed: it leaves with its first token all the same, and waits to be fetched.
+    assert found[6] == found[5] | dict(first_token_s=1.5, left_s=1.5, instance=1, restarts=1)
 
 
 @pytest.mark.slow
@@ -146,7 +149,12 @@ def test_a_scenario_says_what_was_lost_and_a_study_the_same():
     rows, refused = runner.table([scenario()])
     assert not refused and len(rows) == len(runs)
     for row, lane in zip(rows.to_dict("records"), result.lanes[0], strict=True):
-        waits = lane.delivered_s - np.where(lane.restarts > 0, lane.accepted_s, lane.first_token_s)
+        waits = lane.delivered_s - lane.left_s
+        is_over = ~np.isnan(lane.left_s)
+        assert np.array_equal(is_over, ~np.isnan(lane.delivered_s))
+        assert (lane.left_s[is_over] <= lane.accepted_s[is_over]).all()
+        is_calm = is_over & (lane.losses == 0)
+        assert is_calm.any() and np.array_equal(lane.left_s[is_calm], lane.first_token_s[is_calm])
         assert row["transfers.requests"] == (~np.isnan(waits)).sum()
         assert row["transfers.mean_ms"] == pytest.approx(1e3 * np.nanmean(waits), rel=1e-9)
         assert row["outages.rerouted"] == lane.restarts.sum() and row["outages.lost"] == lane.losses.sum() > 0
@@ -159,6 +167,14 @@ def test_a_scenario_says_what_was_lost_and_a_study_the_same():
     ({"engine.preset": "vllm-v0"}, "engine.preset"),
     ({"cluster.failures": {"outages": [{"instance": 4, "at_s": 1, "down_s": 1}]}},
      "cluster.failures.outages[0].instance"),
+    # What the engines of the pools are counts, too.
+    ({"cluster.pools": [pool | {"engine": {"preset": "vllm-v0"}} for pool in POOLS]}, "cluster.pools[0].engine.preset"),
+    ({"cluster.pools": [pool | {"engine": {"preset": "distserve-sim", "num_gpu_blocks_override": None}}
+                        for pool in POOLS]}, "cluster.pools[0].engine.preset"),
+    ({"cluster.pools": [pool | {"engine": {"kv_accounting": False}} for pool in POOLS]},
+     "cluster.pools[0].engine.kv_accounting"),
+    ({"cluster.pools": [POOLS[0], POOLS[1] | {"engine": {"reserve": "max_tokens"}}]},
+     "cluster.pools[1].engine.reserve"),
     # Room for the prompt, but not for what it is to compute again.
     ({"cluster.pools": [POOLS[0] | {"engine": {"num_gpu_blocks_override": 58}}, POOLS[1]],
       "workload.output": {"kind": "log-normal", "mean_tokens": 40.0, "sigma": 0.5}}, "workload request"),
@@ -167,3 +183,32 @@ def test_what_is_not_simulated_is_refused(changes, field):
     with pytest.raises(InputError) as error:
         simulate(scenario(**changes))
     assert error.value.field.startswith(field), error.value
+
+
+def test_remedies_are_ones():
+    """Deadlines with engines that fail: what is advised is simulated."""
+    with pytest.raises(InputError) as error:
+        scenario(**{"workload.client": {"deadline_s": 5.0}})
+    assert error.value.remedy == "use cluster.replicas"
+    tree = scenario().to_dict()
+    tree["cluster"] = {"replicas": 4, "failures": FAILING}
+    tree["workload"]["client"] = {"deadline_s": 5.0}
+    assert Scenario.from_dict(tree).cluster.replicas == 4
+    with pytest.raises(InputError) as error:
+        scenario(FAILING | {"mtbf_s": 1e-3, "mttr_s": 1e-3})
+    assert error.value.field == "cluster.failures.mtbf_s" and "cluster.pools[k].replicas" in error.value.remedy
+
+
+def test_nobody_computes_again_what_fails():
+    """With on_failure = "fail" prefill engines need room for the prompts alone."""
+    changes = {"cluster.pools": [POOLS[0] | {"engine": {"num_gpu_blocks_override": 58}}, POOLS[1]],
+               "workload.output": {"kind": "log-normal", "mean_tokens": 40.0, "sigma": 0.5}}
+    for on_failure in ("reroute", "fail"):
+        one = scenario(FAILING | {"on_failure": on_failure}, **changes)
+        system, workload = lower.resolve_system(one), lower.make_workload(one, one.workload.seed)
+        assert system.has_restarts == (on_failure == "reroute")
+        if system.has_restarts:
+            with pytest.raises(InputError, match="KV blocks"):
+                lower.check_requests(system, workload)
+        else:
+            lower.check_requests(system, workload)

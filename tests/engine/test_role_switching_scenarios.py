@@ -85,6 +85,20 @@ def test_a_quiet_workload_is_not_stopped(monkeypatch):
     assert result.faults == () and all(lane.is_finished.all() for lane in result.lanes[0])
 
 
+def test_outages_without_end_are_refused():
+    """While somebody waits for an engine to come back, turns go on: 1.7 of them a second."""
+    pools = [{"role": "prefill", "replicas": 2}, {"role": "decode", "replicas": 2}]
+
+    def checked(down_s):
+        one = changed(cluster__pools=pools, cluster__encode=None, workload__images=None, cluster__failures={
+            "outages": [{"instance": 3, "at_s": 1.0, "down_s": down_s}]})
+        lower.check_outages(one, lower.resolve_system(one), lower.make_workload(one, one.workload.seed))
+
+    checked(500_000.0)
+    with pytest.raises(InputError, match="role_switching"):
+        checked(600_000.0)
+
+
 @pytest.mark.slow
 def test_requests_that_come_later_find_the_new_engines():
     """Twice as many images as one engine encodes: with others beside it they are kept up with."""

@@ -108,7 +108,7 @@ def check_links(transfers: Sequence[Transfer], links: str, discipline: str) -> N
     by_link: dict[tuple, list[Transfer]] = {}
     for transfer in transfers:
         assert transfer.accepted <= transfer.start <= transfer.due
-        assert transfer.is_cut or transfer.delivered == transfer.due
+        assert transfer.delivered == (None if transfer.is_cut else transfer.due)
         if transfer.work == 0:
             continue
         if links == "pair":

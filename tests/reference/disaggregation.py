@@ -130,6 +130,7 @@ class HandOver:
     def leave(self, source: Instance, job: Job, now: float) -> None:
         """A prompt is complete and more tokens are to come."""
         keep_for_transfer(source, job)
+        job.left = now
         up = [instance for instance in self.decoding if instance.index not in self.down]
         self.waited_for_any += not up
         able = up or self.decoding

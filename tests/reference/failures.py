@@ -60,6 +60,7 @@ class Outages:
     down: set[int] = field(default_factory=set)
     ends: dict[int, float] = field(default_factory=dict)  # of the iterations in flight
     losses: list[Loss] = field(default_factory=list)
+    losses_of: Counter = field(default_factory=Counter)  # by job
     restarts: Counter = field(default_factory=Counter)
     refused_all_down: int = 0
     num_unheard: int = 0
@@ -103,12 +104,14 @@ class Outages:
             if job.is_given_up:
                 self.num_given_up += 1
                 continue
+            self.losses_of[id(job)] += 1
             is_sent_on = job.restarts < self.rules.most_restarts
             self.losses.append(Loss(self.clock.seconds(now), job.request.id, job.sending, index, ran, is_sent_on,
                                     job.emitted, job.computed, job.preemptions,
                                     "ready" if job in instance.ready else "stopped" if job in stopped else
                                     "moving" if job in moving else ""))
-            job.decode_instance = job.accepted = job.delivered = None
+            job.decode_instance = job.accepted = job.delivered = job.left = None
+            job.transfers_before = len(self.hand_over.transfers) if self.hand_over else 0
             (sent_on if is_sent_on else failed).append(job)
             if is_sent_on:
                 job.restarts += 1

@@ -35,6 +35,7 @@ class RequestResult:
     hit_tokens: int = 0
     decode_instance: int | None = None
     accepted_s: float | None = None
+    left_s: float | None = None  # when it left, since it was last lost
     delivered_s: float | None = None
     ended_s: float | None = None
     sendings: int = 1

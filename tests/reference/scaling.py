@@ -3,7 +3,8 @@
 All that are on are taken together: blocks that are free when all that wait have theirs, by requests. Under `out_below`
 the first instance that is off starts and takes requests `startup_s` later; above `in_above`, unless one is starting,
 the one with the fewest requests drains. One that is down does neither, and is neither free nor full; one that is on and
-down counts among those that may be on, not among those that must be. It is off at the first look, of either controller,
+down counts among those that may be on, not among those that must be. Where fewer than these are on or starting, and up,
+the first that is off and up starts, whatever is free. It is off at the first look, of either controller,
 that finds it empty and without a migration.
 """
 
@@ -38,7 +39,7 @@ class Fleet:
         self.status = ["on" if i < rules.fewest else "off" for i in range(len(instances))]
         self.ready_at, self.since = [0.0] * len(instances), [0.0] * len(instances)
         self.used = 0.0
-        self.starts = self.drains = self.drained = 0
+        self.starts = self.drains = self.drained = self.started_for_lack = 0
         self.changes: list[tuple[float, int]] = []  # who started or began to drain, and when
         self.down: set[int] = set()
         self.down_when = Counter()  # what instances were as they went down
@@ -67,7 +68,11 @@ class Fleet:
         blocks = sum(i.free_blocks - sum(ceil_div(job.known, i.flags.block_size) for job in i.waiting) for i in on)
         free = Fraction(blocks, requests) if requests else inf
         starting, off = self.those("starting", now), [i for i in self.those("off", now) if i not in self.down]
-        if free < self.rules.out_below and len(held) + len(starting) < self.rules.most and off:
+        up = len(on) + sum(i not in self.down for i in starting)
+        is_lacking = up < self.rules.fewest
+        self.started_for_lack += bool(is_lacking and free >= self.rules.out_below and off
+                                      and len(held) + len(starting) < self.rules.most)
+        if (free < self.rules.out_below or is_lacking) and len(held) + len(starting) < self.rules.most and off:
             self.status[off[0]] = "starting"
             self.since[off[0]], self.ready_at[off[0]] = now, now + self.clock.ticks(self.rules.startup_s)
             self.starts += 1

@@ -140,7 +140,7 @@ def simulate(
         disaggregation.refuse_flags(all_flags)
     for request in requests:
         for one, role in set(zip(all_flags, roles, strict=True)):
-            if role == "prefill" and failures is None:
+            if role == "prefill" and not (failures and failures.most_restarts):
                 refuse_impossible(replace(request, output=1), one)
             elif role in ("mixed", "prefill") or (role == "decode" and request.output > 1):
                 refuse_impossible(request, one)
@@ -290,9 +290,11 @@ class Simulation:
             if self.controller:
                 self.controller.other_events += 1
             if self.rules is not None:
-                check_cluster(self.instances, None if self.outages else self.num_routed - self.num_finished)
+                check_cluster(self.instances, self.num_there)
             if self.live:
                 self.check_migration()
+            if self.outages:
+                self.check_outages()
 
     def together(self, instance: Instance) -> list[Instance]:
         first = instance.index // self.ranks * self.ranks
@@ -330,9 +332,24 @@ class Simulation:
     def check_migration(self) -> None:
         for instance in self.instances:
             check_instance(instance, instance.flags)
-        if not self.outages:
-            assert sum(i.outstanding for i in self.instances) == self.num_routed - self.num_finished
+        assert sum(i.outstanding for i in self.instances) == self.num_there
 
+    @property
+    def num_there(self) -> int:
+        """Who is to be at an instance: has been sent to one, has not ended, and is not on its way to another."""
+        if not self.outages:
+            return self.num_routed - self.num_finished
+        return sum(job.instance is not None and job.ended is None and not job.is_on_its_way for job in self.jobs)
+
+    def check_outages(self) -> None:
+        """Who is lost is lost once, and nobody else is; nobody is where an instance is down, but for who waits for it
+        because all that decode are."""
+        assert sum(i.outstanding for i in self.instances) == self.num_there, "a request was lost, or is twice"
+        for index in self.outages.down:
+            one = self.instances[index]
+            there = one.waiting + one.running + one.ready + one.in_transfer + one.leaving + one.stopped
+            assert not there and not one.flights, "somebody is where nobody can be"
+            assert one.free_blocks == one.flags.num_blocks, "blocks are taken of an instance that is down"
 
     @property
     def able(self) -> list[Instance]:
@@ -671,25 +688,54 @@ class Simulation:
             assert job.arrival <= job.scheduled <= job.first_token <= job.finish
             is_handed_over = job.request.output > 1 and (self.controller is not None
                                                           or self.instances[job.instance].role == "prefill")
-            if not self.outages:
+            if self.outages:
+                assert (job.delivered is None) == (job.decode_instance is None)
+                # Who came last to one that computes prompts with one token to go was done there.
+                assert is_handed_over or job.delivered is None
+            else:
                 assert (job.delivered is not None) == is_handed_over
             if is_handed_over and job.delivered is not None:
-                assert job.first_token <= job.accepted <= job.delivered <= job.finish
+                assert job.first_token <= job.left <= job.accepted <= job.delivered <= job.finish
         emitted = self.num_unheard + sum(job.emitted for job in everybody)
         if self.outages:
             emitted += self.outages.num_unheard
         assert sum(record.stats.num_sampled for record in self.iterations) == emitted
         processed = sum(sum(record.batch.values()) for record in self.iterations)
         assert processed == sum(job.computed + job.lost_tokens - job.hit_tokens for job in everybody)
-        assert sum(len(record.preempted) for record in self.iterations) == sum(job.preemptions for job in everybody)
+        preempted = sum(len(record.preempted) for record in self.iterations)
+        if self.outages:
+            # By a pass that started nothing, of an instance that started nothing more.
+            preempted += sum(len(instance.preempted_before) for instance in self.instances)
+        assert preempted == sum(job.preemptions for job in everybody)
         if self.hand_over is not None:
             moved = [transfer.job for transfer in self.hand_over.transfers if isinstance(transfer.job, Job)]
-            if not self.outages:
+            if self.outages:
+                self.check_hand_overs(everybody)
+            else:
                 assert len(set(map(id, moved))) == len(moved) == sum(job.delivered is not None for job in self.jobs)
             check_links(self.hand_over.transfers, self.rules.links, self.rules.discipline)
 
         if self.encoders is not None:
             self.encoders.check_end()
+
+    def check_hand_overs(self, everybody: list[Job]) -> None:
+        """Since it was last lost the KV of a request went over once at most, whole, and that is what decoded it."""
+        transfers = self.hand_over.transfers
+        assert sum(one.is_cut for one in transfers) == sum(what == "in transfer" for what, _ in self.hand_over.lost)
+        by_job: dict[int, list[Transfer]] = {}
+        for one in transfers:
+            by_job.setdefault(id(one.job), []).append(one)
+        for job in everybody:
+            mine = by_job.pop(id(job), [])
+            since = [one for one in mine if one.number >= job.transfers_before]
+            assert len(since) <= 1 and not any(one.is_cut for one in since)
+            assert bool(since) == (job.delivered is not None)
+            if since:
+                assert since == mine[-1:] and since[0].delivered == job.delivered
+                assert since[0].source == job.instance and since[0].destination == job.decode_instance
+            # The others were lost, on their way or behind it.
+            assert len(mine) - len(since) <= self.outages.losses_of[id(job)]
+        assert not by_job, "KV of nobody"
 
     def result(self) -> ReferenceResult:
         seconds = self.clock.seconds
@@ -730,6 +776,7 @@ class Simulation:
                     hit_tokens=job.hit_tokens,
                     decode_instance=job.decode_instance,
                     accepted_s=if_any(job.accepted),
+                    left_s=if_any(job.left),
                     delivered_s=if_any(job.delivered),
                     swaps=self._swaps(job, "swaps"),
                     swap_s=seconds(self._swaps(job, "waited")),

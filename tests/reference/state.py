@@ -97,6 +97,8 @@ class Job:
     decode_instance: int | None = None
     source_blocks: int = 0
     accepted: float | None = None
+    left: float | None = None  # for who decodes
+    transfers_before: int = 0  # of everybody, when it was last lost
     delivered: float | None = None
     sequence: int = 0  # arrivals before it
 

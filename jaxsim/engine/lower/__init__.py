@@ -8,6 +8,7 @@ from jaxsim.engine.lower.checks import (
     MAX_ARRIVAL_S,
     check_contexts,
     check_counters,
+    check_outages,
     check_requests,
     check_routing,
     check_transfers,
@@ -59,6 +60,7 @@ from jaxsim.engine.lower.workloads import (
 
 __all__ = [
     "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "Pool", "Prefixes", "System", "check_contexts", "check_counters",
+    "check_outages",
     "check_requests", "check_routing", "check_sums", "check_target", "check_transfers", "counter_room", "flights_of",
     "front_end_s", "hybrid_facts", "is_max_min", "is_split", "kinds_of_pools", "make_cost", "make_offload",
     "make_params", "make_patience", "make_remote_store", "make_requests", "make_reuse", "make_slack", "make_swap",

@@ -8,6 +8,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.engine.common import MAX_SPAN_S
 from jaxsim.engine.fair_links import MOST_S
 from jaxsim.engine.loop import REBASE_COUNTER, STEPS_BETWEEN_REBASES
+from jaxsim.engine.lower.failures import outages_of_run
 from jaxsim.engine.lower.links import Ways, flights_of, is_max_min, transfer_rates, ways_of
 from jaxsim.engine.lower.prefixes import Prefixes
 from jaxsim.engine.lower.systems import System
@@ -187,6 +188,27 @@ def check_transfers(scenario: Scenario, system: System, workload: Workload) -> N
                              f"is less than one part in {WHOLE // (LEAST_SHARE * most):,} of the fastest link, too"
                              f" little to be shared by {most}",
                              "raise it, or lower cluster.transfer.most_at_once")
+
+
+MOST_TURNS = 1_000_000
+"""Of a controller of roles behind the last arrival: a minute or so of simulation."""
+
+
+def check_outages(scenario: Scenario, system: System, workload: Workload) -> None:
+    """Refuse outages that end so long behind the last arrival that a controller of roles, whose turns go on while
+    somebody may wait for an engine to come back, has too many until then. Raises `InputError`."""
+    given, switching = scenario.cluster.failures, scenario.cluster.role_switching
+    if given is None or switching is None:
+        return
+    ends = [one.end_s for seed in scenario.seeds for one in outages_of_run(given, system.num_executors, seed)]
+    behind_s = max(ends, default=0.0) - float(workload.arrival_s[-1])
+    turns = behind_s * (1 / switching.sample_s + 1 / switching.decide_s + 1 / switching.poll_s)
+    if turns > MOST_TURNS:
+        raise InputError("cluster.failures", f"an outage that ends {behind_s:.3g} s behind the last arrival",
+                         f"may leave [cluster.role_switching] {turns:.3g} turns with nobody there, more than the"
+                         f" {MOST_TURNS:,} simulated",
+                         "end it sooner (an engine that is not to come back needs no longer than the run), or raise"
+                         " sample_s, decide_s and poll_s")
 
 
 def _moved_tokens(system: System, workload: Workload) -> np.ndarray:

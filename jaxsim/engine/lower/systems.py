@@ -105,8 +105,10 @@ class Pool(NamedTuple):
 def resolve_system(scenario: Scenario) -> System:
     """Look everything up, derive the KV pools. Raises `InputError` for whatever does not go together."""
     _check_loads(scenario)
+    failures = scenario.cluster.failures
+    has_restarts = failures is not None and failures.on_failure == "reroute"
     if not scenario.cluster.pools:
-        system = _resolve_alone(scenario)
+        system = dataclasses.replace(_resolve_alone(scenario), has_restarts=has_restarts)
         if system.scheduler.pass_when_stage_free:
             raise InputError("engine.pipeline_parallel_size", system.scheduler.num_stages,
                              f"of {system.scheduler.preset} is simulated with prefill and decode engines only",
@@ -128,7 +130,7 @@ def resolve_system(scenario: Scenario) -> System:
     first = next(pool for pool in pools if pool.role != "encode")
     system = dataclasses.replace(first.system, pools=tuple(pools),
                                  switches_roles=scenario.cluster.role_switching is not None,
-                                 has_restarts=scenario.cluster.failures is not None)
+                                 has_restarts=has_restarts)
     _check_pools(system, scenario)
     _check_caches(scenario, system)
     if system.has_parts:

@@ -170,14 +170,13 @@ def give_up(context: Context, t: Touched) -> Touched:
         return t
     loss = None
     if context.dims.has_failures:
-        item = None
+        item, is_losing = None, failures.goes_down(t.event) & (t.phase != w.ENDING)
         if context.dims.has_roles:
-            is_losing = failures.goes_down(t.event) & (t.phase != w.ENDING)
             counts, wake, link, opened, item = lost_hand_overs.look(
                 context, t.event, t.counts, t.times, t.wake, t.phase, t.residue_row, t.link, t.opened, is_losing)
             t = replace(t, counts=counts, wake=wake, link=link, opened=opened, item=item)
         event, counts, wake, phase, loss, broken = failures.strike(
-            context, t.event, t.rank, t.counts, t.times, t.wake, t.phase, item)
+            context, t.event, t.rank, t.counts, t.times, t.wake, t.phase, is_losing, item)
         if broken is not None:
             counts, control, acted = migration.break_off(context, event, broken, counts, t.control, t.acted)
             t = replace(t, control=control, acted=acted)

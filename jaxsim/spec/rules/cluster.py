@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from jaxsim._core.errors import InputError
+from jaxsim.spec.presets import Scheduler
 from jaxsim.spec.rules.schedulers import scheduler_of
 from jaxsim.spec.values import plain
 
@@ -210,6 +211,13 @@ def check_variants(s: "Scenario") -> None:
                          " be served by nobody", "lower it, or raise cluster.replicas")
 
 
+def _keeps_from_failing(scheduler: Scheduler) -> list[str]:
+    """What of an engine is not simulated where engines fail."""
+    are_wrong = {"phase_mix": scheduler.phase_mix != "unified", "reserve": scheduler.reserve not in ("none", "prompt"),
+                 "kv_accounting": not scheduler.kv_accounting, "victim": scheduler.victim != "last_admitted"}
+    return [name for name, is_wrong in are_wrong.items() if is_wrong]
+
+
 def check_failures(s: "Scenario") -> None:
     """Instances that go down. Raises `InputError`."""
     given, cluster, field = s.cluster.failures, s.cluster, "cluster.failures"
@@ -234,16 +242,23 @@ def check_failures(s: "Scenario") -> None:
             ("cluster.transfer.discipline", discipline, discipline != "fifo", "use 'fifo'"),
             ("engine.data_parallel_size", s.engine.data_parallel_size, s.engine.data_parallel_size > 1,
              "use 1, and more replicas for a dense model"),
-            ("engine.preset", scheduler.preset, scheduler.reserve not in ("none", "prompt")
-             or not scheduler.kv_accounting or scheduler.victim != "last_admitted", "use a preset 'vllm-v1', or"
+            ("engine.preset", scheduler.preset, bool(_keeps_from_failing(scheduler)), "use a preset 'vllm-v1', or"
              " 'sarathi'")):
         if is_wrong:
             raise InputError(name, value, f"is not simulated with engines that fail ({field})", remedy)
+    for index, pool in enumerate(cluster.pools):
+        of_pool = scheduler_of(s.of_pool(index).engine)
+        for name in _keeps_from_failing(of_pool):
+            own = name if name in pool.engine else "preset"
+            raise InputError(f"cluster.pools[{index}].engine.{own}", getattr(of_pool, own),
+                             f"is not simulated with engines that fail ({field})",
+                             "use a preset 'vllm-v1', or 'sarathi', as it is")
     if given.mtbf_s is not None:
         number = engines * (given.until_s / (given.mtbf_s + given.mttr_s) + 1)
         if number > MAX_OUTAGES:
             raise InputError(f"{field}.mtbf_s", given.mtbf_s, f"makes some {number:.0f} outages, more than the"
-                             f" {MAX_OUTAGES} simulated", "raise it, or lower until_s or cluster.replicas")
+                             f" {MAX_OUTAGES} simulated", "raise it, or lower until_s or "
+                             + ("cluster.pools[k].replicas" if cluster.pools else "cluster.replicas"))
     spans: dict[int, list[tuple[float, float]]] = {}
     for index, one in enumerate(given.outages):
         if one.instance >= engines:

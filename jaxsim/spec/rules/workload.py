@@ -209,7 +209,9 @@ def check_clients(s: "Scenario") -> None:
              or scheduler.reserve == "expected" or scheduler.decode_context_limit is not None,
              "use a preset 'vllm-v1', 'sarathi' or 'orca'"),
             ("cluster.pools", [pool.role for pool in s.cluster.pools], s.cluster.has_roles
-             and (w.has_deadlines or s.cluster.admission is not None), "use roles 'mixed'")):
+             and (w.has_deadlines or s.cluster.admission is not None),
+             # Pools that are all mixed are not simulated with engines that fail.
+             "use roles 'mixed'" if s.cluster.failures is None else "use cluster.replicas")):
         if is_wrong:
             raise InputError(name, value, f"is not simulated with {what} ({field})", remedy)
 
