@@ -63,6 +63,7 @@ def test_stretching_is_rounding_the_product():
         assert np.all(np.isinf(got[500:, 1])) and np.array_equal(got[1:, :3], got[:-1, 3:])
 
 
+@pytest.mark.slow
 def test_a_traced_rate_is_that_rate():
     """Stretched arrivals give what arrivals at that rate give."""
     flags, dims = simulator.preset("vllm-v1"), c.dims_of("vllm-v1", 3)

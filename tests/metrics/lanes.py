@@ -143,6 +143,7 @@ def with_everything(lane: LaneResult, seed: int = 0) -> LaneResult:
         load_s=rng.random(instances),
         load_delay_s=rng.random(instances), decode_instance=np.where(has_moved, 1, -1),
         accepted_s=np.where(has_moved, first_token_s + 0.001, np.nan),
+        left_s=np.where(has_moved, first_token_s, np.nan),
         delivered_s=np.where(has_moved, first_token_s + 0.002 + 0.001 * rng.random(count), np.nan),
         migrations=migrations, downtime_s=np.where(migrations > 0, times(), 0.0), last_instance=np.zeros(count, int),
         aborted_migrations=rng.integers(0, 9, len(ABORTS)), instance_s=0.7 * instances * np.nanmax(finish_s), starts=2,

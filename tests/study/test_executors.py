@@ -50,6 +50,7 @@ def test_a_process_that_dies_is_told():
         pool.submit(os._exit, 1).result()
 
 
+@pytest.mark.slow
 def test_dask_worker_killed_in_mid_sweep(expected, tmp_path):
     """The others do its tiles again."""
     distributed = pytest.importorskip("distributed")

@@ -339,6 +339,7 @@ KINDS = {
 OFTEN = ("a rate that is too low", "an override that is none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN)) for name in KINDS])
 @pytest.mark.parametrize("is_turned", [False, True])
