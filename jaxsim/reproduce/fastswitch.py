@@ -97,6 +97,8 @@ def figures(lane: LaneResult) -> dict[str, float]:
     e2e_s, ttft_s = lane.finish_s - lane.arrival_s, lane.first_token_s - lane.arrival_s
     is_slow = e2e_s >= np.quantile(e2e_s, 0.99)
     delay_s, swaps = float(lane.swap_delay_s.sum()), int(lane.swaps.sum())
+    # Without reuse nothing is there.
+    found = 0 if lane.cached_tokens is None else lane.cached_tokens.sum()
     return {
         "ttft_p99_s": float(np.quantile(ttft_s, 0.99)),
         "tbt_p999_s": float(histogram.percentiles(lane.itl_counts, (99.9,))[0]),
@@ -106,7 +108,7 @@ def figures(lane: LaneResult) -> dict[str, float]:
         "running": float(lane.running_s.sum()) / lane.duration_s,
         "swap_s": delay_s / swaps if swaps else 0.0,
         "copied_blocks": int(lane.swapped_blocks[0]),
-        "found_share": float(lane.cached_tokens.sum() / lane.input_tokens.sum()),
+        "found_share": float(found / lane.input_tokens.sum()),
         "spared_share": float(lane.swapped_blocks[1] / max(lane.swapped_blocks.sum(), 1))}
 
 
