@@ -144,7 +144,8 @@ def compare(drawn, flags, dims) -> dict[str, int]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["vllm-v1", pytest.param("sarathi", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vllm-v1", "sarathi"])
 def test_parts_encoded_elsewhere_are_as_in_the_reference(name):
     flags, dims = simulator.preset(name), c.dims_of(name, EXECUTORS, has_roles=True, has_parts=True)
     seen = compare(draw(1, flags, dims), flags, dims)

@@ -12,11 +12,14 @@ from tests.engine.laws import broken_laws
 from tests.metrics.lanes import token_gaps
 from tests.reference import simulator
 
+PRESETS = [pytest.param(name, id=f"{name}-3", marks=[] if name in (
+    "vllm-v1", "vllm-v1-priority", "vllm-v0", "sglang") else pytest.mark.slow) for name in c.PRESETS]
+
 SEEDS = settings(max_examples=2, derandomize=True, deadline=None, database=None,
                  phases=(Phase.explicit, Phase.generate))
 
 
-@pytest.mark.parametrize("name", c.PRESETS, ids=lambda name: f"{name}-3")
+@pytest.mark.parametrize("name", PRESETS)
 def test_laws_hold(name):
     flags, dims = simulator.preset(name), c.dims_of(name, 3)
 
@@ -30,7 +33,7 @@ def test_laws_hold(name):
     check()
 
 
-@pytest.mark.parametrize("name", c.PRESETS, ids=lambda name: f"{name}-3")
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_token_after_the_first_has_its_gap(name):
     """Tokens in = tokens out: the histogram of gaps holds one for each, across preemptions too.
 
