@@ -9,7 +9,7 @@ def show(report: dict, console: Console | None = None) -> None:
     """Print the report as a table."""
     console = console or Console()
     table = Table(title="Simulated requests on one core, compile time apart", title_justify="left",
-                  box=SIMPLE, pad_edge=False)
+                  box=SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("case", no_wrap=True)
     for name in ("M req/s", "/bare", "/twin", "compile s", "MiB", "preempted", "=twin"):
         table.add_column(name, justify="right", no_wrap=True)

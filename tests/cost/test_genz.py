@@ -200,8 +200,10 @@ def test_an_iteration_of_chunks_and_decodes():
 
 def test_one_chunk_is_a_prompt():
     """But for the embedding, which is a product of prompts only."""
-    names = lambda works: sorted((w.name, float(w.flops), float(w.off_chip_bytes), float(w.message_bytes))  # noqa: E731
-                                 for w in works if "embedding" not in w.name)
+    def names(works):
+        return sorted((w.name, float(w.flops), float(w.off_chip_bytes), float(w.message_bytes))
+                      for w in works if "embedding" not in w.name)
+
     for model in (LLAMA, MIXTRAL):
         assert names(genz.chunked_work(model, FOUR, prefills=[(0, 96)])) == names(prefill_work(model, FOUR, tokens=96))
 
