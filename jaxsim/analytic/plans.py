@@ -27,7 +27,7 @@ from jaxsim.analytic.steady import FULLEST, Executor, Steady, capacity_rps, stea
 from jaxsim.analytic.workload import Load
 from jaxsim.cost.base import AbstractIterationCost, BatchStats, DecodePace
 from jaxsim.cost.context_parallel import Ring
-from jaxsim.cost.tabulated import SERIAL, TabulatedCost, Together
+from jaxsim.cost.tabulated import DECODE_LAUNCH, MIXED_LAUNCH, SERIAL, TabulatedCost, Together
 from jaxsim.engine import lower
 from jaxsim.spec.scenario import RooflineCost, Scenario
 
@@ -67,7 +67,7 @@ class PlanCost(AbstractIterationCost):
     def host_seconds(self, is_decode: Bool[Array, ""], num_sequences: Int[Array, ""]) -> Float[Array, ""]:
         """Serial and launches, where several ranks wait for them."""
         row = self.tables.row(num_sequences)
-        host_s = row[SERIAL] + jnp.where(is_decode, row[1], row[2])
+        host_s = row[SERIAL] + jnp.where(is_decode, row[DECODE_LAUNCH], row[MIXED_LAUNCH])
         return jnp.where(self.ranks == 1, 0.0, host_s)
 
 

@@ -1,7 +1,7 @@
 """GenZ: layer and pass times, requirements of a 10T model, and what a platform is sensitive to.
 
 Times are `jaxsim.cost.genz`, GenZ's own counting on jaxsim's models; sensitivities are elasticities of a pass by
-`jax.grad`. Nothing is simulated, and nothing is drawn.
+`jax.grad`. Nothing is simulated, and no number is random.
 
 Known gaps: the authors' measurements are not public, so their validation errors have no number here; batches and
 lengths behind the choice of parallelism, and the TPOT of the 10T assistant, were not published.

@@ -64,7 +64,6 @@ def test_fusion_is_of_launches_alone(found):
     assert before / after == pytest.approx(best.max(), rel=0.02)
     ideal, longest = skip.fusion_claims(found)
     assert ideal.verdict == NOT_REPRODUCED and longest.verdict == NO_GATE
-    assert 405 / (405 - 255) == pytest.approx(2.7) and 299 / (299 - 255) == pytest.approx(6.8, rel=0.01)
     assert "405 and 299" in longest.reason
 
 
