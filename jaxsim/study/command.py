@@ -59,9 +59,12 @@ def run(options: argparse.Namespace, values: dict[str, Any], folder: Path) -> No
                          "give at least 1, or leave it out")
     study = chosen(options.study, values)
     if options.closed_form:
-        if options.dry_run or options.requests:
-            flag = "--dry-run" if options.dry_run else "--requests"
-            raise InputError(flag, True, "has no effect with --closed-form, which simulates nothing", "leave it out")
+        for flag, value, default in (("--dry-run", options.dry_run, False), ("--requests", options.requests, False),
+                                     ("--executor", options.executor, "local"), ("--workers", options.workers, None),
+                                     ("--runs-a-tile", options.runs_a_tile, None)):
+            if value != default:
+                raise InputError(flag, value, "has no effect with --closed-form, which simulates nothing",
+                                 "leave it out")
         _closed_form(study, options)
         return
     start = time.perf_counter()

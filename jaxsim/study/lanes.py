@@ -185,8 +185,8 @@ class Lanes:
         return self._systems.get(self._system_key(scenario), lambda: lower.resolve_system(scenario))
 
     def _system_key(self, s: Scenario) -> bytes:
-        # The token cap of streamed weights comes from the cost.
-        cost = None if s.engine.hybrid is None else s.cost
+        # The token cap of streamed weights comes from the cost; what was not measured with a profile, from its kind.
+        cost = s.cost.__struct_config__.tag if s.engine.hybrid is None else s.cost
         return _bytes(s.model, s.device, s.engine, s.cluster, cost, stamps(s))
 
     def workload(self, scenario: Scenario, seed: int) -> Workload:
@@ -291,7 +291,7 @@ class Lanes:
         values = [v for v in cost.overrides.values() if not v > 0]
         key = _bytes(scenario.model, scenario.device, engine.dtype, engine.kv_cache_dtype, engine.moe_backend,
                      engine.enforce_eager, engine.hybrid, system.plan, cost.host, cost.distinct_experts,
-                     sorted(cost.overrides), cost.split_kv, values, stamps(scenario))
+                     sorted(cost.overrides), cost.split_kv, cost.expert_load, values, stamps(scenario))
         return self._kinds.get(key, structure)
 
     # Runs

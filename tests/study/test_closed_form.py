@@ -51,3 +51,17 @@ def test_plans_that_share_a_program_of_the_event_engine():
         study = Study.from_dict({"schema_version": 1, "scenario": base, "axes": axes | more, "derived": derived})
         made = plan(study, Lanes())
         assert made.num_programs == programs and not made.refusals, made.refusals
+
+
+def test_a_refused_point_is_its_own_whatever_comes_first():
+    """What a balancer of experts needs is told of the point that lacks it, not of the one behind."""
+    for loads in (["balanced", "skewed"], ["skewed", "balanced"]):
+        made = plan(Study.from_dict({
+            "schema_version": 1, "num_seeds": 1, "axes": {"cost.expert_load": loads},
+            "scenario": {"schema_version": 1, "model": {"name": "qwen3-30b-a3b"}, "device": {"name": "h100"},
+                         "engine": {"tensor_parallel_size": 2, "enable_expert_parallel": True, "enable_eplb": True,
+                                    "max_model_len": 4096},
+                         "workload": {"kind": "poisson", "rate_rps": 1.0, "num_requests": 8, "input": 64, "output": 8}},
+        }), Lanes())
+        assert [loads[refusal.point] for refusal in made.refusals] == ["balanced"]
+        assert sum(len(tile.points) for tile in made.tiles) == 1
