@@ -10,11 +10,9 @@ from jaxsim.engine.lower.systems import System
 from jaxsim.policy.chunks import Chunks
 from jaxsim.policy.kv_parallel import KvParallel
 from jaxsim.spec.dims import Dims
+from jaxsim.spec.plan import weight_format
 from jaxsim.spec.scenario import Scenario
 from jaxsim.workload.workload import Workload
-
-QUERY_BYTES = 2
-"""Of a number of a query or a partial output."""
 
 MESSAGES = 2
 """A layer: queries there, partial outputs back."""
@@ -44,7 +42,8 @@ def make_kv_parallel(scenario: Scenario, system: System) -> KvParallel | None:
     hop = system.device.kernel_efficiency().hop
     hop = {"network": over_network, "host": over_pcie}.get(link.kind, lambda same: same)(hop)
     heads = model.rank_shape(tensors).heads
-    size = heads * (QUERY_BYTES * sum(merged_numbers(model)) + LSE_BYTES)
+    activation_bytes = weight_format(scenario.dtype, model).activation_bytes
+    size = heads * (activation_bytes * sum(merged_numbers(model)) + LSE_BYTES)
     return KvParallel(
         np.int32(groups), np.int32(engine.kv_parallel_tokens), np.float32(MESSAGES * model.layers * hop.latency_s),
         np.float32(model.layers * (groups - 1) * size / (link.bytes_per_s * hop.efficiency)))
