@@ -30,9 +30,12 @@ class Sized(NamedTuple):
 
 
 def size(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, ""] | None,
-         decoding: "kv_parallel.Decoding | None", known: Int[Array, ""], computed: Int[Array, ""]) -> Sized:
-    """Of a prompt of so many known tokens, of which some are computed, in the batch as it is now."""
+         decoding: "kv_parallel.Decoding | None", known: Int[Array, ""], computed: Int[Array, ""],
+         target_s: Float[Array, ""] | None = None) -> Sized:
+    """Of a prompt of so many known tokens, of which some are computed, in the batch as it is now; target_s: unless it
+    has all of the time."""
     rule, batch = group.batching.chunks, counts.batch
+    target_s = rule.target_s if target_s is None else target_s
     most = jnp.minimum(known - computed, batch.budget)
 
     def seconds(tokens: Int[Array, ""]) -> Float[Array, ""]:
@@ -52,7 +55,7 @@ def size(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[A
     found = jnp.int32(0)
     for step in reversed(range(STEPS)):
         tried = found + (jnp.arange(1, 1 << STEP_BITS, dtype=jnp.int32) << (step * STEP_BITS))
-        fit = (tried <= most) & (jax.vmap(seconds)(tried) <= rule.target_s)
+        fit = (tried <= most) & (jax.vmap(seconds)(tried) <= target_s)
         found = found + (jnp.argmin(jnp.append(fit, False)).astype(jnp.int32) << (step * STEP_BITS))
     least = jnp.minimum(rule.least, most)
     return Sized(jnp.maximum(found, least), (batch.num_chunks == 0) | (found >= least))

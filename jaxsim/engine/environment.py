@@ -144,6 +144,9 @@ class Environment:
         if scenario.engine.swap is not None:
             raise InputError("engine.swap", plain(scenario.engine.swap), "is not part of an environment yet",
                              "leave it out")
+        if (scenario.engine.max_num_partial_prefills or 1) > 1:
+            raise InputError("engine.max_num_partial_prefills", scenario.engine.max_num_partial_prefills,
+                             "is not part of an environment yet", "leave it out")
         if (policy := scenario.engine.scheduling_policy) in ("vtc", "least_slack"):
             raise InputError("engine.scheduling_policy", policy, "is not part of an environment yet", "use 'fcfs'")
         if scenario.cluster.pools:

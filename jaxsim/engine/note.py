@@ -11,6 +11,7 @@ from jaxsim.engine import (
     hand_over,
     migration,
     offload,
+    partial_prefills,
     prefix,
     remote_store,
     role_switching,
@@ -222,6 +223,9 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         index, words = bitmap.change(lambda word: take(world.waiting_set, t.rank, word), dims.num_requests, member,
                                      is_entering, is_entering | is_leaving)
         writes["waiting_set"] = Put(own("waiting_set", index), words)
+    if t.chosen is not None:
+        own_writes, is_full = partial_prefills.writes(context, t)
+        writes |= own_writes
     if t.tenants is not None:
         writes["tenants"] = Put(own("tenants"), t.tenants.row)
     if rules.stalls:
@@ -255,6 +259,8 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         progress["fault"] = progress["fault"] | jnp.where(is_full, w.WINDOW_FULL, 0)
     if t.again is not None:
         progress["fault"] = progress["fault"] | jnp.where(is_full, w.SLACK_WINDOW_FULL, 0)
+    if t.chosen is not None:
+        progress["fault"] = progress["fault"] | jnp.where(is_full, w.LINE_FULL, 0)
     if dims.has_migration:
         progress["control"] = t.control
     elif t.left is not None:

@@ -29,6 +29,7 @@ FAULTS = {
     w.LINKS_FULL: "more transfers are under way at once than cluster.transfer.most_at_once: raise it",
     w.WINDOW_FULL: "more requests wait for a place at once than engine.swap.window: raise it, or lower the load",
     w.SLACK_WINDOW_FULL: "more preempted requests wait at once than engine.slack_window: raise it, or lower the load",
+    w.LINE_FULL: "more requests wait at once than engine.prefill_window: raise it, or lower the load",
     w.NO_NUMBER: "an action gave a router a weight that is not a number",
 }
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import BatchStats, DecodePace
-from jaxsim.engine import free_stages, gathering, kv_parallel, pipeline
+from jaxsim.engine import free_stages, gathering, kv_parallel, partial_prefills, pipeline
 from jaxsim.engine.common import MAX_SPAN_S, Group, blocks_for, choose, has, mark, span
 from jaxsim.engine.events import Event
 from jaxsim.engine.prefix import Found, Release, admit
@@ -205,6 +205,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         has_blocks = has_blocks & (own.astype(jnp.float32) < free_tokens - others)
     if sized is not None:
         has_budget = has_budget & sized.has_time
+    if rules.partial is not None:
+        has_room = has_room & (partial_prefills.has_row(rank, dims.null_slot) | is_forming | (chunk == rest))
     is_closed = has(counts, w.CLOSED)
     if is_ready is not None and rules.waiting_blocked_after_preempt:
         is_closed = is_closed | (has(counts, w.PREEMPTED) & ~is_ready)
@@ -215,6 +217,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if rules.gathers:
         is_admitted = fits & has(counts, w.RELEASED)
     is_forming = is_open & is_forming & has_room
+    if rules.partial is not None:
+        is_forming = is_forming & has_budget
     is_placed = is_admitted | is_forming
     # What keeps the head waiting until a sequence leaves, rather than only for this iteration.
     is_held = ~has_slot | ~has_blocks
@@ -229,6 +233,9 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         is_held = ~has_slot | (rules.num_blocks - used - least < watermark)
     if rules.admit == "when_empty":
         is_held = jnp.bool_(True)
+    if rules.partial is not None:
+        # Who is first changes with time.
+        is_held = jnp.bool_(False)
 
     is_completing = is_placed & (computed + chunk == known)
     is_partial = is_placed & ~is_completing

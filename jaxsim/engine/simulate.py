@@ -32,6 +32,9 @@ SMALLEST_SLOTS = 8
 MOST_JUMP_BITS = 22
 """Of the iterations of a jump and of the slots together; up to 1,024 sequences a jump is as long as any."""
 
+LINE_WINDOW = 256
+"""Requests that wait beside several partly computed prompts, unless `engine.prefill_window` says how many."""
+
 SLACK_WINDOW = 64
 """Preempted requests that wait, unless `engine.slack_window` says how many."""
 
@@ -156,6 +159,8 @@ def _check_sessions(scenario: Scenario, system: lower.System) -> None:
             ("cluster.migration", cluster.migration), ("cluster.scaling", cluster.scaling),
             ("cluster.role_switching", cluster.role_switching), ("workload.images", workload.images),
             ("engine.context_reuse", None if cluster.variants is not None else scenario.engine.context_reuse),
+            ("engine.max_num_partial_prefills", scenario.engine.max_num_partial_prefills
+             if system.scheduler.max_num_partial_prefills > 1 else None),
             ("engine.scheduling_policy", order if order in ("vtc", *SORTED_POLICIES) else None)):
         if value is not None:
             raise InputError(field, plain(value), "is not simulated with a workload of sessions", "leave it out")
@@ -316,7 +321,9 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 keeps_turns=keeps_turns(system) and scenario.workload.has_sessions,
                 slack_window=(scenario.engine.slack_window or SLACK_WINDOW) * (system.scheduler.order == "least_slack"),
                 has_block_groups=system.swap is not None and system.swap.group_blocks is not None,
-                has_kv_parallel=system.plan.kv_parallel_size > 1)
+                has_kv_parallel=system.plan.kv_parallel_size > 1, num_partial=system.scheduler.max_num_partial_prefills,
+                line_window=(scenario.engine.prefill_window or LINE_WINDOW)
+                * (system.scheduler.max_num_partial_prefills > 1))
     # Beside thousands of slots a packed key has fewer bits for iterations: half of them for jumps between rebases.
     dims = dataclasses.replace(dims, max_jump=min(dims.max_jump, 1 << (MOST_JUMP_BITS - dims.slot_bits)))
     return lower.routing_dims(routing, dims)

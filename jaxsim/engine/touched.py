@@ -14,6 +14,7 @@ from jaxsim.engine import (
     lost_hand_overs,
     migration,
     offload,
+    partial_prefills,
     pipeline,
     prefix,
     remote_store,
@@ -108,6 +109,8 @@ class Touched(eqx.Module):
     sight: swapping.Sight | None = None
     # Where time limits chunks: the candidate's next.
     sized: chunks.Sized | None = None
+    # Where several prompts are partly computed: whose turn it is.
+    chosen: partial_prefills.Chosen | None = None
     # Where turns are kept: the one that ended (of `retire`), what there is for the candidate, and whether this step
     # only drops a copy, and whose.
     ended: swapping.Ended | None = None

@@ -12,6 +12,7 @@ from jaxsim.policy.chunks import Chunks
 from jaxsim.policy.context_reuse import ContextReuse
 from jaxsim.policy.kv_parallel import KvParallel
 from jaxsim.policy.offload import Offload
+from jaxsim.policy.partial_prefills import PartialPrefills
 from jaxsim.policy.remote_store import RemoteStore
 from jaxsim.policy.swap import Swap
 
@@ -57,7 +58,8 @@ class Batching(eqx.Module):
         pipeline that takes a batch whenever its first stage is free; None elsewhere. swap: host memory that
         victims move to; None where they are recomputed. chunks: how long an iteration with a prompt may take, None
         where only tokens count. kv_parallel: groups of devices that share the KV of long contexts, None where one has
-        it all.
+        it all. partial: how several prompts are partly computed side by side, and in which order (that of the queue is
+        then `fcfs` here), None where one is at a time.
 
     Source: the schedulers named in docs/schedulers.md.
     """
@@ -97,6 +99,7 @@ class Batching(eqx.Module):
     remote: RemoteStore | None = None
     chunks: Chunks | None = None
     kv_parallel: KvParallel | None = None
+    partial: PartialPrefills | None = None
 
     def __check_init__(self):
         for name, allowed in (("phase_mix", PHASE_MIXES), ("reserve", RESERVES), ("victim", VICTIMS),
@@ -115,13 +118,17 @@ class Batching(eqx.Module):
         if self.remote is not None and not self.prefix_caching:
             raise ValueError("remote: only behind a prefix cache")
         if self.chunks is not None and not (self.is_unified and self.chunked_prefill
-                                            and self.reserve in ("none", "prompt") and self.admit == "any_time"):
+                                            and self.reserve in self._reserves_of_chunks and self.admit == "any_time"):
             raise ValueError("chunks: only for prompts in chunks beside decodes")
         if (self.chunks is not None or self.kv_parallel is not None) and (
                 not self.is_unified or not self.kv_accounting or self.walks or self.prefix_caching
                 or self.order == "vtc" or self.has_context_limit):
             raise ValueError("chunks, kv_parallel: unified batches of known blocks, victims from the tail, no prefix"
                              " caching, no virtual token counters")
+        if self.partial is not None and (self.chunks is None or self.async_scheduling or self.order != "fcfs"
+                                         or not self.kv_accounting or self.gathers):
+            raise ValueError("partial: only with chunks that keep to a time, synchronously, of known blocks; its order"
+                             " is a number")
         if self.kv_parallel is not None and self.pass_on_arrival:
             raise ValueError("kv_parallel: not with pass_on_arrival")
         if self.order in ("vtc", "least_slack") and not (
@@ -132,6 +139,11 @@ class Batching(eqx.Module):
                              or self.admit != "any_time"):
             raise ValueError("batch_wait_timeout_iters: only for whole prompts, first come first served, beside decodes"
                              " whose blocks are reserved")
+
+    @property
+    def _reserves_of_chunks(self) -> tuple[str, ...]:
+        # Beside others a prompt has all its blocks from the start.
+        return ("none", "prompt") if self.partial is None else ("max_tokens", "max_model_len")
 
     @property
     def is_unified(self) -> bool:

@@ -27,7 +27,22 @@ def simulated(made: Study) -> pd.DataFrame:
     study.
     """
     base, points = made.base_tree(), list(made.points())
-    rows, refused = runner.table([made.scenario_at(point, base) for point in points])
+    return _beside_axes(made, points, *runner.table([made.scenario_at(point, base) for point in points]))
+
+
+def simulated_of(made: Study, most_tokens: int) -> pd.DataFrame:
+    """The same, with the percentiles of requests of prompts up to so many tokens: `p50_of_ttft_ms` and so on, of
+    ttft_ms and e2el_ms."""
+    base, points = made.base_tree(), list(made.points())
+    rows, requests, refused = runner.table_and_requests([made.scenario_at(point, base) for point in points])
+    found = _beside_axes(made, points, rows, refused)
+    mine = requests[requests["input_tokens"] <= most_tokens].groupby(["point", "seed"])
+    more = {f"p{level}_of_{name}_ms": 1e3 * mine[column].quantile(level / 100)
+            for name, column in (("ttft", "ttft_s"), ("e2el", "e2e_s")) for level in (50, 90, 99)}
+    return found.merge(pd.DataFrame(more).reset_index(), on=["point", "seed"])
+
+
+def _beside_axes(made: Study, points: list, rows: pd.DataFrame, refused: dict[int, str]) -> pd.DataFrame:
     stopped = {} if refused else rows.set_index("point")["fault"].dropna()
     for point, reason in (*refused.items(), *stopped.items()):
         raise InputError(f"study {made.name}", f"point {point}", f"has no result ({reason})", "change the study")

@@ -41,6 +41,8 @@ class Dims:
     num_links: between pools, that all of their engines share; is_max_min: what a transfer leaves of a shared link goes
     to others.
     has_kv_parallel: the KV of long contexts is cut over groups of devices.
+    num_partial: prompts that may be partly computed side by side; line_window: requests that wait at once where these
+    are several, else 0.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -90,6 +92,8 @@ class Dims:
     num_links: int = 0
     is_max_min: bool = False
     has_kv_parallel: bool = False
+    num_partial: int = 1
+    line_window: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:
@@ -161,6 +165,11 @@ class Dims:
                                      or self.has_encoder or self.num_segments or self.num_tenants):
             raise ValueError("has_kv_parallel: executors of one rank, without roles, migration, clients that give up,"
                              " swapping, images, prefix caching and virtual token counters")
+        if self.num_partial > 1 and (self.num_ranks > 1 or self.has_moves or self.has_clients or self.has_swap
+                                     or self.has_encoder or self.num_segments or self.num_tenants
+                                     or self.slack_window or not self.line_window):
+            raise ValueError("num_partial: executors of one rank with a line_window, without roles, migration, clients"
+                             " that give up, swapping, images, prefix caching, virtual token counters and slack_window")
         if self.has_remote and self.has_reuse:
             raise ValueError("has_remote, has_reuse: one of them")
         if (self.has_egress or self.remote_log) and not self.has_remote:

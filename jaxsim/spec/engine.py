@@ -17,14 +17,16 @@ Reserve = Literal["none", "prompt", "max_tokens", "max_model_len", "expected"]
 BlockRule = Literal["crossing", "always"]
 Victim = Literal["last_admitted", "lowest_priority", "fewest_outputs"]
 Order = Literal["fcfs", "priority"]
-SchedulingPolicy = Literal["fcfs", "priority", "sjf", "edf", "least_slack", "vtc"]
+SchedulingPolicy = Literal["fcfs", "priority", "sjf", "edf", "least_slack", "vtc", "lrs", "lars"]
 SORTED_POLICIES = ("priority", "sjf", "edf", "least_slack")
 """Orders by a key that is known before the run, at least of who never ran."""
 ORDERS = {
     "fcfs": "who came first", "priority": "the smallest priority, then who came first",
     "sjf": "the fewest predicted output tokens", "edf": "the earliest deadline",
     "least_slack": "the least time to the deadline beyond what it is predicted to need",
-    "vtc": "the oldest request of the tenant that was served least"}
+    "vtc": "the oldest request of the tenant that was served least",
+    "lrs": "of prompts side by side, the least time to the deadline beyond the rest of the prefill",
+    "lars": "the same over the whole prefill"}
 """What each order of the waiting queue takes next."""
 Admit = Literal["any_time", "when_empty"]
 BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -163,8 +165,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             Marlin's, which multiply 4-bit weights in 16 bits (VLLM_MXFP4_USE_MARLIN).
         enable_chunked_prefill: a prompt may be split over iterations.
         scheduling_policy: order of the waiting queue: of arrival, by priority, the shortest predicted output first
-            (sjf), the earliest deadline first (edf), the least slack first (least_slack), or by virtual token
-            counters of the tenants (vtc).
+            (sjf), the earliest deadline first (edf), the least slack first (least_slack), by virtual token
+            counters of the tenants (vtc), or, of prompts that are partly computed too, the least remaining slack
+            (lrs) or the least relative slack (lars).
         async_scheduling: the next iteration is scheduled while this one runs.
         watermark: share of the KV blocks that admissions leave free.
         batch_wait_timeout_iters: iterations that prompts which could join running decodes wait for, unless they are
@@ -204,6 +207,16 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         target_batch_time_ms: that an iteration with a prompt is to take at most: chunks of prompts are as long as that
             leaves time for, within max_num_batched_tokens. Only tokens limit them if left out.
         min_chunk_tokens: of a chunk there, 1 if left out: the first of an iteration has as many, whatever they take.
+        max_num_partial_prefills: prompts that are partly computed side by side, up to 4; 1 if left out. With more,
+            the order is also that of the next chunks, and who has begun may wait for others.
+        max_long_partial_prefills: long ones among them, 1 if left out.
+        long_prompt_tokens: prompts of more are long, of which one has a chunk in an iteration; 32768 if left out.
+        most_relative_slack: under scheduling_policy = "lars" the chunk of a long prompt fills an iteration but for its
+            relative slack, of which so much counts at most; 0.4 if left out.
+        deadline_work_factor: of the time of its prefill alone, by which a request is due later than its deadline_ms or
+            ttft_ms says; with it these may be left out.
+        prefill_window: requests that wait at once there, of which the run keeps track (256 if left out); beyond, it
+            stops with a fault.
         kv_parallel_size: groups of tensor x pipeline parallel devices that share the KV of long contexts.
         kv_parallel_tokens: of a context that a group has before the next one takes any.
     """
@@ -258,5 +271,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     target_batch_time_ms: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     min_chunk_tokens: Count | None = None
+    max_num_partial_prefills: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    max_long_partial_prefills: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    long_prompt_tokens: Annotated[int, Meta(ge=0, le=1 << 24)] | None = None
+    most_relative_slack: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    deadline_work_factor: Annotated[float, Meta(ge=0, le=10_000)] | None = None
+    prefill_window: Annotated[int, Meta(ge=8, le=8192)] | None = None
     kv_parallel_size: Degree = 1
     kv_parallel_tokens: Annotated[int, Meta(ge=1, le=1 << 24)] | None = None

@@ -141,7 +141,7 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     iteration. `max_model_len` is None where neither the user nor the caller knew one. `gathers`: prompts wait for each
     other, for which TensorRT-LLM needs both numbers. num_stages: of a pipeline; `max_num_seqs` is then that of all
     batches in flight, `max_batch_seqs` that of each. pass_when_stage_free: and these are formed whenever the first
-    stage is free.
+    stage is free. max_num_partial_prefills: prompts that are partly computed side by side.
     """
 
     preset: str
@@ -178,6 +178,7 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
     pass_on_arrival: bool
     max_batch_seqs: int
     pass_when_stage_free: bool = False
+    max_num_partial_prefills: int = 1
 
     @property
     def batch_wait_tokens(self) -> int:
@@ -269,8 +270,10 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     reserve = pick(engine.reserve, flags.reserve)
     # vLLM's PRIORITY policy is both an order of the queue and a choice of victim.
     # SGLang's reserve and its retraction are one mechanism.
+    num_partial = pick(engine.max_num_partial_prefills, 1)
+    sorts = order in SORTED_POLICIES and num_partial == 1
     usual_victim = ("fewest_outputs" if reserve == "expected" else
-                    "lowest_priority" if order in SORTED_POLICIES and order != "least_slack" else "last_admitted")
+                    "lowest_priority" if sorts and order != "least_slack" else "last_admitted")
     victim = pick(engine.victim, usual_victim)
 
     if phase_mix == "unified" and max_num_batched_tokens < max_num_seqs:
@@ -300,7 +303,7 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
     for field, value, is_wrong, problem, remedy in (
         ("victim", victim, (victim == "fewest_outputs") != (reserve == "expected"),
          f"does not go with reserve = {reserve!r}", "'fewest_outputs' and reserve 'expected' go together"),
-        ("victim", victim, victim == ("fewest_outputs" if order in SORTED_POLICIES else "lowest_priority")
+        ("victim", victim, victim == ("fewest_outputs" if sorts else "lowest_priority")
          or (victim == "lowest_priority" and order == "least_slack"),
          f"does not go with scheduling_policy = {order!r}",
          "use 'last_admitted', or a scheduling_policy that sorts, such as 'priority'"),
@@ -332,7 +335,8 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
            f"is not simulated with pipeline_parallel_size = {stages}", remedy)
           for name, value, is_other, remedy in (
               ("phase_mix", phase_mix, phase_mix != "unified", "use a preset with 'unified', or one stage"),
-              ("scheduling_policy", order, order != "fcfs", "use 'fcfs', or one stage"),
+              ("scheduling_policy", order, order != "fcfs" and num_partial == 1,
+               "use 'fcfs', or one stage"),
               ("admit", admit, admit != "any_time", "use 'any_time', or one stage"),
               ("batch_wait_timeout_iters", wait_iters, gathers, "leave it out, or use one stage"),
               ("decode_context_limit", context_limit, context_limit is not None, "leave it out, or use one stage"))),
@@ -355,7 +359,7 @@ def resolve(engine: EngineConfig, *, device_name: str = "", memory_bytes: float 
         admit=admit,
         async_scheduling=async_scheduling,
         num_stages=stages, pass_on_arrival=pipeline.pass_on_arrival,
-        pass_when_stage_free=stages > 1 and pipeline.pass_when_stage_free,
+        pass_when_stage_free=stages > 1 and pipeline.pass_when_stage_free, max_num_partial_prefills=num_partial,
         max_batch_seqs=max(max_num_seqs // stages, 1) if pipeline.batch_limit == "share" else max_num_seqs,
         kv_accounting=kv_accounting, decode_context_limit=context_limit,
         max_num_seqs=max_num_seqs * (stages if pipeline.batch_limit == "each" else 1),

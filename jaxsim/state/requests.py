@@ -37,7 +37,8 @@ class Requests(eqx.Module):
     for every instance. is_urgent: whether its priority is below 0, where that is asked. tenant: of each, with virtual
     token counters. before: of each turn the one before it in its session, which it begins with (-1: none), where that
     may be kept. slack: with the order of least slack, columns as in `jaxsim.engine.slack`. variant: that each is for,
-    where instances serve several.
+    where instances serve several. limit: from each arrival to where it is due, less what goes with its work, where
+    several prompts are partly computed, in parts as of `jaxsim.policy.partial_prefills`.
     """
 
     table: Int[Array, "rows 4"]
@@ -59,6 +60,7 @@ class Requests(eqx.Module):
     before: Int[Array, " rows"] | None = None
     slack: Int[Array, "rows 2"] | None = None
     variant: Int[Array, " rows"] | None = None
+    limit: Int[Array, " rows"] | None = None
 
     def stretched(self, factor: Float[Array, ""]) -> "Requests":
         """With every arrival time multiplied by a factor, and rounded to the arrival grid."""
@@ -92,7 +94,8 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
                   is_urgent: Bool[np.ndarray, " requests"] | None = None,
                   tenant: Int[np.ndarray, " requests"] | None = None, keeps_turns: bool = False,
                   slack: Int[np.ndarray, "requests 2"] | None = None,
-                  variant: Int[np.ndarray, " requests"] | None = None) -> Requests:
+                  variant: Int[np.ndarray, " requests"] | None = None,
+                  limit: Int[np.ndarray, " requests"] | None = None) -> Requests:
     """Host arrays to `Requests`, padded to `num_requests` (and one scratch row), as NumPy leaves.
 
     arrival_s: seconds, sorted, float64; rounded to the arrival grid. Lengths are tokens.
@@ -100,7 +103,7 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
     bounds: of prompts through shared segments (-1: none), of which there is room for `num_segments`. successor,
     think_s: of sessions, the turn behind each (-1: none), and the time between the answer before it and each, on the
     arrival grid. patience: as `jaxsim.policy.clients.patience` makes it. images: of requests with images; their parts
-    are rows behind. home, noise, is_urgent, slack, variant: as in `Requests`. keeps_turns: note the turn
+    are rows behind. home, noise, is_urgent, slack, variant, limit: as in `Requests`. keeps_turns: note the turn
     before each, where that is long enough to begin with it.
     """
     count = len(arrival_s)
@@ -154,6 +157,7 @@ def pack_requests(arrival_s: Float[np.ndarray, " requests"], input_tokens: Int[n
     packed = Requests(table, by_place, arrival, padded, np.int32(count), paths, bounds, successor, think,
                       patience=patience, home=home, noise=noise, is_urgent=is_urgent, tenant=tenant, before=before,
                       variant=variant,
+                      limit=None if limit is None else np.pad(limit, (0, rows - count)).astype(np.int32),
                       slack=None if slack is None else np.pad(slack, ((0, rows - count), (0, 0))).astype(np.int32))
     return packed if images is None else images.put_in(packed)
 

@@ -38,11 +38,12 @@ more."""
 
 STUCK, STEP_LIMIT, TOO_SLOW, STARVED, LOG_FULL, NO_NUMBER = 1, 2, 4, 8, 16, 32
 WINDOW_FULL, SLACK_WINDOW_FULL, LINKS_FULL = 64, 128, 256
+LINE_FULL = 512
 """Fault bits: a pass that can schedule nothing and will never be able to; more steps than allowed; an iteration that
 takes longer than the clock can hold, or no time that is a number; requests are left and nothing will ever happen; more
 releases of cached blocks than the log of them holds; an action of an environment whose router has a NaN; more requests
 in line than `Dims.swap_window`; more that were preempted and wait than `Dims.slack_window`; more transfers under way
-than `Dims.num_flights`."""
+than `Dims.num_flights`; more requests that wait than `Dims.line_window`."""
 
 DRAWN = 1 << 10
 """Further progress: somebody was swapped out for a draw of priorities, or called in."""
@@ -62,7 +63,7 @@ TENANT_FIELDS = 5
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
            "references", "log", "newest", "sent_blocks", "window", "copies", "tenants", "slot_ends", "stored",
-           "touches", "touched", "again", "fresh")
+           "touches", "touched", "again", "fresh", "line", "line_due")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
@@ -134,6 +135,19 @@ class SwapCounts(eqx.Module):
     holes: Int[Array, "*shape"] | None = None
 
 
+class PartialPrompts(eqx.Module):
+    """Prompts that are partly computed side by side (`jaxsim.engine.partial_prefills`), a number each in every column:
+    slots (the null slot where there is none), requests, tokens computed and known, whether each has had its turn in the
+    pass under way; and whether any long one has."""
+
+    slot: tuple[Int[Array, "*shape"], ...] | Int[Array, " prompts"]
+    request: tuple[Int[Array, "*shape"], ...] | Int[Array, " prompts"]
+    computed: tuple[Int[Array, "*shape"], ...] | Int[Array, " prompts"]
+    known: tuple[Int[Array, "*shape"], ...] | Int[Array, " prompts"]
+    had_turn: tuple[Int[Array, "*shape"], ...] | Int[Array, " prompts"]
+    had_long: Int[Array, "*shape"]
+
+
 class Rank(eqx.Module):
     """A waiting queue (linked by request), a KV pool, and who runs.
 
@@ -150,6 +164,7 @@ class Rank(eqx.Module):
     those of requests that no pass has taken yet. For routers that ask (`jaxsim.engine.caches`): prompt tokens
     of requests sent here whose first token is not out, less those found in the cache then; tokens of the tree of what
     was sent here. Where links are shared, `in_transfer` are those who have left theirs, `on_links` counts the others.
+    `partial`: where several prompts are partly computed; `forming_*` is then that of them which a step works on.
     """
 
     queue: Queue
@@ -183,6 +198,7 @@ class Rank(eqx.Module):
     swap: SwapCounts | None = None
     offload: OffloadCounts | None = None
     on_links: Int[Array, "*shape"] | None = None
+    partial: PartialPrompts | None = None
 
     @property
     def waiting(self) -> Int[Array, "*shape"]:
@@ -546,6 +562,10 @@ class World(eqx.Module):
     fresh: Int[Array, "ranks segments 2"] | None = None
     lenders: Float[Array, "lenders 2"] | None = None
     loaded_from: Int[Array, " rows"] | None = None
+    # Several partly computed prompts, else None: who waits (columns as in `jaxsim.engine.partial_prefills`), and when
+    # each is due (epoch, hi, lo).
+    line: Int[Array, "ranks places 3"] | None = None
+    line_due: Float[Array, "ranks places 3"] | None = None
 
 
 def _zeros(cls, **fields):
@@ -578,7 +598,9 @@ def empty_counts(dims: Dims) -> Counts:
                   prefill_tokens=zero if dims.tracks_prefill else None, tree_tokens=zero if dims.tracks_sent else None,
                   swap=_swap_counts(dims) if dims.has_swap else None,
                   offload=_offload_counts(dims) if dims.has_loads else None,
-                  on_links=zero if dims.num_flights else None)
+                  on_links=zero if dims.num_flights else None,
+                  partial=PartialPrompts((null,) * dims.num_partial, *((zero,) * dims.num_partial,) * 4, zero)
+                  if dims.num_partial > 1 else None)
     executor = Executor(zero, zero if dims.num_ranks > 1 or is_pipeline else None)
     batch = _zeros(Batch, tail=null, record=jnp.int32(-1) if dims.num_records else None,
                    taken=zero if is_pipeline or dims.has_moves else None,
@@ -683,6 +705,8 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         cached["tenants"] = ints(ranks, TENANT_FIELDS * dims.num_tenants + 1)
     if dims.slack_window:
         cached["again"] = ints(ranks, dims.slack_window + 1, 2)
+    if dims.num_partial > 1:
+        cached |= dict(line=ints(ranks, dims.line_window + 1, 3), line_due=floats(ranks, dims.line_window + 1, 3))
     roles, doors = {}, executors + 1
     if dims.has_roles:
         roles = dict(

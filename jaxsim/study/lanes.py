@@ -156,7 +156,9 @@ def _beside_workload(scenario: Scenario) -> tuple:
     more = () if variants is None else ("variants", variants)
     if policy == "sjf":
         return (policy, *more)
-    return (policy, scenario.slo, *more) if policy in ("edf", "least_slack") else more
+    if policy in ("edf", "least_slack", "lrs", "lars"):
+        return (policy, scenario.slo, scenario.engine.deadline_work_factor is None, *more)
+    return more
 
 
 def _bytes(*parts: Any) -> bytes:
@@ -247,7 +249,9 @@ class Lanes:
             lower.check_sums(dims, system, self.workload(scenario, seed))
         self._check_target(scenario, system)
         statics = tuple(getattr(s, name) for name in s.__struct_fields__
-                        if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS)
+                        if isinstance(getattr(s, name), (str, bool)) and name not in _LABELS
+                        # A number, where prompts are partly computed side by side.
+                        and not (name == "order" and dims.num_partial > 1))
         key = (statics, s.decode_context_limit is not None, scenario.cluster.router,
                tuple(sorted(scenario.cluster.router_weights)), scenario.workload.kind == "closed-loop",
                scenario.workload.has_sessions, _of_roles(scenario, system), _of_migration(scenario),

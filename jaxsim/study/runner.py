@@ -7,6 +7,7 @@ was run twice changes nothing. Whoever runs tiles is a `concurrent.futures.Execu
 import concurrent.futures as futures
 import dataclasses
 import errno
+import functools
 import io
 import itertools
 import os
@@ -113,6 +114,19 @@ def table(scenarios: Sequence[Scenario], workers: int | None = None) -> tuple[pd
     made = plan_of([lambda s=s: s for s in scenarios], LANES)
     check_memory(estimate(made), workers)
     return rows_of(made.tiles, workers), {refusal.point: refusal.reason for refusal in made.refusals}
+
+
+def table_and_requests(scenarios: Sequence[Scenario], workers: int | None = None
+                       ) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, str]]:
+    """The same, with a row a request of all runs, which has `point` and `seed`."""
+    made = plan_of([lambda s=s: s for s in scenarios], LANES)
+    check_memory(estimate(made), workers)
+    with _threads(workers) as pool:
+        both = list(pool.map(functools.partial(run_tile, with_requests=True), made.tiles))
+    frames = [[pq.read_table(io.BytesIO(content)).to_pandas() for content in contents]
+              for contents in zip(*both, strict=True)]
+    rows, requests = (pd.concat(parts, ignore_index=True) for parts in frames or ([pd.DataFrame()],) * 2)
+    return rows, requests, {refusal.point: refusal.reason for refusal in made.refusals}
 
 
 def rows_of(tiles: Sequence[Tile], workers: int | None = None) -> pd.DataFrame:

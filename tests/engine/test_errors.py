@@ -309,7 +309,7 @@ def test_a_good_run_has_no_fault_and_no_nan():
 def test_every_fault_has_its_sentence():
     """Each bit that the loop can set is explained."""
     names = ("STUCK", "STEP_LIMIT", "TOO_SLOW", "STARVED", "LOG_FULL", "NO_NUMBER", "WINDOW_FULL", "SLACK_WINDOW_FULL",
-             "LINKS_FULL")
+             "LINKS_FULL", "LINE_FULL")
     bits = {name: value for name, value in vars(c.w).items() if name in names or name.endswith("_LIMIT")}
     assert set(FAULTS) == set(bits.values())
     assert all(len(text) > 20 and textwrap.dedent(text) == text for text in FAULTS.values())

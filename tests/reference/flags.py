@@ -48,6 +48,7 @@ class Flags:
     - offloading: `offload.Offloading`, host memory behind the prefix cache, or `offload.Sibling`, or `lending.Lending`.
     - target_s: that an iteration with a prompt takes at most, with chunks of at least min_chunk_tokens; kv_groups:
       `long_contexts.Groups`, that hold the KV of long contexts together.
+    - side_by_side: `partial_prefills.SideBySide`, several prompts that are partly computed at a time.
     - swapping: `swapping.Swapping`, of an engine with the rules of vLLM V0: host memory with its copies, and
       priorities that are drawn anew.
     """
@@ -97,6 +98,7 @@ class Flags:
     target_s: float | None = None
     min_chunk_tokens: int = 1
     kv_groups: object = None
+    side_by_side: object = None
 
     def __post_init__(self):
         for name, allowed in (

@@ -14,6 +14,7 @@ from .memory import (
     stored_behind,
     take,
 )
+from .partial_prefills import compose
 from .state import Instance, Job, Plan
 
 
@@ -240,6 +241,9 @@ def wait_for_prompts(instance: Instance, plan: Plan, flags: Flags) -> None:
 def scheduling_pass(instance: Instance, flags: Flags, visible: set[int] | None) -> Plan:
     """Composes the next batch of an instance and changes its queue, list and pool accordingly."""
     plan = Plan(budget=flags.max_num_batched_tokens)
+    if flags.side_by_side is not None:
+        compose(instance, plan, flags)
+        return plan
     may_admit = flags.admit == "any_time" or not instance.running
 
     def may_join() -> bool:

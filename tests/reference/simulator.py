@@ -31,9 +31,10 @@ Orders of the waiting queue (`fairness`): sorted by a key, or by virtual token c
 
 Prefix caching (`Flags.prefix_caching`, vLLM V1 only): the pool of an instance is a `PrefixCache`, block by block.
 
-Known gaps: no speculation, one chunked prefill at a time; a sequence in flight is never preempted; SGLang without its
-radix tree; with asynchronous scheduling a block gets its key when scheduled all the same; simdistserve's later stages
-take together what waits before them, here batches stay apart (`ReferenceResult.merges_left_out` counts).
+Known gaps: no speculation, one chunked prefill at a time (several, side by side, in `partial_prefills` only); a
+sequence in flight is never preempted; SGLang without its radix tree; with asynchronous scheduling a block gets its key
+when scheduled all the same; simdistserve's later stages take together what waits before them, here batches stay apart
+(`ReferenceResult.merges_left_out` counts).
 """
 
 import heapq
@@ -206,6 +207,7 @@ class Simulation:
                     instance.swap.pool = Pool(instance.flags.num_blocks, instance.flags.swapping.group_blocks)
         for instance in instances:
             instance.predict = lambda entries, instance=instance: self._alone_s(instance, entries)
+            instance.now = lambda: self.now
         self.shared_store = remote_store.connect(instances, requests, lambda: self.now)
         self.num_routed = self.num_finished = 0
         self.clients = clients

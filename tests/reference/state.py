@@ -166,6 +166,7 @@ class Instance:
     iterations_waited: int = 0  # by prompts that could have joined (TensorRT-LLM)
     swap: object = None  # `swapping.SwapState`
     predict: object = None  # seconds of a batch in the making
+    now: object = None  # asks for the time
     counters: "fairness.VirtualTokenCounters | None" = None
 
     def __post_init__(self):

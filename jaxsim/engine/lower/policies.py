@@ -12,6 +12,7 @@ from jaxsim.engine.common import Group, Params
 from jaxsim.engine.lower.costs import front_end_s
 from jaxsim.engine.lower.links import embedding_rate, is_max_min, migration_rates, on_grid, transfer_rates, ways_of
 from jaxsim.engine.lower.long_contexts import make_chunks, make_kv_parallel
+from jaxsim.engine.lower.partial_prefills import make_partial
 from jaxsim.engine.lower.systems import (
     Pool,
     System,
@@ -54,7 +55,7 @@ def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost 
                 max_steps: int, workload: Workload | None = None) -> Params:
     """Policies and numbers as the loop takes them; cost: of `make_cost`; workload: instead of the one that the scenario
     describes."""
-    groups, group_of = (Group(make_batching(scenario, system), cost),), None
+    groups, group_of = (Group(make_batching(scenario, system, None if system.pools else cost), cost),), None
     has_encoder = scenario.workload.images is not None and not system.has_parts
     if system.pools:
         kinds = kinds_of_pools(system)
@@ -128,8 +129,8 @@ def make_patience(scenario: Scenario, system: System, workload: Workload) -> Int
     return patience(*waits)
 
 
-def make_batching(scenario: Scenario, system: System) -> Batching:
-    """Flags and numbers of the scheduler of an instance."""
+def make_batching(scenario: Scenario, system: System, cost: AbstractIterationCost | None = None) -> Batching:
+    """Flags and numbers of the scheduler of an instance; cost: for what goes by it."""
     s = system.scheduler
     integer, real = np.int32, np.float32
     batching = Batching(
@@ -141,12 +142,14 @@ def make_batching(scenario: Scenario, system: System) -> Batching:
         reserve_clip_tokens=integer(s.reserve_clip_tokens), retract_free_tokens=integer(s.retract_free_tokens),
         phase_mix=s.phase_mix, chunked_prefill=s.chunked_prefill, reserve=s.reserve,
         decode_needs_free_block=s.decode_needs_free_block, victim=s.victim,
-        waiting_blocked_after_preempt=s.waiting_blocked_after_preempt, order=s.order, admit=s.admit,
+        waiting_blocked_after_preempt=s.waiting_blocked_after_preempt,
+        order=s.order if s.max_num_partial_prefills == 1 else "fcfs", admit=s.admit,
         async_scheduling=s.async_scheduling, kv_accounting=s.kv_accounting,
         has_context_limit=s.decode_context_limit is not None,
         prefix_caching=scenario.engine.enable_prefix_caching)
-    batching = dataclasses.replace(batching, chunks=make_chunks(scenario),
-                                   kv_parallel=make_kv_parallel(scenario, system))
+    chunks, shared = make_chunks(scenario), make_kv_parallel(scenario, system)
+    batching = dataclasses.replace(batching, chunks=chunks, kv_parallel=shared,
+                                   partial=make_partial(scenario, system, cost, chunks, shared))
     if system.swap is not None:
         batching = dataclasses.replace(batching, swap=make_swap(scenario, system))
     if scenario.engine.offload is not None:

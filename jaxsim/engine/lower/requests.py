@@ -6,6 +6,7 @@ from jaxtyping import Int
 from jaxsim.engine.lower.prefixes import Prefixes
 from jaxsim.engine.lower.workloads import parts_of
 from jaxsim.policy.cache_routing import PREFIX_TOKENS
+from jaxsim.policy.partial_prefills import MOST_PARTS, PARTS
 from jaxsim.policy.slack import Slack
 from jaxsim.spec.dims import Dims
 from jaxsim.state.requests import Images, Requests, pack_requests
@@ -50,6 +51,9 @@ def make_requests(workload: Workload, dims: Dims, prefixes: Prefixes | None = No
         predicted = np.minimum(workload.predicted_tokens.astype(np.int64), int(slack.most_tokens))
         shared["slack"] = np.stack([due_ms, predicted], axis=1)
         key = slack.key_ms(due_ms, workload.input_tokens.astype(np.int64), predicted)
+    if dims.num_partial > 1:
+        limit_s = np.zeros(len(workload)) if workload.limit_s is None else workload.limit_s
+        shared["limit"] = np.minimum(np.rint(PARTS * limit_s), MOST_PARTS - 1).astype(np.int32)
     if dims.has_variants:
         shared["variant"] = workload.variant
     if dims.num_tenants:

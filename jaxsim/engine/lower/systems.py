@@ -194,9 +194,10 @@ def _resolve_alone(scenario: Scenario) -> System:
         memory_bytes=device.memory_bytes if device else 0.0,
         max_model_len=model.max_position if model else None)
     scheduler = with_contexts(scenario, plan, scheduler)
-    if scheduler.order != "fcfs" and (scheduler.async_scheduling or scheduler.phase_mix != "unified"
-                                      or scheduler.reserve != "none" or not scheduler.kv_accounting
-                                      or (scheduler.order != "priority" and scheduler.admit != "any_time")):
+    if scheduler.order != "fcfs" and scheduler.max_num_partial_prefills == 1 and (
+            scheduler.async_scheduling or scheduler.phase_mix != "unified"
+            or scheduler.reserve != "none" or not scheduler.kv_accounting
+            or (scheduler.order != "priority" and scheduler.admit != "any_time")):
         raise InputError("engine.scheduling_policy", scheduler.order,
                          f"is simulated as vLLM V1 does it, which {scheduler.preset} is not as set here",
                          "use preset = 'vllm-v1@0.9' with async_scheduling = false, or 'fcfs'")

@@ -36,10 +36,13 @@ def ordered(scenario: Scenario, workload: Workload, seed: int) -> Workload:
     if order in ("sjf", "least_slack") and workload.predicted_tokens is None:
         raise InputError("workload.prediction", None, f"missing, and the trace has no predicted_tokens for {order!r}",
                          "give e.g. { sigma = 0.0 } for exact predictions of output lengths")
-    if order not in ("edf", "least_slack"):
+    if order not in ("edf", "least_slack", "lrs", "lars"):
         return workload
     own = {t.name: t.deadline_ms or t.ttft_ms for t in scenario.workload.tenants}
     limits_ms = [own.get(name) or slo.e2e_ms or slo.ttft_ms for name in workload.tenant_names]
+    if scenario.engine.deadline_work_factor is not None:
+        # Beside what goes with their work.
+        limits_ms = [limit or 0.0 for limit in limits_ms]
     if None in limits_ms:
         raise InputError("workload.tenants", workload.tenant_names[limits_ms.index(None)],
                          f"has no limit, and scheduling_policy = {order!r} goes by deadlines",

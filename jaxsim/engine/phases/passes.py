@@ -15,6 +15,7 @@ from jaxsim.engine import (
     gathering,
     hand_over,
     offload,
+    partial_prefills,
     parts,
     passes,
     prefix,
@@ -81,6 +82,10 @@ def open_pass(context: Context, t: Touched) -> Touched:
         candidate = t.tenants.head
     if rules.gathers:
         candidate = gathering.candidate(counts, world.next_waiting, t.link)
+    chosen = None
+    if dims.num_partial > 1:
+        counts, chosen = partial_prefills.begin(context, t, is_passing, counts)
+        candidate = chosen.request
     is_forming = counts.rank.forming_slot != null
     is_ready = None
     if dims.has_moves:
@@ -92,11 +97,16 @@ def open_pass(context: Context, t: Touched) -> Touched:
     if rules.chunks is not None:
         begun = is_forming & ~has(counts, w.FORMED)
         planned = jnp.where(is_passing, candidate, scratch)
-        known = take(requests.table, planned)[PROMPT] + take(world.progress, planned)[0]
+        known = take(requests.table, planned)[PROMPT]
+        if rules.grows:
+            known = known + take(world.progress, planned)[0]
         sized = chunks.size(dims, group, counts, times, t.longest, t.decoding, known,
-                            jnp.where(begun, counts.rank.forming_computed, 0))
+                            jnp.where(begun, counts.rank.forming_computed, 0),
+                            None if chosen is None else chosen.target_s)
 
     is_short, is_placing = jnp.bool_(False), is_passing
+    if chosen is not None:
+        is_placing = is_passing & chosen.is_any
     slots, residue_row = t.slots, t.residue_row
     victim = is_preempting = is_empty = sight = kept_turn = None
     if is_ready is not None and not rules.is_unified and not rules.grows:
@@ -181,7 +191,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         was_closed=was_closed, is_preempting=is_preempting, is_empty=is_empty, victim=victim,
         sight=sight, candidate=candidate, lengths=lengths, emitted=emitted, preemptions=preemptions,
         preempted_s=preempted_s, is_again=is_again, kept_turn=kept_turn, is_trimming=is_trimming, trimmed=trimmed,
-        sized=sized,
+        sized=sized, chosen=chosen,
         # The link behind the candidate may be the one the arrival has just made.
         next_head=jnp.where(candidate == t.link[0], t.link[1], take(world.next_waiting, candidate)))
 
@@ -245,6 +255,8 @@ def fill(context: Context, t: Touched) -> Touched:
         t.sized)
     if t.kept_turn is not None:
         can_go_on = can_go_on | t.kept_turn.is_called
+    if t.chosen is not None:
+        counts, can_go_on = partial_prefills.settle(context, t.chosen, t.is_placing, counts, placed, t.sized)
     tenants = None if t.tenants is None else fair.place(context, t, placed)
     kept = loan = None
     if dims.has_offload:

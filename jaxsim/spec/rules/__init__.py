@@ -13,6 +13,7 @@ from jaxsim.spec.rules.engine import check_engine, check_system
 from jaxsim.spec.rules.hybrid import check_hybrid
 from jaxsim.spec.rules.links import check_links
 from jaxsim.spec.rules.long_contexts import check_long_contexts
+from jaxsim.spec.rules.partial_prefills import check_partial_prefills
 from jaxsim.spec.rules.sizes import check_sizes
 from jaxsim.spec.rules.workload import check_clients, check_images, check_workload
 
@@ -26,6 +27,7 @@ def check(s: "Scenario") -> None:
     check_system(s)
     check_hybrid(s)
     check_long_contexts(s)
+    check_partial_prefills(s)
     check_pools(s)
     check_links(s)
     check_role_switching(s)

@@ -14,6 +14,7 @@ MAX_OUTAGES = 4096
 """Of all engines of a run, about."""
 
 _OF_ONE_KIND = {"target_batch_time_ms": None, "kv_parallel_size": 1, "kv_parallel_tokens": None,
+                "max_num_partial_prefills": None,
                 "prefill_context_parallel_size": 1, "decode_context_parallel_size": 1}
 """Fields of an engine that no pool has of its own, and what they are where nobody gives them."""
 

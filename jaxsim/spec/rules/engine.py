@@ -180,7 +180,7 @@ def _check_order(s: "Scenario", scheduler: Scheduler) -> None:
     if order in ("edf", "least_slack") and w.kind == "closed-loop":
         raise InputError(field, order, "goes by arrivals, which are results with kind = 'closed-loop'",
                          "use another policy, or an open loop")
-    if order in ("edf", "least_slack") and w.kind != "trace":
+    if order in ("edf", "least_slack") and w.kind != "trace" and s.engine.deadline_work_factor is None:
         own = [t.deadline_ms or t.ttft_ms for t in w.tenants] or [None]
         if None in own and s.slo.e2e_ms is None and s.slo.ttft_ms is None:
             which = f"workload.tenants[{own.index(None)}].deadline_ms" if w.tenants else "slo.e2e_ms"

@@ -69,7 +69,7 @@ def _check_target(s: "Scenario", scheduler: Scheduler) -> None:
     if not scheduler.chunked_prefill:
         raise InputError(field, s.engine.target_batch_time_ms, "limits chunks, and prompts are not chunked",
                          "set engine.enable_chunked_prefill = true, or leave it out")
-    if scheduler.reserve not in ("none", "prompt"):
+    if scheduler.reserve not in ("none", "prompt") and scheduler.max_num_partial_prefills == 1:
         raise InputError("engine.reserve", scheduler.reserve, f"is not simulated with {field}",
                          "use 'none' or 'prompt'")
     if most > MOST_CHUNK_TOKENS:
