@@ -37,6 +37,7 @@ from jaxsim.planning.command import add_parser as add_plan
 from jaxsim.planning.place_command import add_parser as add_place
 from jaxsim.planning.requirements_command import add_parser as add_requirements
 from jaxsim.reproduce.command import add_parser as add_reproduce
+from jaxsim.sensitivity.command import add_parser as add_sensitivity
 from jaxsim.study.command import add_parser as add_sweep
 from jaxsim.study.goodput_command import add_parser as add_goodput
 from jaxsim.study.plot_command import add_parser as add_plot
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add_place(commands).set_defaults(command=_place)
     add_requirements(commands).set_defaults(command=_requirements)
     add_plot(commands)
+    add_sensitivity(commands).set_defaults(command=_sensitivity)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
     add_reproduce(commands).set_defaults(command=_reproduce)
@@ -203,6 +205,17 @@ def _requirements(options: argparse.Namespace) -> int:
     keep_programs()
     find_devices()
     run(options, assignments(options.values))
+    return 0
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    from jaxsim.sensitivity.command import FILES, folder_of, run, system
+
+    given = system(options, assignments(options.values))
+    folder = folder_for(folder_of(options), FILES)
+    keep_programs()
+    find_devices()
+    run(options, given, folder)
     return 0
 
 

@@ -10,9 +10,12 @@ the time of one iteration goes.
 """
 
 import dataclasses
+import functools
+from collections.abc import Collection
 from typing import Literal, NamedTuple, get_args
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -584,6 +587,9 @@ fast at 1.2. Routers of other models differ: gpt-oss-120b in vLLM on H200 (Infer
 
 LINKS = ("link_bytes_per_s", "exchange_bytes_per_s", "hop_bytes_per_s")
 
+NUMBERS = ("peak_flops", "memory_bytes_per_s", "attention_flops", *LINKS, *LAUNCHES, *HOSTS["none"], "expert_skew")
+"""Leaves of the roofline itself that have the name of the leaf."""
+
 _MORE_LINKS = (*((name, "inside_bytes_per_s") for name in (
     "all_reduce", "all_gather", "exchange_gather", "reduce_scatter", "all_to_all", "tensor_scatter", "deep_ep")),
     ("shards", "bytes_per_s"), ("pass_bytes_per_s",))
@@ -748,13 +754,35 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
     """
     plan = (plan or Plan()).check(model)
     _check_effects(model, plan, split_kv, expert_load)
-    fmt = weight_format(dtype, model)
+    weight_format(dtype, model)
     for field, value, known in (
             ("host", host, HOSTS), ("distinct_experts", distinct_experts, operators.DISTINCT_EXPERTS),
             ("all_reduce", all_reduce, ("custom", "nccl")), ("moe_backend", moe_backend, get_args(MoeBackend)),
             ("expert_load", expert_load, get_args(Routing))):
         if value not in known:
             raise InputError(f"cost.{field}", value, "is not known", suggest(value, known))
+    skew = float(overrides.get("expert_skew", EXPERT_SKEW)) if expert_load == "skewed" and plan.enable_eplb else None
+    # Of one system many are made that differ in a number or two. A device with constants written out is not hashable.
+    made = _calibrated if device.efficiency is None else _calibrated.__wrapped__
+    cost, places = made(model, device, plan, dtype, kv_dtype, host, distinct_experts, all_reduce, moe_backend,
+                        split_kv, expert_load, skew, jax.config.jax_enable_x64)
+    return _overridden(cost, places, overrides)
+
+
+@functools.lru_cache(maxsize=256)
+def _calibrated(model: ModelSpec, device: DeviceSpec, plan: Plan, dtype: str, kv_dtype: str, host: str,
+                distinct_experts: str, all_reduce: str, moe_backend: MoeBackend, split_kv: bool, expert_load: Routing,
+                skew: float | None, _: bool) -> tuple[Roofline, dict[str, list[tuple[str, ...]]]]:
+    """A roofline of the device's constants, and its `override_places`; skew: of experts that a load balancer places."""
+    # Never made of the tracers of whoever asks first.
+    with jax.ensure_compile_time_eval():
+        return _of_constants(model, device, plan, dtype, kv_dtype, host, distinct_experts, all_reduce, moe_backend,
+                             split_kv, expert_load, skew)
+
+
+def _of_constants(model, device, plan, dtype, kv_dtype, host, distinct_experts, all_reduce, moe_backend, split_kv,
+                  expert_load, skew) -> tuple[Roofline, dict[str, list[tuple[str, ...]]]]:
+    fmt = weight_format(dtype, model)
     record, peak = device.kernel_efficiency(), device.peak(fmt.compute)
     linear, expert = _sections(record, fmt, peak.compute, model, plan, moe_backend)
     element = record.elementwise
@@ -764,8 +792,8 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
                  latent=Latent.of(record.latent) if model.is_mla else None,
                  elementwise=Elementwise(jnp.asarray(element.floor_s, float), jnp.asarray(element.efficiency, float)),
                  **_messages(record, model, device, plan, all_reduce))
-    if expert_load == "skewed" and plan.enable_eplb:
-        parts |= _placed(model, device, plan, float(overrides.get("expert_skew", EXPERT_SKEW)))
+    if skew is not None:
+        parts |= _placed(model, device, plan, skew)
     numbers = dict(peak_flops=peak.flops, memory_bytes_per_s=device.memory_bytes_per_s,
                    attention_flops=device.peak("fp32" if fmt.compute == "fp32" else "bf16").flops,
                    **{name: parts.pop(name) for name in LINKS},
@@ -775,7 +803,7 @@ def roofline(model: ModelSpec, device: DeviceSpec, plan: Plan | None = None, dty
         num_multiprocessors=jnp.asarray(device.num_multiprocessors or NOMINAL_MULTIPROCESSORS, jnp.int32), model=model,
         plan=plan, weights=fmt, kv_bytes=kv_cache_bytes(kv_dtype, dtype, model), distinct_experts=distinct_experts,
         expert_load=expert_load)
-    return _overridden(cost, numbers, overrides)
+    return cost, override_places(cost)
 
 
 def _check_effects(model: ModelSpec, plan: Plan, split_kv: bool, expert_load: str) -> None:
@@ -800,9 +828,9 @@ def _placed(model: ModelSpec, device: DeviceSpec, plan: Plan, skew: float) -> di
     return {"expert_share": jnp.asarray(share, float), "expert_spread": jnp.asarray(spread, float)}
 
 
-def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> Roofline:
-    """`cost` with leaves replaced by name. Raises `InputError`."""
-    places = {name: [(name,)] for name in numbers}
+def override_places(cost: Roofline, overrides: Collection[str] = ()) -> dict[str, list[tuple[str, ...]]]:
+    """The leaves, as paths of fields, that each name of `overrides` stands for; overrides: names that are given."""
+    places = {name: [(name,)] for name in NUMBERS}
     # One number for all groups, unless that of experts is given too.
     if "exchange_bytes_per_s" not in overrides:
         places["link_bytes_per_s"].append(("exchange_bytes_per_s",))
@@ -812,6 +840,23 @@ def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> R
             for name, leaf in vars(getattr(cost, part) or Elementwise(None, None)).items():
                 if eqx.is_array(leaf):
                     places.setdefault(f"{prefix}_{name}", []).append((part, name))
+    return places
+
+
+def override_values(cost: Roofline, overrides: Collection[str] = ()) -> dict[str, tuple[float, ...]]:
+    """Values of the leaves that each name of `overrides` stands for, where these are scalars."""
+    found = {}
+    for name, places in override_places(cost, overrides).items():
+        leaves = [functools.reduce(getattr, place, cost) for place in places]
+        if all(np.ndim(leaf) == 0 for leaf in leaves):
+            found[name] = tuple(float(leaf) for leaf in leaves)
+    return found
+
+
+def _overridden(cost: Roofline, places: dict[str, list[tuple[str, ...]]], overrides: dict[str, float]) -> Roofline:
+    """`cost` with leaves replaced by name; places: of `override_places` without any. Raises `InputError`."""
+    if "exchange_bytes_per_s" in overrides:
+        places = override_places(cost, overrides)
     for name, value in overrides.items():
         if name not in places:
             raise InputError("cost.overrides." + name, value, "is not a parameter of the roofline",

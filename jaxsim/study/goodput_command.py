@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     start = time.perf_counter()
     how = dict(slo=limits(options.slo) if options.slo else None, attainment=options.attainment, rule=options.rule,
                rates=_rates(options.rates), tolerance=options.tolerance, workers=options.workers, progress=_told)
-    if _is_study(options.scenario):
+    if is_study(options.scenario):
         frame = search_study(chosen(options.scenario, values), **how)
     else:
         scenario = Scenario.from_toml(options.scenario)
@@ -109,7 +109,7 @@ def _rates(text: str) -> tuple[float, float]:
         raise InputError("--rates", text, "is not LOW:HIGH", "write e.g. 0.1:100") from None
 
 
-def _is_study(name: str) -> bool:
+def is_study(name: str) -> bool:
     """Whether a file, or a shipped name, is of a study."""
     import tomllib
 

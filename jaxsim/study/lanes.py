@@ -187,8 +187,10 @@ class Lanes:
         return self._systems.get(self._system_key(scenario), lambda: lower.resolve_system(scenario))
 
     def _system_key(self, s: Scenario) -> bytes:
-        # The token cap of streamed weights comes from the cost; what was not measured with a profile, from its kind.
-        cost = s.cost.__struct_config__.tag if s.engine.hybrid is None else s.cost
+        # The token cap of streamed weights comes from the cost, and pools carry theirs along; what was not measured
+        # with a profile comes from its kind.
+        is_kind = s.engine.hybrid is None and not s.cluster.pools
+        cost = s.cost.__struct_config__.tag if is_kind else s.cost
         return _bytes(s.model, s.device, s.engine, s.cluster, cost, stamps(s))
 
     def workload(self, scenario: Scenario, seed: int) -> Workload:

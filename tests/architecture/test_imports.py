@@ -20,7 +20,7 @@ LEVELS = {
     "jaxsim.engine": 5,
     "jaxsim.io": 6, "jaxsim.analytic": 6,
     "jaxsim.validate": 7, "jaxsim.study": 7,
-    "jaxsim.calibrate": 8, "jaxsim.planning": 8,
+    "jaxsim.calibrate": 8, "jaxsim.planning": 8, "jaxsim.sensitivity": 8,
     "jaxsim.reproduce": 9,
     "jaxsim.cli": 10, "jaxsim.bench": 10, "jaxsim.__main__": 10, "jaxsim": 10,
     "jaxsim.scenarios": 0,
@@ -40,6 +40,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.planning.command": "*",
     "jaxsim.planning.place_command": "*",
     "jaxsim.planning.requirements_command": "*",
+    "jaxsim.sensitivity.command": "*",
     "jaxsim.reproduce.command": "*",
     "jaxsim.study.command": "*",
     "jaxsim.study.goodput_command": "*",
@@ -51,6 +52,8 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.study.line_plot": "matplotlib",
     "jaxsim.study.panels": "matplotlib",
     "jaxsim.study.pareto_plot": "matplotlib",
+    "jaxsim.sensitivity.heat_map": "matplotlib",
+    "jaxsim.sensitivity.tornado": "matplotlib",
     # Half a second that only Sobol designs need.
     "jaxsim.study.design": "scipy",
     # Not on every platform; the memory of a run is then left out.
