@@ -10,6 +10,7 @@ the time of one iteration goes.
 """
 
 import dataclasses
+from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -584,6 +585,9 @@ fast at 1.2. Routers of other models differ: gpt-oss-120b in vLLM on H200 (Infer
 
 LINKS = ("link_bytes_per_s", "exchange_bytes_per_s", "hop_bytes_per_s")
 
+NUMBERS = ("peak_flops", "memory_bytes_per_s", "attention_flops", *LINKS, *LAUNCHES, *HOSTS["none"], "expert_skew")
+"""Leaves of the roofline itself that have the name of the leaf."""
+
 _MORE_LINKS = (*((name, "inside_bytes_per_s") for name in (
     "all_reduce", "all_gather", "exchange_gather", "reduce_scatter", "all_to_all", "tensor_scatter", "deep_ep")),
     ("shards", "bytes_per_s"), ("pass_bytes_per_s",))
@@ -800,8 +804,9 @@ def _placed(model: ModelSpec, device: DeviceSpec, plan: Plan, skew: float) -> di
     return {"expert_share": jnp.asarray(share, float), "expert_spread": jnp.asarray(spread, float)}
 
 
-def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> Roofline:
-    """`cost` with leaves replaced by name. Raises `InputError`."""
+def override_places(cost: Roofline, overrides: Collection[str] = (), numbers: Iterable[str] = NUMBERS
+                    ) -> dict[str, list[tuple[str, ...]]]:
+    """The leaves, as paths of fields, that each name of `overrides` stands for; overrides: names that are given."""
     places = {name: [(name,)] for name in numbers}
     # One number for all groups, unless that of experts is given too.
     if "exchange_bytes_per_s" not in overrides:
@@ -812,6 +817,12 @@ def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> R
             for name, leaf in vars(getattr(cost, part) or Elementwise(None, None)).items():
                 if eqx.is_array(leaf):
                     places.setdefault(f"{prefix}_{name}", []).append((part, name))
+    return places
+
+
+def _overridden(cost: Roofline, numbers: dict, overrides: dict[str, float]) -> Roofline:
+    """`cost` with leaves replaced by name. Raises `InputError`."""
+    places = override_places(cost, overrides, numbers)
     for name, value in overrides.items():
         if name not in places:
             raise InputError("cost.overrides." + name, value, "is not a parameter of the roofline",

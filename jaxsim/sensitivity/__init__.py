@@ -1,0 +1,1 @@
+"""Sensitivity: what limits a system, and how much each unit of anything is worth (docs/sensitivity.md)."""
