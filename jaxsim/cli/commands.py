@@ -148,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure how fast the simulator is",
                                 description="Measure how fast the simulator is on this machine.")
-    bench.add_argument("--suite", choices=("engine", "sweeps", "analytic"), default="engine",
-                       help="the compiled loop on one core, whole sweeps on all of them, or closed forms on one core"
-                            " (default: engine)")
+    bench.add_argument("--suite", choices=("engine", "sweeps", "analytic", "derivatives"), default="engine",
+                       help="the compiled loop on one core, whole sweeps on all of them, closed forms on one core, or"
+                            " derivatives at a fixed schedule (default: engine)")
     bench.add_argument("--quick", action="store_true", help="fewer and shorter: the engine within 90 seconds")
     bench.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
     bench.set_defaults(command=_bench)
@@ -209,13 +209,14 @@ def _requirements(options: argparse.Namespace) -> int:
 
 
 def _sensitivity(options: argparse.Namespace) -> int:
+    from jaxsim.sensitivity import attribute_command as attribution
     from jaxsim.sensitivity.command import FILES, folder_of, run, system
 
     given = system(options, assignments(options.values))
-    folder = folder_for(folder_of(options), FILES)
+    folder = folder_for(folder_of(options), FILES + attribution.FILES)
     keep_programs()
     find_devices()
-    run(options, given, folder)
+    (attribution.run if attribution.is_asked(options) else run)(options, given, folder)
     return 0
 
 
@@ -269,6 +270,8 @@ def _bench(options: argparse.Namespace) -> int:
         from jaxsim.bench.sweeps import command
     elif options.suite == "analytic":
         from jaxsim.bench.analytic import command
+    elif options.suite == "derivatives":
+        from jaxsim.bench.derivatives import command
     else:
         from jaxsim.bench.engine import command
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxsim.sensitivity.attribute_command import add_arguments
+
 FILES = ("sensitivity.json", "sensitivity.csv", "tornado.png", "heat_map.png")
 
 
@@ -41,6 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: processors)")
     parser.add_argument("--out", metavar="DIR", help="folder for the files (default: results/sensitivity-NAME)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
+    add_arguments(parser)
     return parser
 
 

@@ -15,8 +15,6 @@ derivative, and is flagged where its two sides disagree.
 """
 
 import dataclasses
-import importlib
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +27,7 @@ from scipy.special import stdtrit
 
 from jaxsim._core.errors import InputError
 from jaxsim.io.result import to_json
+from jaxsim.sensitivity import direct as at_schedule
 from jaxsim.sensitivity import metrics as kinds
 from jaxsim.sensitivity.fields import Field, Side, chosen, field_of, sides
 from jaxsim.spec.scenario import Scenario
@@ -396,11 +395,8 @@ def _has_kink(down, middle, up, low_x: float, x: float, high_x: float) -> Bool:
 def _direct(scenarios: Sequence[Scenario], fields: Sequence[Field], metrics: Sequence[str], progress: Progress
             ) -> tuple[dict[tuple[int, str, str], float], str]:
     """Derivatives at a fixed schedule, and why there are none."""
-    name = "jaxsim.sensitivity.direct"
-    if importlib.util.find_spec(name) is None:
-        return {}, "derivatives at a fixed schedule are not part of this version"
     progress("recording schedules", 0, len(scenarios))
     try:
-        return importlib.import_module(name).direct(scenarios, [field.name for field in fields], list(metrics)), ""
+        return at_schedule.direct(scenarios, [field.name for field in fields], list(metrics)), ""
     except InputError as error:
         return {}, str(error)

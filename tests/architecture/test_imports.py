@@ -42,6 +42,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.planning.requirements_command": "*",
     "jaxsim.sensitivity.command": "*",
     "jaxsim.reproduce.command": "*",
+    "jaxsim.sensitivity.attribute_command": "*",
     "jaxsim.study.command": "*",
     "jaxsim.study.goodput_command": "*",
     "jaxsim.study.plot_command": "*",

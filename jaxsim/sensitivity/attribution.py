@@ -1,0 +1,108 @@
+"""What a metric is made of: its derivatives by every parameter of the cost model, and by resource (reverse mode).
+
+The transpose of `jaxsim.sensitivity.direct`, at the same fixed schedule: a running sum over the records says what each
+of them weighs in the metric, one batched reverse pass over the cost model what that makes of its tables, and one
+product with the derivatives of the tables what it makes of all parameters, however many there are.
+
+By resource the shares of a latency sum to one: with every fixed second of a resource longer, or its rates lower, by
+1 % the latency is longer by that share of 1 %, and all resources together are all of its time (Euler's theorem; what a
+request spends in front of the engine is one of them). A share is of what would be gained, not of what is busy: where
+two resources overlap it is the one that binds that has it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from jaxsim._core.errors import InputError, suggest
+from jaxsim.sensitivity import costs, schedule
+from jaxsim.sensitivity.measures import Measure, measures
+from jaxsim.sensitivity.recorded import INSTEAD, Recorded, record
+from jaxsim.spec.scenario import Scenario
+
+METRICS = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms", "p99_e2el_ms", "energy_j")
+"""Those of an attribution, as far as they have a value, unless others are asked for."""
+
+FRONT_END = "front end"
+"""A resource beside those of the cost model: seconds of a request outside the engine."""
+
+
+class Attribution(NamedTuple):
+    """Of one scenario; rows are metrics.
+
+    value: of the metric. by_resource, by_parameter: elasticities, percent per percent: columns are resources, of which
+    it is by all their seconds at once, and parameters of the cost model, called as in `cost.overrides` or as the
+    section of fitted coefficients. All are means over seeds.
+    """
+
+    value: pd.Series
+    by_resource: pd.DataFrame
+    by_parameter: pd.DataFrame
+
+    def top(self, metric: str, count: int = 10) -> pd.Series:
+        """The parameters that matter most to a metric."""
+        row = self.by_parameter.loc[metric]
+        return row[row.abs().sort_values(ascending=False).index[:count]]
+
+
+def attribution(scenario: Scenario, metrics: Sequence[str] | None = None) -> Attribution:
+    """What metrics of a scenario are made of, at its schedule.
+
+    metrics: names of the summary; `METRICS` unless given. Raises `InputError` where one of these is no sum of times,
+    where the cost has no parameters, or where a schedule is not one of iterations one after another.
+    """
+    (runs,) = record([scenario])
+    return of_runs(scenario, runs, metrics)
+
+
+def of_runs(scenario: Scenario, runs: Sequence[Recorded], metrics: Sequence[str] | None = None) -> Attribution:
+    """The same of recorded runs."""
+    made = runs[0].made
+    model = costs.cost_model(made, scenario)
+    check_parameters(model, scenario)
+    schedules = [schedule.of_run(run) for run in runs]
+    wanted = METRICS if metrics is None else metrics
+    known = [measures(scenario, run.result, answers=made.params.source.answers, only=wanted) for run in runs]
+    for name in metrics or ():
+        check_metric(name, known, runs[0], scenario)
+    names = [name for name in wanted if all(name in one and one[name].value for one in known)]
+    asked, count = costs.joined([costs.asked_of(run.tape, own.record)
+                                 for run, own in zip(runs, schedules, strict=True)])
+    # The mean of what it is of every seed, as one sum.
+    weights = np.concatenate([
+        weights_of(own, [one[name] for name in names]) / np.array([one[name].value for name in names])[:, None, None]
+        for own, one in zip(schedules, known, strict=True)], axis=1) / len(runs)
+    padding = np.zeros((len(names), len(asked[0].num_decode) - count, 3))
+    by_leaf = costs.reverse(model, asked, np.concatenate([weights, padding], axis=1))
+    values = pd.Series({name: float(np.mean([one[name].value for one in known])) for name in names})
+    by_resource = pd.DataFrame(by_leaf @ model.directions(), index=names, columns=list(model.resources))
+    by_resource[FRONT_END] = [np.mean([one[name].front_end * made.front_end_s / one[name].value for one in known])
+                              for name in names]
+    by_parameter = pd.DataFrame(by_leaf * model.values, index=names, columns=list(model.names)).T
+    # One name may stand for several leaves.
+    by_parameter = by_parameter.groupby(level=0, sort=False).sum().T
+    return Attribution(values, by_resource, by_parameter)
+
+
+def weights_of(own: schedule.Schedule, known: Sequence[Measure]) -> np.ndarray:
+    """What the atoms of a run weigh in metrics."""
+    latencies = schedule.Latencies(*(np.stack(rows) for rows in zip(*(one.latencies for one in known), strict=True)))
+    return own.transposed(latencies) + own.busy(np.stack([one.busy for one in known]))
+
+
+def check_parameters(model: costs.CostModel, scenario: Scenario) -> None:
+    """Raises `InputError` for a kind of cost without parameters to attribute to."""
+    if model.names is None:
+        raise InputError("cost.kind", scenario.to_dict().get("cost", {}).get("kind", "roofline"),
+                         "(here, with engine.hybrid if that is given) has tables, and no parameters to attribute to",
+                         "use 'roofline' or 'fitted', or ask for the direct derivative by single fields")
+
+
+def check_metric(name: str, known: Sequence[dict[str, Measure]], run: Recorded, scenario: Scenario) -> None:
+    """Raises `InputError` for a metric that is no sum of times."""
+    if not any(name in one for one in known):
+        every = measures(scenario, run.result, answers=run.made.params.source.answers)
+        raise InputError("metric", name, "is no sum of times of this run",
+                         suggest(name, every, f"choose from {', '.join(every)}; or {INSTEAD}"))

@@ -1,0 +1,181 @@
+"""Metrics of a run as sums over latencies and over seconds at work: what each weighs in them, at this run.
+
+Which request is the slowest, and between which two a percentile lies, is held fixed, as the schedule is. At a fixed
+schedule the first request arrives and the last leaves as many iterations after its own arrival as it did, so the
+duration changes as the latency of the request that is last to finish. Where arrivals answer ends (sessions, closed
+loops) it would not, and neither duration nor what is made of it is here. Nor are counts and shares of limits kept,
+percentiles of the time between tokens, which come from a histogram, and rates of a window (`cooldown_s`).
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxsim.metrics.lane import LaneResult
+from jaxsim.metrics.power import Devices, devices_of
+from jaxsim.metrics.summary import PERCENTILES
+from jaxsim.metrics.window import is_measured
+from jaxsim.sensitivity.schedule import Latencies
+from jaxsim.spec.scenario import Scenario
+
+STATISTICS = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES), "max")
+"""Of latencies; the maximum of queueing alone, which has no other median than p50."""
+
+
+class Measure(NamedTuple):
+    """A metric of a run, and its derivatives: by latencies of requests, by the seconds that instances are at work, by
+    the seconds that requests spend in front of the engine, by the watts of an instance's devices, idle and at work."""
+
+    value: float
+    latencies: Latencies
+    busy: Float[np.ndarray, " instances"]
+    front_end: float
+    idle_w: Float[np.ndarray, " instances"]
+    busy_w: Float[np.ndarray, " instances"]
+
+
+class _Sum:
+    """Grows into a `Measure`."""
+
+    def __init__(self, lane: LaneResult):
+        self.queue, self.ttft, self.e2e = np.zeros((3, lane.num_requests))
+        self.busy, self.idle_w, self.busy_w = np.zeros((3, len(lane.busy_s)))
+        self.front_end = 0.0
+
+    def plus(self, other: "_Sum", factor: float) -> "_Sum":
+        """Itself, with so many times another."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + factor * value)
+        return self
+
+    def measure(self, value: float) -> Measure:
+        return Measure(float(value), Latencies(self.queue, self.ttft, self.e2e), self.busy, float(self.front_end),
+                       self.idle_w, self.busy_w)
+
+
+def measures(scenario: Scenario, lane: LaneResult, *, answers: bool = False, only: Collection[str] | None = None
+             ) -> dict[str, Measure]:
+    """Those of `jaxsim.metrics.lane_metrics`, by their names there, that are such sums and have a value.
+
+    answers: arrivals answer ends; only: names that are wanted, all unless given.
+    """
+    is_mine = is_measured(lane, scenario.warmup_s, scenario.cooldown_s)
+    is_done = is_mine & lane.is_finished
+    found: dict[str, Measure] = {}
+    gaps = np.maximum(np.asarray(lane.output_tokens) - 1, 1)
+    ttft, e2e = (times - lane.arrival_s + lane.front_end_s for times in (lane.first_token_s, lane.finish_s))
+    tpot = np.where(np.asarray(lane.output_tokens) > 1, (lane.finish_s - lane.first_token_s) / gaps, np.nan)
+    queue = lane.scheduled_s - lane.arrival_s
+
+    def latency(weights, *, ttft_s=0.0, e2e_s=0.0, queue_s=0.0, front_end=0.0):
+        one = _Sum(lane)
+        one.ttft, one.e2e, one.queue = weights * ttft_s, weights * e2e_s, weights * queue_s
+        one.front_end = float(np.sum(weights) * front_end)
+        return one
+
+    for name, seconds, among, each in (
+            ("{}_ttft_ms", ttft, is_done, dict(ttft_s=1.0, front_end=1.0)),
+            ("{}_tpot_ms", tpot, is_done, dict(ttft_s=-1 / gaps, e2e_s=1 / gaps)),
+            ("{}_e2el_ms", e2e, is_done, dict(e2e_s=1.0, front_end=1.0)),
+            ("queueing.{}_ms", queue, is_mine, dict(queue_s=1.0))):
+        absent = "median" if name[0] == "q" else "max"
+        wanted = [statistic for statistic in STATISTICS
+                  if statistic != absent and (only is None or name.format(statistic) in only)]
+        for statistic, (value, weights) in _statistics(seconds, among & ~np.isnan(seconds), wanted).items():
+            found[name.format(statistic)] = latency(1e3 * weights, **each).measure(1e3 * value)
+    num_gaps = np.sum((np.asarray(lane.output_tokens) - 1)[is_done])
+    if num_gaps > 0 and (only is None or "mean_itl_ms" in only):
+        one = latency(is_done * (1e3 / num_gaps), ttft_s=-1.0, e2e_s=1.0)
+        found["mean_itl_ms"] = one.measure(1e3 * np.sum((e2e - ttft)[is_done]) / num_gaps)
+    if not answers and is_done.any() and (only is None or set(only) - set(found)):
+        found |= _of_durations(scenario, lane, is_mine, is_done)
+    return {name: one for name, one in found.items() if np.isfinite(one.value) and (only is None or name in only)}
+
+
+def _statistics(seconds: Float[np.ndarray, " requests"], is_there, wanted: Collection[str]
+                ) -> dict[str, tuple[float, np.ndarray]]:
+    """Of the values that are there, the wanted statistics and what every request weighs in each."""
+    rows = np.flatnonzero(is_there)
+    if not len(rows) or not wanted:
+        return {}
+    values, count = seconds[rows], len(rows)
+    order = rows[np.argsort(values, kind="stable")]
+    ordered = seconds[order]
+
+    def spread(places, weights):
+        full = np.zeros(len(seconds))
+        np.add.at(full, places, weights)
+        return full
+
+    mean, std = values.mean(), values.std()
+    found = {"mean": (mean, spread(rows, 1 / count)), "max": (ordered[-1], spread(order[-1:], 1.0))}
+    if std > 0:
+        found["std"] = std, spread(rows, (values - mean) / (count * std))
+    for name, percent in (("median", 50), *((f"p{p}", p) for p in PERCENTILES)):
+        if name not in wanted:
+            continue
+        rank = percent / 100 * (count - 1)
+        low = int(np.floor(rank))
+        high, part = min(low + 1, count - 1), rank - low
+        found[name] = (ordered[low] + part * (ordered[high] - ordered[low]),
+                       spread([order[low], order[high]], [1 - part, part]))
+    return {name: one for name, one in found.items() if name in wanted}
+
+
+def _of_durations(scenario: Scenario, lane: LaneResult, is_mine, is_done) -> dict[str, Measure]:
+    """Duration, rates over it, time at work, power and energy."""
+    found: dict[str, Measure] = {}
+
+    def last_of(among: Any) -> _Sum:
+        one = _Sum(lane)
+        rows = np.flatnonzero(among)
+        one.e2e[rows[np.argmax(lane.finish_s[rows])]] = 1.0
+        return one
+
+    own, span, span_s = last_of(is_done), last_of(lane.is_finished), lane.span_s
+    own.front_end = 1.0
+    duration_s = float(lane.finish_s[is_done].max() - lane.arrival_s[is_mine].min()) + lane.front_end_s
+    found["duration"] = own.measure(duration_s)
+    window, window_s = own, duration_s
+    if scenario.cooldown_s:
+        end_s = float(np.nanmax(lane.arrival_s)) - scenario.cooldown_s
+        window, window_s = _Sum(lane), end_s - float(lane.arrival_s[0]) - scenario.warmup_s
+    inputs, outputs = (int(np.asarray(tokens)[is_done].sum()) for tokens in (lane.input_tokens, lane.output_tokens))
+    if not scenario.cooldown_s:
+        found["window_s"] = found["duration"]
+        for name, amount in (("request_throughput", is_done.sum()), ("output_throughput", outputs),
+                             ("total_token_throughput", inputs + outputs)):
+            rate = float(amount) / duration_s
+            found[name] = _Sum(lane).plus(own, -rate / duration_s).measure(rate)
+    if span_s is None or span_s <= 0:
+        return found
+    at_work = np.asarray(lane.busy_s if lane.device_busy_s is None else lane.device_busy_s)
+    share, instances = at_work / span_s, np.arange(len(at_work))
+
+    def shares(weights):
+        """Derivative of a weighted sum of `share`."""
+        one = _Sum(lane).plus(span, -float(np.sum(weights * share)) / span_s)
+        one.busy = one.busy + weights / span_s
+        return one
+
+    for name, value, weights in (
+            ("busy_share", share.mean(), 1 / len(share)), ("device_busy_share", share.mean(), 1 / len(share)),
+            ("least_busy_share", share.min(), instances == share.argmin()),
+            ("most_busy_share", share.max(), instances == share.argmax())):
+        found[f"utilisation.{name}"] = shares(np.broadcast_to(weights, share.shape).astype(float)).measure(value)
+    devices: Devices = devices_of(scenario, len(share))
+    if lane.instance_s is not None or not np.all(np.isfinite(devices.busy_w)):
+        return found
+    power_w = float(np.sum(devices.count * (devices.idle_w + (devices.busy_w - devices.idle_w) * share)))
+    power = shares(devices.count * (devices.busy_w - devices.idle_w))
+    power.idle_w, power.busy_w = devices.count * (1 - share), devices.count * share
+    energy = _Sum(lane).plus(power, window_s).plus(window, power_w)
+    found["mean_power_w"] = power.measure(power_w)
+    found["energy_j"] = energy.measure(power_w * window_s)
+    found["energy_wh"] = _Sum(lane).plus(energy, 1 / 3600).measure(power_w * window_s / 3600)
+    if not scenario.cooldown_s and outputs:
+        found["energy_j_per_output_token"] = _Sum(lane).plus(energy, 1 / outputs).measure(
+            power_w * window_s / outputs)
+    return found

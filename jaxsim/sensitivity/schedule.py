@@ -1,0 +1,176 @@
+"""Latencies of a run as functions of what its iterations take, the schedule as it was.
+
+A record of the tape is one iteration of `first_s` seconds and `extra` behind it, number j of which takes
+`pace_s + j growth_s`. These three numbers of every record, its *atoms*, are all there is to differentiate: a latency is
+a sum of them. With C the running sum of records on an instance,
+
+    latency = C(event) - C(behind the arrival) + (1 - phase) x iteration in flight + the rest of its record
+
+where `phase` is the share of the iteration in flight that had passed when the request arrived. It is held fixed: an
+arrival is as far into its iteration as it was, however long that takes. A request that met nobody starts its own
+iteration, so its latency is of records alone. Where an instance rested while a request waited, that time is an
+arrival's and is held fixed too; so is who joined which iteration.
+
+`Schedule.latencies` is that map, `Schedule.transposed` its transpose: both one running sum over records, and no loop
+over requests. Host arrays of float64.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxsim.kernels import clock
+from jaxsim.sensitivity.recorded import Recorded
+
+FIRST, PACE, GROWTH = range(3)
+"""Atoms of a record."""
+
+SAME_S = 4 * clock.GRID_S
+"""An arrival closer to a boundary than this is at it: the atoms of a record are rounded apart from its times."""
+
+
+class Latencies(NamedTuple):
+    """Of requests, seconds (or what they change by): from arrival to the start of the first iteration with the request,
+    to its first token, to its last."""
+
+    queue: Float[np.ndarray, "*rows requests"]
+    ttft: Float[np.ndarray, "*rows requests"]
+    e2e: Float[np.ndarray, "*rows requests"]
+
+
+class Schedule(NamedTuple):
+    """Records by position: by instance, then in the order of their starts; requests by index.
+
+    record: of a position, its row on the tape. instance, start_s, end_s; atoms: as recorded. whole: how often each atom
+    is in the seconds of a record.
+
+    Of requests, positions, -1 where there is none: met: the record in flight at the arrival. behind: the first that
+    starts after it. joined, first_token, last: as of `Tape`. rest: how often each atom of `met` comes behind the
+    arrival; phase and number of the iteration in flight.
+    """
+
+    record: Int[np.ndarray, " records"]
+    instance: Int[np.ndarray, " records"]
+    start_s: Float[np.ndarray, " records"]
+    end_s: Float[np.ndarray, " records"]
+    atoms: Float[np.ndarray, "records 3"]
+    whole: Float[np.ndarray, "records 3"]
+    met: Int[np.ndarray, " requests"]
+    behind: Int[np.ndarray, " requests"]
+    joined: Int[np.ndarray, " requests"]
+    first_token: Int[np.ndarray, " requests"]
+    last: Int[np.ndarray, " requests"]
+    rest: Float[np.ndarray, "requests 3"]
+    phase: Float[np.ndarray, " requests"]
+    number: Int[np.ndarray, " requests"]
+
+    @property
+    def seconds(self) -> Float[np.ndarray, " records"]:
+        """Of records, as recorded."""
+        return np.sum(self.atoms * self.whole, axis=1)
+
+    def latencies(self, atoms: Float[np.ndarray, "*rows records 3"]) -> Latencies:
+        """Those that such atoms make, pauses of the instance left out; NaN where there is none.
+
+        Linear: of changes of the atoms it gives changes of the latencies.
+        """
+        sums = np.cumsum(np.sum(atoms * self.whole, axis=-1), axis=-1)
+        sums = np.concatenate([np.zeros((*sums.shape[:-1], 1)), sums], axis=-1)
+        rest = np.sum(atoms[..., self.met, :] * self.rest, axis=-1)
+        begin = sums[..., self.behind] - rest
+        first = sums[..., self.first_token] + atoms[..., self.first_token, FIRST]
+        return Latencies(*(np.where(is_there, end - begin, np.nan) for is_there, end in (
+            (self.has_joined, sums[..., self.joined]), (self.has_joined & (self.first_token >= 0), first),
+            (self.has_joined & (self.last >= 0), sums[..., self.last + 1]))))
+
+    def transposed(self, weights: Latencies) -> Float[np.ndarray, "rows records 3"]:
+        """What the atoms weigh in sums over latencies; weights: of every request in each of these sums, 0 where it has
+        no such latency."""
+        queue, ttft, e2e = (np.atleast_2d(w) for w in weights)
+        every, count, size = queue + ttft + e2e, len(self.record), len(self.record) + 1
+
+        def gathered(places, values):
+            """Sums of the values of requests at the same place."""
+            return np.stack([np.bincount(places[row != 0], row[row != 0], size) for row in values])
+
+        at_sums = (gathered(self.joined, queue) + gathered(self.first_token, ttft) + gathered(self.last + 1, e2e)
+                   - gathered(self.behind, every))
+        # A record is in all running sums behind it.
+        later = np.cumsum(at_sums[:, ::-1], axis=1)[:, ::-1][:, 1:]
+        found = later[:, :, None] * self.whole
+        found[:, :, FIRST] += gathered(self.first_token, ttft)[:, :count]
+        meets = np.where(self.met >= 0, every, 0.0)
+        for atom in (FIRST, PACE, GROWTH):
+            found[:, :, atom] += gathered(self.met, meets * self.rest[:, atom])[:, :count]
+        return found
+
+    def busy(self, weights: Float[np.ndarray, "rows instances"]) -> Float[np.ndarray, "rows records 3"]:
+        """What the atoms weigh in sums over the seconds that instances have an iteration in flight."""
+        return weights[:, self.instance, None] * self.whole
+
+    @property
+    def has_joined(self) -> Bool[np.ndarray, " requests"]:
+        """Requests that some iteration had in it."""
+        return self.joined >= 0
+
+
+def of_run(run: Recorded) -> Schedule:
+    """The schedule of a recorded run."""
+    tape, arrival_s = run.tape, np.asarray(run.result.arrival_s, np.float64)
+    count, requests = int(tape.count), len(arrival_s)
+    # The tape is in the order of starts.
+    record = np.argsort(tape.instance[:count], kind="stable")
+    position = np.append(np.empty(count, int), -1)
+    position[record] = np.arange(count)
+    instance = tape.instance[record].astype(int)
+    start_s, end_s = (clock.join_reference(*stamps[record].T) for stamps in (tape.start, tape.end))
+    atoms = np.stack([x[record].astype(np.float64) for x in (tape.first_s, tape.pace_s, tape.growth_s)], axis=1)
+    extra = np.maximum(tape.iterations[record].astype(np.float64) - 1, 0)
+    # One that a bound stopped on its way has no end.
+    is_done = (tape.iterations[record] > 0)[:, None]
+    whole = np.where(is_done, np.stack([np.ones(count), extra, extra * (extra - 1) / 2], axis=1), 0.0)
+    # Behind the first iteration there may be none, and what it would take is no matter.
+    atoms[:, PACE:][extra == 0] = 0.0
+
+    met, joined, first_token, last = (position[x[:requests]] for x in (
+        tape.met, tape.joined, tape.first_token, tape.last))
+    own = instance[joined]
+    behind = met + 1
+    for one in np.unique(instance):
+        rows = np.flatnonzero(instance == one)
+        mine = np.flatnonzero((met < 0) & (joined >= 0) & (own == one))
+        behind[mine] = rows[0] + np.searchsorted(start_s[rows], arrival_s[mine] - SAME_S)
+    behind = np.where(joined >= 0, np.minimum(behind, joined), 0)
+    rest, phase, number = _rests(atoms[met], extra[met], arrival_s - start_s[met])
+    rest = np.where(((met >= 0) & (joined >= 0))[:, None], rest, 0.0)
+    return Schedule(record, instance, start_s, end_s, atoms, whole, met, behind, joined, first_token, last, rest, phase,
+                    number)
+
+
+def _rests(atoms: Float[np.ndarray, "requests 3"], extra: Float[np.ndarray, " requests"],
+           passed_s: Float[np.ndarray, " requests"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How often each atom of a record is in what is left of it after some time; the share of the iteration in flight
+    that has passed then, and which it is (0 the first). At a boundary it is the iteration that ends there."""
+    first_s, pace_s, growth_s = atoms.T
+
+    def span(k):
+        return k * pace_s + growth_s * k * (k - 1) / 2
+
+    ahead = np.maximum(passed_s - first_s, 0.0)
+    linear = pace_s - 0.5 * growth_s
+    root = np.sqrt(linear**2 + 2 * growth_s * ahead)
+    guess = np.ceil(2 * ahead / np.maximum(linear + root, 1e-30))
+    k = np.clip(guess, 1, np.maximum(extra, 1))
+    for _ in range(2):
+        k = np.where((k > 1) & (span(k - 1) >= ahead - SAME_S), k - 1, k)
+        k = np.where((k < extra) & (span(k) < ahead - SAME_S), k + 1, k)
+    is_first = (passed_s <= first_s + SAME_S) | (extra == 0)
+    begun = np.where(is_first, passed_s, ahead - span(k - 1))
+    lasts = np.where(is_first, first_s, pace_s + (k - 1) * growth_s)
+    phase = np.clip(begun / np.maximum(lasts, 1e-30), 0.0, 1.0)
+    pairs = extra * (extra - 1) / 2
+    left = 1 - phase
+    in_first = np.stack([left, extra, pairs], axis=1)
+    in_jump = np.stack([np.zeros_like(left), left + extra - k, left * (k - 1) + pairs - k * (k - 1) / 2], axis=1)
+    return np.where(is_first[:, None], in_first, in_jump), phase, np.where(is_first, 0, k).astype(int)
