@@ -33,10 +33,12 @@ from jaxsim.cli.process import (
 )
 from jaxsim.cli.run import add_parser as add_run
 from jaxsim.cli.run import assignments
+from jaxsim.planning.codesign_command import add_parser as add_codesign
 from jaxsim.planning.command import add_parser as add_plan
 from jaxsim.planning.place_command import add_parser as add_place
 from jaxsim.planning.requirements_command import add_parser as add_requirements
 from jaxsim.reproduce.command import add_parser as add_reproduce
+from jaxsim.sensitivity.margins_command import add_parser as add_margins
 from jaxsim.study.command import add_parser as add_sweep
 from jaxsim.study.goodput_command import add_parser as add_goodput
 from jaxsim.study.plot_command import add_parser as add_plot
@@ -139,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands).set_defaults(command=_plan)
     add_place(commands).set_defaults(command=_place)
     add_requirements(commands).set_defaults(command=_requirements)
+    add_codesign(commands).set_defaults(command=_codesign)
+    add_margins(commands).set_defaults(command=_margins)
     add_plot(commands)
     add_validate(commands).set_defaults(command=_validate)
     add_calibrate(commands).set_defaults(command=_calibrate)
@@ -199,6 +203,24 @@ def _place(options: argparse.Namespace) -> int:
 
 def _requirements(options: argparse.Namespace) -> int:
     from jaxsim.planning.requirements_command import run
+
+    keep_programs()
+    find_devices()
+    run(options, assignments(options.values))
+    return 0
+
+
+def _codesign(options: argparse.Namespace) -> int:
+    from jaxsim.planning.codesign_command import run
+
+    keep_programs()
+    find_devices()
+    run(options)
+    return 0
+
+
+def _margins(options: argparse.Namespace) -> int:
+    from jaxsim.sensitivity.margins_command import run
 
     keep_programs()
     find_devices()

@@ -20,7 +20,7 @@ LEVELS = {
     "jaxsim.engine": 5,
     "jaxsim.io": 6, "jaxsim.analytic": 6,
     "jaxsim.validate": 7, "jaxsim.study": 7,
-    "jaxsim.calibrate": 8, "jaxsim.planning": 8,
+    "jaxsim.calibrate": 8, "jaxsim.planning": 8, "jaxsim.sensitivity": 8,
     "jaxsim.reproduce": 9,
     "jaxsim.cli": 10, "jaxsim.bench": 10, "jaxsim.__main__": 10, "jaxsim": 10,
     "jaxsim.scenarios": 0,
@@ -38,9 +38,11 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.calibrate.command": "*",
     "jaxsim.validate.command": "*",
     "jaxsim.planning.command": "*",
+    "jaxsim.planning.codesign_command": "*",
     "jaxsim.planning.place_command": "*",
     "jaxsim.planning.requirements_command": "*",
     "jaxsim.reproduce.command": "*",
+    "jaxsim.sensitivity.margins_command": "*",
     "jaxsim.study.command": "*",
     "jaxsim.study.goodput_command": "*",
     "jaxsim.study.plot_command": "*",
@@ -51,6 +53,8 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.study.line_plot": "matplotlib",
     "jaxsim.study.panels": "matplotlib",
     "jaxsim.study.pareto_plot": "matplotlib",
+    # Not installed with jaxsim.
+    "jaxsim.planning.codesign": "optax",
     # Half a second that only Sobol designs need.
     "jaxsim.study.design": "scipy",
     # Not on every platform; the memory of a run is then left out.
