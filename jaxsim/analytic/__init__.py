@@ -7,9 +7,10 @@
 No loop over time and no random draw: every number is traced, so all of it can be jitted, vmapped and differentiated.
 """
 
+from jaxsim.analytic.deployment import Deployment, Measures, deployment
 from jaxsim.analytic.lower import of_scenario
 from jaxsim.analytic.steady import Executor, Steady, capacity_rps, highest_rate, steady_state, steady_states
 from jaxsim.analytic.workload import Load, load_of
 
-__all__ = ["Executor", "Load", "Steady", "capacity_rps", "highest_rate", "load_of", "of_scenario", "steady_state",
-           "steady_states"]
+__all__ = ["Deployment", "Executor", "Load", "Measures", "Steady", "capacity_rps", "deployment", "highest_rate",
+           "load_of", "of_scenario", "steady_state", "steady_states"]

@@ -35,6 +35,9 @@ FEWEST_TOKENS = 1e-3
 LOWEST_SHARE = 1e-4
 """Of the capacity: whoever misses a limit there, misses it alone."""
 
+LEAST_RATE = 1e-6
+"""Share of the capacity at which a system without arrivals is evaluated, so that quotients by the rate stay finite."""
+
 LONGEST_ITERATION = 1e3
 """In iterations of decodes alone: bound of s(n), beyond any stable system."""
 
@@ -187,7 +190,9 @@ def _steady(executor: Executor, load: Load, made: Steps) -> Steady:
     capacity = _capacity(executor, load, made)
     asked = load.rate_rps / executor.num_executors
     is_stable = asked < capacity
-    rate = jnp.minimum(asked, FULLEST * capacity)
+    # Nearly without arrivals it is that of few of them; the derivative by the rate is still one.
+    few = lax.stop_gradient(LEAST_RATE * capacity)
+    rate = jnp.minimum(asked + lax.stop_gradient(jnp.maximum(few - asked, 0.0)), FULLEST * capacity)
     decoded, most = _decoded(load), executor.most_running(load)
 
     start = made.decode_s
@@ -206,7 +211,9 @@ def _steady(executor: Executor, load: Load, made: Steps) -> Steady:
     mean_running = (jnp.sum(weight * running) + tail * most) / total
     behind = counts[-1] - most + 1 / (1 - ratio)
     mean_waiting = (jnp.sum(weight * (counts - running)) + tail * behind) / total
-    tpot_s = mean_running / (rate * decoded)
+    # mean_running / (rate decoded), term by term: a quotient of both would lose its derivative where nobody arrives.
+    next_s = jnp.concatenate([_between(token_s, running)[1:], _between(token_s, most)[None]])
+    tpot_s = (jnp.sum(weight * next_s) + tail * next_s[-1]) / total
 
     def seen(values):
         """What an arrival finds on average."""

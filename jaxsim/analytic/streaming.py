@@ -107,8 +107,11 @@ class Streaming(eqx.Module):
     @property
     def link_while_reading(self) -> Scalar:
         """Bytes/s of the link while the CPU reads host memory."""
-        host = Host(self.link_bytes_per_s, self.memory_bytes_per_s, jnp.inf, self.threads)
-        return shared_memory(host, self.memory_bytes_per_s, jnp)[1]
+        # Nobody waits for a memory without end, so `threads` have no slope there: of infinity it would be no number.
+        is_shared = jnp.isfinite(jnp.asarray(self.memory_bytes_per_s, float))
+        memory = jnp.where(is_shared, self.memory_bytes_per_s, self.link_bytes_per_s)
+        host = Host(self.link_bytes_per_s, memory, jnp.inf, self.threads)
+        return jnp.where(is_shared, shared_memory(host, memory, jnp)[1], self.link_bytes_per_s)
 
     @property
     def lost_s(self) -> Scalar:

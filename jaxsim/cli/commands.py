@@ -33,11 +33,13 @@ from jaxsim.cli.process import (
 )
 from jaxsim.cli.run import add_parser as add_run
 from jaxsim.cli.run import assignments
+from jaxsim.planning.codesign_command import add_parser as add_codesign
 from jaxsim.planning.command import add_parser as add_plan
 from jaxsim.planning.place_command import add_parser as add_place
 from jaxsim.planning.requirements_command import add_parser as add_requirements
 from jaxsim.reproduce.command import add_parser as add_reproduce
 from jaxsim.sensitivity.command import add_parser as add_sensitivity
+from jaxsim.sensitivity.margins_command import add_parser as add_margins
 from jaxsim.study.command import add_parser as add_sweep
 from jaxsim.study.goodput_command import add_parser as add_goodput
 from jaxsim.study.plot_command import add_parser as add_plot
@@ -140,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands).set_defaults(command=_plan)
     add_place(commands).set_defaults(command=_place)
     add_requirements(commands).set_defaults(command=_requirements)
+    add_codesign(commands).set_defaults(command=_codesign)
+    add_margins(commands).set_defaults(command=_margins)
     add_plot(commands)
     add_sensitivity(commands).set_defaults(command=_sensitivity)
     add_validate(commands).set_defaults(command=_validate)
@@ -217,6 +221,24 @@ def _sensitivity(options: argparse.Namespace) -> int:
     keep_programs()
     find_devices()
     (attribution.run if attribution.is_asked(options) else run)(options, given, folder)
+    return 0
+
+
+def _codesign(options: argparse.Namespace) -> int:
+    from jaxsim.planning.codesign_command import run
+
+    keep_programs()
+    find_devices()
+    run(options)
+    return 0
+
+
+def _margins(options: argparse.Namespace) -> int:
+    from jaxsim.sensitivity.margins_command import run
+
+    keep_programs()
+    find_devices()
+    run(options, assignments(options.values))
     return 0
 
 

@@ -19,7 +19,7 @@ MIXTRAL = dict(weight_bytes=94 * GB, link_bytes_per_s=19.5 * GB, gpu_tokens_per_
 
 
 def mixtral(kv_gb: float, **numbers) -> Streaming:
-    return Streaming(**MIXTRAL | dict(kv_bytes=kv_gb * GB) | numbers)
+    return Streaming(**MIXTRAL | {"kv_bytes": kv_gb * GB} | numbers)
 
 
 @pytest.mark.parametrize(("prompt", "output", "kv_gb", "pme", "linked", "total", "outputs", "used"), [
@@ -200,3 +200,15 @@ def throughput_of(s: Streaming, name: str, value: float, prompt, output, sequenc
     if sequences is None:
         return float(changed.shared_throughput(prompt, output, 16))
     return float(changed.greedy_throughput(sequences, prompt, output, 16))
+
+
+@pytest.mark.parametrize("numbers", [{}, {"memory_bytes_per_s": 200 * GB, "threads": 24.0}, {"gpu_tokens_per_s": 100.0},
+                                     {"kv_bytes": 1e-9}, {"gpu_tokens_per_s": "just saturated"}])
+def test_no_slope_is_lost_at_an_edge(numbers):
+    """A memory without end, a saturated GPU, next to no room, both limits at once: every number has a finite one."""
+    if "just saturated" in numbers.values():
+        numbers = {"gpu_tokens_per_s": mixtral(70.0).link_tokens_per_s(98.0, 128.0)}
+    s = jax.tree.map(jnp.float32, mixtral(70.0, **{"memory_bytes_per_s": np.inf, "threads": 1.0} | numbers))
+    for of in (lambda s: s.throughput(98.0, 128.0), lambda s: s.shared_throughput(98.0, 128.0),
+               lambda s: s.greedy_throughput(1000.0, 98.0, 128.0)):
+        assert all(np.isfinite(slope) for slope in jax.tree.leaves(jax.grad(of)(s)))

@@ -38,11 +38,13 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.calibrate.command": "*",
     "jaxsim.validate.command": "*",
     "jaxsim.planning.command": "*",
+    "jaxsim.planning.codesign_command": "*",
     "jaxsim.planning.place_command": "*",
     "jaxsim.planning.requirements_command": "*",
     "jaxsim.sensitivity.command": "*",
     "jaxsim.reproduce.command": "*",
     "jaxsim.sensitivity.attribute_command": "*",
+    "jaxsim.sensitivity.margins_command": "*",
     "jaxsim.study.command": "*",
     "jaxsim.study.goodput_command": "*",
     "jaxsim.study.plot_command": "*",
@@ -55,6 +57,8 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "jaxsim.study.pareto_plot": "matplotlib",
     "jaxsim.sensitivity.heat_map": "matplotlib",
     "jaxsim.sensitivity.tornado": "matplotlib",
+    # Not installed with jaxsim.
+    "jaxsim.planning.codesign": "optax",
     # Half a second that only Sobol designs need.
     "jaxsim.study.design": "scipy",
     # Not on every platform; the memory of a run is then left out.
