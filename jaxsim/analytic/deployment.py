@@ -34,7 +34,7 @@ from jaxsim.analytic.lower import executor_of, load_of_scenario
 from jaxsim.analytic.steady import Executor, steady_state
 from jaxsim.analytic.workload import Load
 from jaxsim.cost.base import AbstractIterationCost
-from jaxsim.cost.roofline import CUDA_GRAPHS, Roofline
+from jaxsim.cost.rank import CUDA_GRAPHS, Roofline
 from jaxsim.engine import lower
 from jaxsim.engine.lower.hybrid import price
 from jaxsim.spec.scenario import RooflineCost, Scenario

@@ -34,9 +34,8 @@ from jaxsim.analytic import launches
 from jaxsim.analytic.eager import CHAIN, ELEMENTWISE, FUSED, FUSIBLE, Kernel, Pass
 from jaxsim.analytic.launches import Lanes, Scalar
 from jaxsim.cost.attention import chunk_seconds
-from jaxsim.cost.base import BatchStats
+from jaxsim.cost.rank import Roofline, pad_to_graph
 from jaxsim.cost.rates import Rates
-from jaxsim.cost.roofline import Roofline, pad_to_graph
 
 Mode = Literal["eager", "compiled", "cuda_graph"]
 
@@ -76,15 +75,6 @@ def chained(made: Pass, length: int) -> Pass:
         runs.append(made.order[i:i + taken])
         i += taken
     return _of_runs(made, runs, lambda kernels: Kernel(" > ".join(k.name for k in kernels), CHAIN, parts=kernels))
-
-
-def proximity(names: Sequence[str], start: int, length: int) -> float:
-    """Proximity score of the chain of `length` kernels from `start` on; 0 where it is cut off by the end."""
-    chain = tuple(names[start:start + length])
-    if len(chain) < length:
-        return 0.0
-    found = sum(tuple(names[i:i + length]) == chain for i in range(len(names)))
-    return found / list(names).count(names[start])
 
 
 def _sure(names: Sequence[str], length: int) -> list[bool]:
@@ -215,32 +205,6 @@ def knee(batches: Sequence[float], kernel_s: Float[Array, "kernels batches"], is
 
 
 # Engines
-
-
-class Launched(NamedTuple):
-    """Kernels of an engine's iteration without graphs, in the order of launches: names of operators, device seconds."""
-
-    names: tuple[str, ...]
-    seconds: Float[np.ndarray, " kernels"]
-
-
-def engine_kernels(cost: Roofline, stats: BatchStats) -> Launched:
-    """What an engine launches in one iteration without graphs: the kernels of the roofline's operators.
-
-    Launches of an operator are spread evenly over the iteration, as layers are; all of one operator take as long.
-    """
-    one = jnp.ones(())
-    counts = {work.name: work.calls * work.kernels for work in cost.token_works(one) + cost.sampled_works(one)}
-    seconds = {name: float(s) for name, s in cost.operator_seconds(stats, cuda_graphs=False).items()}
-    # Floor and contexts of attention are the same kernels.
-    seconds["attention"] = sum(seconds.pop(name) for name in tuple(seconds) if name.startswith("attention_")
-                               and name != "attention_output")
-    counts["attention"] = cost.model.layers
-    names = [name for name, count in counts.items() for _ in range(round(count))]
-    place = np.concatenate([(np.arange(round(count)) + 0.5) / round(count) for count in counts.values()])
-    order = np.argsort(place, kind="stable")
-    each = {name: seconds[name] / round(count) for name, count in counts.items()}
-    return Launched(tuple(names[i] for i in order), np.array([each[names[i]] for i in order]))
 
 
 class DecodeLanes(NamedTuple):

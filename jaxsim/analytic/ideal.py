@@ -95,9 +95,9 @@ class Pass(eqx.Module):
     is_wide: tuple[bool, ...] = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
 
-    def scaled_flops(self, wider: Scalar) -> Scalar:
-        """FLOP in units of the weights' type, `wider` times as fast as 16 bits."""
-        return jnp.sum(self.flops * jnp.where(np.array(self.is_wide), wider, 1.0))
+    def scaled_flops(self, wider: Scalar, arrays: ModuleType = jnp) -> Scalar:
+        """FLOP in units of the weights' type, `wider` times as fast as 16 bits; arrays: as `seconds` takes it."""
+        return arrays.sum(self.flops * arrays.where(np.array(self.is_wide), wider, 1.0))
 
     def seconds(self, platform: Platform, arrays: ModuleType = jnp) -> PassSeconds:
         """Seconds on a platform; arrays: `numpy`, where neither a derivative nor a compiled program is wanted."""

@@ -1,5 +1,7 @@
 """From a scenario to an executor and its load."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,6 +11,7 @@ from jaxsim.analytic.workload import Load, load_of
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.engine import lower
 from jaxsim.spec.scenario import Scenario
+from jaxsim.workload import Workload
 
 HELD = {"max_tokens": "all", "max_model_len": "max_model_len"}
 """By what admission reserves; otherwise a sequence holds its context."""
@@ -26,8 +29,8 @@ def of_scenario(scenario: Scenario, *, num_batches: int | None = None) -> tuple[
     return executor_of(scenario, system, num_batches=num_batches), load_of_scenario(scenario)
 
 
-def load_of_scenario(scenario: Scenario) -> Load:
-    """Moments of the requests that its first seed draws. Raises `InputError`."""
+def load_of_scenario(scenario: Scenario, draw: Callable[[Scenario, int], Workload] = lower.make_workload) -> Load:
+    """Moments of the requests that its first seed draws; draw: its requests, of a seed. Raises `InputError`."""
     kind = scenario.workload.kind
     if kind in ("closed-loop", "batch"):
         raise InputError("workload.kind", kind, "has no rate of arrivals", "use an open arrival process, or a trace")
@@ -37,8 +40,7 @@ def load_of_scenario(scenario: Scenario) -> Load:
     if scenario.workload.images is not None:
         raise InputError("workload.images", None, "have no closed form: whoever encodes them is another queue",
                          "simulate them")
-    workload = lower.make_workload(scenario, scenario.seeds[0])
-    return load_of(workload, scenario.workload.rate_rps)
+    return load_of(draw(scenario, scenario.seeds[0]), scenario.workload.rate_rps)
 
 
 def executor_of(scenario: Scenario, system: lower.System, cost: AbstractIterationCost | None = None, *,

@@ -11,7 +11,7 @@ One program for each structure: devices that differ in their kernels of attentio
 are mixed in.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -71,9 +71,13 @@ class PlanCost(AbstractIterationCost):
         return jnp.where(self.ranks == 1, 0.0, host_s)
 
 
-def of_scenarios(scenarios: Sequence[Scenario]) -> list[Executor | InputError]:
-    """An executor each, all with the same shapes where their structure allows; what cannot be is the reason."""
-    systems: list[lower.System | InputError] = [_resolved(scenario) for scenario in scenarios]
+def of_scenarios(scenarios: Sequence[Scenario], resolve: Callable[[Scenario], lower.System] = lower.resolve_system
+                 ) -> list[Executor | InputError]:
+    """An executor each, all with the same shapes where their structure allows; what cannot be is the reason.
+
+    resolve: the system of a scenario; one that keeps them serves who asks again.
+    """
+    systems: list[lower.System | InputError] = [_resolved(scenario, resolve) for scenario in scenarios]
     able = [s for s in systems if isinstance(s, lower.System)]
     if not able:
         return list(systems)
@@ -97,12 +101,12 @@ def of_scenarios(scenarios: Sequence[Scenario]) -> list[Executor | InputError]:
     return found
 
 
-def _resolved(scenario: Scenario) -> "lower.System | InputError":
+def _resolved(scenario: Scenario, resolve: Callable[[Scenario], lower.System]) -> "lower.System | InputError":
     try:
         if not isinstance(scenario.cost, RooflineCost):
             raise InputError("cost.kind", scenario.cost.__struct_config__.tag, "does not know how plans differ",
                              "use a roofline cost, with a model")
-        system = lower.resolve_system(scenario)
+        system = resolve(scenario)
         if system.pools:
             raise InputError("cluster.pools", [pool.role for pool in system.pools], "have no closed form",
                              "simulate them, or use cluster.replicas")

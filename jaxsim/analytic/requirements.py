@@ -355,8 +355,7 @@ class Requirements:
         wider = self.use_case.wider
         attention = work.flops_of("attention", but="attention_output")
         # Of arithmetic in the weights' type; all of attention is 16-bit.
-        rest = sum(float(f) * (wider if is_wide else 1) for f, is_wide in zip(work.flops, work.is_wide, strict=True))
-        share = attention * wider / rest
+        share = attention * wider / float(work.scaled_flops(wider, np))
         return f"{_limit(self.alone.flops)}: attention {share:.0%} of FLOP"
 
     @property

@@ -5,7 +5,7 @@ the device, the batch and the context. All of them go through one jitted call, i
 derivative is that of the seconds by every one of these numbers. Cases:
 
     genz      GenZ's operators and collectives (`jaxsim.cost.genz`): 8 numbers of the machine, batch, context
-    ideal     jaxsim's counts on peaks and efficiencies (`jaxsim.analytic.ideal`): 10, batch, prompt, output
+    ideal     jaxsim's counts on peaks and efficiencies (`jaxsim.analytic.ideal`): 11, batch, prompt, output
     roofline  the calibrated kernels of an H100 (`jaxsim.cost.roofline`): all its leaves, batch, context
     table     one system's tables, as the event engine reads them (`jaxsim.cost.tabulated`): batch, context
 
@@ -14,7 +14,6 @@ here asserts a time.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -22,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -34,10 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsim.analytic import ideal
+from jaxsim.analytic.requirements import USUAL
+from jaxsim.bench.apart import environment, pinned, printed, said, say, told
 from jaxsim.bench.engine import cpu_name, load_average
 from jaxsim.cost import genz
 from jaxsim.cost.base import BatchStats
-from jaxsim.cost.roofline import Roofline, roofline
+from jaxsim.cost.rank import Roofline
+from jaxsim.cost.roofline import roofline
 from jaxsim.spec.device import load_device
 from jaxsim.spec.model import load_model
 from jaxsim.spec.plan import Plan, weight_format
@@ -51,13 +52,6 @@ TILE = 1 << 12
 
 SPREAD = 0.2
 """Half of the range of a device's numbers, relative."""
-
-_MARK = "jaxsim-bench:"
-_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-_BOOT = ("import os, sys\n"
-         "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {int(sys.argv[1])})\n"
-         "from jaxsim.bench.analytic import serve\n"
-         "serve(*sys.argv[2:])\n")
 
 
 class Question(NamedTuple):
@@ -104,8 +98,10 @@ def ideal_question(count: int, rng: np.random.Generator) -> Question:
         return ideal.decode_pass(model, PLAN, fmt, 2.0, prompt=prompt, generated=output, batch=batch).seconds(
             platform).total
 
-    platform = ideal.Platform(*(jnp.asarray(x) for x in (989e12, 989e12, 3.35e12, 450e9, 450e9, 5e-6, 1e-6, 0.7, 0.75,
-                                                         0.7)))
+    device, ranks = load_device(DEVICE), PLAN.num_devices
+    flops, link = device.peak("bf16").flops, device.link_among(ranks).bytes_per_s
+    platform = ideal.Platform(flops, flops, device.memory_bytes_per_s, link, link, genz.START_S, genz.LINK_LATENCY_S,
+                              *USUAL)
     return Question(seconds, (_spread(platform, count, rng), _uniform(count, rng, 1, 256),
                               _uniform(count, rng, 100, 8000), _uniform(count, rng, 1, 1000)))
 
@@ -182,22 +178,14 @@ def measured(name: str, count: int, repeats: int) -> dict[str, Any]:
 
 def serve(name: str, count: str, repeats: str) -> None:
     """Entry of a worker: one case."""
-    print(_MARK + json.dumps(measured(name, int(count), int(repeats))), flush=True)
+    say(measured(name, int(count), int(repeats)))
 
 
 def _apart(name: str, count: int, repeats: int) -> dict[str, Any]:
     core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    root = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_ONE_THREAD}".strip(),
-        "OMP_NUM_THREADS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([sys.executable, "-c", _BOOT, str(core), name, str(count), str(repeats)], env=env,
+    done = subprocess.run(pinned(core, "jaxsim.bench.analytic", name, str(count), str(repeats)), env=environment(),
                           stdout=subprocess.PIPE, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    if not lines:
-        return {"name": name, "error": f"ended with {done.returncode}"}
-    return json.loads(lines[-1].removeprefix(_MARK))
+    return said(done.stdout) or {"name": name, "error": f"ended with {done.returncode}"}
 
 
 def main(quick: bool = False, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -235,12 +223,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
 
 def command(quick: bool = False, as_json: bool = False) -> int:
     """What `jaxsim bench --suite analytic` does. Exit status."""
-    report = main(quick, lambda text: print(text, file=sys.stderr, flush=True))
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        show(report)
-    return 0
+    return printed(main(quick, told), as_json, show)
 
 
 if __name__ == "__main__":

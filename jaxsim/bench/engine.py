@@ -30,6 +30,7 @@ from pathlib import Path
 
 import jax
 
+from jaxsim.bench.apart import MARK, environment, pinned, printed, told
 from jaxsim.bench.cases import (
     ALIASES,
     COEFFICIENTS,
@@ -41,7 +42,7 @@ from jaxsim.bench.cases import (
     draw,
 )
 from jaxsim.bench.show import show
-from jaxsim.bench.worker import MARK, RATIOS, Job, checkout, load
+from jaxsim.bench.worker import RATIOS, Job, checkout, load
 
 QUICK_SCALING = ("requests_1k", "slots_1024")
 """What a quick run keeps of the scaling cases, besides those that are a main case."""
@@ -50,28 +51,16 @@ QUICK_LIMIT_S, QUICK_COMPILE_S, QUICK_LAST_START_S = 84.0, 60.0, 40.0
 """Seconds after which a quick run gives up what is still under way, what has not
 compiled, and scaling cases not begun. The command promises 90 s."""
 
-_BOOT = ("import os, sys\n"
-         "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {int(sys.argv[1])})\n"
-         "from jaxsim.bench.worker import serve\n"
-         "serve()\n")
-_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-
 
 class _Worker:
     """A pinned process; its messages come through a queue, so that waiting for them can be given up."""
 
     def __init__(self, job: Job, core: int):
         self.job, self.core = job, core
-        root = str(Path(__file__).resolve().parents[2])
-        inherited = os.environ.get("PYTHONPATH")
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_ONE_THREAD}".strip(),
-            "OMP_NUM_THREADS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false",
-            "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])}
         # Errors go to a file: a full pipe nobody reads would stop the worker.
         self._errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([sys.executable, "-c", _BOOT, str(core)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=self._errors, text=True, env=env)
+        self.process = subprocess.Popen(pinned(core, "jaxsim.bench.worker"), stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment())
         self._messages: queue.Queue = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         self._tell(json.dumps(asdict(job)))
@@ -340,14 +329,9 @@ def command(quick: bool = False, as_json: bool = False, only: list[str] | None =
     def progress(result: dict) -> None:
         rate = result["requests_per_s_per_core"]
         figure = result.get("error") if rate is None else f"{rate / 1e6:.3f} M requests/s"
-        print(f"{result['name']}: {figure}", file=sys.stderr, flush=True)
+        told(f"{result['name']}: {figure}")
 
-    report = main(quick, only, progress)
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        show(report)
-    return 0
+    return printed(main(quick, only, progress), as_json, show)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ is compiled is the host's. Under contention wall times grow, processor times lit
 
 import argparse
 import concurrent.futures as futures
-import json
 import os
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from jaxsim.bench.apart import printed, said, say, told
 from jaxsim.bench.engine import checkout, cpu_name, load_average
 from jaxsim.engine import loop
 from jaxsim.study import runner
@@ -42,7 +42,6 @@ POINTS_A_RATE = 40
 
 COUNTS, QUICK_COUNTS = (120, 1000, 10_000, 100_000), (120, 1000, 4000)
 ROUNDS = 3
-_MARK = "jaxsim-bench:"
 
 
 class TimedThreads(futures.ThreadPoolExecutor):
@@ -155,10 +154,7 @@ def _apart(case: str, scenarios: int) -> dict[str, Any]:
     env["XLA_FLAGS"] = " ".join(filter(None, (env.get("XLA_FLAGS"), _FLAGS.get(case))))
     done = subprocess.run([sys.executable, "-m", "jaxsim.bench.sweeps", "--case", case, str(scenarios)], env=env,
                           stdout=subprocess.PIPE, text=True, check=False)
-    found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    if not found:
-        return {"scenarios": scenarios, "error": f"ended with {done.returncode}"}
-    return json.loads(found[-1].removeprefix(_MARK))
+    return said(done.stdout) or {"scenarios": scenarios, "error": f"ended with {done.returncode}"}
 
 
 # --- The parent -------------------------------------------------------------------------------
@@ -219,12 +215,7 @@ def _text(key: str, row: dict[str, Any]) -> str:
 
 def command(quick: bool = False, as_json: bool = False) -> int:
     """What `jaxsim bench --suite sweeps` does. Exit status."""
-    report = main(quick, lambda text: print(text, file=sys.stderr, flush=True))
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        show(report)
-    return 0
+    return printed(main(quick, told), as_json, show)
 
 
 if __name__ == "__main__":
@@ -233,4 +224,4 @@ if __name__ == "__main__":
                         help=f"one case, here: {', '.join(_CASES)}")
     name, number = parser.parse_args().case
     with tempfile.TemporaryDirectory(prefix="jaxsim-bench-") as scratch:
-        print(_MARK + json.dumps(_CASES[name](int(number), Path(scratch))), flush=True)
+        say(_CASES[name](int(number), Path(scratch)))

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxsim.bench.apart import say
 from jaxsim.bench.cases import COEFFICIENTS, TICKS_PER_S, Case, Drawn, checksum, draw, engine_answers, engine_inputs
 from jaxsim.engine import loop
 
@@ -22,9 +23,6 @@ except ImportError:  # Windows has neither this nor load averages
 
 RATIOS = {"bare": "ratio_to_cpp", "bare_native": "ratio_to_cpp_native", "twin": "ratio_to_twin"}
 """Entry of a result by the C++ program it is a ratio to."""
-
-MARK = "jaxsim-bench:"
-"""What a line to the parent begins with."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,13 @@ class Job:
     binaries: dict[str, str] = field(default_factory=dict)
 
 
-def _say(message: dict) -> None:
-    print(MARK + json.dumps(message), flush=True)
-
-
 def serve() -> None:
     """Entry of a worker: reads its job, says when it has compiled, waits for leave, measures."""
     job = Job(**json.loads(sys.stdin.readline()))
     if job.kind == "python":
-        _say({})
+        say({})
         sys.stdin.readline()
-        _say(_time_reference(Case(**job.cases[0])))
+        say(_time_reference(Case(**job.cases[0])))
         return
     program = None
     for index, case in enumerate(Case(**c) for c in job.cases):
@@ -59,10 +53,10 @@ def serve() -> None:
             program = loop.run.lower(case.dims, *inputs).compile()
             compile_s = time.perf_counter() - began
         if index == 0:
-            _say({})
+            say({})
             limit_s = float(sys.stdin.readline())
         result = _time_case(case, drawn, inputs, program, job, limit_s)
-        _say(result | {"compile_s": compile_s, "shares_program": index > 0})
+        say(result | {"compile_s": compile_s, "shares_program": index > 0})
 
 
 def _time_case(case: Case, drawn: Drawn, inputs, program, job: Job, limit_s: float) -> dict:

@@ -32,8 +32,8 @@ from jaxsim.calibrate.least_squares import double_precision
 from jaxsim.cost import attention as attend
 from jaxsim.cost.collectives import WIRE, CustomAllReduce, Nccl
 from jaxsim.cost.gemm import ExpertLoad, Experts, Gemm
+from jaxsim.cost.rank import Elementwise
 from jaxsim.cost.rates import Rates
-from jaxsim.cost.roofline import Elementwise
 from jaxsim.spec.device import NOMINAL_MULTIPROCESSORS, DeviceSpec
 from jaxsim.spec.efficiency import EXPERT_ROWS, Efficiency
 

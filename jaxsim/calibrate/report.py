@@ -15,7 +15,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.calibrate.fit import Calibrated, Calibration, Errors, family_of, is_own, written
 from jaxsim.calibrate.runs import EngineFit
 from jaxsim.io.figure import FAINT, LIMIT, LINE, drawn, heading
-from jaxsim.io.result import to_json
+from jaxsim.io.result import plain, to_json
 from jaxsim.spec.device import DeviceSpec
 from jaxsim.spec.toml import dump_toml
 from jaxsim.validate.plots import count_outside, plain_logarithms
@@ -90,9 +90,6 @@ def _print_family(one: Calibrated, console: Console) -> None:
 
 def as_json(result: Calibration) -> dict[str, Any]:
     """Everything but the rows. Numbers that are not finite (errors of parameters at a bound) are null."""
-    def finite(x: float) -> float | None:
-        return x if math.isfinite(x) else None
-
     def errors(x: Errors | None):
         return None if x is None else x._asdict()
 
@@ -101,10 +98,10 @@ def as_json(result: Calibration) -> dict[str, Any]:
         return {
             "rows": one.rows, "rows_used": len(one.observations), "folds": one.folds, "before": errors(one.before),
             "after": errors(one.after), "held_out": errors(one.held_out), "taken": not one.refused,
-            "refused": one.refused or None, "converged": fit.converged, "condition": finite(fit.condition),
+            "refused": one.refused or None, "converged": fit.converged, "condition": plain(fit.condition),
             "parameters": {name: {
-                "present": one.present[name], "value": values[name], "log_error": finite(fit.errors[name]),
-                "log_error_by_data": finite(fit.data_errors[name]), "bounds": fit.limits[name],
+                "present": one.present[name], "value": values[name], "log_error": plain(fit.errors[name]),
+                "log_error_by_data": plain(fit.data_errors[name]), "bounds": fit.limits[name],
                 "at_bound": fit.bounds.get(name), "determined": name not in fit.undetermined} for name in values},
             "correlated": fit.correlated, "told": fit.sentences(), "left_out": dict(one.observations.left_out),
             "shapes": [{"shape": g.shape, "rows": g.rows, **g.errors._asdict()} for g in one.groups],
@@ -233,7 +230,7 @@ def runs_json(found: EngineFit) -> dict[str, Any]:
     fit = found.fit
 
     def known(values):
-        return {name: float(x) if math.isfinite(x) else None for name, x in values}
+        return {name: plain(float(x)) for name, x in values}
 
     return {
         "format": FORMAT, "values": dict(fit.values), "log_errors": known(fit.errors.items()),

@@ -25,7 +25,7 @@ from jaxsim.calibrate.families import Observations
 from jaxsim.cost import operators
 from jaxsim.cost.collectives import CUSTOM_RANKS
 from jaxsim.cost.profile import SHORTEST_S, OperatorTable, Profile
-from jaxsim.cost.profiled import check_device
+from jaxsim.cost.profile_checks import check_device
 from jaxsim.profiles import _table, importing, native
 from jaxsim.spec.device import DeviceSpec, device_catalogue, load_device
 from jaxsim.spec.model import ModelSpec, load_model

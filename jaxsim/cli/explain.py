@@ -70,7 +70,7 @@ def _explain(options: argparse.Namespace) -> int:
 def _lanes(scenario: Any, system: Any, context: int) -> dict[str, Any]:
     """The answer as plain numbers."""
     from jaxsim.analytic.host_device import decode_lanes
-    from jaxsim.cost.roofline import CUDA_GRAPHS
+    from jaxsim.cost.rank import CUDA_GRAPHS
     from jaxsim.engine.lower.hybrid import price
 
     s = system.scheduler

@@ -466,6 +466,19 @@ MEASURED_MS = {
 Llama-3.1-70B in bf16, vLLM 0.6.0, eight H100. Source: logs of apex_plus.
 """
 
+MIXTRAL_MS = {
+    False: {"chat 0.25": 49.3, "chat 0.5": 50.6, "summarization 0.25": 51.9, "summarization 0.5": 53.1,
+            "creation 0.25": 49.2, "creation 0.5": 50.9},
+    True: {"chat 0.25": 58.5, "chat 0.5": 61.8, "summarization 0.25": 64.3, "summarization 0.5": 68.3,
+           "creation 0.25": 58.4, "creation 0.5": 61.1},
+}
+"""Ms of a request over its output tokens by workload, experts cut over all ranks or spread whole (True).
+
+Mixtral-8x22B in bf16, SGLang 0.4.5 without CUDA graphs, eight H100. Source: logs of apex_plus. Claims about these
+seconds are no gates, as the 30 us of `jaxsim.cost.roofline.LAUNCHES` lie between SKIP's and the 50 us that these runs
+imply; claims about their ratios are.
+"""
+
 MAX_BATCH = 24
 """Decodes that predictions of the table go up to."""
 

@@ -56,6 +56,15 @@ def _slower(record: Record, latency_s: float, low: float, bulk_s: float, efficie
                                    efficiency=efficiency)
 
 
+SLOWER = {"host": over_pcie, "network": over_network}
+"""By kind of link; any other has the constants of a device's own links."""
+
+
+def over(record: Record, kind: str) -> Record:
+    """Constants of messages over a link of this kind."""
+    return SLOWER[kind](record) if kind in SLOWER else record
+
+
 class Nccl(eqx.Module):
     """A collective of NCCL; leaves as in `NcclEfficiency`."""
 

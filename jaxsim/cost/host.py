@@ -22,7 +22,7 @@ others m tokens touch E [P(a, a x) - (1 + l/a)^-a P(a, (a + l) x)], with l as th
 Source: MoE-Lens (arXiv 2504.09345) for streaming, attention on the CPU and the threshold; KTransformers
 (kvcache-ai/ktransformers) for experts on the CPU, with shared and hot experts on the GPU beside them.
 Known gaps: one socket, threads all alike, no NUMA; CPU kernels have no time of their own beside bytes and FLOP; the
-threshold leaves out attention of prompts, and hot experts on the GPU.
+threshold leaves out attention of prompts.
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ from jaxsim._core.errors import InputError
 from jaxsim.cost import operators
 from jaxsim.cost.gemm import ExpertLoad, expected_blocks
 from jaxsim.cost.hybrid import HybridCost
-from jaxsim.cost.roofline import EXPERT_SKEW, Roofline
+from jaxsim.cost.rank import Roofline
+from jaxsim.cost.roofline import EXPERT_SKEW
 from jaxsim.cost.tabulated import DECODE_DEVICE, TOKENS, TabulatedCost
 from jaxsim.kernels import octaves
 from jaxsim.spec.device import DeviceSpec
@@ -177,10 +178,14 @@ class Threshold(NamedTuple):
     tokens: int
 
 
-def token_threshold(gpu: Roofline, weights: Weights, host: Host) -> Threshold:
-    """Tokens of an iteration up to which weights take longest; gpu: of `gpu_part`."""
-    seconds = np.asarray(gpu.token_seconds(jnp.asarray(PROFILED_TOKENS, float)), float) / gpu.model.layers
-    slope, constant = np.polyfit(PROFILED_TOKENS, seconds, 1)
+def token_threshold(gpu: Roofline, given: HybridSection, weights: Weights, host: Host, *,
+                    expert_skew: float = EXPERT_SKEW) -> Threshold:
+    """Tokens of an iteration up to which weights take longest; gpu: of `gpu_part`, which hot experts are added to."""
+    seconds = gpu.token_seconds(jnp.asarray(PROFILED_TOKENS, float))
+    if given.experts == "cpu" and given.hot_experts:
+        seconds = seconds + _experts(gpu, gpu.weights, given, host, PROFILED_TOKENS.astype(float),
+                                     _skew(given, expert_skew))[1]
+    slope, constant = np.polyfit(PROFILED_TOKENS, np.asarray(seconds, float) / gpu.model.layers, 1)
     layer_s = weights.layer / host.link_bytes_per_s
     return Threshold(float(constant), float(slope), layer_s, max(int((layer_s - constant) / slope), 1))
 
@@ -217,8 +222,7 @@ def hybrid_cost(cost: Roofline, given: HybridSection, weights: Weights, host: Ho
     expert_s = expert_lost_s = None
     if given.experts == "cpu":
         knots = octaves.knots(TOKENS, max_tokens).astype(float)
-        skew = 0.0 if given.popularity == "uniform" else expert_skew
-        (on_cpu, lost_s), beside = _experts(gpu, fmt, given, host, knots, skew)
+        (on_cpu, lost_s), beside = _experts(gpu, fmt, given, host, knots, _skew(given, expert_skew))
         state_s = per_byte * model.num_moe_layers * model.hidden * width
         if given.overlaps:
             in_s, out_s = in_s + state_s, out_s + state_s
@@ -237,6 +241,10 @@ def hybrid_cost(cost: Roofline, given: HybridSection, weights: Weights, host: Ho
         contention=leaf(lost), is_chained=not given.overlaps, prompt_in_s=leaf(prompt_in_s),
         history_in_s=leaf(history_in_s), hand_over_s=leaf(fixed_s), decode_hand_over_s=leaf(decode_fixed_s),
         expert_lost_s=expert_lost_s)
+
+
+def _skew(given: HybridSection, expert_skew: float) -> float:
+    return 0.0 if given.popularity == "uniform" else expert_skew
 
 
 def _experts(gpu: Roofline, fmt: WeightFormat, given: HybridSection, host: Host, tokens: np.ndarray, skew: float

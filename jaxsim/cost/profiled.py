@@ -12,8 +12,6 @@ Reduction of a batch: n decodes at their mean context; all chunks as one of thei
 `prefill_pairs / prefill_tokens` keys a token (for one chunk exact, for several the pairs are kept).
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -23,19 +21,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxsim._core.errors import InputError
-from jaxsim.cost import attention, operators
+from jaxsim.cost import operators
 from jaxsim.cost.attention import Tail
 from jaxsim.cost.base import UNBOUNDED, BatchStats, DecodePace
-from jaxsim.cost.gemm import expected_blocks
-from jaxsim.cost.profile import OPERATORS, OperatorTable, Profile, Rate, Resampled, interpolate
-from jaxsim.cost.roofline import Roofline, captured_tokens, pad_to_graph
+from jaxsim.cost.profile import OPERATORS, Profile, Resampled, interpolate
+from jaxsim.cost.profile_checks import check_system, check_units
+from jaxsim.cost.profile_rates import TableRates
+from jaxsim.cost.rank import Roofline, captured_tokens, pad_to_graph
 from jaxsim.cost.tabulated import DECODE_DEVICE, SAMPLED, TOKENS, AbstractTables, Together
 from jaxsim.kernels import octaves
-from jaxsim.spec.device import DeviceSpec, load_device
-from jaxsim.spec.efficiency import EXPERT_ROWS
-from jaxsim.spec.model import ModelSpec, load_model
-from jaxsim.spec.plan import kv_cache_bytes, weight_format
 
 DECODES, CONTEXT = (0, 1), (4, 2)
 """Decode attention: sequences, 2 knots an octave (published ones are powers of two); context in units of 16."""
@@ -174,215 +168,7 @@ class Profiled(AbstractTables):
 # ---- rooflines of single operators, for what lies outside the tables
 
 
-class _Rates(NamedTuple):
-    """Seconds of one call by the roofline, for the axes of each table."""
-
-    base: Roofline
-
-    def _seconds(self, work: operators.Work) -> jax.Array:
-        return self.base.call_seconds(work)
-
-    def _work(self, name: str, counts) -> operators.Work | None:
-        base, counts = self.base, jnp.asarray(counts, float)
-        works = (operators.token_work(base.model, base.plan, base.weights, counts, base.distinct_experts,
-                                      base.expert_skew)
-                 + operators.head_work(base.model, base.plan, base.weights, counts))
-        return next((w for w in works if w.name == name), None)
-
-    def of(self, name: str) -> Rate:
-        """The rate of a table by its name."""
-        def in_blocks(*axes):
-            # Ragged tables ask for many sizes: few of them are compiled.
-            axes = np.broadcast_arrays(*(np.asarray(axis, np.float64) for axis in axes))
-            size = axes[0].size
-            flat = [np.pad(axis.reshape(-1), (0, max(1 << max(size - 1, 0).bit_length(), 64) - size), mode="edge")
-                    for axis in axes]
-            return np.broadcast_to(np.asarray(_price(name, self.base, *flat), np.float64),
-                                   flat[0].shape)[:size].reshape(axes[0].shape)
-
-        return in_blocks
-
-    def _of(self, name: str) -> Rate:
-        if name.startswith(("attention_", "latent_")) and name in _ATTENTION:
-            return getattr(self, _ATTENTION[name])
-        if name == "host_step":
-            return lambda n: 1.0 + 0.0 * n
-        covered = (*OPERATORS[name].covers, "norms")[0]
-        if OPERATORS[name].axes == ("message_bytes",):
-            work = self._work(covered, 1.0)
-            if work is None:
-                return lambda x: 1.0 + 0.0 * x
-            return lambda x: self._seconds(work._replace(message_bytes=jnp.asarray(x, float)))
-        if name == "experts_touched":
-            return self._experts()
-        if self._work(covered, 1.0) is None:
-            return lambda x: 1.0 + x
-        return lambda x: self._seconds(self._work(covered, x)) + 0.0 * x
-
-    def _experts(self) -> Rate:
-        """An expert block of `tokens` tokens on this rank's experts, `experts` of them touched."""
-        model, template = self.base.model, self._work("experts", 1.0)
-        weights = self._expert_size() * self.base.weights.expert_bytes
-
-        def seconds(tokens, experts):
-            pairs = tokens * model.experts_per_token
-            touched = jnp.minimum(experts, pairs)
-            load = template.load._replace(
-                tokens=tokens, pairs=pairs, weight_bytes=weights * touched,
-                blocks={rows: expected_blocks(pairs, touched, rows) for rows in EXPERT_ROWS})
-            return self._seconds(template._replace(load=load))
-
-        return seconds
-
-    def expert_load(self, tokens) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of this rank's experts and distinct ones touched, in an iteration of `tokens`."""
-        model, work, size = self.base.model, self._work("experts", tokens), self._expert_size()
-        pairs = np.asarray(work.flops, np.float64) / (2.0 * size)
-        return (pairs / model.experts_per_token,
-                np.asarray(work.weight_bytes, np.float64) / (size * self.base.weights.expert_bytes))
-
-    def _expert_size(self) -> int:
-        """Weights of this rank's part of an expert."""
-        model = self.base.model
-        return (3 if model.gated else 2) * model.hidden * self.base.plan.expert_shape(model).moe_ffn
-
-    def decode(self, sequences, context) -> jax.Array:
-        """Decode attention of one layer."""
-        base, shape = self.base, self.base.attention_shape()
-        kernel, counts = base.latent or base.decode, jnp.asarray(sequences, float)
-        return (kernel.fixed_seconds(shape, counts, base.rates())
-                + kernel.slope(shape, counts, base.rates()) * counts * context)
-
-    def prefill(self, tokens, keys) -> jax.Array:
-        """Prefill attention of one layer: one chunk with its history, or chunks of `keys` without."""
-        return self.mixed(tokens, keys, 0.0, 0.0)
-
-    def mixed(self, tokens, keys, sequences, context) -> jax.Array:
-        """Both in one call."""
-        base, shape = self.base, self.base.attention_shape()
-        kernel = base.latent or base.prefill
-        coefficients = kernel.coefficients(shape, base.rates())
-        tokens, keys, sequences, context = (jnp.asarray(x, float) for x in (tokens, keys, sequences, context))
-        chunks = jnp.maximum(tokens / jnp.maximum(keys, 1.0), 1.0)
-        both = attention.chunk_seconds(coefficients, tokens, chunks, tokens * keys,
-                                       jnp.maximum((keys + tokens) / 2, tokens), sequences, sequences * context)
-        floor = kernel.chunk_floor(shape)
-        apart = jnp.where(sequences > 0, jnp.maximum(self.decode(sequences, context) - floor, 0.0), 0.0)
-        return floor + both + coefficients[attention.APART] * apart
-
-    def _projections(self, tokens):
-        names = OPERATORS["latent_decode"].covers
-        works = [w for name in names if (w := self._work(name, tokens)) is not None]
-        return sum((self._seconds(w) for w in works), np.zeros(()))
-
-    def latent_decode(self, sequences, context) -> jax.Array:
-        """Decode attention with its projections."""
-        return self.decode(sequences, context) + self._projections(sequences)
-
-    def latent_prefill(self, tokens, keys) -> jax.Array:
-        """Prefill attention with its projections."""
-        return self.prefill(tokens, keys) + self._projections(tokens)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _price(name: str, base: Roofline, *axes: Float[Array, " block"]) -> Float[Array, "*block"]:
-    """The rate of a table at a block of points: one program for all rooflines of a structure."""
-    return _Rates(base)._of(name)(*axes)
-
-
-_ATTENTION = {"attention_decode": "decode", "attention_decode_windowed": "decode",
-              "attention_prefill": "prefill", "attention_prefill_windowed": "prefill", "attention_mixed": "mixed",
-              "latent_decode": "latent_decode", "latent_prefill": "latent_prefill"}
-
-
 # ---- from a profile to the loop's tables
-
-OFF_BY = 100.0
-"""A table (its median) or a row this far from the roofline is in another unit: real kernels lie within 30 times."""
-
-
-def check_units(profile: Profile, base: Roofline) -> None:
-    """Refuse tables and single rows that are off by 1000 against the roofline. Raises `InputError` with the row."""
-    rates = _Rates(base)
-    for name, table in profile.tables.items():
-        if name == "host_step":
-            continue
-        ratio = table.seconds / np.asarray(rates.of(name)(*table.points.T), np.float64)
-        middle = float(np.median(ratio))
-        if not 1 / OFF_BY < middle < OFF_BY:
-            _off(table, int(np.argmin(np.abs(ratio - middle))), middle, "the whole table is")
-        far = np.abs(np.log(ratio / middle))
-        if far.max() > np.log(3 * OFF_BY):
-            _off(table, int(np.argmax(far)), float(ratio[np.argmax(far)]), "this row is")
-
-
-def _off(table: OperatorTable, index: int, ratio: float, what: str) -> None:
-    raise InputError(f"profile {table.place(index)}, {table.name} seconds", float(table.seconds[index]),
-                     f"is {ratio:.2g} times what the device's peaks allow for, and {what}",
-                     "check the unit of the time column (off by 1000?) and that model and device are those profiled")
-
-
-def check_system(profile: Profile, base: Roofline) -> None:
-    """Refuse a profile of another model shape, parallel degree or width of numbers. Raises `InputError`."""
-    model, plan = base.model, base.plan
-    measured = _bytes(lambda: weight_format(profile.dtype).linear_bytes)
-    if profile.dtype != "auto" and measured and measured != base.weights.linear_bytes:
-        raise InputError("profile.dtype", profile.dtype, f"has {measured:g} bytes a weight, the model that runs"
-                         f" {base.weights.linear_bytes:g}", "use a profile of that format, or change model.dtype")
-    measured = _bytes(lambda: kv_cache_bytes(profile.kv_dtype))
-    if profile.kv_dtype != "auto" and measured and measured != base.kv_bytes:
-        raise InputError("profile.kv_dtype", profile.kv_dtype, f"has {measured:g} bytes a number, the KV cache that"
-                         f" runs {base.kv_bytes:g}", "use a profile of that format, or change model.kv_dtype")
-    if profile.tensor_parallel_size != plan.tensor_parallel_size:
-        raise InputError("profile.tensor_parallel_size", profile.tensor_parallel_size,
-                         f"differs from engine.tensor_parallel_size = {plan.tensor_parallel_size}",
-                         "read the profile again for this degree, or change the engine's")
-    if "experts" in profile.tables and profile.expert_parallel_size != plan.expert_ranks:
-        raise InputError("profile.expert_parallel_size", profile.expert_parallel_size,
-                         f"differs from the {plan.expert_ranks} ranks the experts are spread over",
-                         "read the expert table for this degree")
-    if {"experts", "experts_touched"} & profile.tables.keys() and plan.expert_ranks < base.num_ranks:
-        raise InputError("engine.data_parallel_size", plan.data_parallel_size,
-                         "cuts each expert over tensor x data ranks, and the profile has them cut over"
-                         f" {profile.tensor_parallel_size}",
-                         "set engine.enable_expert_parallel = true, or use cost.kind = 'roofline'")
-    if profile.model:
-        try:
-            measured = load_model(profile.model)
-        except InputError:
-            return
-        for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts"):
-            ours, theirs = getattr(model, field), getattr(measured, field)
-            if ours != theirs and not _may_differ(field, model, profile):
-                raise InputError("profile.model", profile.model, f"has {field} = {theirs}, {model.name} has {ours}",
-                                 "use a profile of the model that runs")
-
-
-def check_device(profile: Profile, device: DeviceSpec) -> None:
-    """Refuse a profile of another device, where both are in the catalogue. Raises `InputError`."""
-    measured, ours = _known_device(profile.device), _known_device(device.name)
-    if measured and ours and measured != ours:
-        raise InputError("profile.device", profile.device, f"is not {device.name}, which runs",
-                         "use a profile of the device that runs, or change device.name")
-
-
-def _bytes(width: Callable[[], float]) -> float | None:
-    """The width, or None where the format is one that only the source of the profile knows."""
-    try:
-        return width()
-    except InputError:
-        return None
-
-
-def _known_device(name: str) -> str | None:
-    try:
-        return load_device(name).name
-    except InputError:
-        return None
-
-
-def _may_differ(field: str, model: ModelSpec, profile: Profile) -> bool:
-    return field == "layers" or (field == "ffn" and not model.num_dense_layers)
 
 
 def _add(*parts: Resampled) -> Resampled:
@@ -400,8 +186,8 @@ class _Builder(NamedTuple):
     base: Roofline
 
     @property
-    def rates(self) -> _Rates:
-        return _Rates(self.base)
+    def rates(self) -> TableRates:
+        return TableRates(self.base)
 
     def table(self, name: str, *axes) -> Resampled:
         """One call on a grid; from the roofline where the profile has no such table."""

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import msgspec
 from jaxtyping import Array, Float
 
-from jaxsim.cost.collectives import WIRE, Nccl, over_network, over_pcie
+from jaxsim.cost.collectives import Nccl, over, over_network
 from jaxsim.cost.expert_load import nodes_touched, ranks_touched
 from jaxsim.spec.device import DEVICES_PER_NODE, DeviceSpec, Link
 from jaxsim.spec.efficiency import Efficiency
@@ -39,17 +39,14 @@ def ranks_in_node(device: DeviceSpec, ranks: int, span: int | None = None) -> in
 
 
 class TwoLevel(eqx.Module):
-    """A collective of a group that spans nodes; leaves of the network as in `Nccl`.
+    """A collective of a group that spans nodes.
 
-    inside: the same collective in a node, scatter and gather the parts of a hierarchical one; inside_bytes_per_s: link
-    there. Static. collective: a name in `WIRE`; per_node: ranks of a node.
+    between: over the network, among ranks of different nodes; inside: the same collective in a node, scatter and gather
+    the parts of a hierarchical one; inside_bytes_per_s: link there. Static. collective: a name in `WIRE`; per_node:
+    ranks of a node.
     """
 
-    latency_s: Float[Array, ""]
-    rank_s: Float[Array, ""]
-    low_efficiency: Float[Array, ""]
-    bulk_latency_s: Float[Array, ""]
-    efficiency: Float[Array, ""]
+    between: Nccl
     inside: Nccl
     scatter: Nccl
     gather: Nccl
@@ -61,17 +58,16 @@ class TwoLevel(eqx.Module):
     def of(cls, record: Efficiency, collective: str, per_node: int, inside: Link) -> "TwoLevel":
         """Of a device's constants, for a name in `WIRE`; inside: the link of a node."""
         def within(name: str) -> Nccl:
-            return Nccl.of(over_pcie(record.nccl[name]) if inside.kind == "host" else record.nccl[name], name)
+            return Nccl.of(over(record.nccl[name], inside.kind), name)
 
-        between = Nccl.of(over_network(record.nccl[collective]), collective)
-        return cls(between.latency_s, between.rank_s, between.low_efficiency, between.bulk_latency_s,
-                   between.efficiency, within(collective), within("reduce_scatter"), within("all_gather"),
-                   jnp.asarray(inside.bytes_per_s, float), collective, per_node)
+        return cls(Nccl.of(over_network(record.nccl[collective]), collective), within(collective),
+                   within("reduce_scatter"), within("all_gather"), jnp.asarray(inside.bytes_per_s, float), collective,
+                   per_node)
 
-    def _between(self, ranks: int, num_bytes, link_bytes_per_s) -> Float[Array, "*shape"]:
-        kernel = Nccl(self.latency_s, self.rank_s, self.low_efficiency, self.bulk_latency_s, self.efficiency,
-                      WIRE[self.collective])
-        return kernel.seconds(ranks, num_bytes, link_bytes_per_s)
+    @property
+    def efficiency(self) -> Float[Array, ""]:
+        """Share of the network's bandwidth that many bytes reach, as of `Nccl` on its link."""
+        return self.between.efficiency
 
     def _inside(self, kernel: Nccl, ranks: int, num_bytes) -> Float[Array, "*shape"]:
         if ranks == 1:
@@ -81,14 +77,14 @@ class TwoLevel(eqx.Module):
     def ring(self, ranks: int, num_bytes: Float[Array, "*shape"], link_bytes_per_s: Float[Array, ""]
              ) -> Float[Array, "*shape"]:
         """Seconds by rings over all cards of a node."""
-        return jnp.maximum(self._between(ranks, num_bytes / self.per_node, link_bytes_per_s),
+        return jnp.maximum(self.between.seconds(ranks, num_bytes / self.per_node, link_bytes_per_s),
                            0.0 if self.per_node == 1 else self._inside(self.inside, ranks, num_bytes))
 
     def hierarchical(self, ranks: int, num_bytes: Float[Array, "*shape"], link_bytes_per_s: Float[Array, ""]
                      ) -> Float[Array, "*shape"]:
         """Seconds level by level."""
         n = self.per_node
-        seconds = self._between(-(-ranks // n), num_bytes / n, link_bytes_per_s)
+        seconds = self.between.seconds(-(-ranks // n), num_bytes / n, link_bytes_per_s)
         if self.collective in ("all_reduce", "reduce_scatter"):
             seconds = seconds + self._inside(self.scatter, n, num_bytes)
         if self.collective in ("all_reduce", "all_gather"):
@@ -103,7 +99,7 @@ class TwoLevel(eqx.Module):
             return self._inside(self.inside, ranks, num_bytes)
         if self.collective == "all_to_all":
             # As `Nccl` counts: of a buffer all but a rank's own part leaves it.
-            outside = self._between(ranks, num_bytes * ((ranks - n) / (ranks - 1)), link_bytes_per_s)
+            outside = self.between.seconds(ranks, num_bytes * ((ranks - n) / (ranks - 1)), link_bytes_per_s)
             return jnp.maximum(outside, self._inside(self.inside, n, num_bytes * (n / ranks)))
         return jnp.minimum(self.ring(ranks, num_bytes, link_bytes_per_s),
                            self.hierarchical(ranks, num_bytes, link_bytes_per_s))
@@ -115,8 +111,7 @@ def collective(record: Efficiency, name: str, device: DeviceSpec, link: Link, ra
     per_node = ranks_in_node(device, ranks, span)
     if link.kind == "network" and per_node > 1:
         return TwoLevel.of(record, name, per_node, device.link_among(per_node, per_node * (span // ranks)))
-    slower = {"network": over_network, "host": over_pcie}.get(link.kind, lambda same: same)
-    return Nccl.of(slower(record.nccl[name]), name)
+    return Nccl.of(over(record.nccl[name], link.kind), name)
 
 
 class DeepEpConstants(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,8 +16,10 @@ from jaxtyping import Float, Int
 from jaxsim._core.errors import InputError
 from jaxsim.cost.base import BatchStats
 from jaxsim.cost.profile import Profile
-from jaxsim.cost.profiled import Profiled, check_device, with_extrapolated
-from jaxsim.cost.roofline import CUDA_GRAPHS, Roofline, roofline
+from jaxsim.cost.profile_checks import check_device
+from jaxsim.cost.profiled import Profiled, with_extrapolated
+from jaxsim.cost.rank import CUDA_GRAPHS, Roofline
+from jaxsim.cost.roofline import roofline
 from jaxsim.metrics import LaneResult
 from jaxsim.profiles import native
 from jaxsim.spec.device import DeviceSpec

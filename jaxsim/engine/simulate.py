@@ -351,9 +351,9 @@ def most_steps(scenario: Scenario, dims: Dims, workload: Workload, last_s: float
 
     last_s: the last arrival, where it is not the workload's own.
     """
-    # They look while there are requests: as long as they come, twice, and an hour.
+    # They look while there are requests: as long as they come, twice, and a while.
     last_s = float(workload.arrival_s[-1]) if last_s is None else last_s
-    looks = looks_a_second(scenario, dims) * (2 * last_s + 3600)
+    looks = looks_a_second(scenario, dims) * (2 * last_s + lower.WATCHED_S)
     # An outage may have everything computed again.
     steps = lower.step_limit(workload, turns(dims)) * sendings(scenario) * (1 + dims.num_outages)
     return int(min(steps + looks, 2**31 - 1))

@@ -1,12 +1,14 @@
 """Result files: `summary.json` and `requests.parquet`, published and versioned formats."""
 
 import json
+import math
 import platform
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,6 +78,21 @@ def _hybrid(scenario: Scenario) -> dict[str, Any]:
     """Of a GPU and its host: where weights are, and the token cap."""
     system = resolve_system(scenario)
     return hybrid_facts(system.hybrid, system.scheduler, system.memory)
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: no tuples, no numbers of NumPy, and null for what is missing or not finite."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if value is pd.NA or isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a table as JSON has them."""
+    return plain(table.to_dict("records"))
 
 
 def to_json(content: dict[str, Any]) -> str:

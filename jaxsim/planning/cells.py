@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsim._core.errors import InputError
-from jaxsim.cost.roofline import CUDA_GRAPHS, Roofline, captured_tokens, pad_to_graph, roofline
+from jaxsim.cost.rank import CUDA_GRAPHS, Roofline, captured_tokens, pad_to_graph
+from jaxsim.cost.roofline import roofline
 from jaxsim.cost.tabulated import DECODE_DEVICE, TOKENS, TabulatedCost, Together
 from jaxsim.engine import lower
 from jaxsim.kernels import octaves

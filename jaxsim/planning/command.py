@@ -56,7 +56,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
 def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     """Run the command; `values`: of --set. Raises `InputError`."""
     from jaxsim._core.errors import InputError
-    from jaxsim.io.result import to_json
+    from jaxsim.io.result import plain_rows, to_json
     from jaxsim.planning.search import search
     from jaxsim.study.command import check_workers
 
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
         except InputError as error:
             told = str(error)
     if options.json:
-        sys.stdout.write(to_json({"rows": _plain(found.table), "best": found.best, "vllm": line,
+        sys.stdout.write(to_json({"rows": plain_rows(found.table), "best": found.best, "vllm": line,
                                   "elapsed_s": round(elapsed_s, 3)}))
         return
     _print(found, scenario, options, line, told, elapsed_s)
@@ -141,19 +141,6 @@ def chosen(options: argparse.Namespace, values: dict[str, Any], kinds: list[tupl
         slo = limits(options.slo)
         values |= {f"slo.{name}": getattr(slo, name) for name in ("ttft_ms", "tpot_ms", "e2e_ms")}
     return scenario.with_values(values) if values else scenario
-
-
-def _plain(table: Any) -> list[dict[str, Any]]:
-    """Rows as JSON has them: no NaN, no infinity."""
-    import math
-
-    import pandas as pd
-
-    def value(x: Any) -> Any:
-        x = x.item() if hasattr(x, "item") else x
-        return None if x is None or x is pd.NA or (isinstance(x, float) and not math.isfinite(x)) else x
-
-    return [{name: value(x) for name, x in row.items()} for row in table.to_dict("records")]
 
 
 def _print(found: Any, scenario: Any, options: argparse.Namespace, line: str | None, told: str | None,

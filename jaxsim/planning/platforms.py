@@ -25,7 +25,7 @@ from jaxsim._core.errors import InputError
 from jaxsim._core.precision import enable_x64
 from jaxsim.analytic.ideal import Pass, Platform
 from jaxsim.analytic.requirements import Efficiencies, Requirements, UseCase, three
-from jaxsim.cost.collectives import over_network, over_pcie
+from jaxsim.cost.collectives import SLOWER, over
 from jaxsim.cost.genz import LINK_LATENCY_S, START_S
 from jaxsim.spec.device import DeviceSpec, Link, device_catalogue, load_device
 from jaxsim.spec.efficiency import HopEfficiency
@@ -33,7 +33,7 @@ from jaxsim.spec.plan import Plan
 
 _ANY = HopEfficiency(latency_s=0.0, efficiency=1.0, source="")
 
-SLOW = {"host": over_pcie(_ANY), "network": over_network(_ANY)}
+SLOW = {kind: over(_ANY, kind) for kind in SLOWER}
 """By kind of link, seconds before a message and share of the bandwidth; other kinds have GenZ's and the one asked for.
 Source: `jaxsim.cost.collectives`; what PCIe reaches is a guess."""
 
@@ -73,7 +73,7 @@ def worth(found: Requirements, memory_bytes: float, bytes_per_s: float, flops: f
     """
     use = found.use_case
     wider = use.wider if wide_flops is None else flops / wide_flops
-    compute = max(float(np.sum(work.flops * np.where(work.is_wide, wider, 1.0))) / limit_s
+    compute = max(float(work.scaled_flops(wider, np)) / limit_s
                   for work, limit_s in ((found.prefill, use.ttft_s), (found.decode, use.tpot_s)))
     return {"memory": found.memory.total_bytes / memory_bytes,
             "bandwidth": found.num_devices * max(found.alone.memory_bytes_per_s) / bytes_per_s,

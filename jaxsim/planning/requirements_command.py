@@ -73,7 +73,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
 def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     """Run the command; `values`: of --set. Raises `InputError`."""
     from jaxsim.analytic.requirements import Efficiencies, needs
-    from jaxsim.io.result import to_json
+    from jaxsim.io.result import plain_rows, to_json
     from jaxsim.planning.platforms import platforms
     from jaxsim.spec.plan import Plan
 
@@ -87,10 +87,8 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
                     link_efficiency=options.link_efficiency)
     line = verdict(met)
     if options.json:
-        from jaxsim.planning.command import _plain
-
         sys.stdout.write(to_json(found.record() | {
-            "devices": _plain(met.table), "counts": _plain(met.counts), "refused": met.refused,
+            "devices": plain_rows(met.table), "counts": plain_rows(met.counts), "refused": met.refused,
             "verdict": f"{found.verdict}; {line}"}))
         return
     _print(found, met, line)

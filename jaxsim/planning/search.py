@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from jaxsim._core.errors import InputError
+from jaxsim.analytic.columns import columns
 from jaxsim.analytic.lower import executor_of, load_of_scenario
 from jaxsim.analytic.steady import FULLEST, Executor, Steady, capacity_rps, steady_states
 from jaxsim.analytic.workload import Load
@@ -204,18 +205,9 @@ class _Screen:
         states = jax.device_get(_states(executor, self.load))
         state, grid = (jax.tree.map(lambda x, part=part: x[part], states) for part in (0, slice(1, None)))
         rate = _rate_within(grid, self.limits)
-        seconds = {"ttft": state.ttft_s, "tpot": state.tpot_s, "e2e": state.e2e_s}
-        tokens_per_s = rate * float(self.load.output_tokens)
-        usd_per_h = system.device.usd_per_h
-        row = {f"screened.{name}_ms": 1e3 * float(s) for name, s in seconds.items()}
-        row |= {f"screened.{name}": float(getattr(state, name)) for name in (
-            "running", "utilisation", "kv_share", "capacity_rps")}
-        row |= {"screened.is_stable": bool(state.is_stable), "screened.rate_within_limits": rate,
-                "screened.output_tokens_per_s_per_device": tokens_per_s / candidate.num_devices,
-                "screened.usd_per_million_output_tokens":
-                    1e6 * usd_per_h / 3600 * candidate.num_devices / tokens_per_s if usd_per_h and tokens_per_s
-                    else np.nan,
-                "kv_tokens": int(system.num_blocks * system.scheduler.block_size),
+        found = columns(state, rate, float(self.load.output_tokens), candidate.num_devices, system.device.usd_per_h)
+        row = {f"screened.{name}": value for name, value in found.items()}
+        row |= {"kv_tokens": int(system.num_blocks * system.scheduler.block_size),
                 "refused": candidate.why_not_simulated}
         if system.memory is not None:
             row |= {"weight_gib": system.memory.weight_bytes / 2**30, "kv_gib": system.memory.kv_bytes / 2**30}

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.cost import operators
 from jaxsim.cost.profile import OPERATORS, Profile
-from jaxsim.cost.profiled import check_device, check_system, check_units
-from jaxsim.cost.roofline import Roofline, roofline
+from jaxsim.cost.profile_checks import check_device, check_system, check_units
+from jaxsim.cost.rank import Roofline
+from jaxsim.cost.roofline import roofline
 from jaxsim.profiles import _table, aiconfigurator, llmservingsim, plain, vidur
 from jaxsim.spec.device import DeviceSpec, device_catalogue, load_device
 from jaxsim.spec.model import ModelSpec, load_model

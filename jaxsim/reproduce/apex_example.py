@@ -29,7 +29,8 @@ import numpy as np
 from jaxsim.cost import apex
 from jaxsim.cost.apex import ApexRequest, Iteration, ParallelPlan, Queue
 from jaxsim.cost.base import BatchStats
-from jaxsim.cost.roofline import Roofline, roofline
+from jaxsim.cost.rank import Roofline
+from jaxsim.cost.roofline import roofline
 from jaxsim.cost.tabulated import TabulatedCost
 from jaxsim.planning import cells
 from jaxsim.spec.device import load_device

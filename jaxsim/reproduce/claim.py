@@ -1,12 +1,13 @@
 """A claim: what was published, what the simulator says, and the verdict that follows from the two."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxsim.io.result import plain
 
 REPRODUCED, NOT_REPRODUCED, NO_GATE = "reproduced", "not reproduced", "no gate"
 
@@ -111,18 +112,9 @@ class Claim:
 
     def record(self) -> dict[str, Any]:
         """As `jaxsim reproduce --json` prints it; `reason` only where there is one."""
-        found = {name: _plain(getattr(self, name))
+        found = {name: plain(getattr(self, name))
                  for name in ("system", "claim", "source", "paper", "ours", "tolerance", "verdict")}
         return found | ({"reason": self.why} if self.why else {})
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: no tuples, no NaN."""
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value
 
 
 @dataclasses.dataclass(frozen=True)

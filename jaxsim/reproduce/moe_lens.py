@@ -225,7 +225,7 @@ def speedups(rows: pd.DataFrame, serial: pd.DataFrame) -> pd.DataFrame:
     found = []
     for _, row in serial.iterrows():
         ours = rows[(rows[PROMPT] == row[PROMPT]) & (rows[OUTPUT] == row[OUTPUT]) & (rows[ROOM] == 70)].iloc[0]
-        found.append({PROMPT: row[PROMPT], OUTPUT: row[OUTPUT], "is_full": row[ROOM] == 70,
+        found.append({PROMPT: row[PROMPT], OUTPUT: row[OUTPUT], ROOM: row[ROOM], "is_full": row[ROOM] == 70,
                       "serial": row["output_throughput"], "overlapped": ours["output_throughput"],
                       "speedup": ours["output_throughput"] / row["output_throughput"]})
     return pd.DataFrame(found)
@@ -240,7 +240,8 @@ def speedup_claims(rows: pd.DataFrame, serial: pd.DataFrame) -> list[Claim]:
     by_point = ", ".join(f"{int(r[PROMPT])}/{int(r[OUTPUT])} {r['speedup']:.3g}" for _, r in own.iterrows())
     in_full = ", ".join(f"{r['speedup']:.3g}" for _, r in full.iterrows())
     is_full_rag = (full[PROMPT] == RAG[0]) & (full[OUTPUT] == RAG[1])
-    put_in = ("the baseline in 52.0, 56.2 and 35.0 % of the room: the order follows from these shares, to which two"
+    shares = ", ".join(f"{100 * room / 70:.1f}" for room in own[ROOM])
+    put_in = (f"the baseline in {shares} % of the room: the order follows from these shares, to which two"
               " readings give different rooms (rows 5, 6)")
     return [
         *(_claim(f"output tokens/s, {int(r[PROMPT])}/{int(r[OUTPUT])}, both in all of 70 GB: serial, overlapped", RISES,

@@ -23,7 +23,9 @@ import pandas as pd
 
 from jaxsim.analytic import eager
 from jaxsim.analytic import host_device as lanes
-from jaxsim.cost.roofline import HOSTS, LAUNCHES, Roofline, roofline
+from jaxsim.cost.apex import MIXTRAL_MS
+from jaxsim.cost.rank import Roofline
+from jaxsim.cost.roofline import HOSTS, LAUNCHES, roofline
 from jaxsim.io.figure import FAINT, INK, drawn, heading
 from jaxsim.reproduce.claim import Claim, Reproduction
 from jaxsim.reproduce.runs import simulated, study
@@ -284,11 +286,15 @@ def launch_claims(found: Study) -> list[Claim]:
 
 MIXTRAL = "mixtral-8x22b"
 
-CELLS = {"creation 0.25": (14, 880, 49.2, 58.4), "creation 0.5": (27, 880, 50.9, 61.1),
-         "chat 0.25": (2, 150, 49.3, 58.5), "chat 0.5": (4, 150, 50.6, 61.8),
-         "summarization 0.25": (2, 3090, 51.9, 64.3), "summarization 0.5": (4, 3090, 53.1, 68.3)}
-"""Mixtral-8x22B in SGLang without CUDA graphs on eight H100: sequences at once (rate x output tokens x seconds a
-token), their mean context, measured ms an output token at TP 8 and at EP 8."""
+CELLS = {"creation 0.25": (14, 880), "creation 0.5": (27, 880), "chat 0.25": (2, 150), "chat 0.5": (4, 150),
+         "summarization 0.25": (2, 3090), "summarization 0.5": (4, 3090)}
+"""Of the cells of `MIXTRAL_MS`, sequences at once (rate x output tokens x seconds a token) and their mean context."""
+
+
+def measured_ms(spread: bool) -> tuple[float, ...]:
+    """Of `CELLS`, measured ms an output token with experts cut (TP 8), or spread whole (EP 8)."""
+    return tuple(MIXTRAL_MS[spread][cell] for cell in CELLS)
+
 
 MIXED_LAUNCH_S = HOSTS["tensorrt-llm"]["launch_kernel_s"]
 """Of iterations that TensorRT-LLM does not capture."""
@@ -298,13 +304,13 @@ def eager_engine(expert_parallel: bool = False, **overrides: float) -> lanes.Dec
     """Decode iterations of `CELLS`, every kernel launched."""
     plan = Plan(tensor_parallel_size=8, enable_expert_parallel=expert_parallel)
     cost = roofline(load_model(MIXTRAL), load_device("h100"), plan, "bfloat16", **overrides)
-    batches, contexts, *_ = zip(*CELLS.values(), strict=True)
+    batches, contexts = zip(*CELLS.values(), strict=True)
     return lanes.decode_lanes(cost, batches, contexts, cuda_graphs=False)
 
 
 def eager_engine_claims(found: lanes.DecodeLanes) -> list[Claim]:
     """The launch-bound decode of SGLang."""
-    _, _, tensor, expert = zip(*CELLS.values(), strict=True)
+    tensor, expert = measured_ms(False), measured_ms(True)
     ours = 1e3 * found.seconds
     slow = 1e3 * eager_engine(launch_kernel_s=MIXED_LAUNCH_S).seconds
     spread = eager_engine(expert_parallel=True).seconds / found.seconds

@@ -32,7 +32,8 @@ from jaxsim._core.errors import InputError
 from jaxsim._core.precision import enable_x64
 from jaxsim.cost.base import AbstractIterationCost, BatchStats
 from jaxsim.cost.fitted import FittedCost, fitted
-from jaxsim.cost.roofline import CUDA_GRAPHS, LAUNCHES, LINKS, Roofline, override_places
+from jaxsim.cost.rank import CUDA_GRAPHS, Roofline
+from jaxsim.cost.roofline import LAUNCHES, LINKS, override_places
 from jaxsim.engine import lower
 from jaxsim.engine.lower.hybrid import price
 from jaxsim.engine.outcomes import Lane

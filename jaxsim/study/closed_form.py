@@ -5,31 +5,26 @@
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from jaxsim._core.errors import InputError
 from jaxsim.analytic import plans
+from jaxsim.analytic.columns import columns
 from jaxsim.analytic.lower import load_of_scenario
-from jaxsim.analytic.steady import Executor
-from jaxsim.engine.lower import resolve_system
 from jaxsim.spec.plan import plan_of
 from jaxsim.spec.scenario import Scenario
+from jaxsim.study.lanes import Lanes
 from jaxsim.study.study import Study
-
-STATE = ("running", "utilisation", "kv_share", "capacity_rps", "output_tokens_per_s")
-"""Of a steady state, besides latencies."""
 
 
 def closed_form(study: Study) -> tuple[pd.DataFrame, int]:
     """A row a point, and the number of programs that were compiled for all. Raises `InputError` where the study is
     wrong.
 
-    Columns: the point's fields; plan; devices; refused; ttft_ms, tpot_ms, e2e_ms, `STATE`, is_stable at the point's
-    rate; kv_tokens: KV capacity of one replica, of all its ranks; rate_within_limits: requests/s up to which means keep
-    [slo], and at it tokens/s and dollars a million of them.
+    Columns: the point's fields; plan; devices; refused; those of `jaxsim.analytic.columns` (rate_within_limits: up to
+    which means keep [slo]); kv_tokens: KV capacity of one replica, of all its ranks.
     """
-    points, base = list(study.points()), study.base_tree()
+    points, base, lanes = list(study.points()), study.base_tree(), Lanes()
     if not points:
         raise InputError("where", study.where, "leaves no point of the study", "loosen a condition")
     scenarios: list[Scenario | InputError] = []
@@ -39,7 +34,7 @@ def closed_form(study: Study) -> tuple[pd.DataFrame, int]:
         except InputError as error:
             scenarios.append(error)
     able = [s for s in scenarios if isinstance(s, Scenario)]
-    made = iter(zip(able, plans.of_scenarios(able), strict=True))
+    made = iter(zip(able, plans.of_scenarios(able, lanes.system), strict=True))
     rows, executors, loads, limits, places = [], [], [], [], []
     for point, scenario in zip(points, scenarios, strict=True):
         row: dict[str, Any] = dict(point)
@@ -51,7 +46,7 @@ def closed_form(study: Study) -> tuple[pd.DataFrame, int]:
         try:
             if isinstance(executor, InputError):
                 raise executor
-            loads.append(load_of_scenario(scenario))
+            loads.append(load_of_scenario(scenario, lanes.workload))
         except InputError as error:
             rows.append(row | {"refused": str(error)})
             continue
@@ -66,16 +61,7 @@ def closed_form(study: Study) -> tuple[pd.DataFrame, int]:
     found = plans.screened(executors, loads, limits)
     for (place, scenario), executor, load, state, rate in zip(places, executors, loads, found.states, found.rates_rps,
                                                               strict=True):
-        rows[place] |= _values(scenario, executor, state, rate, float(load.output_tokens))
+        rows[place] |= columns(state, rate, float(load.output_tokens), scenario.num_devices,
+                               lanes.system(scenario).device.usd_per_h)
+        rows[place] |= {"kv_tokens": float(executor.kv_tokens) * float(executor.rank_count)}
     return pd.DataFrame(rows), found.num_programs
-
-
-def _values(scenario: Scenario, executor: Executor, state: Any, rate: float, output_tokens: float) -> dict[str, Any]:
-    tokens_per_s, devices = rate * output_tokens, scenario.num_devices
-    usd_per_h = resolve_system(scenario).device.usd_per_h
-    return {"ttft_ms": 1e3 * float(state.ttft_s), "tpot_ms": 1e3 * float(state.tpot_s),
-            "e2e_ms": 1e3 * float(state.e2e_s), **{name: float(getattr(state, name)) for name in STATE},
-            "is_stable": bool(state.is_stable), "kv_tokens": float(executor.kv_tokens) * float(executor.rank_count),
-            "rate_within_limits": rate, "output_tokens_per_s_per_device": tokens_per_s / devices,
-            "usd_per_million_output_tokens":
-                1e6 * usd_per_h / 3600 * devices / tokens_per_s if usd_per_h and tokens_per_s else np.nan}

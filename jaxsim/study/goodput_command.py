@@ -125,17 +125,10 @@ def is_study(name: str) -> bool:
 
 
 def _print_json(frame: Any, elapsed_s: float) -> None:
-    import math
+    from jaxsim.io.result import plain_rows, to_json
 
-    from jaxsim.io.result import to_json
-
-    def plain(value: Any) -> Any:
-        value = value.item() if hasattr(value, "item") else value
-        # What does not exist, and a bracket without an end.
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    rows = [{name: plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
-    sys.stdout.write(to_json({"rows": rows, "elapsed_s": round(elapsed_s, 3)}))
+    # Null: what does not exist, and a bracket without an end.
+    sys.stdout.write(to_json({"rows": plain_rows(frame), "elapsed_s": round(elapsed_s, 3)}))
 
 
 def _print(frame: Any, options: argparse.Namespace, elapsed_s: float) -> None:

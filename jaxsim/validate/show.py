@@ -1,7 +1,6 @@
 """Comparisons as tables and as JSON."""
 
 import math
-import numbers
 from typing import Any
 
 from rich import box
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxsim.io.result import plain
 from jaxsim.io.table import number, printed
 from jaxsim.validate import points as points_file
 from jaxsim.validate.points import Points
@@ -97,17 +97,9 @@ def points_json(points: Points) -> dict[str, Any]:
     """What `jaxsim validate --points --json` prints; of the file's columns those that mean something here."""
     known = {*points_file.COLUMNS, *points_file.OPTIONAL, *_RESULTS}
     names = [name for name in points.frame.columns if name in known or "." in name]
-    rows = [{"row": int(index), **{name: _plain(row[name]) for name in names}}
+    rows = [{"row": int(index), **{name: plain(row[name]) for name in names}}
             for index, row in zip(points.frame.index, points.frame.to_dict("records"), strict=True)]
     return {"format": FORMAT, "metrics": points.summary(), "points": rows, "notes": list(points.notes)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, str | bool) or value is None:
-        return value
-    if isinstance(value, numbers.Real):
-        return value if math.isfinite(value) else None
-    return str(value)
 
 
 def print_points(points: Points, most: int = 40) -> None:

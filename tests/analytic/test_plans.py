@@ -1,5 +1,7 @@
 """Many plans in one program: each as it is alone."""
 
+from collections import Counter
+
 import equinox as eqx
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from jaxsim._core.errors import InputError
 from jaxsim.analytic import highest_rate, of_scenario, plans, steady_state
 from jaxsim.analytic.lower import load_of_scenario
+from jaxsim.engine import lower
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study.closed_form import closed_form
 from jaxsim.study.study import Study
@@ -53,13 +56,26 @@ def test_each_plan_is_as_alone():
         assert rate == pytest.approx(float(limit), rel=0.02, abs=0.002 * float(alone.capacity_rps))
 
 
-def test_a_study_of_plans():
-    """Rows of all points, refusals with their arithmetic, one program."""
+def test_a_study_of_plans(monkeypatch):
+    """Rows of all points, refusals with their arithmetic, one program; each system looked up once, one draw for all."""
+    asked = Counter()
+
+    def counting(name):
+        own = getattr(lower, name)
+
+        def counted(*given):
+            asked[name] += 1
+            return own(*given)
+
+        monkeypatch.setattr(lower, name, counted)
+
+    counting("resolve_system"), counting("make_workload")
     study = Study.from_dict({"schema_version": 1, "scenario": BASE, "axes": {
         "engine.tensor_parallel_size": [1, 3, 4], "engine.data_parallel_size": [1, 4],
         "engine.enable_expert_parallel": [True]}, "where": [
             "engine.tensor_parallel_size * engine.data_parallel_size > 1"]})
     frame, programs = closed_form(study)
+    assert asked == {"resolve_system": 5, "make_workload": 1}
     assert programs == 1 and frame["plan"].tolist() == ["TP1 DP4 EP", "TP3 EP", "TP3 DP4 EP", "TP4 EP", "TP4 DP4 EP"]
     refused = frame["refused"].notna()
     assert refused.tolist() == [False, True, True, False, False]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxsim.cost.base import BatchStats
-from jaxsim.cost.roofline import pad_to_graph, roofline
+from jaxsim.cost.rank import pad_to_graph
+from jaxsim.cost.roofline import roofline
 from jaxsim.cost.tabulated import SAMPLED, TOKENS
 from jaxsim.kernels import octaves
 from jaxsim.spec.device import load_device

@@ -241,7 +241,7 @@ def test_latent_attention_on_the_cpu():
 def test_the_threshold_is_where_both_take_as_long():
     cost = roofline(MIXTRAL, A40, None, host="none")
     weights, host = place_weights(MIXTRAL, STREAMED), h.host_of(STREAMED, A40, XEON)
-    t = h.token_threshold(h.gpu_part(cost, STREAMED), weights, host)
+    t = h.token_threshold(h.gpu_part(cost, STREAMED), STREAMED, weights, host)
     assert t.layer_s == pytest.approx(93_405_577_216 / 32 / 19.5e9)
     assert t.a_s + t.b_s * t.tokens <= t.layer_s < t.a_s + t.b_s * (t.tokens + 1)
     # The line is the GPU's, within the steps of its tiles.
@@ -249,8 +249,21 @@ def test_the_threshold_is_where_both_take_as_long():
     seconds = np.asarray(h.gpu_part(cost, STREAMED).token_seconds(jnp.asarray(at))) / 32
     np.testing.assert_allclose(t.a_s + t.b_s * at, seconds, rtol=0.05)
     # Half the link, twice the tokens, but for the constant.
-    slow = h.token_threshold(h.gpu_part(cost, STREAMED), weights, host._replace(link_bytes_per_s=9.75e9))
+    slow = h.token_threshold(h.gpu_part(cost, STREAMED), STREAMED, weights, host._replace(link_bytes_per_s=9.75e9))
     assert slow.tokens == pytest.approx(2 * t.tokens, rel=0.01)
+
+
+def test_the_threshold_counts_hot_experts():
+    """Two of eight experts on the GPU: the line is that of its lane, experts among it."""
+    given = msgspec.structs.replace(STREAMED, experts="cpu", hot_experts=2, popularity="uniform", overlap=True)
+    cost = roofline(MIXTRAL, A40, None, host="none")
+    weights, host, gpu = place_weights(MIXTRAL, given), h.host_of(given, A40, XEON), h.gpu_part(cost, given)
+    hot, none = (h.token_threshold(gpu, one, weights, host) for one in (
+        given, msgspec.structs.replace(given, hot_experts=0)))
+    assert hot.layer_s == none.layer_s and hot.tokens < 0.8 * none.tokens
+    # A quarter of all rows, so a quarter of what all experts on the GPU add for each token.
+    whole = h.token_threshold(cost, STREAMED, weights, host)
+    assert hot.b_s - none.b_s == pytest.approx((whole.b_s - none.b_s) / 4, rel=0.1)
 
 
 @pytest.mark.parametrize("mode, distinct", [("all", 6.0), ("topk", 1.5), ("expected", 6 * (1 - 0.75**3))])

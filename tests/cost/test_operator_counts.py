@@ -161,10 +161,10 @@ def test_tokens_that_are_sent_pass_over_their_own_ranks_rows():
         plan = Plan(data_parallel_size=8, enable_expert_parallel=True, all_to_all=all_to_all)
         load = {w.name: w for w in all_work(model, plan, 512.0)}["experts"].load
         pairs = 512.0 * 8
-        busiest = pairs + np.sqrt(2 * np.log(8) * pairs)
+        busiest = np.random.default_rng(0).poisson(pairs, (4000, 8)).max(axis=1).mean()
         assert float(load.tokens) == 8 * 512
         if all_to_all:
-            assert float(load.row_tokens) == pytest.approx(busiest / 8, rel=1e-6)
+            assert float(load.row_tokens) == pytest.approx(busiest / 8, rel=1e-3)
         else:
             assert load.row_tokens is None
     stats = BatchStats.of(0, 0, 1, 2048, 2048, 2048.0 ** 2)

@@ -5,7 +5,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from jaxsim.cost.collectives import WIRE, Nccl, over_network
+from jaxsim.cost.collectives import WIRE, Nccl, over, over_network
 from jaxsim.cost.roofline import roofline
 from jaxsim.cost.two_level import DEEP_EP, DeepEp, TwoLevel, collective, deep_ep, ranks_in_node
 from jaxsim.spec.device import load_device
@@ -142,3 +142,24 @@ def test_plans_take_both_levels():
     assert float(works["expert_combine"].message_bytes[0]) == 64 * 7168 * 2 and "expert_exchange" not in works
     part = [w for w in same.token_works(jnp.asarray([64.0]), together=True)]
     assert {w.name for w in part} == {"experts", "expert_dispatch", "expert_combine"}
+
+
+def test_constants_given_are_those_of_the_network():
+    """A number by name goes to what passes between nodes, also of one that is named with the node's link."""
+    plan = Plan(data_parallel_size=16, enable_expert_parallel=True)
+    model = load_model("deepseek-v3")
+    plain, given = (roofline(model, H100, plan, **numbers) for numbers in ({}, {
+        "all_gather_efficiency": 0.5, "all_gather_latency_s": 1e-3, "link_bytes_per_s": 1e11}))
+    assert isinstance(given.exchange_gather, TwoLevel)
+    assert float(given.exchange_gather.between.efficiency) == float(given.exchange_gather.efficiency) == 0.5
+    assert float(given.exchange_gather.between.latency_s) == pytest.approx(1e-3)
+    assert float(given.exchange_gather.inside_bytes_per_s) == pytest.approx(1e11)
+    assert float(given.exchange_gather.inside.efficiency) == float(plain.exchange_gather.inside.efficiency) != 0.5
+
+
+@pytest.mark.parametrize("record", [RECORD.hop, RECORD.nccl["all_gather"]])
+def test_constants_of_a_kind_of_link(record):
+    """Of a device's own links as measured, over PCIe and the network slower, each by itself."""
+    assert over(record, "direct") is record is over(record, "switched")
+    assert over(record, "network") == over_network(record) != over(record, "host")
+    assert over(record, "host").efficiency < over(record, "network").efficiency

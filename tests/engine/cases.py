@@ -6,6 +6,7 @@ sizes and a batch width (`LANES`), so that a preset at a number of instances com
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -426,6 +427,20 @@ def agree(seed: int, batch: list, compared: Callable[[list], tuple[list, list]])
         names = compared([case])[1][0]
         pytest.fail(f"seed {seed}: {len(failing)} of {len(batch)} differ; the smallest in {names}: {case}")
     return results
+
+
+def agree_and_count(seed: int, batch: list, reference: Callable[[Any], Any], wrong: Callable[[list, list], list],
+                    exercised: Callable[[Any, Any], Counter]) -> Counter:
+    """What the cases of a batch exercised, with all of which the engine agrees, else fails as `agree` does.
+
+    wrong: of some cases and what the reference says of them, the names of what differs in each.
+    """
+    def compared(some):
+        results = [reference(one) for one in some]
+        return results, wrong(some, results)
+
+    results = agree(seed, batch, compared)
+    return sum((exercised(one, result) for one, result in zip(batch, results, strict=True)), Counter())
 
 
 def smallest(case: Case, are_failing: Callable[[list[Case]], list[bool]]) -> Case:

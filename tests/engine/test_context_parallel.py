@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxsim._core.errors import InputError
-from jaxsim.cost.base import BatchStats
 from jaxsim.engine import lower
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
@@ -77,9 +76,6 @@ def test_a_plan_without_rings_has_none():
     cut = lower.resolve_system(scenario(tensor_parallel_size=16, decode_context_parallel_size=2))
     assert real.tables().ring is None and plain.scheduler.block_size == 16 and cut.scheduler.block_size == 32
     assert cut.num_blocks == plain.num_blocks
-    for stats in (BatchStats.of(4, 999), BatchStats.of(2, 99, 1, 500, 500, 250000.0)):
-        one = real.tables(prefill_context_parallel_size=1)
-        assert float(one.iteration(stats)) == float(real.tables().iteration(stats))
 
 
 @pytest.mark.parametrize("model, engine, texts", [

@@ -53,13 +53,11 @@ def agree(seed: int, flags: simulator.Flags, dims) -> Counter:
     """All cases of a seed agree; else fails with the smallest case that does not."""
     batch = cc.draw_many(seed, flags, dims)
 
-    def compared(some):
-        results = [cc.reference(one, flags, dims) for one in some]
-        return results, [cc.differences(ours, cc.answer(result, dims.num_executors, one.case.limits["num_blocks"]))
-                         for one, ours, result in zip(some, cc.simulate(some, flags, dims), results, strict=True)]
+    def wrong(some, results):
+        return [cc.differences(ours, cc.answer(result, dims.num_executors, one.case.limits["num_blocks"]))
+                for one, ours, result in zip(some, cc.simulate(some, flags, dims), results, strict=True)]
 
-    results = c.agree(seed, batch, compared)
-    return sum((exercised(one, result) for one, result in zip(batch, results, strict=True)), Counter())
+    return c.agree_and_count(seed, batch, lambda one: cc.reference(one, flags, dims), wrong, exercised)
 
 
 @pytest.mark.parametrize("name, num_executors", PROGRAMS)

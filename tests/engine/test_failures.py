@@ -70,15 +70,13 @@ def agree(seed: int, flags: simulator.Flags, dims) -> Counter:
     """All cases of a seed agree; else fails with the smallest case that does not."""
     batch = fc.draw_many(seed, flags, dims)
 
-    def compared(some):
-        results = [fc.reference(one, flags, dims) for one in some]
+    def wrong(some, results):
         answers = [fc.answer(result, dims.num_executors, one.clients.case.limits["num_blocks"])
                    for one, result in zip(some, results, strict=True)]
-        return results, [fc.differences(ours, theirs) for ours, theirs in zip(
-            fc.simulate(some, flags, dims), answers, strict=True)]
+        return [fc.differences(ours, theirs) for ours, theirs in zip(fc.simulate(some, flags, dims), answers,
+                                                                     strict=True)]
 
-    results = c.agree(seed, batch, compared)
-    return sum((exercised(one, result) for one, result in zip(batch, results, strict=True)), Counter())
+    return c.agree_and_count(seed, batch, lambda one: fc.reference(one, flags, dims), wrong, exercised)
 
 
 @pytest.mark.parametrize("name, num_executors", PROGRAMS)

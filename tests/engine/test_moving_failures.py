@@ -39,14 +39,12 @@ def agree(seed: int, flags: simulator.Flags, dims, metric: str, choice: str) -> 
     """All cases of a seed agree; else fails with the smallest case that does not."""
     batch = mc.draw_many(seed, flags, dims, metric, choice)
 
-    def compared(some):
-        results = [mc.reference(one, flags, dims) for one in some]
+    def wrong(some, results):
         world = mc.simulate(some, flags, dims)
-        return results, [mc.differences(mc.unpack(dims, world, lane, len(one)), mc.answer(result, one))
-                         for lane, (one, result) in enumerate(zip(some, results, strict=True))]
+        return [mc.differences(mc.unpack(dims, world, lane, len(one)), mc.answer(result, one))
+                for lane, (one, result) in enumerate(zip(some, results, strict=True))]
 
-    results = c.agree(seed, batch, compared)
-    return sum((mc.exercised(one, result) for one, result in zip(batch, results, strict=True)), Counter())
+    return c.agree_and_count(seed, batch, lambda one: mc.reference(one, flags, dims), wrong, mc.exercised)
 
 
 @pytest.mark.slow

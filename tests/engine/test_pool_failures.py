@@ -39,14 +39,12 @@ def agree(seed: int, flags: simulator.Flags, dims) -> Counter:
     """All cases of a seed agree; else fails with the smallest case that does not."""
     batch = pc.draw_many(seed, flags, dims)
 
-    def compared(some):
-        results = [pc.reference(one, flags, dims) for one in some]
+    def wrong(some, results):
         world = pc.simulate(some, flags, dims)
-        return results, [pc.differences(pc.unpack(dims, world, lane, len(one)), pc.answer(result, one))
-                         for lane, (one, result) in enumerate(zip(some, results, strict=True))]
+        return [pc.differences(pc.unpack(dims, world, lane, len(one)), pc.answer(result, one))
+                for lane, (one, result) in enumerate(zip(some, results, strict=True))]
 
-    results = c.agree(seed, batch, compared)
-    return sum((pc.exercised(one, result) for one, result in zip(batch, results, strict=True)), Counter())
+    return c.agree_and_count(seed, batch, lambda one: pc.reference(one, flags, dims), wrong, pc.exercised)
 
 
 @pytest.mark.slow

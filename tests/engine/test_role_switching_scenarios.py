@@ -86,7 +86,8 @@ def test_a_quiet_workload_is_not_stopped(monkeypatch):
 
 
 def test_outages_without_end_are_refused():
-    """While somebody waits for an engine to come back, turns go on: 1.7 of them a second."""
+    """While somebody waits for an engine to come back, turns go on, 1.7 of them a second: as many as a run is granted,
+    for an hour and as long as requests came, and a thousand."""
     pools = [{"role": "prefill", "replicas": 2}, {"role": "decode", "replicas": 2}]
 
     def checked(down_s):
@@ -94,9 +95,9 @@ def test_outages_without_end_are_refused():
             "outages": [{"instance": 3, "at_s": 1.0, "down_s": down_s}]})
         lower.check_outages(one, lower.resolve_system(one), lower.make_workload(one, one.workload.seed))
 
-    checked(500_000.0)
+    checked(3_600.0 + 500.0)
     with pytest.raises(InputError, match="role_switching"):
-        checked(600_000.0)
+        checked(3_600.0 + 1_000.0)
 
 
 @pytest.mark.slow

@@ -141,3 +141,14 @@ def test_timeline_of_unfinished_requests_is_cut_short(tmp_path):
     write_timeline(lane, tmp_path / "t.json")
     ids = {e.get("id") for e in trace_events(lane) if e["ph"] == "b"}
     assert ids == {"r0"}
+
+
+def test_plain_values_of_json():
+    """No tuples, no numbers of NumPy; null for what is missing or not finite, wherever it is."""
+    given = {"a": (1, np.float32(0.5), (np.nan, math.inf)), "b": np.int64(3), "c": pd.NA, "d": np.bool_(True),
+             "e": "text", "f": None}
+    assert json.loads(files.to_json(files.plain(given))) == {"a": [1, 0.5, [None, None]], "b": 3, "c": None, "d": True,
+                                                 "e": "text", "f": None}
+    table = pd.DataFrame({"rank": pd.array([1, None], dtype="Int64"), "x": [math.nan, 2.0], "is": [True, False]})
+    assert json.loads(files.to_json({"rows": files.plain_rows(table)}))["rows"] == [
+        {"rank": 1, "x": None, "is": True}, {"rank": None, "x": 2.0, "is": False}]

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsim.cost.roofline import pad_to_graph, roofline
+from jaxsim.cost.rank import pad_to_graph
+from jaxsim.cost.roofline import roofline
 from jaxsim.cost.tabulated import DECODE_DEVICE, TOKENS
 from jaxsim.kernels import octaves
 from jaxsim.planning import cells

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 
 from jaxsim.cost.profile import OPERATORS, OperatorTable, Profile
-from jaxsim.cost.profiled import _Rates
-from jaxsim.cost.roofline import Roofline
+from jaxsim.cost.profile_rates import TableRates
+from jaxsim.cost.rank import Roofline
 
 COUNTS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 CONTEXTS = [16, 64, 256, 1024, 4096]
@@ -47,7 +47,7 @@ def profile_of(base: Roofline, names, factor=wobble, **fields) -> Profile:
     tables = {}
     for name in names:
         points = points_of(name)
-        seconds = np.asarray(_Rates(base).of(name)(*points.T), float) * factor(points)
+        seconds = np.asarray(TableRates(base).of(name)(*points.T), float) * factor(points)
         tables[name] = OperatorTable(name, points, seconds)
     return Profile(tables, tensor_parallel_size=base.plan.tensor_parallel_size, **fields)
 

@@ -50,6 +50,7 @@ from jaxsim.engine.lower.systems import (
 )
 from jaxsim.engine.lower.workloads import (
     MAX_STEPS_A_TOKEN,
+    WATCHED_S,
     is_split,
     make_workload,
     num_rows,
@@ -59,7 +60,7 @@ from jaxsim.engine.lower.workloads import (
 )
 
 __all__ = [
-    "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "Pool", "Prefixes", "System", "check_contexts", "check_counters",
+    "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "WATCHED_S", "Pool", "Prefixes", "System", "check_contexts", "check_counters",
     "check_outages",
     "check_requests", "check_routing", "check_sums", "check_target", "check_transfers", "counter_room", "flights_of",
     "front_end_s", "hybrid_facts", "is_max_min", "is_split", "kinds_of_pools", "make_cost", "make_offload",

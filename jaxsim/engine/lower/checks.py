@@ -12,6 +12,7 @@ from jaxsim.engine.lower.failures import outages_of_run
 from jaxsim.engine.lower.links import Ways, flights_of, is_max_min, transfer_rates, ways_of
 from jaxsim.engine.lower.prefixes import Prefixes
 from jaxsim.engine.lower.systems import System
+from jaxsim.engine.lower.workloads import ANY_STEPS, WATCHED_S
 from jaxsim.engine.max_min import LEAST_SHARE, WHOLE
 from jaxsim.policy.routing import AbstractRouting
 from jaxsim.spec.dims import Dims
@@ -190,23 +191,22 @@ def check_transfers(scenario: Scenario, system: System, workload: Workload) -> N
                              "raise it, or lower cluster.transfer.most_at_once")
 
 
-MOST_TURNS = 1_000_000
-"""Of a controller of roles behind the last arrival: a minute or so of simulation."""
-
-
 def check_outages(scenario: Scenario, system: System, workload: Workload) -> None:
     """Refuse outages that end so long behind the last arrival that a controller of roles, whose turns go on while
-    somebody may wait for an engine to come back, has too many until then. Raises `InputError`."""
+    somebody may wait for an engine to come back, has more until then than a run is granted (`step_limit`, of which the
+    first thousand are anybody's). Raises `InputError`."""
     given, switching = scenario.cluster.failures, scenario.cluster.role_switching
     if given is None or switching is None:
         return
     ends = [one.end_s for seed in scenario.seeds for one in outages_of_run(given, system.num_executors, seed)]
-    behind_s = max(ends, default=0.0) - float(workload.arrival_s[-1])
-    turns = behind_s * (1 / switching.sample_s + 1 / switching.decide_s + 1 / switching.poll_s)
-    if turns > MOST_TURNS:
+    last_s = float(workload.arrival_s[-1])
+    behind_s, a_second = max(ends, default=0.0) - last_s, sum(
+        1 / period_s for period_s in (switching.sample_s, switching.decide_s, switching.poll_s))
+    turns, most = behind_s * a_second, ANY_STEPS + (last_s + WATCHED_S) * a_second
+    if turns > most:
         raise InputError("cluster.failures", f"an outage that ends {behind_s:.3g} s behind the last arrival",
                          f"may leave [cluster.role_switching] {turns:.3g} turns with nobody there, more than the"
-                         f" {MOST_TURNS:,} simulated",
+                         f" {most:.3g} of {last_s + WATCHED_S:.4g} s that are simulated",
                          "end it sooner (an engine that is not to come back needs no longer than the run), or raise"
                          " sample_s, decide_s and poll_s")
 

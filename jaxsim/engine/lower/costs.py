@@ -3,7 +3,8 @@
 from jaxsim.cost.base import AbstractIterationCost
 from jaxsim.cost.fitted import fitted
 from jaxsim.cost.host import hybrid_cost
-from jaxsim.cost.roofline import CUDA_GRAPHS, EXPERT_SKEW, FRONT_ENDS
+from jaxsim.cost.rank import CUDA_GRAPHS
+from jaxsim.cost.roofline import EXPERT_SKEW, FRONT_ENDS
 from jaxsim.engine import measured
 from jaxsim.engine.lower.hybrid import price
 from jaxsim.engine.lower.systems import Pool, System, kinds_of_pools

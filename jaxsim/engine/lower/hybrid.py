@@ -6,7 +6,8 @@ import msgspec
 
 from jaxsim._core.errors import InputError
 from jaxsim.cost.host import Host, Threshold, gpu_part, host_of, token_threshold
-from jaxsim.cost.roofline import Roofline, roofline
+from jaxsim.cost.rank import Roofline
+from jaxsim.cost.roofline import EXPERT_SKEW, roofline
 from jaxsim.spec.device import DeviceSpec, load_device
 from jaxsim.spec.host_memory import HostBudget, Weights, host_blocks, place_weights, tokens_that_fit
 from jaxsim.spec.model import ModelSpec
@@ -46,7 +47,8 @@ def resolve_hybrid(scenario: Scenario, s: Scheduler, model: ModelSpec, device: D
     weights, host = place_weights(model, given, scenario.dtype), host_of(given, device, _cpu(scenario))
     threshold = None
     if given.is_streamed and given.overlaps and weights.streamed > 0:
-        threshold = token_threshold(gpu_part(price(scenario, s, model, device, plan), given), weights, host)
+        threshold = token_threshold(gpu_part(price(scenario, s, model, device, plan), given), given, weights, host,
+                                    expert_skew=scenario.cost.overrides.get("expert_skew", EXPERT_SKEW))
         if (scenario.engine.max_num_batched_tokens is None and s.chunked_prefill and s.admit == "any_time"
                 and s.max_num_batched_tokens < NO_TOKEN_LIMIT):
             cap = tokens_that_fit(

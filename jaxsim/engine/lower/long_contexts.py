@@ -4,7 +4,7 @@ import numpy as np
 
 from jaxsim._core.errors import InputError
 from jaxsim.cost.base import AbstractIterationCost, BatchStats
-from jaxsim.cost.collectives import over_network, over_pcie
+from jaxsim.cost.collectives import over
 from jaxsim.cost.context_parallel import LSE_BYTES, merged_numbers
 from jaxsim.engine.lower.systems import System
 from jaxsim.policy.chunks import Chunks
@@ -39,8 +39,7 @@ def make_kv_parallel(scenario: Scenario, system: System) -> KvParallel | None:
         return None
     groups, tensors = engine.kv_parallel_size, plan.tensor_parallel_size
     link = system.device.link_among(groups, plan.num_devices)
-    hop = system.device.kernel_efficiency().hop
-    hop = {"network": over_network, "host": over_pcie}.get(link.kind, lambda same: same)(hop)
+    hop = over(system.device.kernel_efficiency().hop, link.kind)
     heads = model.rank_shape(tensors).heads
     activation_bytes = weight_format(scenario.dtype, model).activation_bytes
     size = heads * (activation_bytes * sum(merged_numbers(model)) + LSE_BYTES)

@@ -102,10 +102,17 @@ MAX_STEPS_A_TOKEN = 4
 """A run that takes more steps than this for every token of its workload is going in circles."""
 
 
+ANY_STEPS = 1_000
+"""Steps that every run is granted, whatever its tokens."""
+
+WATCHED_S = 3600.0
+"""Seconds for which controllers are granted their looks behind the last arrival, beside as long as requests came."""
+
+
 def step_limit(workload: Workload, num_ranks: int = 1) -> int:
     """Steps after which a run is stopped; ranks that iterate together take turns."""
     tokens = int(workload.input_tokens.sum()) + int(workload.output_tokens.sum())
     if workload.num_images is not None:
         # Steps of the parts: dealt, begun, ended, accepted, delivered.
         tokens += 8 * int(workload.num_images.sum())
-    return int(min(1_000 + MAX_STEPS_A_TOKEN * tokens * num_ranks, 2**31 - 1))
+    return int(min(ANY_STEPS + MAX_STEPS_A_TOKEN * tokens * num_ranks, 2**31 - 1))
