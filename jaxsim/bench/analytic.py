@@ -18,11 +18,9 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -35,6 +33,7 @@ from rich.table import Table
 
 from jaxsim.analytic import ideal
 from jaxsim.bench.engine import cpu_name, load_average
+from jaxsim.bench.worker import apart, say
 from jaxsim.cost import genz
 from jaxsim.cost.base import BatchStats
 from jaxsim.cost.roofline import Roofline, roofline
@@ -51,13 +50,6 @@ TILE = 1 << 12
 
 SPREAD = 0.2
 """Half of the range of a device's numbers, relative."""
-
-_MARK = "jaxsim-bench:"
-_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-_BOOT = ("import os, sys\n"
-         "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {int(sys.argv[1])})\n"
-         "from jaxsim.bench.analytic import serve\n"
-         "serve(*sys.argv[2:])\n")
 
 
 class Question(NamedTuple):
@@ -182,22 +174,7 @@ def measured(name: str, count: int, repeats: int) -> dict[str, Any]:
 
 def serve(name: str, count: str, repeats: str) -> None:
     """Entry of a worker: one case."""
-    print(_MARK + json.dumps(measured(name, int(count), int(repeats))), flush=True)
-
-
-def _apart(name: str, count: int, repeats: int) -> dict[str, Any]:
-    core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    root = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_ONE_THREAD}".strip(),
-        "OMP_NUM_THREADS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([sys.executable, "-c", _BOOT, str(core), name, str(count), str(repeats)], env=env,
-                          stdout=subprocess.PIPE, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    if not lines:
-        return {"name": name, "error": f"ended with {done.returncode}"}
-    return json.loads(lines[-1].removeprefix(_MARK))
+    say(measured(name, int(count), int(repeats)))
 
 
 def main(quick: bool = False, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -205,7 +182,8 @@ def main(quick: bool = False, progress: Callable[[str], None] = lambda _: None) 
     began, load, rows = time.monotonic(), load_average(), []
     for name in QUESTIONS:
         progress(name)
-        rows.append(_apart(name, QUICK_COUNT if quick else COUNT, 5 if quick else 15))
+        found = apart(__spec__.name, name, QUICK_COUNT if quick else COUNT, 5 if quick else 15)
+        rows.append(found if isinstance(found, dict) else {"name": name, "error": f"ended with {found}"})
     return {"results": rows, "duration_s": time.monotonic() - began, "machine": {
         "cpu": cpu_name(), "jax": jax.__version__, "python": platform.python_version(),
         "is_pinned": hasattr(os, "sched_setaffinity"), "load_average": {"before": load, "after": load_average()}}}

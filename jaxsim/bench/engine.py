@@ -41,7 +41,7 @@ from jaxsim.bench.cases import (
     draw,
 )
 from jaxsim.bench.show import show
-from jaxsim.bench.worker import MARK, RATIOS, Job, checkout, load
+from jaxsim.bench.worker import MARK, ONE_THREAD, RATIOS, Job, checkout, load
 
 QUICK_SCALING = ("requests_1k", "slots_1024")
 """What a quick run keeps of the scaling cases, besides those that are a main case."""
@@ -54,7 +54,6 @@ _BOOT = ("import os, sys\n"
          "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {int(sys.argv[1])})\n"
          "from jaxsim.bench.worker import serve\n"
          "serve()\n")
-_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 class _Worker:
@@ -65,7 +64,7 @@ class _Worker:
         root = str(Path(__file__).resolve().parents[2])
         inherited = os.environ.get("PYTHONPATH")
         env = os.environ | {
-            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_ONE_THREAD}".strip(),
+            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip(),
             "OMP_NUM_THREADS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false",
             "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])}
         # Errors go to a file: a full pipe nobody reads would stop the worker.

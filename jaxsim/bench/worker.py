@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -38,17 +40,13 @@ class Job:
     binaries: dict[str, str] = field(default_factory=dict)
 
 
-def _say(message: dict) -> None:
-    print(MARK + json.dumps(message), flush=True)
-
-
 def serve() -> None:
     """Entry of a worker: reads its job, says when it has compiled, waits for leave, measures."""
     job = Job(**json.loads(sys.stdin.readline()))
     if job.kind == "python":
-        _say({})
+        say({})
         sys.stdin.readline()
-        _say(_time_reference(Case(**job.cases[0])))
+        say(_time_reference(Case(**job.cases[0])))
         return
     program = None
     for index, case in enumerate(Case(**c) for c in job.cases):
@@ -59,10 +57,10 @@ def serve() -> None:
             program = loop.run.lower(case.dims, *inputs).compile()
             compile_s = time.perf_counter() - began
         if index == 0:
-            _say({})
+            say({})
             limit_s = float(sys.stdin.readline())
         result = _time_case(case, drawn, inputs, program, job, limit_s)
-        _say(result | {"compile_s": compile_s, "shares_program": index > 0})
+        say(result | {"compile_s": compile_s, "shares_program": index > 0})
 
 
 def _time_case(case: Case, drawn: Drawn, inputs, program, job: Job, limit_s: float) -> dict:
@@ -152,6 +150,34 @@ def _time_reference(case: Case) -> dict:
     began = time.perf_counter()
     reference.simulate(requests, flags, 1, "least_outstanding", cost)
     return {"name": "python", "requests_per_s_per_core": case.total / (time.perf_counter() - began)}
+
+
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+_APART = ("import os, sys\n"
+          "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {int(sys.argv[1])})\n"
+          "from importlib import import_module\n"
+          "import_module(sys.argv[2]).serve(*sys.argv[3:])\n")
+
+
+def apart(module: str, *words: object) -> dict | int:
+    """What `serve(*words)` of a module says, in a process of its own on one core, with one XLA thread, that compiles
+    everything; if it says nothing, the status with which it ended."""
+    core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    root = str(Path(__file__).resolve().parents[2])
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip(),
+        "OMP_NUM_THREADS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run([sys.executable, "-c", _APART, str(core), module, *map(str, words)], env=env,
+                          stdout=subprocess.PIPE, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    return json.loads(lines[-1].removeprefix(MARK)) if lines else done.returncode
+
+
+def say(message: dict) -> None:
+    """To the process that `apart` waits in."""
+    print(MARK + json.dumps(message), flush=True)
 
 
 def checkout(relative: str) -> Path | None:

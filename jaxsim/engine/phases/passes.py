@@ -93,6 +93,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         begun = is_forming & ~has(counts, w.FORMED)
         planned = jnp.where(is_passing, candidate, scratch)
         known = take(requests.table, planned)[PROMPT] + take(world.progress, planned)[0]
+        known = jnp.where(planned == scratch, 0, known)
         sized = chunks.size(dims, group, counts, times, t.longest, t.decoding, known,
                             jnp.where(begun, counts.rank.forming_computed, 0))
 
