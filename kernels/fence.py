@@ -73,7 +73,7 @@ POSSIBLE = frozenset("""
     exp2 expm1 floor gather ge gt integer_pow iota is_finite jit le log log1p logistic lt max min mul ne neg not or pad
     pjit population_count pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum rem reshape rev round
     rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin slice split sqrt square squeeze stack
-    stop_gradient sub tan tanh transpose unstack xla_metadata_value xor
+    stop_gradient sub tan tanh transpose unstack while xla_metadata_value xor
 """.split())
 """Operations that XLA can compile into a kernel of many."""
 

@@ -17,7 +17,6 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from rich.table import Table
 
 from jaxsim.analytic import ideal
 from jaxsim.analytic.requirements import USUAL
-from jaxsim.bench.apart import environment, pinned, printed, said, say, told
+from jaxsim.bench.apart import apart, printed, say, told
 from jaxsim.bench.engine import cpu_name, load_average
 from jaxsim.cost import genz
 from jaxsim.cost.base import BatchStats
@@ -181,19 +180,13 @@ def serve(name: str, count: str, repeats: str) -> None:
     say(measured(name, int(count), int(repeats)))
 
 
-def _apart(name: str, count: int, repeats: int) -> dict[str, Any]:
-    core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    done = subprocess.run(pinned(core, "jaxsim.bench.analytic", name, str(count), str(repeats)), env=environment(),
-                          stdout=subprocess.PIPE, text=True, check=False)
-    return said(done.stdout) or {"name": name, "error": f"ended with {done.returncode}"}
-
-
 def main(quick: bool = False, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Measure; quick: fewer configurations and repeats."""
     began, load, rows = time.monotonic(), load_average(), []
     for name in QUESTIONS:
         progress(name)
-        rows.append(_apart(name, QUICK_COUNT if quick else COUNT, 5 if quick else 15))
+        found = apart(__spec__.name, name, QUICK_COUNT if quick else COUNT, 5 if quick else 15)
+        rows.append(found if isinstance(found, dict) else {"name": name, "error": f"ended with {found}"})
     return {"results": rows, "duration_s": time.monotonic() - began, "machine": {
         "cpu": cpu_name(), "jax": jax.__version__, "python": platform.python_version(),
         "is_pinned": hasattr(os, "sched_setaffinity"), "load_average": {"before": load, "after": load_average()}}}

@@ -5,9 +5,7 @@ handed back), the same with its schedule recorded, forward mode by P fields behi
 parameters of the cost model. Ratios are of whole answers: forward to the plain simulation, reverse to the recorded one.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +15,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from jaxsim.bench.apart import printed, told
 from jaxsim.bench.engine import load_average
 from jaxsim.engine.simulate import simulate
 from jaxsim.sensitivity import attribution, direct
@@ -94,9 +93,4 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
 
 def command(quick: bool = False, as_json: bool = False) -> int:
     """What `jaxsim bench --suite derivatives` does. Exit status."""
-    report = main(quick, lambda text: print(text, file=sys.stderr, flush=True))
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        show(report)
-    return 0
+    return printed(main(quick, told), as_json, show)

@@ -152,9 +152,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure how fast the simulator is",
                                 description="Measure how fast the simulator is on this machine.")
-    bench.add_argument("--suite", choices=("engine", "sweeps", "analytic", "derivatives"), default="engine",
-                       help="the compiled loop on one core, whole sweeps on all of them, closed forms on one core, or"
-                            " derivatives at a fixed schedule (default: engine)")
+    bench.add_argument("--suite", choices=("engine", "sweeps", "analytic", "long-context", "derivatives"),
+                       default="engine",
+                       help="the compiled loop on one core, whole sweeps on all of them, closed forms on one core, a"
+                            " prompt of ten million tokens, or derivatives at a fixed schedule (default: engine)")
     bench.add_argument("--quick", action="store_true", help="fewer and shorter: the engine within 90 seconds")
     bench.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
     bench.set_defaults(command=_bench)
@@ -294,6 +295,8 @@ def _bench(options: argparse.Namespace) -> int:
         from jaxsim.bench.analytic import command
     elif options.suite == "derivatives":
         from jaxsim.bench.derivatives import command
+    elif options.suite == "long-context":
+        from jaxsim.bench.long_context import command
     else:
         from jaxsim.bench.engine import command
 

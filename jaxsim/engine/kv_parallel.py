@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsim.cost.base import UNBOUNDED, BatchStats, DecodePace
 from jaxsim.engine.common import Context, Group, take
 from jaxsim.kernels import packed
+from jaxsim.kernels.loops import where_needed
 from jaxsim.policy.kv_parallel import KvParallel
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
@@ -76,9 +77,12 @@ def look(context: Context, t: "Touched", batch: Batch, keys: Int[Array, " slot_w
     rule = context.group.batching.kv_parallel
     are_in = (keys != packed.EMPTY) & (jnp.arange(context.dims.slot_width) != retired)
     offsets = take(context.world.slot_entries, t.rank)[:, w.OFFSET]
-    now = shards(rule, offsets + batch.counter + 1, are_in)
+    nobody = Shards(*(jnp.int32(0),) * 6, jnp.int32(UNBOUNDED))
+    now, following = where_needed(
+        batch.count + batch.joining > 0,
+        lambda: tuple(shards(rule, offsets + batch.counter + ahead, are_in) for ahead in (1, 2)), (nobody, nobody))
     first = Shards(*(jnp.where(batch.joining == 0, a, b) for a, b in zip(now, batch.shards, strict=True)))
-    return Decoding(first, shards(rule, offsets + batch.counter + 2, are_in))
+    return Decoding(first, following)
 
 
 def reads(rule: KvParallel, decoding: Shards, spread_chunks: Int[Array, ""]) -> Reads:

@@ -255,24 +255,14 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         tokens, one = jnp.where(entering, 0, tokens), one - entering
         if not rules.is_unified:
             budget_taken = tokens
-    start, end = computed.astype(jnp.float32), (computed + tokens).astype(jnp.float32)
+    batch, pairs = with_chunk(group, batch, times.batch.chunk_pairs, computed, tokens)
     batch = replace(
         batch, budget=batch.budget - budget_taken, joining=batch.joining + one,
         joining_offsets=batch.joining_offsets + one * offset,
-        joining_first=batch.joining_first + is_first_token,
-        num_chunks=batch.num_chunks + (tokens > 0),
-        chunk_tokens=batch.chunk_tokens + tokens,
-        chunk_context=batch.chunk_context + jnp.where(tokens > 0, computed + tokens, 0))
-    if rules.kv_parallel is not None:
-        batch = replace(batch, chunk_context=batch.chunk_context + jnp.where(
-            tokens > 0, rules.kv_parallel.shard(computed + tokens) - (computed + tokens), 0),
-            spread_chunks=batch.spread_chunks + jnp.where(computed + tokens > rules.kv_parallel.tokens, tokens, 0))
+        joining_first=batch.joining_first + is_first_token)
     if is_ready is not None:
         batch = replace(batch, count=batch.count + entering, offsets=batch.offsets + entering * offset,
                         entering=batch.entering + entering)
-    pairs = times.batch.chunk_pairs + jnp.where(tokens > 0, (end - start) * (end + start), 0.0)
-    if rules.kv_parallel is not None:
-        pairs = times.batch.chunk_pairs + rules.kv_parallel.pairs(computed, computed + tokens)
     times = replace(times, batch=replace(times.batch, chunk_pairs=pairs))
     is_in = is_admitted.astype(jnp.int32)
     used = rank.used_blocks + jnp.where(is_placed, grown, 0)
@@ -305,6 +295,8 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
             forming_request=jnp.where(is_partial, request, rank.forming_request),
             forming_computed=jnp.where(is_partial, computed + tokens, rank.forming_computed),
             forming_known=jnp.where(is_partial, known, rank.forming_known))
+    if sized is not None:
+        rank = replace(rank, forming_chunk=jnp.where(is_placed, chunk, rank.forming_chunk))
     if rules.grows:
         residue_row = residue_row + all_in * (jnp.arange(dims.block_size) == (offset & (dims.block_size - 1)))
     counts = Counts(counts.executor, rank, batch)
@@ -346,21 +338,29 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
 
 def with_chunk(group: Group, batch: Batch, pairs: Float[Array, ""], computed: Int[Array, ""], tokens: Int[Array, ""]
                ) -> tuple[Batch, Float[Array, ""]]:
-    """A batch with one chunk more, of some tokens behind those computed, and the query-key pairs of all."""
-    rule, end = group.batching.kv_parallel, computed + tokens
-    batch = replace(batch, num_chunks=batch.num_chunks + 1, chunk_tokens=batch.chunk_tokens + tokens)
+    """A batch with one chunk more, of some tokens behind those computed (of none it is as it was), and the query-key
+    pairs of all."""
+    rule, end, is_any = group.batching.kv_parallel, computed + tokens, tokens > 0
+    batch = replace(batch, num_chunks=batch.num_chunks + is_any, chunk_tokens=batch.chunk_tokens + tokens)
     if rule is None:
         low, high = computed.astype(jnp.float32), end.astype(jnp.float32)
-        return replace(batch, chunk_context=batch.chunk_context + end), pairs + (high - low) * (high + low)
+        batch = replace(batch, chunk_context=batch.chunk_context + jnp.where(is_any, end, 0))
+        return batch, pairs + jnp.where(is_any, (high - low) * (high + low), 0.0)
     spread = batch.spread_chunks + jnp.where(end > rule.tokens, tokens, 0)
-    batch = replace(batch, chunk_context=batch.chunk_context + rule.shard(end), spread_chunks=spread)
-    return batch, pairs + rule.pairs(computed, end)
+    context = batch.chunk_context + jnp.where(is_any, rule.shard(end), 0)
+    return replace(batch, chunk_context=context, spread_chunks=spread), pairs + rule.pairs(computed, end)
 
 
 def iteration_seconds(group: Group, stats: BatchStats, reads: "kv_parallel.Reads | None") -> Float[Array, ""]:
     """Seconds of an iteration; reads: with KV-cache parallelism, what the busiest group does."""
     seconds = group.cost.iteration(stats)
     return seconds if reads is None else seconds + group.batching.kv_parallel.merge_seconds(reads.spread)
+
+
+def on_grid(group: Group, stats: BatchStats, seconds: Float[Array, ""]) -> Time:
+    """Seconds of an iteration as an exact pair, with what float32 left of them."""
+    return Time(clock.on_grid(seconds), clock.on_grid(
+        group.cost.iteration_remainder(stats, seconds) + (seconds - clock.on_grid(seconds))))
 
 
 def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, ""] | None = None,
@@ -469,8 +469,7 @@ def start(dims: Dims, group: Group, is_starting: Bool[Array, ""], event: Event, 
     extra = jnp.where(may_follow, jnp.maximum(extra, 0), 0)
     # What float32 left of the prices, now that they are stored values.
     stats, followers, context = statistics(dims, group, counts, times, reads=reads)
-    first = Time(clock.on_grid(first_s), clock.on_grid(
-        group.cost.iteration_remainder(stats, first_s) + (first_s - clock.on_grid(first_s))))
+    first = on_grid(group, stats, first_s)
     run = Time(pace.first_s, group.cost.decode_remainder(followers, context, pace.first_s))
     executor = times.executor
     if dims.num_stages > 1:

@@ -154,7 +154,8 @@ class Rank(eqx.Module):
     progress: of the scheduling pass; `forming_*` is the one partially computed prompt (in a pipeline, `forming_batch`
     has its last chunk), `visible` how many waiting requests a pass may see under asynchronous scheduling, `next_stamp`
     the next place in the order of running sequences; `cache` only with prefix caching. `forming_chunk` and `cursor`
-    belong to a pass that walks the running sequences one by one. Where whole prompts wait for each other, all
+    belong to a pass that walks the running sequences one by one; where time limits chunks, `forming_chunk` are the
+    tokens of the last. Where whole prompts wait for each other, all
     `forming_*` but the slot, and `cursor`, are those counted (`jaxsim.engine.gathering`). With roles: whose KV is on
     the way here and who has it here and does not run, how many of these a pass may see, the blocks that both hold, and
     those kept for who has left and is not delivered yet. With migration the same, but that `held_blocks` are those of

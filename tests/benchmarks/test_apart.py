@@ -23,6 +23,10 @@ def test_a_process_is_alone_and_is_heard(tmp_path):
     assert apart.said("noise\n") is None
 
 
+def test_who_says_nothing_has_a_status():
+    assert apart.apart("json", "x") == 1
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_suite_ends_with_json_or_a_table(capsys, as_json):
     assert apart.printed({"x": 1}, as_json, lambda report: print("table of", *report)) == 0

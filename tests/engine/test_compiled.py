@@ -63,12 +63,15 @@ def computations(text: str) -> dict[str, list[Instruction]]:
 
 
 def inner_body(found: dict[str, list[Instruction]]) -> str:
-    """The body of the loop that holds no other loop."""
+    """The body of the loop that holds no other loop; those inside kernels, which are called, do not count."""
     def has_loop(name):
-        return any(i.op == "while" or any(map(has_loop, i.calls)) for i in found[name])
+        return any(i.op == "while" or (i.op != "call" and any(map(has_loop, i.calls))) for i in found[name])
 
+    called = {inner for instructions in found.values() for i in instructions if i.op == "call" for inner in i.calls}
+    in_kernels = {name for start in called for name, _, _ in reached(found, start)}
     bodies = {i.calls[-1] if has_loop(i.calls[0]) else max(i.calls, key=lambda n: len(found[n]))
-              for instructions in found.values() for i in instructions if i.op == "while"}
+              for name, instructions in found.items() if name not in in_kernels
+              for i in instructions if i.op == "while"}
     innermost = [name for name in bodies if not has_loop(name)]
     return max(innermost, key=lambda name: len(found[name]))
 

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ import jaxsim
 from jaxsim import InputError, Scenario
 from jaxsim.analytic import long_context as lc
 from jaxsim.analytic.lower import of_scenario
-from jaxsim.engine import loop, lower
+from jaxsim.engine import chunks, loop, lower
 from jaxsim.engine.lower.long_contexts import make_kv_parallel
 from jaxsim.policy.chunks import Chunks
 from jaxsim.policy.kv_parallel import KvParallel
@@ -205,6 +206,117 @@ def test_ten_million_tokens():
     for lane, groups in ((one, 1), (four, 4)):
         want = 10 * 1e-3 + 1e-8 * prompt + 0.5e-13 * pairs[groups]
         assert lane["first_token_s"][0] == pytest.approx(want, rel=1e-5)
+
+
+def draw_run(rng: np.random.Generator, flags: simulator.Flags, dims: Dims) -> Long:
+    """A few long prompts on costs whose chunks shrink as they go on; some wait, some arrive at the very end of a chunk
+    of the first, or just before."""
+    count = int(rng.integers(1, 4))
+    row = (2.0**-6, 2.0**-9, 2.0**-12, 0.0, 2.0 ** -float(rng.integers(14, 18)))
+    prompt = np.where(rng.random(count) < 0.6, rng.integers(100, 400, count), rng.integers(1, 30, count))
+    arrival = np.cumsum(rng.integers(0, rng.choice([2, 40, 400]), count) * 2.0**-4)
+    output = np.where(rng.random(count) < 0.7, 1, rng.integers(2, 6, count))
+    need = -(-int((prompt + output).max()) // dims.block_size)
+    limits = dict(max_num_seqs=int(rng.integers(1, 4)), max_num_batched_tokens=int(rng.integers(8, 64)),
+                  watermark_blocks=0, num_blocks=need + int(rng.integers(0, need)), max_model_len=1024)
+    case = c.Case(arrival, prompt, output, output, np.zeros(count, int),
+                  rng.random((count, 2)).astype(np.float32), limits, (row,) * 3,
+                  router=int(rng.choice([0, len(c.MIXED) - 1])))
+    target = 2.0**-6 + 2.0**-9 * int(rng.integers(4, 40))
+    groups = Groups(int(rng.choice([1, 1, 2, 4])), int(rng.integers(20, 200)), 2.0**-8, 2.0**-11)
+    drawn = Long(case, target, int(rng.choice([1, 1, 3, 8])), groups)
+    if rng.random() < 0.5:
+        first = reference(drawn.kept(np.arange(count) < 1), flags, dims, "first", has_target=True)
+        ends = [record.end_s for record in first.iterations]
+        case.arrival_s[1:] = np.sort(rng.choice(ends, count - 1) - rng.choice([0.0, 0.0, 2.0**-10], count - 1))
+    return drawn
+
+
+def compare_runs(seed: int, flags: simulator.Flags, dims: Dims, count: int = 40) -> Counter:
+    """Cases of long prompts, by the engine and step by step by the reference; how many chunks had no step of their
+    own, behind another of the same size or one more, and which arrivals came while a run could have gone on."""
+    rng, seen = np.random.default_rng([seed, 23]), Counter()
+    batch = [draw_run(rng, flags, dims) for _ in range(count)]
+    for one, lane in zip(batch, run(batch, flags, dims, "mixed", has_target=True), strict=True):
+        result = reference(one, flags, dims, "mixed", has_target=True)
+        want = c.answer(result, dims.num_executors, one.case.limits["num_blocks"])
+        assert c.differences(lane, want) == [], one
+        alone = [(r.instance, r.stats, r.start_s, r.start_s + r.duration_s) for r in result.iterations
+                 if r.stats.num_prefill == 1 and r.stats.num_sampled == 0]
+        seen["chunks"] += len(alone)
+        seen["ties"] += len({end for *_, end in alone} & set(one.case.arrival_s))
+        seen["arrivals within"] += sum(any(a < t < b for *_, a, b in alone) for t in one.case.arrival_s)
+        seen["without a step"] += max(len(result.iterations) - lane["steps"], 0)
+        sizes = [stats.prefill_tokens for _, stats, *_ in alone]
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            seen["equal" if before == after else "one less" if before == after + 1 else "others"] += 1
+    return seen
+
+
+def test_several_chunks_in_a_step_equal_the_reference():
+    """In the program that tests here share: bit for bit, with arrivals in between, and at the very end of a chunk."""
+    seen = Counter()
+    for seed in c.seeds(1, of=6):
+        seen += compare_runs(seed, FLAGS, DIMS)
+    assert seen["chunks"] > 500 and seen["without a step"] > 300, seen
+    assert seen["equal"] > 100 and seen["one less"] > 30 and seen["others"] > 10, seen
+    assert seen["arrivals within"] > 5 and seen["ties"] > 3, seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, changes", [("vllm-v1-async", {}), ("sarathi", {}), ("vllm-v1", dict(max_jump=3))])
+def test_other_engines_take_several_chunks_in_a_step(name, changes):
+    flags, dims, seen = simulator.preset(name), c.dims_of(name, 1, has_kv_parallel=True, **changes), Counter()
+    for seed in c.seeds(2, of=4):
+        seen += compare_runs(seed, flags, dims)
+    assert seen["without a step"] > 100 and seen["equal"] > 100 and seen["one less"] > 30, seen
+
+
+@pytest.mark.slow
+def test_a_step_of_several_chunks_is_as_many_steps():
+    """Integrals over time too, of prompts with one token of output, behind which no decodes jump."""
+    flags, rng = simulator.preset("vllm-v1"), np.random.default_rng(5)
+    batch = [draw_run(rng, flags, DIMS) for _ in range(c.LANES)]
+    batch = [replace(one, case=replace(one.case, output=0 * one.case.output + 1, max_tokens=0 * one.case.output + 1))
+             for one in batch]
+    many, single = (run(batch, flags, replace(DIMS, max_jump=most), "mixed", has_target=True) for most in (2048, 1))
+    for ours, theirs in zip(many, single, strict=True):
+        assert ours["steps"] <= theirs["steps"]
+        for name, value in theirs.items():
+            assert name == "steps" or np.array_equal(ours[name], value), name
+    assert sum(lane["steps"] for lane in many) < 0.5 * sum(lane["steps"] for lane in single)
+
+
+@jax.jit
+@jax.vmap
+def sized(table, target, last, least, most):
+    """The most tokens that fit by a table of seconds: as a pass asks, and by the search alone."""
+    def seconds(tokens):
+        return table[jnp.clip(tokens, 0, table.shape[0] - 1)]
+
+    close = chunks.near(target, seconds, last, jnp.minimum(least, most), most)
+    return close, chunks.search(target, seconds, most)
+
+
+def test_looking_nearby_finds_what_the_search_finds():
+    """Of any cost that takes no less for more tokens, against a count of all that fit: wherever it says that it knows,
+    and it does next to the answer."""
+    rng, lanes, width = np.random.default_rng(0), 4096, 600
+    tables = np.sort(rng.integers(0, 60, (lanes, width)), axis=1).astype(np.float32)
+    target = rng.integers(0, 62, lanes).astype(np.float32)
+    most, least = rng.integers(1, width - 1, lanes), rng.integers(1, 40, lanes)
+    fitting = np.minimum((tables[:, 1:] <= target[:, None]).sum(1), most)
+    last = np.where(rng.random(lanes) < 0.7, fitting + rng.integers(-2, 3, lanes), rng.integers(0, width, lanes))
+    close, found = jax.tree.map(np.asarray, sized(*map(jnp.asarray, (tables, target, last, least, most))))
+    assert np.array_equal(found, fitting)
+    least = np.minimum(least, most)
+    chunk, is_known = np.maximum(fitting, least), close.is_known
+    assert np.array_equal(np.maximum(close.most, least)[is_known], chunk[is_known])
+    assert np.array_equal((close.most >= least)[is_known], (fitting >= least)[is_known])
+    assert np.array_equal(close.seconds[is_known], tables[np.arange(lanes), chunk][is_known])
+    is_next = (last == chunk) | (last == chunk + 1)
+    assert is_known[is_next].all() and is_next.sum() > 1000 and (~is_known).sum() > 100
+    assert (fitting[is_known] < least[is_known]).sum() > 50 and (fitting == most)[is_known].sum() > 50
 
 
 @pytest.mark.slow

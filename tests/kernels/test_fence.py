@@ -127,6 +127,7 @@ SAMPLES = {
     "split": lambda x, k: lax.split(x, (4, 12))[1],
     "stack": lambda x, k: jnp.stack([x, x + 1], 1),
     "transpose": lambda x, k: x.reshape(4, 4).T,
+    "while": lambda x, k: lax.while_loop(lambda a: jnp.sum(a) < 99, lambda a: a * 1.5, jnp.abs(x) + 0.5),
 } | {f"reduce_{name}": lambda x, k, name=name: getattr(jnp, name)(x) for name in ("sum", "prod", "min", "max")} | {
     name: lambda x, k, name=name: getattr(jnp, name)(jnp.abs(x) + 0.5)
     for name in ("exp", "exp2", "expm1", "log", "log1p", "sin", "cos", "tan", "tanh", "sqrt", "cbrt", "floor", "ceil",

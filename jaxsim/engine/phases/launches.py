@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from jaxsim.engine import (
+    chunk_runs,
     context_reuse,
     fair,
     free_stages,
@@ -89,6 +90,8 @@ def launch(context: Context, t: Touched) -> Touched:
         most_extra=None if t.tenants is None else fair.iterations_alike(context, t.tenants, t.counts),
         reads=None if t.decoding is None else kv_parallel.reads(
             context.group.batching.kv_parallel, t.decoding.first, t.counts.batch.spread_chunks))
+    if chunk_runs.are_possible(context):
+        counts, times, plan = chunk_runs.go_on(context, t, counts, times, plan)
     if t.sight is not None:
         counts, times, plan = swapping.begin(context, t.is_starting, counts, times, plan, t.sight)
     if context.dims.has_remote:

@@ -100,6 +100,7 @@ def open_pass(context: Context, t: Touched) -> Touched:
         known = take(requests.table, planned)[PROMPT]
         if rules.grows:
             known = known + take(world.progress, planned)[0]
+        known = jnp.where(planned == scratch, 0, known)
         sized = chunks.size(dims, group, counts, times, t.longest, t.decoding, known,
                             jnp.where(begun, counts.rank.forming_computed, 0),
                             None if chosen is None else chosen.target_s)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxsim.spec.scenario import Scenario
 
 MOST_CHUNK_TOKENS = (1 << 20) - 1
-"""What the search for a chunk reaches (`jaxsim.policy.chunks`)."""
+"""What the search for a chunk reaches (`jaxsim.engine.chunks`)."""
 
 
 MOST_TOKENS = 1 << 30
