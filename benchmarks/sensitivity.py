@@ -1,9 +1,11 @@
 """How long a tornado of a study takes: 20 numbers x 100 scenarios x 1,000 requests x 8 seeds, both sides of each.
 
-    python -m benchmarks.sensitivity [--scenarios 100] [--seeds 8] [--requests 1000] [--metrics p99_ttft_ms]
+    python -m benchmarks.sensitivity [--scenarios 100] [--seeds 8] [--requests 1000] [--metrics p99_ttft_ms] [--direct]
 
 Prints seconds of the wall and of the processors, with the compilation. Beside them those of the same scenarios without
-any derivative, compiled before: what a lane more of every scenario costs is about that, and 20 numbers are 40 more.
+any derivative, compiled before: what a lane more of every scenario costs is about that, and 20 numbers are 40 more for
+one kind of metric, 80 where means and percentiles are mixed, as `--metrics default` does. --direct: derivatives at the
+fixed schedule too, which records one more run of every scenario and seed.
 """
 
 import argparse
@@ -41,7 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("scenarios", 100), ("seeds", 8), ("requests", 1000)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--metrics", default="p99_ttft_ms", help="with commas")
+    parser.add_argument("--metrics", default="p99_ttft_ms", help="with commas, or default")
+    parser.add_argument("--direct", action="store_true")
     options = parser.parse_args()
     given = study(options.scenarios, options.requests, options.seeds)
 
@@ -50,8 +53,10 @@ def main() -> None:
         found = what()
         return found, round(time.perf_counter() - wall, 1), round(time.process_time() - cpu, 1)
 
+    metrics = None if options.metrics == "default" else options.metrics.split(",")
+
     def derive():
-        return jaxsim.sensitivity(given, FIELDS, options.metrics.split(","), num_seeds=options.seeds, direct=False)
+        return jaxsim.sensitivity(given, FIELDS, metrics, num_seeds=options.seeds, direct=options.direct)
 
     programs = loop.run._cache_size()
     found, wall_s, cpu_s = timed(derive)
@@ -59,7 +64,8 @@ def main() -> None:
     rows_of(plan(given, Lanes()).tiles)
     _, plain_wall_s, plain_cpu_s = timed(lambda: rows_of(plan(given, Lanes()).tiles))
     print(json.dumps({
-        "scenarios": len(found.scenarios), "numbers": len(FIELDS), "requests": options.requests,
+        "scenarios": len(found.scenarios), "metrics": found.metrics, "direct": options.direct,
+        "numbers": len(FIELDS), "requests": options.requests,
         "seeds": options.seeds, "rows": len(found.rows), "runs": found.num_runs, "programs": found.programs,
         "compiled": compiled, "wall_s": wall_s, "cpu_s": cpu_s, "plain_wall_s": plain_wall_s,
         "plain_cpu_s": plain_cpu_s, "lanes_worth": round(cpu_s / plain_cpu_s, 1),

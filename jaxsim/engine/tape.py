@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.cost.base import BatchStats
+from jaxsim.cost.base import AbstractIterationCost, BatchStats
 from jaxsim.engine import passes
 from jaxsim.engine.common import Group, Params
 from jaxsim.engine.lockstep import Turn
@@ -239,6 +239,14 @@ def of_world(dims: Dims, requests: Requests, world: World) -> Tape:
         last=kept(world.tape_last[of_requests], True))
 
 
+def priced(cost: AbstractIterationCost, stats: BatchStats, following: Following
+           ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """First, pace and growth of one record, seconds, as a cost model prices it."""
+    pace = cost.decode(jnp.maximum(following.num_sequences, 1), jnp.maximum(following.context, 1), following.shared,
+                       following.longest)
+    return cost.iteration(stats), pace.first_s, pace.growth_s
+
+
 def seconds(dims: Dims, params: Params, tape: Tape) -> Float[Array, " records"]:
     """What every record takes under the costs of `params`, the schedule as it was; padding takes none.
 
@@ -250,10 +258,7 @@ def seconds(dims: Dims, params: Params, tape: Tape) -> Float[Array, " records"]:
         raise ValueError(f"num_ranks = {dims.num_ranks}: where ranks iterate together, no record has a price alone")
 
     def one(executor, stats, following):
-        cost = params.group(executor).cost
-        pace = cost.decode(jnp.maximum(following.num_sequences, 1), jnp.maximum(following.context, 1),
-                           following.shared, following.longest)
-        return cost.iteration(stats), pace.first_s, pace.growth_s
+        return priced(params.group(executor).cost, stats, following)
 
     first_s, pace_s, growth_s = jax.vmap(one)(tape.instance, tape.stats, tape.following)
     extra = jnp.maximum(tape.iterations - 1, 0).astype(jnp.float32)

@@ -6,6 +6,7 @@ Imports are inside the functions, so that the command line answers --help withou
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             " percentile)")
     group.add_argument("--percentile", type=float, metavar="P",
                        help="the request at a percentile of --latency; -1 is the mean of all")
-    group.add_argument("--latency", choices=("ttft", "e2e"), default="ttft",
+    group.add_argument("--latency", choices=("ttft", "e2e"),
                        help="time of the critical path: to the first token or to the last (default: ttft)")
 
 
 def is_asked(options: argparse.Namespace) -> bool:
     """Whether the command is this one."""
     return options.attribute or options.critical_path
+
+
+def listed(text: str | None, option: str) -> list[str] | None:
+    """Names with commas between. Raises `InputError`."""
+    from jaxsim._core.errors import InputError
+
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise InputError(option, text, "has an empty name", "put one comma between two names")
+    return names
+
+
+def check_alone(options: argparse.Namespace) -> None:
+    """Refuse what says which critical path where none is asked for. Raises `InputError`."""
+    _refuse(options, ("request", "percentile", "latency"), "is of --critical-path, which is not asked for",
+            "add --critical-path, or leave it out")
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], problem: str, remedy: str) -> None:
+    from jaxsim._core.errors import InputError
+
+    for name in names:
+        value = getattr(options, name, None)
+        if value is not None and value is not False:
+            raise InputError(f"--{name.replace('_', '-')}", value, problem, remedy)
 
 
 def run(options: argparse.Namespace, scenario: Any, folder: Path | None) -> None:
@@ -65,6 +93,13 @@ def run(options: argparse.Namespace, scenario: Any, folder: Path | None) -> None
 def _check(options: argparse.Namespace) -> None:
     from jaxsim._core.errors import InputError
 
+    mine = "--attribute" if options.attribute else "--critical-path"
+    _refuse(options, ("wrt", "seeds", "step", "no_direct", "workers"), f"has no effect with {mine}",
+            "leave it out; --set num_seeds=N sets the number of runs")
+    if not options.critical_path:
+        check_alone(options)
+    if not options.attribute:
+        _refuse(options, ("of",), "has no effect with --critical-path alone", "add --attribute, or leave it out")
     if options.request is not None and options.percentile is not None:
         raise InputError("--request", options.request, "cannot be given with --percentile", "give one of them")
     percentile = options.percentile
@@ -77,7 +112,7 @@ def _attribute(options: argparse.Namespace, scenario: Any, runs: list[Any], fold
     from jaxsim.sensitivity.attribution import of_runs
     from jaxsim.sensitivity.critical_path_plot import plot_attribution
 
-    metrics = tuple(options.of.split(",")) if getattr(options, "of", None) else None
+    metrics = listed(getattr(options, "of", None), "--of")
     found = of_runs(scenario, runs, metrics)
     title = f"{scenario.name or 'scenario'}: what its metrics are made of, at the schedule as it was"
     if folder is not None:
@@ -117,17 +152,17 @@ def _critical_path(options: argparse.Namespace, scenario: Any, run: Any, folder:
     from jaxsim.sensitivity.critical_path import critical_paths
     from jaxsim.sensitivity.critical_path_plot import LEAST_SHARE, plot_path
 
-    paths = critical_paths(scenario, run)
+    paths, latency = critical_paths(scenario, run), options.latency or "ttft"
     if options.request is not None and not 0 <= options.request < run.result.num_requests:
         raise InputError("--request", options.request, f"is none of {run.result.num_requests:,}", "count from 0")
     request, who = options.request, "mean of all requests"
     if request is None and options.percentile != -1:
         percentile = 99.0 if options.percentile is None else options.percentile
-        request = paths.at(percentile, options.latency)
-        who = f"request {request:,}, at percentile {percentile:g} of {options.latency}"
+        request = paths.at(percentile, latency)
+        who = f"request {request:,}, at percentile {percentile:g} of {latency}"
     elif request is not None:
         who = f"request {request:,}"
-    table = paths.table(options.latency, None if request is None else [request])
+    table = paths.table(latency, None if request is None else [request])
     total = float(table.to_numpy().sum())
     title = f"{scenario.name or 'scenario'}: {who}, {1e3 * total:,.1f} ms"
     if folder is not None:
@@ -143,6 +178,6 @@ def _critical_path(options: argparse.Namespace, scenario: Any, run: Any, folder:
         if stall_s > 0:
             sys.stdout.write(f"\npreempted: {1e3 * stall_s:,.1f} ms of this it waited again, among its own prompt and"
                              " decodes\n")
-    return {"critical_path": {"request": request, "latency": options.latency, "seconds": total, "stall_s": stall_s,
+    return {"critical_path": {"request": request, "latency": latency, "seconds": total, "stall_s": stall_s,
                               "parts": {part: {k: float(v) for k, v in row.items()}
                                         for part, row in table.iterrows()}}}

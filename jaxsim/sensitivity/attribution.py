@@ -19,7 +19,7 @@ import pandas as pd
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.sensitivity import costs, schedule
 from jaxsim.sensitivity.measures import Measure, measures
-from jaxsim.sensitivity.recorded import INSTEAD, Recorded, record
+from jaxsim.sensitivity.recorded import INSTEAD, Recorded, check_ends, record
 from jaxsim.spec.scenario import Scenario
 
 METRICS = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms", "p99_e2el_ms", "energy_j")
@@ -34,7 +34,7 @@ class Attribution(NamedTuple):
 
     value: of the metric. by_resource, by_parameter: elasticities, percent per percent: columns are resources, of which
     it is by all their seconds at once, and parameters of the cost model, called as in `cost.overrides` or as the
-    section of fitted coefficients. All are means over seeds.
+    section of fitted coefficients. All are of means over seeds.
     """
 
     value: pd.Series
@@ -50,8 +50,9 @@ class Attribution(NamedTuple):
 def attribution(scenario: Scenario, metrics: Sequence[str] | None = None) -> Attribution:
     """What metrics of a scenario are made of, at its schedule.
 
-    metrics: names of the summary; `METRICS` unless given. Raises `InputError` where one of these is no sum of times,
-    where the cost has no parameters, or where a schedule is not one of iterations one after another.
+    metrics: names of the summary; `METRICS` unless given. Raises `InputError` where one of these is no sum of times, is
+    0 or is not there in some run, where the cost has no parameters, where a bound stopped a run, or where a schedule is
+    not one of iterations one after another.
     """
     (runs,) = record([scenario])
     return of_runs(scenario, runs, metrics)
@@ -60,6 +61,7 @@ def attribution(scenario: Scenario, metrics: Sequence[str] | None = None) -> Att
 def of_runs(scenario: Scenario, runs: Sequence[Recorded], metrics: Sequence[str] | None = None) -> Attribution:
     """The same of recorded runs."""
     made = runs[0].made
+    check_ends(runs)
     model = costs.cost_model(made, scenario)
     check_parameters(model, scenario)
     schedules = [schedule.of_run(run) for run in runs]
@@ -67,22 +69,22 @@ def of_runs(scenario: Scenario, runs: Sequence[Recorded], metrics: Sequence[str]
     known = [measures(scenario, run.result, answers=made.params.source.answers, only=wanted) for run in runs]
     for name in metrics or ():
         check_metric(name, known, runs[0], scenario)
-    names = [name for name in wanted if all(name in one and one[name].value for one in known)]
+    sums = {name: sum(one[name].value for one in known) for name in wanted if all(name in one for one in known)}
+    names = [name for name in sums if sums[name]]
+    if not names:
+        raise InputError("metric", list(wanted), "are 0 or have no value", f"ask for others, or {INSTEAD}")
     asked, count = costs.joined([costs.asked_of(run.tape, own.record)
                                  for run, own in zip(runs, schedules, strict=True)])
-    # The mean of what it is of every seed, as one sum.
-    weights = np.concatenate([
-        weights_of(own, [one[name] for name in names]) / np.array([one[name].value for name in names])[:, None, None]
-        for own, one in zip(schedules, known, strict=True)], axis=1) / len(runs)
+    # Of the mean over seeds: the sum of changes to the sum of values.
+    weights = np.concatenate([weights_of(own, [one[name] for name in names]) for own, one in zip(
+        schedules, known, strict=True)], axis=1) / np.array([sums[name] for name in names])[:, None, None]
     padding = np.zeros((len(names), len(asked[0].num_decode) - count, 3))
     by_leaf = costs.reverse(model, asked, np.concatenate([weights, padding], axis=1))
-    values = pd.Series({name: float(np.mean([one[name].value for one in known])) for name in names})
+    values = pd.Series({name: float(sums[name] / len(runs)) for name in names})
     by_resource = pd.DataFrame(by_leaf @ model.directions(), index=names, columns=list(model.resources))
-    by_resource[FRONT_END] = [np.mean([one[name].front_end * made.front_end_s / one[name].value for one in known])
+    by_resource[FRONT_END] = [sum(one[name].front_end for one in known) * made.front_end_s / sums[name]
                               for name in names]
-    by_parameter = pd.DataFrame(by_leaf * model.values, index=names, columns=list(model.names)).T
-    # One name may stand for several leaves.
-    by_parameter = by_parameter.groupby(level=0, sort=False).sum().T
+    by_parameter = pd.DataFrame(model.by_name(by_leaf * model.values), index=names)
     return Attribution(values, by_resource, by_parameter)
 
 
@@ -101,8 +103,14 @@ def check_parameters(model: costs.CostModel, scenario: Scenario) -> None:
 
 
 def check_metric(name: str, known: Sequence[dict[str, Measure]], run: Recorded, scenario: Scenario) -> None:
-    """Raises `InputError` for a metric that is no sum of times."""
-    if not any(name in one for one in known):
+    """Raises `InputError` for a metric that is no sum of times, or of whose value no share can be taken."""
+    count = sum(name not in one for one in known)
+    if 0 < count < len(known):
+        raise InputError("metric", name, f"has no value in {count} of {len(known)} runs",
+                         f"ask for another, or {INSTEAD}")
+    if not count and not sum(one[name].value for one in known):
+        raise InputError("metric", name, "is 0, of which there are no shares", f"ask for another, or {INSTEAD}")
+    if count:
         every = measures(scenario, run.result, answers=run.made.params.source.answers)
         raise InputError("metric", name, "is no sum of times of this run",
                          suggest(name, every, f"choose from {', '.join(every)}; or {INSTEAD}"))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxsim.sensitivity.attribute_command import add_arguments
+from jaxsim.sensitivity.attribute_command import add_arguments, check_alone, listed
 
 FILES = ("sensitivity.json", "sensitivity.csv", "tornado.png", "heat_map.png")
 
@@ -27,7 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
                "exit status: 0 done, 2 an input that cannot be used or a place that cannot be written to")
     parser.add_argument("scenario", nargs="?", metavar="SCENARIO",
                         help="a scenario or study: a file or a shipped name (default: default)")
-    parser.add_argument("--wrt", default="all", metavar="FIELDS",
+    parser.add_argument("--wrt", metavar="FIELDS",
                         help="numbers by dotted names, with commas, or patterns of names (default: all that have an"
                              " effect)")
     parser.add_argument("--of", metavar="METRICS",
@@ -45,18 +45,6 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
     add_arguments(parser)
     return parser
-
-
-def listed(text: str | None, option: str) -> list[str] | None:
-    """Names with commas between. Raises `InputError`."""
-    from jaxsim._core.errors import InputError
-
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise InputError(option, text, "has an empty name", "put one comma between two names")
-    return names
 
 
 def system(options: argparse.Namespace, values: dict[str, Any]) -> Any:
@@ -87,28 +75,37 @@ def run(options: argparse.Namespace, given: Any, folder: Path) -> None:
     from jaxsim.study.command import check_workers
 
     check_workers(options.workers)
+    check_alone(options)
     try:
-        found = sensitivity(given, listed(options.wrt, "--wrt"), listed(options.of, "--of"), num_seeds=options.seeds,
-                            steps=options.step, direct=not options.no_direct, workers=options.workers, progress=_told)
+        found = sensitivity(given, listed(options.wrt, "--wrt") or "all", listed(options.of, "--of"),
+                            num_seeds=options.seeds, steps=options.step, direct=not options.no_direct,
+                            workers=options.workers, progress=_told)
     except InputError as error:
         names = {"wrt": "--wrt", "of": "--of", "num_seeds": "--seeds", "steps": "--step"}
         raise InputError(names.get(error.field, error.field), error.value, error.problem, error.remedy) from None
     text = found.to_json()
     (folder / FILES[0]).write_text(text, encoding="utf-8")
     found.to_frame().to_csv(folder / FILES[1], index=False)
-    written = list(FILES[:2])
-    if not options.no_plots:
-        written.append(_draw(found, folder))
+    # Before anything is drawn: what was computed is not to be lost.
     if options.json:
         sys.stdout.write(text)
-        return
-    from jaxsim.sensitivity.table import print_table
+    else:
+        from jaxsim.sensitivity.table import print_table
 
-    print_table(found)
-    print(f"{folder}/: " + ", ".join(written))
+        print_table(found)
+    sys.stdout.flush()
+    written = list(FILES[:2])
+    if not options.no_plots:
+        try:
+            written.append(_draw(found, folder))
+        except InputError as error:
+            print(f"jaxsim: no plot: {error}", file=sys.stderr)
+    if not options.json:
+        print(f"{folder}/: " + ", ".join(written))
 
 
 def _draw(found: Any, folder: Path) -> str:
+    """The name of the file. Raises `InputError` where there is nothing to draw."""
     if len(found.scenarios) > 1:
         from jaxsim.sensitivity.heat_map import heat_map
 

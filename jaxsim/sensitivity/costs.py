@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
@@ -34,10 +33,11 @@ from jaxsim.cost.base import AbstractIterationCost, BatchStats
 from jaxsim.cost.fitted import FittedCost, fitted
 from jaxsim.cost.rank import CUDA_GRAPHS, Roofline
 from jaxsim.cost.roofline import LAUNCHES, LINKS, override_places
-from jaxsim.engine import lower
+from jaxsim.engine import lower, tape
 from jaxsim.engine.lower.hybrid import price
 from jaxsim.engine.outcomes import Lane
 from jaxsim.engine.tape import Following, Tape
+from jaxsim.sensitivity.fields import field_of, with_value
 from jaxsim.spec import scenario as spec
 from jaxsim.spec.scenario import RooflineCost, Scenario
 
@@ -74,6 +74,18 @@ class CostModel(NamedTuple):
     degree: Float[np.ndarray, " parameters"] | None = None
     jacobian: PyTree | None = None
     places: dict[str, list[int]] | None = None
+
+    @property
+    def partial(self) -> tuple[str, ...]:
+        """Names whose leaf is not all that follows from them: where a load balancer has placed experts, what that
+        leaves follows from their popularity too."""
+        return ("expert_skew",) if "expert_share" in self.names else ()
+
+    def by_name(self, by_leaf: Float[np.ndarray, "rows parameters"]) -> dict[str, Float[np.ndarray, " rows"]]:
+        """Elasticities by leaf as elasticities by name: of `cost.overrides` all that it stands for in proportion, so
+        that a leaf may be in several; leaves without such a name, and coefficients, by their own."""
+        of = {name: [k] for k, name in enumerate(self.names)} | {k: v for k, v in self.places.items() if v}
+        return {name: by_leaf[:, places].sum(axis=1) for name, places in of.items() if name not in self.partial}
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -197,29 +209,14 @@ def _tables(made: Lane, scenario: Scenario) -> AbstractIterationCost:
 # ---- fields
 
 
-def changed(scenario: Scenario, field: str, factor: float) -> Scenario | None:
-    """The scenario with a number times a factor; None where it has no such number. Raises `InputError` where what comes
-    out is none."""
-    head, *keys = field.split(".")
-    values: dict[str, Any] = {}
-    if head == "device" and keys[:1] == ["numbers"] and scenario.device is not None:
-        numbers = scenario.device.numbers
-        if numbers is None:
-            # What the catalogue says of the device is written out first, under its own name: constants go by that.
-            numbers = {name: value for name, value in msgspec.to_builtins(scenario.device.spec()).items()
-                       if value is not None}
-            values |= {"device.name": numbers.pop("name"), "device.numbers": numbers}
-        keys, node = keys[1:], numbers
-    else:
-        node = msgspec.to_builtins(getattr(scenario, head, None))
-    for key in keys:
-        if isinstance(node, list):
-            node = node[int(key)] if key.isdecimal() and int(key) < len(node) else None
-        else:
-            node = node.get(key) if isinstance(node, dict) else None
-    if isinstance(node, bool) or not isinstance(node, (int, float)) or not node:
+def changed(scenario: Scenario, name: str, factor: float) -> Scenario | None:
+    """The scenario with a number times a factor; None where it has none of that name, or one that counts something.
+    Raises `InputError` where what comes out is none."""
+    try:
+        field = field_of(scenario, name)
+    except InputError:
         return None
-    return scenario.with_values(values | {field: node * factor})
+    return None if field.is_whole else with_value(scenario, name, field.value * factor)
 
 
 def tangents(model: CostModel, made: Lane, scenario: Scenario, fields: Sequence[str]) -> dict[str, PyTree]:
@@ -228,12 +225,11 @@ def tangents(model: CostModel, made: Lane, scenario: Scenario, fields: Sequence[
     for field in fields:
         section, _, name = field.partition("overrides.")
         places = (model.places or {}).get(name)
-        # Where a load balancer has placed experts, what that leaves follows from their popularity too.
-        if section == "cost." and places and not (name == "expert_skew" and "expert_share" in model.names):
+        if section == "cost." and places and name not in model.partial:
             direction = np.zeros(len(model.values))
             direction[places] = model.values[places]
             directions[field] = direction
-        elif field.startswith(("cost.", "device.")):
+        elif field.startswith(("cost.", "device.")) and field != "cost.front_end_s":
             one = _difference(model, made, scenario, field)
             (directions if isinstance(one, np.ndarray) else found)[field] = one
     if directions:
@@ -271,9 +267,9 @@ def _resolved(made: Lane, scenario: Scenario) -> Lane:
 # ---- records
 
 
-def asked_of(tape: Tape, record: np.ndarray) -> tuple[BatchStats, Following]:
+def asked_of(run: Tape, record: np.ndarray) -> tuple[BatchStats, Following]:
     """What the cost model was asked about records of a tape."""
-    return jax.tree.map(lambda x: x[record], (tape.stats, tape.following))
+    return jax.tree.map(lambda x: x[record], (run.stats, run.following))
 
 
 def joined(parts: Sequence[tuple[BatchStats, Following]]) -> tuple[tuple[BatchStats, Following], int]:
@@ -289,13 +285,8 @@ def joined(parts: Sequence[tuple[BatchStats, Following]]) -> tuple[tuple[BatchSt
 
 
 def _atoms(cost: AbstractIterationCost, asked: tuple[BatchStats, Following]) -> Float[Array, "records 3"]:
-    """First, pace and growth of records, as `jaxsim.engine.tape.seconds` prices them."""
-    def one(stats, following):
-        pace = cost.decode(jnp.maximum(following.num_sequences, 1), jnp.maximum(following.context, 1),
-                           following.shared, following.longest)
-        return jnp.stack([cost.iteration(stats), pace.first_s, pace.growth_s])
-
-    return jax.vmap(one)(*asked)
+    """First, pace and growth of records."""
+    return jax.vmap(lambda stats, following: jnp.stack(tape.priced(cost, stats, following)))(*asked)
 
 
 @eqx.filter_jit

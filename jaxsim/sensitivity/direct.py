@@ -20,7 +20,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.metrics.power import devices_of
 from jaxsim.sensitivity import costs, schedule
 from jaxsim.sensitivity.measures import Measure, measures
-from jaxsim.sensitivity.recorded import Recorded, record
+from jaxsim.sensitivity.recorded import Recorded, check_ends, recordings
 from jaxsim.sensitivity.schedule import Schedule
 from jaxsim.spec.scenario import Scenario
 
@@ -31,24 +31,42 @@ Direct = dict[tuple[int, str, str], float]
 
 
 def direct(scenarios: Sequence[Scenario], fields: Sequence[str], metrics: Sequence[str]) -> Direct:
-    """Elasticities, percent per percent, of metrics by fields at the schedule as it was: means over the seeds.
+    """Elasticities, percent per percent, of metrics by fields at the schedule as it was: of the means over the seeds.
 
     fields: dotted names, as studies have them; metrics: names of the summary. A pair that has no such derivative is not
     there: limits and other whole numbers, rates of arrival, fields that the scenario does not use, metrics that are no
-    sum of times (`jaxsim.sensitivity.measures`), a scenario whose schedule is not one of iterations one after another.
-    Raises `InputError` for scenarios that cannot be simulated, or where every schedule is such a one.
+    sum of times (`jaxsim.sensitivity.measures`), all of a scenario whose schedule does not tell (`derivatives`).
+    Raises `InputError` where that is so of every scenario.
     """
-    found: Direct = {}
-    for index, (scenario, runs) in enumerate(zip(scenarios, record(scenarios, leaves_out=True), strict=True)):
-        if runs:
-            pairs = of_runs(scenario, runs, fields, metrics)
-            found |= {(index, metric, field): value for (metric, field), value in pairs.items()}
+    found, without = derivatives(scenarios, fields, metrics)
+    if len(without) == len(scenarios) and without:
+        raise next(iter(without.values()))
     return found
+
+
+def derivatives(scenarios: Sequence[Scenario], fields: Sequence[str], metrics: Sequence[str]
+                ) -> tuple[Direct, dict[int, InputError]]:
+    """The same, and by index why a scenario has none: it cannot be recorded, or a bound stopped a run of it."""
+    found: Direct = {}
+    without: dict[int, InputError] = {}
+    for index, runs in recordings(scenarios):
+        scenario = scenarios[index]
+        try:
+            if isinstance(runs, InputError):
+                raise runs
+            check_ends(runs)
+            pairs = of_runs(scenario, runs, fields, metrics)
+        except InputError as error:
+            without[index] = error
+            continue
+        found |= {(index, metric, field): value for (metric, field), value in pairs.items()}
+    return found, dict(sorted(without.items()))
 
 
 def of_runs(scenario: Scenario, runs: Sequence[Recorded], fields: Sequence[str], metrics: Sequence[str]
             ) -> dict[tuple[str, str], float]:
-    """The same of the recorded runs of one scenario, by (metric, field)."""
+    """The same of the recorded runs of one scenario, by (metric, field): sum of the changes over the runs to the sum of
+    the values, as `total` is of the mean too."""
     made = runs[0].made
     model = costs.cost_model(made, scenario)
     tangents = costs.tangents(model, made, scenario, fields)
@@ -64,19 +82,20 @@ def of_runs(scenario: Scenario, runs: Sequence[Recorded], fields: Sequence[str],
             change |= dict(zip(tangents, part, strict=True))
             low += len(own.record)
     watts = {field: _watts(scenario, field, len(runs[0].result.busy_s)) for field in fields}
-    found: dict[tuple[str, str], list[float]] = {}
-    for run, own, change in zip(runs, schedules, changes, strict=True):
-        known = measures(scenario, run.result, answers=made.params.source.answers, only=metrics)
+    known = [measures(scenario, run.result, answers=made.params.source.answers, only=metrics) for run in runs]
+    sums = {name: sum(one[name].value for one in known) for name in known[0] if all(name in one for one in known)}
+    found: dict[tuple[str, str], float] = {}
+    for own, change, one in zip(schedules, changes, known, strict=True):
         for field in fields:
             by_field = watts[field]
             front_end = made.front_end_s if field == FRONT_END else 0.0
             if field not in change and by_field is None and not front_end:
                 continue
-            values = _changes(own, change.get(field), by_field, front_end, known)
-            for metric, value in values.items():
-                if known[metric].value:
-                    found.setdefault((metric, field), []).append(value / known[metric].value)
-    return {pair: float(np.mean(values)) for pair, values in found.items() if len(values) == len(runs)}
+            for metric, value in _changes(own, change.get(field), by_field, front_end, one).items():
+                # Of what is 0 in every run no per cent are known.
+                if sums.get(metric):
+                    found[metric, field] = found.get((metric, field), 0.0) + value / sums[metric]
+    return {pair: float(value) for pair, value in found.items()}
 
 
 def _changes(own: Schedule, atoms: np.ndarray | None, watts: tuple | None, front_end: float,

@@ -20,7 +20,8 @@ def heat_map(found: Sensitivity, *, metrics: Sequence[str] | None = None, out: A
     """`total` as colour, red where the metric grows with the number and blue where it falls.
 
     Cells without a value are hatched; those whose interval includes 0 have a dot, and fields with no other cells are
-    left out. out: a path (.png, .svg) or a stream. Returns the figure. Raises `InputError`.
+    left out, unless the metric has no others at all. out: a path (.png, .svg) or a stream. Returns the figure. Raises
+    `InputError`, also where nothing has a derivative.
     """
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
@@ -70,8 +71,10 @@ def _cells(found: Sensitivity, metric: str, points: Sequence[int]) -> tuple[list
         if row.metric == metric and row.total is not None:
             place = row_of[row.field], column[row.point]
             values[place], is_sure[place] = row.total, row.is_sure
-    # What is known to matter somewhere comes before what may.
-    size = np.where(is_sure, np.abs(values), 0.0).max(axis=1)
+    has_any = ~np.isnan(values).all(axis=1)
+    # What is known to matter somewhere; where nothing is, what may; where nothing does, what was asked for.
+    sizes = np.where(is_sure, np.abs(values), 0.0).max(axis=1), np.nan_to_num(np.abs(values)).max(axis=1), has_any
+    size = next((one for one in sizes if one.any()), sizes[-1]).astype(float)
     order = [at for at in np.argsort(-size, kind="stable") if size[at] > 0][:MOST_FIELDS]
     return ([found.fields[at] for at in order], values[order], is_sure[order]) if order else None
 

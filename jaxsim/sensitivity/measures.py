@@ -90,7 +90,7 @@ def measures(scenario: Scenario, lane: LaneResult, *, answers: bool = False, onl
         one = latency(is_done * (1e3 / num_gaps), ttft_s=-1.0, e2e_s=1.0)
         found["mean_itl_ms"] = one.measure(1e3 * np.sum((e2e - ttft)[is_done]) / num_gaps)
     if not answers and is_done.any() and (only is None or set(only) - set(found)):
-        found |= _of_durations(scenario, lane, is_mine, is_done)
+        found |= _of_durations(scenario, lane, is_mine, is_done, only)
     return {name: one for name, one in found.items() if np.isfinite(one.value) and (only is None or name in only)}
 
 
@@ -109,9 +109,9 @@ def _statistics(seconds: Float[np.ndarray, " requests"], is_there, wanted: Colle
         np.add.at(full, places, weights)
         return full
 
-    mean, std = values.mean(), values.std()
+    mean = values.mean()
     found = {"mean": (mean, spread(rows, 1 / count)), "max": (ordered[-1], spread(order[-1:], 1.0))}
-    if std > 0:
+    if "std" in wanted and (std := values.std()) > 0:
         found["std"] = std, spread(rows, (values - mean) / (count * std))
     for name, percent in (("median", 50), *((f"p{p}", p) for p in PERCENTILES)):
         if name not in wanted:
@@ -124,9 +124,13 @@ def _statistics(seconds: Float[np.ndarray, " requests"], is_there, wanted: Colle
     return {name: one for name, one in found.items() if name in wanted}
 
 
-def _of_durations(scenario: Scenario, lane: LaneResult, is_mine, is_done) -> dict[str, Measure]:
-    """Duration, rates over it, time at work, power and energy."""
+def _of_durations(scenario: Scenario, lane: LaneResult, is_mine, is_done, only: Collection[str] | None
+                  ) -> dict[str, Measure]:
+    """Duration, rates over it, time at work, power and energy, as far as they are wanted."""
     found: dict[str, Measure] = {}
+
+    def is_wanted(*names: str) -> bool:
+        return only is None or any(name in only for name in names)
 
     def last_of(among: Any) -> _Sum:
         one = _Sum(lane)
@@ -147,6 +151,8 @@ def _of_durations(scenario: Scenario, lane: LaneResult, is_mine, is_done) -> dic
         found["window_s"] = found["duration"]
         for name, amount in (("request_throughput", is_done.sum()), ("output_throughput", outputs),
                              ("total_token_throughput", inputs + outputs)):
+            if not is_wanted(name):
+                continue
             rate = float(amount) / duration_s
             found[name] = _Sum(lane).plus(own, -rate / duration_s).measure(rate)
     if span_s is None or span_s <= 0:
@@ -164,7 +170,10 @@ def _of_durations(scenario: Scenario, lane: LaneResult, is_mine, is_done) -> dic
             ("busy_share", share.mean(), 1 / len(share)), ("device_busy_share", share.mean(), 1 / len(share)),
             ("least_busy_share", share.min(), instances == share.argmin()),
             ("most_busy_share", share.max(), instances == share.argmax())):
-        found[f"utilisation.{name}"] = shares(np.broadcast_to(weights, share.shape).astype(float)).measure(value)
+        if is_wanted(f"utilisation.{name}"):
+            found[f"utilisation.{name}"] = shares(np.broadcast_to(weights, share.shape).astype(float)).measure(value)
+    if not is_wanted("mean_power_w", "energy_j", "energy_wh", "energy_j_per_output_token"):
+        return found
     devices: Devices = devices_of(scenario, len(share))
     if lane.instance_s is not None or not np.all(np.isfinite(devices.busy_w)):
         return found

@@ -5,12 +5,14 @@ under common random numbers, so its step is small. A percentile, or the share of
 few requests that pass over it, so its step is larger.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
 from jaxsim._core.errors import InputError, suggest
-from jaxsim.metrics import PERCENTILES
+from jaxsim.metrics import ABORTS, PERCENTILES, devices_of
 from jaxsim.spec.scenario import Scenario
+from jaxsim.study.lanes import Lanes
 
 STEPS = {"mean": 0.03, "percentile": 0.10}
 """Of the logarithm of a parameter, by kind of metric. Source: DESIGN, section 7."""
@@ -31,14 +33,32 @@ _ALWAYS = (
     "energy_j_per_output_token")
 """Of every scenario, with or without a value."""
 
-_OF_FEATURES = ("outcomes.", "outages.", "fairness.", "transfers.", "migrations.", "scaling.", "role_switching.",
-                "sessions.", "swaps.", "loads.", "cached_share")
-"""Of scenarios that have what these are about."""
+_OF_FEATURES = {
+    "outcomes": ("timed_out", "timed_out_share", "rejected", "rejected_share", "failed_share", "mean_attempts"),
+    "outages": ("number", "down_share", "lost", "rerouted", "failed"),
+    "fairness": ("jain_index", "max_service_gap"),
+    "transfers": ("requests", "mean_ms", "p99_ms"),
+    "migrations": ("total", "requests", *(f"{name}_downtime_ms" for name in ("mean", "p50", "p99")),
+                   *(f"aborted_{cause}" for cause in ABORTS)),
+    "scaling": ("instance_s", "mean_instances", "starts", "drains"),
+    "role_switching": ("switches", "mean_drain_s"),
+    "sessions": ("completed", "failed", "context_limited", "mean_turns", "mean_duration_s",
+                 *(f"p{p}_duration_s" for p in PERCENTILES)),
+    "swaps": ("total", "requests_share", "mean_ms", "e2e_share", "delay_share", "copied_blocks", "spared_share"),
+    "loads": ("device_share", "loaded_share", "computed_share", "store_share", "load_s", "delay_share"),
+    "cached_share": ()}
+"""Of scenarios that have what these are about: names behind the dot."""
+
+KNOWN = (*_ALWAYS, *(f"{group}.{name}" if name else group for group, names in _OF_FEATURES.items()
+                     for name in names or ("",)))
+"""Every column of a study's table that is a number."""
 
 _VERDICTS = ("unstable", "fault", "slo.separate_p90")
 _OF_LIMITS = re.compile(r"request_goodput|slo\.(|ttft_|tpot_|e2e_)attainment")
 _BY_FEW = re.compile(r"(^|\.)(p\d+|median|std|max)_|request_goodput|attainment|kv\.peak_share|(least|most)_busy"
-                     r"|^preemptions\.|^swaps\.|^outages\.|^migrations\.|^outcomes\.|^fairness\.|^scaling\.")
+                     r"|^preemptions\.|^swaps\.|^outages\.|^migrations\.|^outcomes\.|^fairness\.|^scaling\."
+                     r"|^role_switching\.|^(sessions\.)?(completed|failed)$|context_limited|^num_|num_iterations"
+                     r"|^transfers\.requests|^total_\w+_tokens$")
 
 
 def kind(metric: str) -> str:
@@ -48,6 +68,9 @@ def kind(metric: str) -> str:
 
 def steps_of(given: float | Mapping[str, float] | None) -> dict[str, float]:
     """Steps by kind of metric. Raises `InputError`."""
+    if given is not None and not isinstance(given, (int, float, Mapping)):
+        raise InputError("steps", given, "is no number, and no table of numbers by kind of metric",
+                         "give e.g. 0.05, or {'mean': 0.03, 'percentile': 0.1}")
     steps = dict.fromkeys(STEPS, given) if isinstance(given, (int, float)) else STEPS | dict(given or {})
     for name, step in steps.items():
         if name not in STEPS:
@@ -58,32 +81,56 @@ def steps_of(given: float | Mapping[str, float] | None) -> dict[str, float]:
     return steps
 
 
-def default_metrics(scenario: Scenario) -> list[str]:
-    """A tail, a mean, and what the scenario has besides: limits, a device whose power is known."""
-    found = ["p99_ttft_ms", "mean_ttft_ms", "mean_tpot_ms"]
-    if _has_limits(scenario):
-        found.append("request_goodput")
-    spec = None
-    try:
-        spec = scenario.device and scenario.device.spec()
-    except InputError:
-        # A fitted cost needs no device, so the one named may be in no catalogue.
-        pass
-    if spec is not None and spec.power is not None:
-        found.append("energy_j_per_output_token")
-    return found
+def default_metrics(scenarios: Sequence[Scenario], lanes: Lanes) -> list[str]:
+    """A tail, a mean, and what a scenario has besides: limits, devices whose power is known, more than one token."""
+    found = ["p99_ttft_ms", "mean_ttft_ms", "mean_tpot_ms", "request_goodput", "energy_j_per_output_token"]
+    return [name for name in found if any(not missing(name, s, lanes) for s in scenarios)]
 
 
-def _has_limits(scenario: Scenario) -> bool:
-    slo = scenario.slo
-    own = [getattr(t, name) for t in scenario.workload.tenants for name in ("ttft_ms", "tpot_ms", "deadline_ms")]
-    return any(limit is not None for limit in (slo.ttft_ms, slo.tpot_ms, slo.e2e_ms, *own))
+def missing(metric: str, scenario: Scenario, lanes: Lanes) -> str:
+    """Why no run of a scenario can have a metric, as far as that is known before it is simulated; "" else."""
+    group, _, name = metric.partition(".")
+    shape = lanes.shape(scenario)
+    if _OF_LIMITS.fullmatch(metric):
+        kind = next((one for one in ("ttft", "tpot", "e2e") if metric == f"slo.{one}_attainment"), None)
+        if not _has_limits(scenario, kind):
+            return f"the scenario has no limits{f' of {kind}' if kind else ''}"
+    if re.search(r"_(tpot|itl)_ms$", metric) and shape.longest_output <= 1:
+        return "every answer is one token, behind which there is no gap"
+    if re.search(r"energy|power|usd", metric):
+        devices = devices_of(scenario, shape.dims.all_ranks)
+        numbers = (devices.usd_per_s,) if "usd" in metric else (devices.idle_w, devices.busy_w)
+        if any(math.isnan(x) for column in numbers for x in column):
+            return "no price of the device is known" if "usd" in metric else "the power of the device is not known"
+    if group in _OF_FEATURES and not _has_feature(group, name, scenario, lanes):
+        return "the scenario has nothing that it is about"
+    return ""
 
 
-def chosen(scenarios: Sequence[Scenario], of: str | Sequence[str] | None) -> list[str]:
-    """The metrics that are asked for. Raises `InputError`."""
+def _has_feature(group: str, name: str, s: Scenario, lanes: Lanes) -> bool:
+    dims, workload = lanes.shape(s).dims, lanes.workload(s, s.seeds[0])
+    if group == "loads" and name == "store_share":
+        return s.cluster.remote_store is not None
+    return bool({
+        "outcomes": dims.has_clients, "outages": dims.has_failures, "fairness": len(workload.tenant_names) > 1,
+        "transfers": dims.has_roles or dims.has_parts, "migrations": dims.has_migration, "scaling": dims.has_scaling,
+        "role_switching": dims.has_role_switching, "sessions": workload.session is not None,
+        "swaps": dims.swap_window > 0, "cached_share": s.engine.enable_prefix_caching,
+        "loads": s.engine.offload or s.engine.context_reuse or s.cluster.remote_store}[group])
+
+
+def _has_limits(scenario: Scenario, kind: str | None = None) -> bool:
+    """Of a kind (ttft, tpot, e2e), or any."""
+    of = {"ttft": ("ttft_ms", "ttft_ms"), "tpot": ("tpot_ms", "tpot_ms"), "e2e": ("e2e_ms", "deadline_ms")}
+    pairs = of.values() if kind is None else [of[kind]]
+    return any(getattr(scenario.slo, common) is not None
+               or any(getattr(t, own) is not None for t in scenario.workload.tenants) for common, own in pairs)
+
+
+def chosen(scenarios: Sequence[Scenario], of: str | Sequence[str] | None, lanes: Lanes) -> list[str]:
+    """The metrics that are asked for, each of which some scenario can have. Raises `InputError`."""
     if of is None:
-        return default_metrics(scenarios[0])
+        return default_metrics(scenarios, lanes)
     asked = [of] if isinstance(of, str) else list(of)
     if not asked:
         raise InputError("of", asked, "names nothing", "name metrics of docs/results.md, e.g. p99_ttft_ms")
@@ -91,10 +138,13 @@ def chosen(scenarios: Sequence[Scenario], of: str | Sequence[str] | None) -> lis
         if name in _VERDICTS:
             raise InputError("of", name, "is a verdict, not a number",
                              "ask for a number it rests on, e.g. slo.attainment, p99_ttft_ms")
-        if not isinstance(name, str) or not (name in _ALWAYS or name.startswith(_OF_FEATURES)):
+        if not isinstance(name, str) or name not in KNOWN:
             raise InputError("of", name, "is no metric of a run",
-                             suggest(name, _ALWAYS, "they are those of docs/results.md, e.g. p99_ttft_ms"))
-        if _OF_LIMITS.fullmatch(name) and not any(_has_limits(s) for s in scenarios):
-            raise InputError("of", name, "is not computed: the scenario has no limits",
-                             "give it some, e.g. --set slo.ttft_ms=500, or ask for p99_ttft_ms")
+                             suggest(name, KNOWN, "they are those of docs/results.md, e.g. p99_ttft_ms"))
+        reasons = [missing(name, s, lanes) for s in scenarios]
+        if all(reasons):
+            limits = "give it some, e.g. --set slo.ttft_ms=500, or ask for p99_ttft_ms"
+            raise InputError("of", name, f"is not computed: {reasons[0]}",
+                             limits if _OF_LIMITS.fullmatch(name) else
+                             "ask for a metric that `jaxsim run` shows of this scenario")
     return list(dict.fromkeys(asked))

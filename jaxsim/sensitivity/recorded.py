@@ -1,7 +1,7 @@
 """Runs with the tape of their schedule, on the host: what derivatives at a fixed schedule are made of."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jaxsim._core.errors import InputError
 from jaxsim.engine import loop, lower, tape
 from jaxsim.engine.outcomes import Lane, lane_result
-from jaxsim.engine.simulate import prepare
+from jaxsim.engine.simulate import memory_bytes, prepare, run_bytes
 from jaxsim.engine.tape import Tape
 from jaxsim.metrics import LaneResult
 from jaxsim.spec.dims import Dims
@@ -21,6 +21,12 @@ from jaxsim.state.world import World
 
 LANES = 64
 """Runs in a batch, at most: a tape is a megabyte for a thousand requests."""
+
+BATCH_BYTES, ROOM = 1 << 30, 0.25
+"""Of a batch, at most; as a share of the machine's memory."""
+
+RECORD_BYTES = 160
+"""Of a record once the tape is laid out (`jaxsim.engine.tape.Tape`), about 35 numbers and those of the requests."""
 
 INSTEAD = "ask for the total derivative, which is by differences of whole runs and knows every feature"
 
@@ -55,39 +61,69 @@ def check(made: Lane) -> None:
             raise InputError(field, "given", f"{why}: there is no derivative at a fixed schedule", INSTEAD)
 
 
-def record(scenarios: Sequence[Scenario], *, leaves_out: bool = False) -> list[list[Recorded]]:
-    """Simulate every scenario under each of its seeds, and keep the schedules.
+def check_ends(runs: Sequence[Recorded]) -> None:
+    """Refuse runs that a bound stopped: what they left undone is in no latency. Raises `InputError`."""
+    for run in runs:
+        if run.result.fault:
+            raise InputError("fault", run.result.fault, "stopped a run: there is no derivative at a fixed schedule",
+                             "see what `jaxsim run` says of it")
 
-    leaves_out: of several scenarios those whose tape would not tell everything (`check`) have no runs. Raises
-    `InputError`, else also for these.
+
+def record(scenarios: Sequence[Scenario]) -> list[list[Recorded]]:
+    """Simulate every scenario under each of its seeds, and keep the schedules. Raises `InputError`."""
+    found = dict(recordings(scenarios))
+    for index in range(len(scenarios)):
+        if isinstance(found[index], InputError):
+            raise found[index]
+    return [found[index] for index in range(len(scenarios))]
+
+
+def recordings(scenarios: Sequence[Scenario]) -> Iterator[tuple[int, list[Recorded] | InputError]]:
+    """The same one by one, with the index of the scenario: program by program, so that never all tapes are held.
+
+    Of a scenario that cannot be simulated, or whose tape would not tell everything (`check`) or is too short, the error
+    stands in place of its runs, and the others go on.
     """
-    lanes, refused = [], []
-    for index, scenario in enumerate(scenarios):
-        made = prepare(index, scenario.checked(), record_steps=True)
-        try:
-            check(made[0])
-        except InputError as error:
-            refused.append(error)
-            made = []
-        lanes.append(made)
-    if refused and (not leaves_out or not any(lanes)):
-        raise refused[0]
     groups: dict = {}
-    for made in (lane for runs in lanes for lane in runs):
-        leaves, structure = jax.tree.flatten(made.params)
-        groups.setdefault((made.dims, structure, tuple(map(np.shape, leaves))), []).append(made)
-    done = {}
-    for (dims, *_), group in groups.items():
+    done: dict[int, list[Recorded | InputError | None]] = {}
+    for index, scenario in enumerate(scenarios):
+        try:
+            made = prepare(index, scenario.checked(), record_steps=True)
+            check(made[0])
+            lanes_at_once(made[0].dims)
+        except InputError as error:
+            yield index, error
+            continue
+        done[index] = [None] * len(made)
+        for seed, lane in enumerate(made):
+            leaves, structure = jax.tree.flatten(lane.params)
+            groups.setdefault((lane.dims, structure, tuple(map(np.shape, leaves))), []).append((index, seed, lane))
+    while groups:
+        (dims, *_), group = groups.popitem()
         # Batches of one size, so that they are one program.
-        width = -(-len(group) // -(-len(group) // LANES))
+        width = -(-len(group) // -(-len(group) // lanes_at_once(dims)))
         for low in range(0, len(group), width):
             some = group[low:low + width]
-            for made, found in zip(some, _run(dims, some, width), strict=True):
-                done[id(made)] = found
-    return [[done[id(made)] for made in runs] for runs in lanes]
+            for (index, seed, _), run in zip(some, _run(dims, [lane for *_, lane in some], width), strict=True):
+                done[index][seed] = run
+            for index in dict.fromkeys(index for index, *_ in some):
+                if None not in done[index]:
+                    runs = done.pop(index)
+                    yield index, next((one for one in runs if isinstance(one, InputError)), runs)
 
 
-def _run(dims: Dims, group: list[Lane], width: int) -> list[Recorded]:
+def lanes_at_once(dims: Dims) -> int:
+    """How many runs are a batch: at most `LANES`, and as many as there is room for. Raises `InputError`."""
+    # As drawn and as the loop reads it, and the schedule that is made of it, on the device and on the host.
+    each, room = 2 * (run_bytes(dims) + RECORD_BYTES * dims.num_records), memory_bytes()
+    if room and each > room:
+        raise InputError("workload.num_requests", dims.num_requests, f"makes a run with its schedule of"
+                         f" {dims.num_records:,} records take about {each / 2**30:,.0f} GiB, this machine has"
+                         f" {room / 2**30:,.0f} GiB", f"simulate fewer requests, or {INSTEAD}")
+    return max(min(LANES, int(ROOM * (room or BATCH_BYTES) / each), BATCH_BYTES // each), 1)
+
+
+def _run(dims: Dims, group: list[Lane], width: int) -> list[Recorded | InputError]:
     """Runs of one program; fewer than its width are filled up with the first."""
     filled = group + group[:1] * (width - len(group))
     params = _stack([made.params for made in filled])
@@ -96,14 +132,17 @@ def _run(dims: Dims, group: list[Lane], width: int) -> list[Recorded]:
                                            slack=made.params.slack) for made in filled])
     world = loop.run_on_one_device(dims, params, requests)
     tapes, world = jax.device_get((_tapes(dims, requests, world), world))
-    found = []
-    for index, made in enumerate(group):
-        own = jax.tree.map(lambda x, index=index: np.asarray(x[index]), tapes)
-        if own.is_full:
-            raise InputError("workload.num_requests", len(made.workload), f"gives a run of {int(own.count):,} records,"
-                             f" of which a tape keeps {dims.num_records:,}", "simulate fewer requests")
-        found.append(Recorded(made, lane_result(dims, world, index, made), own))
-    return found
+    return [_recorded(dims, world, index, made, jax.tree.map(lambda x, index=index: np.asarray(x[index]), tapes))
+            for index, made in enumerate(group)]
+
+
+def _recorded(dims: Dims, world: World, index: int, made: Lane, own: Tape) -> Recorded | InputError:
+    if own.is_full:
+        return InputError("workload.num_requests", len(made.workload), f"gives a run of {int(own.count):,} records, of"
+                          f" which a tape keeps {dims.num_records:,}: there is no derivative at a fixed schedule",
+                          "compute prompts in fewer parts (a larger engine.max_num_batched_tokens, no"
+                          " engine.target_batch_time_ms), give memory to preempt fewer requests, or " + INSTEAD)
+    return Recorded(made, lane_result(dims, world, index, made), own)
 
 
 def _stack(trees):

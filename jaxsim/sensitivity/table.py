@@ -46,18 +46,20 @@ def print_table(found: Sensitivity, file: Any = None) -> None:
     """Print it."""
     out = console(file)
     out.width = min(out.width, WIDTH)
-    names = short(found.fields)
+    names, shown = short(found.fields), []
     for metric in found.metrics:
         rows = [row for row in found.rows if row.metric == metric]
         if len(found.scenarios) > 1:
             _print_over_study(out, found, metric, rows, names)
         else:
-            _print_of_point(out, found, metric, rows, names)
-    for line in notes(found):
+            shown += _print_of_point(out, found, metric, rows, names)
+    for line in notes(found, shown):
         out.print(line)
 
 
-def _print_of_point(out: Any, found: Sensitivity, metric: str, rows: Sequence[Row], names: dict[str, str]) -> None:
+def _print_of_point(out: Any, found: Sensitivity, metric: str, rows: Sequence[Row], names: dict[str, str]
+                    ) -> Sequence[Row]:
+    """Returns the rows that are in it."""
     shown = worth_showing(rows)
     most = MOST_ROWS if len(found.metrics) > 1 else len(shown)
     has_direct = any(row.direct is not None for row in found.rows)
@@ -81,33 +83,41 @@ def _print_of_point(out: Any, found: Sensitivity, metric: str, rows: Sequence[Ro
     told = [f"{hidden} smaller or less sure" if hidden > 0 else "", f"{still} without effect on it" if still else ""]
     if any(told):
         out.print(f"and {', '.join(filter(None, told))}")
+    return shown[:most]
 
 
 def _print_over_study(out: Any, found: Sensitivity, metric: str, rows: Sequence[Row], names: dict[str, str]) -> None:
     out.print(f"\n{label(metric)}: total over {len(found.scenarios)} scenarios", style="bold")
     table = Table(box=None, pad_edge=False)
     table.add_column("by", overflow="ellipsis", no_wrap=True, max_width=34)
-    for title in ("least", "median", "most", "largest at"):
+    for title in ("least", "median", "most", "sure at", "largest at"):
         table.add_column(title, justify="right", no_wrap=True)
     kept = []
     for name in found.fields:
         mine = [row for row in rows if row.field == name and row.total is not None]
         if mine and max(abs(row.total) for row in mine) >= LEAST:
             kept.append((name, mine))
-    kept.sort(key=lambda item: -float(np.median([abs(row.total) for row in item[1]])))
+    # Noise is no size: only cells whose sign is known count.
+    sure = {name: [row for row in mine if row.is_sure] for name, mine in kept}
+    kept.sort(key=lambda item: -float(np.median([abs(row.total) for row in sure[item[0]]] or [-1.0])))
     for name, mine in kept[:MOST_ROWS]:
-        totals = [row.total for row in mine]
-        largest = max(mine, key=lambda row: abs(row.total))
-        table.add_row(names[name], signed(min(totals)), signed(float(np.median(totals))), signed(max(totals)),
-                      f"point {largest.point}")
+        totals = [row.total for row in sure[name]]
+        ends = [signed(f(totals) if totals else None) for f in (min, np.median, max)]
+        largest = max(sure[name], key=lambda row: abs(row.total), default=None)
+        table.add_row(names[name], *ends, f"{len(totals)} of {len(mine)}",
+                      "-" if largest is None else f"point {largest.point}")
     out.print(table)
+    if len(kept) > MOST_ROWS:
+        out.print(f"and {len(kept) - MOST_ROWS} smaller or less sure")
 
 
-def notes(found: Sensitivity) -> Iterator[str]:
-    """What the table leaves unsaid."""
+def notes(found: Sensitivity, shown: Sequence[Row]) -> Iterator[str]:
+    """What the table leaves unsaid; shown: rows whose flags it has."""
     yield (f"\ntotal: per cent of the metric for one per cent of the number, ±: half of a 95 % interval over"
            f" {found.num_seeds} seeds; step: of the number, each way")
-    if any(row.direct is not None for row in found.rows):
+    if len(found.scenarios) > 1:
+        yield "sure at: points where the interval tells the sign; least, median and most are of these"
+    if any(row.direct is not None for row in shown):
         yield "direct: with the schedule held fixed; gap: total - direct, what queueing adds"
     elif found.direct_note:
         yield f"no `direct`: {found.direct_note}"
@@ -116,8 +126,9 @@ def notes(found: Sensitivity) -> Iterator[str]:
             "unstable": "unstable: requests pile up, so values depend on the length of the run",
             "kink": "kink: the sides of the step disagree, so the number holds for neither",
             "one-sided": "one-sided: the other side cannot be simulated, or not in the same program"}
-    flags = {flag for row in found.rows for flag in row.flags}
+    flags = {flag for row in shown for flag in row.flags}
     yield from (text for flag, text in said.items() if flag in flags)
+    yield from found.notes[:3]
     for index, reason in list(found.refused.items())[:3]:
         yield f"refused: point {index}: {reason}"
     yield (f"{len(found.fields)} numbers, {len(found.rows):,} derivatives; {found.num_runs:,} runs in {found.programs}"

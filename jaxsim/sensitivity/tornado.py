@@ -68,8 +68,8 @@ def _panel(axis: Any, metric: str, rows: Sequence[Row], names: dict[str, str]) -
     ends = [abs(end) for row in rows for end in (row.total, row.direct or 0.0)]
     sure = [abs(end) for row in rows if "noisy" not in row.flags for end in (row.total_low, row.total_high)]
     reach = 1.08 * max([*ends, *sure], default=1.0) or 1.0
-    low = -reach if any(row.total < 0 or row.total_low < 0 for row in rows) else -0.05 * reach
-    high = reach if any(row.total > 0 or row.total_high > 0 for row in rows) else 0.05 * reach
+    low = -reach if any(min(row.total, row.total_low, row.direct or 0.0) < 0 for row in rows) else -0.05 * reach
+    high = reach if any(max(row.total, row.total_high, row.direct or 0.0) > 0 for row in rows) else 0.05 * reach
     axis.set_xlim(low, high)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=(1, 2, 2.5, 5, 10)))
     base = next((row.metric_value for row in rows if row.metric_value is not None), None)

@@ -91,7 +91,8 @@ class Row:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sensitivity:
     """Derivatives of a study. rows: those of a metric and field at every point; refused: points that could not be
-    simulated, and why; programs: that were needed; direct_note: why there is no `direct`, where there is none."""
+    simulated, and why; programs: that were needed; direct_note: why there is no `direct`, where there is none; notes:
+    metrics that were left out, and points without `direct`."""
 
     scenarios: tuple[Scenario, ...]
     points: tuple[Point, ...]
@@ -104,6 +105,7 @@ class Sensitivity:
     programs: int
     elapsed_s: float
     direct_note: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """A row a metric, field and point, with the parameters of the point in front."""
@@ -125,7 +127,8 @@ class Sensitivity:
         rows = [{name: plain(value) for name, value in dataclasses.asdict(row).items()} | {"flags": list(row.flags)}
                 for row in self.rows]
         about = {"num_seeds": self.num_seeds, "runs": self.num_runs, "programs": self.programs,
-                 "elapsed_s": round(self.elapsed_s, 3), "direct_note": self.direct_note or None}
+                 "elapsed_s": round(self.elapsed_s, 3), "direct_note": self.direct_note or None,
+                 "notes": list(self.notes)}
         parts = [{"point": index, "parameters": dict(point), "refused": self.refused.get(index)}
                  for index, point in enumerate(self.points)]
         return {"rows": rows, "points": parts, **about}
@@ -135,12 +138,13 @@ class Sensitivity:
         return to_json(self.to_dict())
 
 
-def sensitivity(scenarios: Scenario | Sequence[Scenario] | Study | None = None, wrt: str | Sequence[str] = "all",
+def sensitivity(scenarios: Scenario | str | Sequence[Scenario] | Study | None = None, wrt: str | Sequence[str] = "all",
                 of: str | Sequence[str] | None = None, *, num_seeds: int | None = None,
                 steps: float | Mapping[str, float] | None = None, direct: bool = True, workers: int | None = None,
                 progress: Progress = lambda *_, **__: None) -> Sensitivity:
     """Elasticities of metrics by fields, of one scenario, some, or all of a study; the default scenario unless given.
 
+    scenarios: of one also the name of a shipped scenario, or the path of a file.
     wrt: dotted names of numbers, patterns of names, or "all" that have an effect on the first scenario. of: columns of
     a study's table; a few usual ones if left out. num_seeds: as many as the scenarios have, at least 8, if left out.
     steps: of the logarithm of a field, for all metrics or by kind (`metrics.STEPS`). direct: the derivative at a fixed
@@ -152,7 +156,7 @@ def sensitivity(scenarios: Scenario | Sequence[Scenario] | Study | None = None, 
     able = [index for index in range(len(made)) if made[index] is not None]
     if not able:
         raise InputError("scenarios", f"{len(made)} points", "are all refused", next(iter(refused.values())))
-    metrics = kinds.chosen([made[index] for index in able], of)
+    metrics = kinds.chosen([made[index] for index in able], of, LANES)
     sizes = sorted({by_kind[kinds.kind(metric)] for metric in metrics})
     fields = chosen(made[able[0]], wrt, sizes[-1], LANES)
     if not fields:
@@ -164,8 +168,11 @@ def sensitivity(scenarios: Scenario | Sequence[Scenario] | Study | None = None, 
             runs += _runs_of(batch, made[index], index, base, field.name, sizes)
         progress("looking at scenarios", index + 1, 0)
     found, programs = batch.run(workers, progress)
-    _check_values(found, [run.base for run in runs], metrics)
-    at_fixed, note = _direct([made[index] for index in able], fields, metrics, progress) if direct else ({}, "")
+    metrics, notes = _with_values(found, [run.base for run in runs], metrics)
+    at_fixed, without = _direct([made[index] for index in able], fields, metrics, progress) if direct else ({}, {})
+    note = next(iter(without.values())) if len(without) == len(able) else ""
+    if not note:
+        notes += [f"no direct at point {able[at]}: {reason}" for at, reason in without.items()]
     rows, place = [], {point: at for at, point in enumerate(able)}
     for metric in metrics:
         step = by_kind[kinds.kind(metric)]
@@ -177,7 +184,7 @@ def sensitivity(scenarios: Scenario | Sequence[Scenario] | Study | None = None, 
     count = max(made[index].num_seeds for index in able)
     return Sensitivity(tuple(made[index] for index in able), tuple(points), tuple(metrics),
                        tuple(field.name for field in fields), tuple(rows), refused, count, len(found.frame), programs,
-                       time.perf_counter() - start, note)
+                       time.perf_counter() - start, note, tuple(notes))
 
 
 def _scenarios(given: Any, num_seeds: int | None) -> tuple[list[Point], list[Scenario | None], dict[int, str]]:
@@ -206,7 +213,8 @@ def _scenarios(given: Any, num_seeds: int | None) -> tuple[list[Point], list[Sce
                 refused[index] = str(error)
                 made.append(None)
         return points, made, refused
-    given = Scenario.named("default") if given is None else given
+    if given is None or isinstance(given, str):
+        given = Scenario.from_toml(given or "default")
     listed = [given] if isinstance(given, Scenario) else given
     if isinstance(listed, (str, bytes, dict)) or not isinstance(listed, Sequence) or not listed:
         raise InputError("scenarios", given, "is not a Scenario, a list of them, or a Study",
@@ -274,21 +282,18 @@ class _Found:
         return self._spread(self.frame[name].astype(float).to_numpy())
 
     def values(self, metric: str) -> Float[np.ndarray, "scenarios seeds"]:
-        """A metric of every run. Raises `InputError` where it was not computed."""
-        if metric not in self.frame:
-            raise InputError("of", metric, "is not computed: the scenario has nothing that it is about",
-                             "ask for a metric that `jaxsim run` shows of it")
-        return self._grid(metric)
+        """A metric of every run, NaN where it was not computed."""
+        return self._grid(metric) if metric in self.frame else self._spread(np.full(len(self.frame), np.nan))
 
 
-def _check_values(found: _Found, bases: Sequence[int], metrics: Sequence[str]) -> None:
-    """Refuse metrics without a value in any run. Raises `InputError`."""
-    for metric in metrics:
-        if np.isnan(found.values(metric)[sorted(set(bases))]).all():
-            reason = ("the power of the device is not known" if "energy" in metric or "power" in metric else
-                      "no price of the device is known" if "usd" in metric else "it has no value in any of the runs")
-            raise InputError("of", metric, f"is not computed: {reason}",
-                             "ask for a metric that `jaxsim run` shows of this scenario")
+def _with_values(found: _Found, bases: Sequence[int], metrics: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The metrics with a value in some run, and what to say of the others. Raises `InputError` where none has any."""
+    rows = sorted(set(bases))
+    kept = [metric for metric in metrics if not np.isnan(found.values(metric)[rows]).all()]
+    if not kept:
+        raise InputError("of", list(metrics), "are not computed: they have no value in any of the runs",
+                         "ask for a metric that `jaxsim run` shows of this scenario")
+    return kept, [f"left out: {metric} has no value in any of the runs" for metric in metrics if metric not in kept]
 
 
 def _runs_of(batch: _Batch, scenario: Scenario, point: int, base: int, name: str, sizes: Sequence[float]
@@ -393,10 +398,8 @@ def _has_kink(down, middle, up, low_x: float, x: float, high_x: float) -> Bool:
 
 
 def _direct(scenarios: Sequence[Scenario], fields: Sequence[Field], metrics: Sequence[str], progress: Progress
-            ) -> tuple[dict[tuple[int, str, str], float], str]:
-    """Derivatives at a fixed schedule, and why there are none."""
-    progress("recording schedules", 0, len(scenarios))
-    try:
-        return at_schedule.direct(scenarios, [field.name for field in fields], list(metrics)), ""
-    except InputError as error:
-        return {}, str(error)
+            ) -> tuple[dict[tuple[int, str, str], float], dict[int, str]]:
+    """Derivatives at a fixed schedule, and by scenario why it has none."""
+    progress("recording schedules", 0, sum(scenario.num_seeds for scenario in scenarios))
+    found, without = at_schedule.derivatives(scenarios, [field.name for field in fields], list(metrics))
+    return found, {index: str(error) for index, error in without.items()}

@@ -16,6 +16,9 @@ def options(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     attribute_command.add_arguments(parser)
     parser.add_argument("--of")
+    for name in ("--wrt", "--seeds", "--step", "--workers"):
+        parser.add_argument(name)
+    parser.add_argument("--no-direct", action="store_true")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
@@ -50,6 +53,11 @@ def test_json_is_all_there_is(capsys, tmp_path):
     (["--critical-path", "--request", "3", "--percentile", "50"], "cannot be given with --percentile"),
     (["--critical-path", "--percentile", "101"], "is not between 0 and 100"),
     (["--critical-path", "--request", "60"], "is none of 60"),
+    (["--attribute", "--of", "a,,b"], "--of = 'a,,b': has an empty name"),
+    (["--attribute", "--wrt", "workload.rate_rps"], "--wrt = 'workload.rate_rps': has no effect with --attribute"),
+    (["--critical-path", "--no-direct"], "--no-direct = True: has no effect with --critical-path"),
+    (["--critical-path", "--of", "duration"], "--of = 'duration': has no effect with --critical-path alone"),
+    (["--attribute", "--request", "0"], "--request = 0: is of --critical-path, which is not asked for"),
     (["--attribute", "--of", "slo.attainment"], "is no sum of times")])
 def test_mistakes_are_told(arguments, says):
     with pytest.raises(InputError, match=says):

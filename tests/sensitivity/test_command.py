@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from jaxsim import cli
+from jaxsim.sensitivity import total
 from tests.sensitivity import queues as q
 
 pytestmark = pytest.mark.unoptimised
@@ -32,6 +33,7 @@ def test_help_does_not_wait_for_jax():
     (["--of", "p99_ttft"], "--of = 'p99_ttft': is no metric of a run; did you mean"),
     (["--seeds", "1"], "--seeds = 1: leaves nothing"),
     (["--step", "2"], "--step = 2.0: is not a share"),
+    (["--latency", "e2e"], "--latency = 'e2e': is of --critical-path, which is not asked for"),
 ])
 def test_mistakes_are_one_line_and_status_2(file, tmp_path, capsys, options, says):
     assert cli.main(["sensitivity", str(file), "--out", str(tmp_path / "out"), *options]) == 2
@@ -62,3 +64,19 @@ def test_a_study_has_a_heat_map(file, tmp_path, capsys):
                      "--out", str(tmp_path / "out"), "--no-direct"]) == 0
     assert "total over 3 scenarios" in capsys.readouterr().out
     assert (tmp_path / "out" / "heat_map.png").stat().st_size > 5000
+
+
+def test_what_cannot_be_drawn_is_printed(tmp_path, capsys, monkeypatch):
+    """A map of nothing: the table is out before, and the command ends well."""
+    def of(number):
+        return total.Row("mean_e2el_ms", "workload.rate_rps", None, None, None, None, total.CENTRAL, ("zero",), number,
+                         2.0, 0.0, 0.0, 0.03)
+
+    made = total.Sensitivity((q.scenario(),) * 2, ({"a": 1}, {"a": 2}), ("mean_e2el_ms",), ("workload.rate_rps",),
+                             (of(0), of(1)), {}, 8, 1, 1, 0.0, notes=("left out: p99_tpot_ms",))
+    monkeypatch.setattr(total, "sensitivity", lambda *_, **__: made)
+    assert cli.main(["sensitivity", "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    assert "total over 2 scenarios" in told.out and "left out: p99_tpot_ms" in told.out
+    assert "no plot: metrics = ['mean_e2el_ms']: have no derivative at any point" in told.err
+    assert "sensitivity.csv" in told.out and "heat_map" not in told.out

@@ -9,7 +9,7 @@ import pytest
 from jaxsim import InputError, Scenario
 from jaxsim.cost.fitted import fitted
 from jaxsim.metrics.summary import lane_metrics
-from jaxsim.sensitivity import attribution, costs, direct, schedule
+from jaxsim.sensitivity import attribution, costs, direct, recorded, schedule
 from jaxsim.sensitivity.critical_path import LATENCIES, PARTS, critical_paths
 from jaxsim.sensitivity.measures import measures
 from jaxsim.sensitivity.recorded import record
@@ -180,6 +180,83 @@ def test_parts_of_a_critical_path_are_all_of_it(open_run):
     assert 0 < by_part["own prompt"] < by_part["own decodes"]
     values = paths.latency_s["ttft"]
     assert (values <= values[paths.at(99)]).mean() >= 0.99 and paths.at(0) == np.argmin(values)
+
+
+def test_seeds_are_means_before_they_are_shares(open_run):
+    """Of two runs the elasticity of the mean, which the slower one leads; and reverse alike."""
+    metrics, fields = ["mean_ttft_ms", "queueing.mean_ms"], ["cost.prefill.b", "cost.decode.a"]
+    one = scenario()
+    ((quiet,),) = record([one.with_values({"workload.rate_rps": 2.0})])
+    runs = [open_run, quiet]
+    both, reverse = direct.of_runs(one, runs, fields, metrics), attribution.of_runs(one, runs, metrics)
+    apart = 0.0
+    for metric in metrics:
+        values = [measures(one, run.result)[metric].value for run in runs]
+        for field in fields:
+            each = [direct.of_runs(one, [run], [field], metrics)[metric, field] for run in runs]
+            assert both[metric, field] == pytest.approx(np.dot(each, values) / sum(values), rel=1e-9)
+            apart = max(apart, abs(both[metric, field] - np.mean(each)))
+        assert reverse.value[metric] == pytest.approx(np.mean(values), rel=1e-12)
+        assert float(reverse.by_resource.loc[metric].sum()) == pytest.approx(1, abs=2e-5)
+    assert apart > 0.1
+
+
+def test_a_metric_of_nothing_is_refused(open_run):
+    """0 in every run: no shares. 0 in one run: the mean over both has them. Not there in one: no mean."""
+    def silent(run, **fields):
+        return run._replace(result=dataclasses.replace(run.result, **fields))
+
+    one, name = scenario(), "queueing.mean_ms"
+    none = silent(open_run, scheduled_s=np.array(open_run.result.arrival_s))
+    with pytest.raises(InputError, match="is 0, of which there are no shares"):
+        attribution.of_runs(one, [none], [name])
+    assert not [pair for pair in direct.of_runs(one, [none], FIELDS, [name]) if pair[0] == name]
+    assert list(attribution.of_runs(one, [none, open_run], [name]).value.index) == [name]
+    absent = silent(open_run, scheduled_s=np.full(open_run.result.num_requests, np.nan))
+    with pytest.raises(InputError, match="has no value in 1 of 2 runs"):
+        attribution.of_runs(one, [absent, open_run], [name])
+    stopped = silent(open_run, fault="steps")
+    with pytest.raises(InputError, match="stopped a run"):
+        attribution.of_runs(one, [stopped], [name])
+
+
+def test_one_name_for_many_leaves_is_their_sum():
+    """A name of `cost.overrides` in reverse is all that it stands for; half a name is left out."""
+    model = costs.CostModel(None, ("link_bytes_per_s", "exchange_bytes_per_s", "a.b", "expert_skew", "expert_share"),
+                            places={"link_bytes_per_s": [0, 1], "exchange_bytes_per_s": [1], "expert_skew": [3],
+                                    "hop_latency_s": []})
+    found = model.by_name(np.array([[1.0, 2.0, 4.0, 8.0, 16.0]]))
+    assert {name: float(x[0]) for name, x in found.items()} == {
+        "link_bytes_per_s": 3, "exchange_bytes_per_s": 2, "a.b": 4, "expert_share": 16}
+
+
+def test_a_scenario_without_a_tape_is_left_out_alone(monkeypatch):
+    """Refused before it runs, and while it is recorded: the other has its derivatives."""
+    metrics, fields = ["mean_e2el_ms"], ["cost.decode.a"]
+    given = [scenario().with_values({"engine.pipeline_parallel_size": 2}), scenario(),
+             scenario().with_values({"workload.rate_rps": 15.0})]
+    kept, seen = recorded._recorded, []
+
+    def short(dims, world, index, made, own):
+        seen.append(made.scenario)
+        return kept(dims, world, index, made, own if made.scenario == 1 else dataclasses.replace(
+            own, count=np.int32(dims.num_records + 5)))
+
+    monkeypatch.setattr(recorded, "_recorded", short)
+    # A batch a run: what is left out of a batch has no part in the others.
+    monkeypatch.setattr(recorded, "BATCH_BYTES", 1)
+    found, without = direct.derivatives(given, fields, metrics)
+    assert sorted(seen) == [1, 2] and list(found) == [(1, "mean_e2el_ms", "cost.decode.a")]
+    assert list(without) == [0, 2] and without[0].field == "engine.pipeline_parallel_size"
+    assert "of which a tape keeps" in str(without[2]) and "max_num_batched_tokens" in without[2].remedy
+    with pytest.raises(InputError, match="overlaps iterations"):
+        direct.direct(given[:1], fields, metrics)
+
+
+def test_runs_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(recorded, "memory_bytes", lambda: 1 << 10)
+    with pytest.raises(InputError, match="records take about"):
+        record([scenario()])
 
 
 def test_pairs_without_meaning_are_absent(batch):

@@ -6,7 +6,7 @@ import pytest
 
 import jaxsim
 from jaxsim._core.errors import InputError
-from jaxsim.sensitivity import fields, metrics
+from jaxsim.sensitivity import costs, fields, metrics
 from jaxsim.spec.device import load_device
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study.lanes import Lanes
@@ -172,6 +172,10 @@ def test_other_programs_are_not_steps(dense, lanes):
 
 @pytest.mark.parametrize("name, message", [
     ("p99_ttft", "of = 'p99_ttft': is no metric of a run; did you mean 'p99_ttft_ms'"),
+    ("outages.numbr", "of = 'outages.numbr': is no metric of a run; did you mean 'outages.number'"),
+    ("outages.number", "of = 'outages.number': is not computed: the scenario has nothing that it is about"),
+    ("mean_tpot_ms", "of = 'mean_tpot_ms': is not computed: every answer is one token"),
+    ("energy_j", "of = 'energy_j': is not computed: the power of the device is not known"),
     ("unstable", "of = 'unstable': is a verdict, not a number; ask for a number it rests on"),
     ("slo.attainment", "of = 'slo.attainment': is not computed: the scenario has no limits; give it some, e.g. --set"
                        " slo.ttft_ms=500, or ask for p99_ttft_ms"),
@@ -182,13 +186,36 @@ def test_metrics_that_are_not_there_are_refused(name, message):
     assert str(caught.value).startswith(message)
 
 
+def test_default_metrics_have_values(dense, lanes):
+    """Of one-token answers no TPOT; energy where every pool's device has a power; goodput where there are limits."""
+    assert metrics.default_metrics([dense], lanes) == [
+        "p99_ttft_ms", "mean_ttft_ms", "mean_tpot_ms", "request_goodput", "energy_j_per_output_token"]
+    assert metrics.default_metrics([q.scenario(num_requests=20)], lanes) == ["p99_ttft_ms", "mean_ttft_ms"]
+    pooled = Scenario.from_dict(DENSE | {"cluster": {"pools": [
+        {"role": "prefill"}, {"role": "decode", "device": "h200"}]}})
+    assert load_device("h200").power is None
+    assert metrics.default_metrics([pooled], lanes)[-1] == "request_goodput"
+    assert metrics.missing("energy_j", pooled, lanes) == "the power of the device is not known"
+    assert not metrics.missing("transfers.mean_ms", pooled, lanes) and metrics.missing("swaps.total", pooled, lanes)
+
+
+def test_direct_moves_what_total_moves(dense):
+    """One resolver: calibrated values, written-out devices, constants of a kernel; whole numbers and choices do not."""
+    for name in ("cost.overrides.gemm_efficiency", "device.numbers.efficiency.gemm.bf16.efficiency"):
+        moved = costs.changed(dense, name, 0.9)
+        assert fields.field_of(moved, name).value == pytest.approx(0.9 * fields.field_of(dense, name).value, rel=1e-6)
+    for name in ("engine.max_num_seqs", "engine.preset", "workload.think_s", "cost.overrides.gemm_eficiency"):
+        assert costs.changed(dense, name, 0.9) is None
+
+
 def test_metrics_by_kind():
     """Whatever few requests decide takes the larger step."""
     assert [metrics.kind(name) for name in ("mean_ttft_ms", "output_throughput", "energy_j", "kv.mean_share")] == [
         "mean"] * 4
     assert [metrics.kind(name) for name in ("p99_ttft_ms", "median_tpot_ms", "slo.attainment", "request_goodput",
-                                            "queueing.p90_ms", "queueing.max_ms", "preemptions.total")] == [
-        "percentile"] * 7
+                                            "queueing.p90_ms", "queueing.max_ms", "preemptions.total",
+                                            "utilisation.num_iterations", "completed", "sessions.failed")] == [
+        "percentile"] * 10
     assert metrics.steps_of(0.05) == {"mean": 0.05, "percentile": 0.05}
     assert metrics.steps_of({"mean": 0.01}) == {"mean": 0.01, "percentile": 0.1}
 
@@ -196,6 +223,7 @@ def test_metrics_by_kind():
 @pytest.mark.parametrize("arguments, message", [
     (dict(num_seeds=1), "num_seeds = 1: leaves nothing to make an interval from; give 8 or more"),
     (dict(steps=0.9), "steps = 0.9: is not a share from 0.0001 to 0.5"),
+    (dict(steps="0.1"), "steps = '0.1': is no number, and no table of numbers by kind of metric"),
     (dict(steps={"rate": 0.1}), "steps = 'rate': is no kind of metric; kinds are mean and percentile"),
     (dict(wrt=[]), "wrt = []: names nothing"),
     (dict(of=[]), "of = []: names nothing"),
@@ -209,7 +237,9 @@ def test_options_are_checked(arguments, message):
 
 def test_what_is_no_scenario_is_refused():
     with pytest.raises(InputError, match="is not a Scenario, a list of them, or a Study"):
-        jaxsim.sensitivity("default")
+        jaxsim.sensitivity({"schema_version": 1})
+    with pytest.raises(InputError, match="no such file, and no scenario of that name; did you mean 'default'"):
+        jaxsim.sensitivity("defalt")
 
 
 def test_the_package_can_be_called():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -136,7 +137,7 @@ def test_derivatives_at_a_fixed_schedule_stand_beside(found, monkeypatch):
     seen = []
     monkeypatch.setattr(total, "_row", lambda *a: seen.append(a[-1]) or row(*a))
     monkeypatch.setattr(total, "_direct", lambda scenarios, fields, metrics, progress: (
-        {(0, "mean_e2el_ms", FIELDS[1]): 1.0}, ""))
+        {(0, "mean_e2el_ms", FIELDS[1]): 1.0}, {}))
 
     class Found:
         frame = pd.DataFrame({"seed": [0, 1]})
@@ -149,6 +150,54 @@ def test_derivatives_at_a_fixed_schedule_stand_beside(found, monkeypatch):
     made = jaxsim.sensitivity(q.scenario(), FIELDS, ["mean_e2el_ms", "p99_e2el_ms"])
     assert seen == [None, 1.0, None, None]
     assert [r.feedback for r in made.rows] == [None, -1.0, None, None]
+
+
+def test_nothing_sure_is_printed_and_drawn(found, tmp_path, capsys):
+    """Cells that may be of either sign; then none with a value, which only the map refuses."""
+    made, _ = found
+    noisy = total.dataclasses.replace(made, rows=tuple(
+        r if r.total is None else total.dataclasses.replace(r, total_low=-9.0, total_high=9.0) for r in made.rows))
+    assert not any(r.is_sure for r in noisy.rows)
+    print_table(noisy)
+    text = capsys.readouterr().out
+    counts = re.findall(r"(\d) of \d", text)
+    assert set(counts) == {"0"} and len(counts) > 4 and "noisy:" not in text
+    heat_map(noisy, out=tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 5000
+    empty = total.dataclasses.replace(made, rows=tuple(total.dataclasses.replace(
+        r, total=None, total_low=None, total_high=None) for r in made.rows))
+    with pytest.raises(jaxsim.InputError, match="have no derivative at any point"):
+        heat_map(empty, out=tmp_path / "none.png")
+
+
+def test_columns_of_a_study_are_of_sure_cells(found, capsys):
+    """Noise at one point is no size."""
+    made, _ = found
+    metric, field = "mean_e2el_ms", FIELDS[1]
+    loud = tuple(total.dataclasses.replace(r, total=77.0, total_low=-99.0, total_high=253.0)
+                 if (r.metric, r.field, r.point) == (metric, field, 0) else r for r in made.rows)
+    print_table(total.dataclasses.replace(made, rows=loud, metrics=(metric,)))
+    text = capsys.readouterr().out
+    assert "5 of 6" in text and "77" not in text
+
+
+def test_reasons_are_text():
+    """As JSON has them."""
+    staged = q.scenario(num_requests=20).with_values({"engine.pipeline_parallel_size": 2})
+    field = total.Field("cost.prefill.b", q.TOKEN_S, False)
+    at_fixed, without = total._direct([staged], [field], ["mean_e2el_ms"], lambda *_, **__: None)
+    assert at_fixed == {} and json.loads(json.dumps(without[0])).startswith("engine.pipeline_parallel_size = 'given'")
+
+
+def test_a_metric_without_a_value_leaves_the_others():
+    """What is asked for and turns out to be nowhere is said; where all are, it is refused."""
+    class Found:
+        def values(self, metric):
+            return np.full((2, 3), np.nan if metric == "a" else 1.0)
+
+    assert total._with_values(Found(), [0, 1], ["a", "b"]) == (["b"], ["left out: a has no value in any of the runs"])
+    with pytest.raises(jaxsim.InputError, match="have no value in any of the runs"):
+        total._with_values(Found(), [0, 1], ["a"])
 
 
 # ---- the estimator by itself
@@ -184,6 +233,27 @@ def test_kinks_are_told_from_noise():
 
 # ---- slow: tight bounds
 
+
+@pytest.mark.slow
+def test_total_and_direct_of_a_real_cost():
+    """An override, a number of the device, one kernel's efficiency and the front end; beside it a scenario whose tape
+    does not tell. With nobody waiting both derivatives are the same."""
+    base = {"schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+            "engine": {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 2048},
+            "workload": {"kind": "poisson", "rate_rps": 0.05, "num_requests": 24, "input": 300, "output": 24}}
+    able = jaxsim.Scenario.from_dict(base)
+    unable = jaxsim.Scenario.from_dict(base | {"engine": base["engine"] | {"pipeline_parallel_size": 2}})
+    fields = ["cost.overrides.memory_bytes_per_s", "device.numbers.bf16_flops",
+              "device.numbers.efficiency.gemm.bf16.read_efficiency", "cost.front_end_s"]
+    made = jaxsim.sensitivity([able, unable], fields, ["mean_e2el_ms"])
+    own = {r.field: r for r in made.rows if r.point == 0}
+    assert sum(abs(r.total) > 0.02 for r in own.values()) >= 3
+    for r in own.values():
+        assert r.direct == pytest.approx(r.total, abs=0.01), r
+    assert all(r.direct is None for r in made.rows if r.point == 1)
+    assert made.direct_note == ""
+    (note,) = made.notes
+    assert note.startswith("no direct at point 1: engine.pipeline_parallel_size")
 
 @pytest.mark.slow
 def test_loads_by_theory_within_a_few_per_cent():
