@@ -132,6 +132,9 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
                       f"{sum(row['iterations']):,}", f"{sum(row['steps']):,}", f"{row['us_per_iteration']:.2f}",
                       f"{row['compile_s']:.1f}")
     console.print(table)
+    for row in report["results"]:
+        if row.get("faults"):
+            console.print(f"{row['name']}: a bound stopped {row['faults']} of {row['lanes']} scenarios early")
     machine = report["machine"]
     before, after = (load and f"{load[0]:.1f}" for load in machine["load_average"].values())
     console.print(f"{machine['cpu']}, JAX {machine['jax']}, Python {machine['python']}, load {before or '-'} before,"

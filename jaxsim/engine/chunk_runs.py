@@ -7,8 +7,10 @@ next one there, as long as it comes before the next arrival, the next chunk has 
 as many steps would do, in the same order: iterations, times, integrals and blocks are the same to the last bit. Which
 requests wait does not matter, so arrivals only end a run so that each meets the state of its own time.
 
-Chunks beside decodes, and chunks of a pipeline, whose batches overlap, are a step each; so are all with a tape, which
-has a row for each, and all on other backends than CPU, where a loop inside a step waits for the host.
+Chunks beside decodes, and chunks of a pipeline, whose batches overlap, are a step each; so are all where prompts may be
+partly computed side by side, as these are ranked anew for each; where answers bring requests about (sessions, closed
+loops) in which several instances meet; with a tape, which has a row for each, and with control ticks; and on other
+backends than CPU, where a loop inside a step waits for the host.
 """
 
 from dataclasses import replace

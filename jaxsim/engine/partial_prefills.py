@@ -1,8 +1,9 @@
 """Prompts that are partly computed side by side, and the line of those that wait.
 
 A rank has a small table of partly computed prompts (`Dims.num_partial`); `Rank.forming_*` is the view of the one that a
-step works on, and between passes that of any, so the rest of the engine goes on knowing a single one. Every step of a
-pass looks at one prompt: the first by the order (`jaxsim.policy.partial_prefills`) of those partly computed that have
+step works on, and between passes that of the first there is, so the rest of the engine goes on knowing a single one;
+`forming_chunk` is that of the last chunk, of whomever, from which the next one's is guessed. Every step of a pass looks
+at one prompt: the first by the order (`jaxsim.policy.partial_prefills`) of those partly computed that have
 had no turn in this pass, and of those that wait. What does not fit:
 
 * A partly computed prompt for which there is no time or no token left goes without a chunk in this batch.
@@ -12,6 +13,8 @@ had no turn in this pass, and of those that wait. What does not fit:
 Relative slack changes with time, and from prompt to prompt at another pace. So every step asks anew, of a line of
 static size (`Dims.line_window`): O(line + table) a step, and a fault where more wait. While somebody waits who could
 have a place, iterations are steps. All blocks of a request are taken as it begins, so that nobody is preempted.
+The linked queue of a rank only counts who waits. Nobody is at its front, so routers and controllers that ask what the
+first of a queue needs (`jaxsim.engine.loads`) are refused.
 """
 
 from dataclasses import replace
@@ -77,9 +80,13 @@ def due_of(rule: PartialPrefills, arrival: Float[Array, "*shape 3"], base: Int[A
 
 
 def parts_left(context: Context, due: Float[Array, "*shape 3"], now: Time) -> Int[Array, "*shape"]:
-    """Until deadlines, rounded to float32 and then to parts."""
+    """Until deadlines, to the nearest part, from between two to the later one."""
     until = clock.add(relative_to(context.world.epoch, tuple(jnp.moveaxis(due, -1, 0))), Time(-now.hi, -now.lo))
-    return jnp.clip(jnp.round(until.hi * PARTS), -MOST_PARTS, MOST_PARTS).astype(jnp.int32)
+    # What is behind the point, and the rest of the time, are few bits: their sum is exact.
+    parts = jnp.clip(until.hi * PARTS, -2.0 * MOST_PARTS, 2.0 * MOST_PARTS - 256.0)
+    whole = jnp.floor(parts)
+    fine = jnp.floor((parts - whole) + until.lo * PARTS + 0.5)
+    return jnp.clip(whole.astype(jnp.int32) + fine.astype(jnp.int32), -MOST_PARTS, MOST_PARTS)
 
 
 def stacked(partial: PartialPrompts) -> PartialPrompts:
@@ -180,8 +187,11 @@ def settle(context: Context, chosen: Chosen, is_open: Bool[Array, ""], counts: C
         jnp.where(is_row, rank.forming_computed, rows.computed), jnp.where(is_row, rank.forming_known, rows.known),
         jnp.where(is_row, 1, rows.had_turn), jnp.where(has_long, 1, rows.had_long))
     is_begun = rows.slot != null
-    rank = replace(rank, partial=unstacked(rows), forming_slot=jnp.where(
-        jnp.any(is_begun), take(rows.slot, jnp.argmax(is_begun)), null))
+    first = jnp.argmax(is_begun)
+    rank = replace(rank, partial=unstacked(rows),
+                   forming_slot=jnp.where(jnp.any(is_begun), take(rows.slot, first), null),
+                   forming_request=take(rows.request, first), forming_computed=take(rows.computed, first),
+                   forming_known=take(rows.known, first))
     counts = mark(replace(counts, rank=rank), closes, w.CLOSED)
     others = chosen.others.partial + jnp.where(has(counts, w.CLOSED), 0, chosen.others.waiting)
     are_left = others[0] + jnp.where(rows.had_long == 0, others[1], 0) > 0

@@ -276,9 +276,13 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
             rank = replace(rank, held_blocks=rank.held_blocks - entering * own_blocks)
     if turn is not None:
         is_from_queue = is_admitted & ~turn.is_here
+    queue = queues.pop_front(rank.queue, following, is_from_queue)
+    if rules.partial is not None:
+        # Who waits is in line (`partial_prefills`), and leaves from anywhere: here only their number is kept.
+        queue = rank.queue._replace(length=rank.queue.length - is_from_queue)
     rank = replace(
-        rank, queue=queues.pop_front(rank.queue, following, is_from_queue), running=rank.running + is_in,
-        used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
+        rank, queue=queue, running=rank.running + is_in, used_blocks=used,
+        peak_blocks=jnp.maximum(rank.peak_blocks, used), next_stamp=rank.next_stamp + is_placed)
     if found is not None:
         rank = admit(rank, found, is_admitted)
     if batch.loading is not None:

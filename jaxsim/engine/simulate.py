@@ -206,9 +206,14 @@ def prepare(index: int, scenario: Scenario, record_steps: bool, given: Workload 
         lower.check_sums(dims, system, workload)
     cost = jax.device_get(lower.make_cost(scenario, system, dims.num_slots, longest))
     lower.check_target(scenario, cost)
+    if record_steps:
+        dims = dataclasses.replace(dims, num_records=dims.num_records + lower.chunk_records(
+            scenario, system, cost, workloads))
+    # Of all seeds but for their bound.
+    params = lower.make_params(scenario, system, cost, 0, workloads[0], longest)
     return [Lane(index, system, workload, dims,
                   lower.with_failures(lower.with_counters(
-                      lower.make_params(scenario, system, cost, most_steps(scenario, dims, workload), workload),
+                      dataclasses.replace(params, max_steps=np.int32(most_steps(scenario, dims, workload))),
                       scenario, system, workload, dims), scenario, dims, seed),
                   longest,
                   prefix, lower.front_end_s(scenario, system), lower.make_patience(scenario, system, workload),

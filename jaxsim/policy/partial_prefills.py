@@ -14,10 +14,10 @@ PARTS = 1 << 16
 """Of a second, in which work and slack are counted."""
 
 MOST_PARTS = 1 << 30
-"""Slack beyond this, four and a half hours, counts as so much."""
+"""Time until a deadline beyond this, four and a half hours, counts as so much."""
 
 WORK_STEPS = 1 << 12
-"""Of the table of works; equal numbers of tokens, a power of two."""
+"""Of the table of works, at most; each is of as many tokens, the least power of two with which they do."""
 
 
 class PartialPrefills(eqx.Module):

@@ -212,9 +212,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         max_long_partial_prefills: long ones among them, 1 if left out.
         long_prompt_tokens: prompts of more are long, of which one has a chunk in an iteration; 32768 if left out.
         most_relative_slack: under scheduling_policy = "lars" the chunk of a long prompt fills an iteration but for its
-            relative slack, of which so much counts at most; 0.4 if left out.
-        deadline_work_factor: of the time of its prefill alone, by which a request is due later than its deadline_ms or
-            ttft_ms says; with it these may be left out.
+            relative slack, of which so much counts at most; 0.4 if left out. The others do not read it.
+        deadline_work_factor: of the time of its prefill alone, by which a request is due later than its ttft_ms or
+            deadline_ms says; with it these may be left out.
         prefill_window: requests that wait at once there, of which the run keeps track (256 if left out); beyond, it
             stops with a fault.
         kv_parallel_size: groups of tensor x pipeline parallel devices that share the KV of long contexts.

@@ -223,7 +223,8 @@ class TenantSection(Section, frozen=True):
         tpot_ms: its limit of the time per output token, instead of slo.tpot_ms.
         deadline_ms: its limit from arrival to last token, instead of slo.e2e_ms. Under engine.scheduling_policy = "edf"
             and "least_slack" a request is due at its arrival and the first given of deadline_ms, ttft_ms, slo.e2e_ms,
-            slo.ttft_ms.
+            slo.ttft_ms. With several partly computed prompts ("edf", "lrs", "lars") it is the first given of ttft_ms,
+            slo.ttft_ms, deadline_ms, slo.e2e_ms, and what engine.deadline_work_factor adds.
     """
 
     name: Text

@@ -157,7 +157,9 @@ def _beside_workload(scenario: Scenario) -> tuple:
     if policy == "sjf":
         return (policy, *more)
     if policy in ("edf", "least_slack", "lrs", "lars"):
-        return (policy, scenario.slo, scenario.engine.deadline_work_factor is None, *more)
+        engine = scenario.engine
+        return (policy, scenario.slo, engine.deadline_work_factor is None, (engine.max_num_partial_prefills or 1) > 1,
+                *more)
     return more
 
 
@@ -337,7 +339,7 @@ class Lanes:
         w = scenario.workload
         closed = (w.concurrency, w.think_s) if w.kind == "closed-loop" else None
         key = *key, _bytes(scenario.cluster, closed, w.has_sessions, w.client, w.has_deadlines, w.images)
-        params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0))
+        params = self._params.get(key, lambda: lower.make_params(scenario, system, cost, 0, longest=longest))
         front_end_s = lower.front_end_s(scenario, system)
         if dims.num_tenants:
             many = [lower.with_counters(params, scenario, system, workload, dims) for workload in workloads]

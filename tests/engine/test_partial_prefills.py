@@ -1,7 +1,10 @@
 """Prompts partly computed side by side, by deadlines, slack and relative slack, against the reference, bit for bit."""
 
+import re
+import tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +14,8 @@ from jaxsim import Environment, InputError, Scenario, simulate
 from jaxsim.analytic import long_context as lc
 from jaxsim.cost.fitted import fitted
 from jaxsim.engine import loop, lower
-from jaxsim.engine.lower.partial_prefills import prefill_seconds
+from jaxsim.engine.lower import workloads
+from jaxsim.engine.lower.alone import most_chunks, prefill_seconds
 from jaxsim.policy.chunks import Chunks
 from jaxsim.policy.kv_parallel import KvParallel
 from jaxsim.policy.partial_prefills import ORDERS, PARTS, WORK_STEPS, PartialPrefills
@@ -183,11 +187,16 @@ def dims_of(executors: int = 1, window: int = WINDOW, **sizes):
 
 
 def test_engine_equals_reference():
-    """All orders in one batch, two instances, short of blocks, time and rows."""
+    """All orders and routers in one batch, two instances, short of blocks, time and rows."""
     seen = Counter()
     for seed in c.seeds(1, of=12):
-        seen += compare(seed + 1, FLAGS, dims_of(2), "round_robin")
+        seen += compare(seed + 1, FLAGS, dims_of(2), "mixed")
     check(seen)
+
+
+@pytest.mark.slow
+def test_three_instances_to_choose_from():
+    check(compare(3, FLAGS, dims_of(3), "mixed"), but="no_row")
 
 
 def check(seen: Counter, but: str = "") -> None:
@@ -266,10 +275,11 @@ def test_relative_slack_of_the_published_example():
 
 
 def test_keys_of_every_order():
-    """Request, time left, slack, relative slack; negative floats in their own order."""
-    request, left, work = np.array([[0, 1, 2], [50, 30, -90], [10, 1, 100]], np.int32)
+    """Request, time left, slack, relative slack: of these four prompts each has an order of its own; negative floats in
+    theirs."""
+    request, left, work = np.array([[0, 1, 2, 3], [50, 30, 40, -10], [10, 1, 100, 20]], np.int32)
     slack = left - work
-    for order, want in enumerate(([0, 1, 2], [2, 1, 0], [2, 1, 0], [2, 0, 1])):
+    for order, want in enumerate(([0, 1, 2, 3], [3, 1, 2, 0], [2, 3, 1, 0], [3, 2, 0, 1])):
         keys = rules_of(order=np.int32(order)).key(request, left, slack, work)
         assert np.argsort(np.asarray(keys)).tolist() == want, ORDERS[order]
 
@@ -284,16 +294,29 @@ def test_prefill_seconds_are_those_of_the_closed_form(stages):
     """Of chunks as long as 20 ms allow; in two stages of half of it each, a chunk holds up the next for that."""
     cost, longest, bits = lc.LongContext(2.0**-9, 2.0**-18, 2.0**-30, 0.0, 0.0), 60_000, 4
     row = (float(cost.fixed_s), float(cost.token_s), 0.0, 0.0, float(cost.pair_s) / 2)
-    chunks = lc.adaptive_chunks(longest, cost, 0.02, least=8, most=4096)
+    # Of a longer one, whose last chunk is further on.
+    chunks = lc.adaptive_chunks(2 * longest, cost, 0.02, least=8, most=4096)
     seconds = np.asarray(cost.chunk_seconds(chunks))
     want = np.cumsum(seconds) / stages + seconds * (1 - 1 / stages)
     got = prefill_seconds(fitted(row, row), stages, Chunks(np.float32(0.02), np.int32(8)), None, 4096, longest, bits)
     tokens = np.arange(WORK_STEPS + 1) << bits
     inside = (tokens > chunks[0]) & (tokens <= longest)
-    np.testing.assert_allclose(got[inside], np.interp(tokens[inside], np.cumsum(chunks), want), rtol=2e-3)
+    np.testing.assert_allclose(got[inside], np.interp(tokens[inside], np.cumsum(chunks), want), rtol=2e-4)
+    nearer = prefill_seconds(fitted(row, row), stages, Chunks(np.float32(0.02), np.int32(8)), None, 4096, 20_001, bits)
+    np.testing.assert_array_equal(nearer[:20_001 // 16 + 2], got[:20_001 // 16 + 2])
     alone = tokens[(tokens > 0) & (tokens <= chunks[0])].astype(float)
     np.testing.assert_allclose(got[1:len(alone) + 1], row[0] + row[1] * alone + row[4] * alone**2, rtol=1e-5)
     assert len(chunks) > 10 and got[0] == pytest.approx(row[0] + row[1] + row[4], rel=1e-5)
+
+
+def test_chunks_are_counted_before_the_run():
+    """No fewer than there are, nor many more; of a prompt of one chunk, too."""
+    cost, rules = lc.LongContext(2.0**-9, 2.0**-18, 2.0**-30, 0.0, 0.0), Chunks(np.float32(0.02), np.int32(8))
+    row = (float(cost.fixed_s), float(cost.token_s), 0.0, 0.0, float(cost.pair_s) / 2)
+    prompts = np.array([10, 60_000, 300_000])
+    want = sum(len(lc.adaptive_chunks(int(n), cost, 0.02, least=8, most=4096)) for n in prompts)
+    got = most_chunks(fitted(row, row), rules, None, 4096, prompts)
+    assert want > 300 and want <= got <= 1.1 * want + 10
 
 
 # ---- scenarios
@@ -323,11 +346,12 @@ def test_short_prompts_pass_long_ones():
     by relative slack their median is less than that of any, and P99 a tenth of the convoy's."""
     orders = ("fcfs", "edf", "lrs", "lars")
     lanes = [simulate(scenario({"scheduling_policy": order})).lanes[0][0] for order in orders]
-    p99 = {}
+    p50, p99 = {}, {}
     for order, lane in zip(orders, lanes, strict=True):
         assert lane.fault == "" and np.isfinite(lane.finish_s).all()
-        is_short = lane.input_tokens <= 200
-        p99[order] = np.quantile((lane.first_token_s - lane.arrival_s)[is_short], 0.99)
+        waits = (lane.first_token_s - lane.arrival_s)[lane.input_tokens <= 200]
+        p50[order], p99[order] = np.quantile(waits, [0.5, 0.99])
+    assert p50["lars"] < min(p50[order] for order in orders[:-1]), p50
     assert p99["lars"] < 0.1 * p99["fcfs"] and p99["lars"] < min(p99["edf"], p99["lrs"]), p99
 
 
@@ -344,7 +368,8 @@ def test_short_prompts_pass_long_ones():
     ({}, ("reserve",), {}, "engine.reserve", "nobody is preempted"),
     ({"async_scheduling": True}, (), {}, "engine.async_scheduling", "is not simulated with"),
     ({"max_long_partial_prefills": 4}, (), {}, "engine.max_long_partial_prefills", "more than"),
-    ({"scheduling_policy": "lrs", "most_relative_slack": 0.3}, (), {}, "engine.most_relative_slack", "no effect"),
+    *(({}, (), {"cluster": {"replicas": 2, "router": name}}, "cluster.router", "nobody is the first")
+      for name in ("llumnix_load", "remaining_steps")),
     ({"enable_prefix_caching": True}, (), {}, "engine.enable_prefix_caching", "not as set here"),
     ({}, (), {"workload": {"kind": "closed-loop", "concurrency": 2, "input": 10, "output": 2}}, "workload.kind",
      "arrivals that are results"),
@@ -358,6 +383,9 @@ def test_short_prompts_pass_long_ones():
         other for other in ("max_num_partial_prefills", "deadline_work_factor", "long_prompt_tokens", "reserve")
         if other != name), {}, f"engine.{name}", "one partly computed prompt at a time")
       for name in ("long_prompt_tokens", "max_long_partial_prefills", "deadline_work_factor")),
+    ({"scheduling_policy": "fcfs", "most_relative_slack": 0.3}, (
+        "max_num_partial_prefills", "deadline_work_factor", "long_prompt_tokens", "reserve"), {},
+     "engine.most_relative_slack", "one partly computed prompt at a time"),
 ])
 def test_refused(engine, without, sections, field, problem):
     with pytest.raises(InputError) as caught:
@@ -367,9 +395,69 @@ def test_refused(engine, without, sections, field, problem):
 
 def test_orders_of_a_study_are_one_program():
     """The order is a number there."""
-    study = Study.from_dict({"schema_version": 1, "scenario": scenario().to_dict(),
+    study = Study.from_dict({"schema_version": 1, "scenario": scenario({"most_relative_slack": 0.3}).to_dict(),
                              "axes": {"engine.scheduling_policy": list(ORDERS)}})
     assert plan(study, Lanes()).num_programs == 1
+
+
+def test_limits_of_the_first_token_come_first():
+    """Side by side; else, under the order of deadlines, that of the last token does."""
+    slo = {"ttft_ms": 200.0, "e2e_ms": 9000.0}
+    workload = BASE["workload"] | {"tenants": [
+        {"name": "plain"}, {"name": "late", "deadline_ms": 5000.0}, {"name": "soon", "ttft_ms": 50.0}]}
+    one = scenario(slo=slo, workload=workload)
+    names = ("plain", "late", "soon")
+    assert workloads.limits_of(one, names) == [200.0, 200.0, 50.0]
+    assert workloads.limits_of(scenario(slo={"e2e_ms": 9000.0}, workload=workload), names) == [9000.0, 5000.0, 50.0]
+    without = ("max_num_partial_prefills", "deadline_work_factor", "reserve", "long_prompt_tokens")
+    alone = scenario({"scheduling_policy": "edf", "victim": "last_admitted"}, without, slo=slo, workload=workload)
+    assert workloads.limits_of(alone, names) == [9000.0, 5000.0, 50.0]
+
+
+def test_a_router_of_a_class_is_refused_too():
+    """That reads loads."""
+    made = scenario(cluster={"replicas": 2, "router": "jaxsim.policy.routing.LlumnixLoad"}).checked()
+    with pytest.raises(InputError, match="nobody is the first"):
+        lower.resolve_system(made)
+
+
+def of_the_page() -> dict:
+    """The example of the documentation, with what it leaves out."""
+    page = (Path(__file__).parents[2] / "docs" / "long-context.md").read_text()
+    block = next(part for part in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "max_num_partial" in part)
+    tree = tomllib.loads(block)
+    own = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 40_000, "num_gpu_blocks_override": 4096}
+    return BASE | tree | {"engine": tree["engine"] | own}
+
+
+def test_the_documented_example_is_accepted():
+    """In every order, one program for all."""
+    study = Study.from_dict({"schema_version": 1, "scenario": of_the_page(),
+                             "axes": {"engine.scheduling_policy": list(ORDERS)}})
+    assert plan(study, Lanes()).num_programs == 1
+
+
+@pytest.mark.slow
+def test_the_documented_example_runs():
+    lane = simulate(Scenario.from_dict(of_the_page())).lanes[0][0]
+    assert lane.fault == "" and np.isfinite(lane.finish_s).all()
+
+
+@pytest.mark.slow
+def test_a_tape_has_room_for_every_chunk():
+    """Of prompts one at a time and side by side; of more than it could keep it says which number is to blame."""
+    few = {"kind": "poisson", "rate_rps": 1.0, "num_requests": 8, "input": 8000, "output": 2}
+    for without in ((), ("max_num_partial_prefills", "deadline_work_factor", "long_prompt_tokens", "reserve",
+                         "scheduling_policy")):
+        lane = simulate(scenario({"target_batch_time_ms": 12.0}, without, workload=few), record_steps=True).lanes[0][0]
+        assert lane.fault == "" and lane.lost_steps == 0
+        # More than eight a request, a thousand, and those of chunks as long as tokens alone allow.
+        assert len(lane.steps["iterations"]) > 8 * 8 + 1000 + 8 * (8000 // 512)
+    with pytest.raises(InputError, match="target_batch_time_ms.*cuts the prompts into"):
+        simulate(scenario({"target_batch_time_ms": 11.0, "max_model_len": 16_000_000,
+                           "num_gpu_blocks_override": 1_000_000}, workload={
+            "kind": "poisson", "rate_rps": 1.0, "num_requests": 8, "input": 10_000_000, "output": 2}),
+            record_steps=True)
 
 
 def test_no_environment():

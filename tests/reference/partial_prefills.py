@@ -6,6 +6,7 @@ Source: Medha, arXiv 2409.17264; who fits where is said in `compose`.
 
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from math import floor
 
 import numpy as np
 
@@ -59,11 +60,11 @@ class SideBySide:
         return job.request.prompt > self.long_tokens
 
     def left(self, job: Job, now: int) -> int:
-        """Parts until it is due; now: ticks of 2^-30 s."""
+        """Parts until it is due, the nearest number; now: ticks of 2^-30 s."""
         more = np.rint(np.float32(self.factor) * np.float32(self.work(job.request.prompt)))
         limit = round(Fraction(job.request.limit_s) / PART) + int(more)
-        seconds = np.float32(float(Fraction(job.arrival - now, 1 << 30) + limit * PART))
-        return int(np.clip(np.rint(np.float32(seconds * np.float32(1 << 16))), -MOST, MOST))
+        until = Fraction(job.arrival - now, 1 << 30) / PART + limit
+        return min(max(floor(until + Fraction(1, 2)), -MOST), MOST)
 
     def slack(self, job: Job, now: int) -> int:
         done = self.work(job.scheduled_tokens) if job.scheduled_tokens else 0

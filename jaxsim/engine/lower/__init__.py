@@ -26,7 +26,7 @@ from jaxsim.engine.lower.links import (
     transfer_rates,
     ways_of,
 )
-from jaxsim.engine.lower.long_contexts import check_sums, check_target
+from jaxsim.engine.lower.long_contexts import check_sums, check_target, chunk_records
 from jaxsim.engine.lower.policies import (
     make_offload,
     make_params,
@@ -62,7 +62,8 @@ from jaxsim.engine.lower.workloads import (
 __all__ = [
     "MAX_ARRIVAL_S", "MAX_STEPS_A_TOKEN", "WATCHED_S", "Pool", "Prefixes", "System", "check_contexts", "check_counters",
     "check_outages",
-    "check_requests", "check_routing", "check_sums", "check_target", "check_transfers", "counter_room", "flights_of",
+    "check_requests", "check_routing", "check_sums", "check_target", "check_transfers", "chunk_records", "counter_room",
+    "flights_of",
     "front_end_s", "hybrid_facts", "is_max_min", "is_split", "kinds_of_pools", "make_cost", "make_offload",
     "make_params", "make_patience", "make_remote_store", "make_requests", "make_reuse", "make_slack", "make_swap",
     "make_workload", "migration_rates", "moves_of", "num_rows", "num_shared_links", "offload_blocks", "ordered",

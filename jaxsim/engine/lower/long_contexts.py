@@ -6,6 +6,7 @@ from jaxsim._core.errors import InputError
 from jaxsim.cost.base import AbstractIterationCost, BatchStats
 from jaxsim.cost.collectives import over
 from jaxsim.cost.context_parallel import LSE_BYTES, merged_numbers
+from jaxsim.engine.lower.alone import most_chunks
 from jaxsim.engine.lower.systems import System
 from jaxsim.policy.chunks import Chunks
 from jaxsim.policy.kv_parallel import KvParallel
@@ -60,6 +61,34 @@ def check_target(scenario: Scenario, cost: AbstractIterationCost) -> None:
                          f"is less than the {alone_ms:.4g} ms of an iteration of {least} prompt token"
                          f"{'s' * (least > 1)} and nothing else, so every chunk would be of the least size",
                          f"give more than {alone_ms:.4g} ms" + ", or lower engine.min_chunk_tokens" * (least > 1))
+
+
+MOST_CHUNK_RECORDS = 1 << 21
+"""Rows of the tape for chunks that keep to a time: some 150 MB."""
+
+BESIDE = 2
+"""Rows of the tape for each chunk of a prompt that is alone. Beside decodes, and by relative slack, chunks are shorter;
+a tape that was too short says what it lost."""
+
+
+def chunk_records(scenario: Scenario, system: System, cost: AbstractIterationCost, workloads: list[Workload]) -> int:
+    """Rows of the tape for chunks that keep to a time; none where only tokens count. Raises `InputError` for more than
+    a tape keeps."""
+    chunks, budget = make_chunks(scenario), system.scheduler.max_num_batched_tokens
+    if chunks is None:
+        return 0
+    groups, least, rows = make_kv_parallel(scenario, system), int(chunks.least), 0
+    for workload in workloads:
+        alone = most_chunks(cost, chunks, groups, budget, workload.input_tokens)
+        if alone > MOST_CHUNK_RECORDS:
+            raise InputError("engine.target_batch_time_ms", scenario.engine.target_batch_time_ms,
+                             f"cuts the prompts into some {alone:,} chunks, of which a tape of iterations keeps"
+                             f" {MOST_CHUNK_RECORDS:,}",
+                             "raise it or engine.min_chunk_tokens, or do not record iterations")
+        # No chunk is shorter but the last of a prompt and one that fills an iteration.
+        rows = max(rows, min(BESIDE * alone, int((-(-workload.input_tokens.astype(np.int64) // least)).sum())
+                             + len(workload)))
+    return min(rows, MOST_CHUNK_RECORDS)
 
 
 def check_sums(dims: Dims, system: System, workload: Workload) -> None:

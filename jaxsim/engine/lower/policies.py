@@ -52,10 +52,10 @@ from jaxsim.workload.workload import Workload
 
 
 def make_params(scenario: Scenario, system: System, cost: AbstractIterationCost | tuple[AbstractIterationCost, ...],
-                max_steps: int, workload: Workload | None = None) -> Params:
+                max_steps: int, workload: Workload | None = None, longest: int | None = None) -> Params:
     """Policies and numbers as the loop takes them; cost: of `make_cost`; workload: instead of the one that the scenario
-    describes."""
-    groups, group_of = (Group(make_batching(scenario, system, None if system.pools else cost), cost),), None
+    describes; longest: tokens of a request there is, where that is known."""
+    groups, group_of = (Group(make_batching(scenario, system, None if system.pools else cost, longest), cost),), None
     has_encoder = scenario.workload.images is not None and not system.has_parts
     if system.pools:
         kinds = kinds_of_pools(system)
@@ -129,8 +129,9 @@ def make_patience(scenario: Scenario, system: System, workload: Workload) -> Int
     return patience(*waits)
 
 
-def make_batching(scenario: Scenario, system: System, cost: AbstractIterationCost | None = None) -> Batching:
-    """Flags and numbers of the scheduler of an instance; cost: for what goes by it."""
+def make_batching(scenario: Scenario, system: System, cost: AbstractIterationCost | None = None,
+                  longest: int | None = None) -> Batching:
+    """Flags and numbers of the scheduler of an instance; cost, longest: for what goes by them."""
     s = system.scheduler
     integer, real = np.int32, np.float32
     batching = Batching(
@@ -149,7 +150,7 @@ def make_batching(scenario: Scenario, system: System, cost: AbstractIterationCos
         prefix_caching=scenario.engine.enable_prefix_caching)
     chunks, shared = make_chunks(scenario), make_kv_parallel(scenario, system)
     batching = dataclasses.replace(batching, chunks=chunks, kv_parallel=shared,
-                                   partial=make_partial(scenario, system, cost, chunks, shared))
+                                   partial=make_partial(scenario, system, cost, chunks, shared, longest))
     if system.swap is not None:
         batching = dataclasses.replace(batching, swap=make_swap(scenario, system))
     if scenario.engine.offload is not None:

@@ -21,6 +21,7 @@ from jaxsim.spec.model import ModelSpec
 from jaxsim.spec.plan import Plan, kv_cache_bytes, plan_of
 from jaxsim.spec.presets import Scheduler, resolve
 from jaxsim.spec.rules.cluster import check_migration, check_role_switching
+from jaxsim.spec.rules.partial_prefills import check_partial_prefills
 from jaxsim.spec.scenario import ClusterSection, Scenario
 
 
@@ -266,6 +267,7 @@ def _check_loads(scenario: Scenario) -> None:
     if name is not None and "." in name and router(name, scenario.cluster.router_weights).reads_loads:
         check_role_switching(scenario, reads_loads=True)
         check_migration(scenario, reads_loads=True)
+        check_partial_prefills(scenario, reads_loads=True)
 
 
 def _check_caches(scenario: Scenario, system: System) -> None:

@@ -1,6 +1,7 @@
 """The requests of a run: drawn or read, in the order that the scheduler goes by, with their images."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -28,7 +29,7 @@ def make_workload(scenario: Scenario, seed: int) -> Workload:
 def ordered(scenario: Scenario, workload: Workload, seed: int) -> Workload:
     """With what the order of the waiting queue goes by: predicted outputs, limits; and with the variant that each is
     for, where instances serve several. Raises `InputError`."""
-    order, prediction, slo = scenario.engine.scheduling_policy, scenario.workload.prediction, scenario.slo
+    order, prediction = scenario.engine.scheduling_policy, scenario.workload.prediction
     if scenario.cluster.variants is not None:
         workload = with_variants(workload, scenario.cluster.variants, seed)
     if prediction is not None:
@@ -38,8 +39,7 @@ def ordered(scenario: Scenario, workload: Workload, seed: int) -> Workload:
                          "give e.g. { sigma = 0.0 } for exact predictions of output lengths")
     if order not in ("edf", "least_slack", "lrs", "lars"):
         return workload
-    own = {t.name: t.deadline_ms or t.ttft_ms for t in scenario.workload.tenants}
-    limits_ms = [own.get(name) or slo.e2e_ms or slo.ttft_ms for name in workload.tenant_names]
+    limits_ms = limits_of(scenario, workload.tenant_names)
     if scenario.engine.deadline_work_factor is not None:
         # Beside what goes with their work.
         limits_ms = [limit or 0.0 for limit in limits_ms]
@@ -52,6 +52,22 @@ def ordered(scenario: Scenario, workload: Workload, seed: int) -> Workload:
         raise InputError("engine.scheduling_policy", order, f"ranks deadlines up to {LATEST_DUE_MS / 1e3:,.0f} s only",
                          "raise the rate, or simulate in parts")
     return dataclasses.replace(workload, limit_s=limit_s)
+
+
+def limits_of(scenario: Scenario, names: Sequence[str]) -> list[float | None]:
+    """Of tenants, in ms from arrival to when a request is due: that of the last token before that of the first one, the
+    tenant's own before that of all. Prompts side by side are ranked by what is left of their prefill, so there it is
+    that of the first token, the tenant's own or that of all, and only without it that of the last."""
+    own, slo = {t.name: t for t in scenario.workload.tenants}, scenario.slo
+
+    def limit(name: str) -> float | None:
+        tenant = own.get(name)
+        first, last = (tenant.ttft_ms, tenant.deadline_ms) if tenant else (None, None)
+        if (scenario.engine.max_num_partial_prefills or 1) > 1:
+            return first or slo.ttft_ms or last or slo.e2e_ms
+        return last or first or slo.e2e_ms or slo.ttft_ms
+
+    return [limit(name) for name in names]
 
 
 def _make_workload(scenario: Scenario, seed: int) -> Workload:

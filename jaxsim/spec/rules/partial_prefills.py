@@ -20,8 +20,8 @@ DEADLINES = ("edf", "lrs", "lars")
 _OWN = ("max_long_partial_prefills", "long_prompt_tokens", "deadline_work_factor", "prefill_window")
 
 
-def check_partial_prefills(s: "Scenario") -> None:
-    """Raises `InputError`."""
+def check_partial_prefills(s: "Scenario", reads_loads: bool = False) -> None:
+    """reads_loads: a router that is no name here does. Raises `InputError`."""
     engine, scheduler = s.engine, scheduler_of(s.engine)
     count, order = scheduler.max_num_partial_prefills, scheduler.order
     if count == 1:
@@ -35,6 +35,10 @@ def check_partial_prefills(s: "Scenario") -> None:
                              f"give {FIELD} of 2 to {MOST}, or use 'edf'")
         return
     _check_engine(s, scheduler)
+    if reads_loads or s.cluster.router in ("llumnix_load", "remaining_steps"):
+        raise InputError("cluster.router", s.cluster.router,
+                         f"goes by what the first of a queue needs, and with {FIELD} nobody is the first",
+                         "use 'least_outstanding' or 'least_kv'")
     _check_deadlines(s, order)
 
 
@@ -55,9 +59,6 @@ def _check_engine(s: "Scenario", scheduler: Scheduler) -> None:
              "set it to false"),
             ("engine.max_long_partial_prefills", engine.max_long_partial_prefills,
              (engine.max_long_partial_prefills or 1) > count, f"is more than {FIELD} = {count}", "lower it"),
-            ("engine.most_relative_slack", engine.most_relative_slack,
-             engine.most_relative_slack is not None and order != "lars",
-             f"has no effect with scheduling_policy = {order!r}", "leave it out, or use 'lars'"),
             ("workload.kind", s.workload.kind, s.workload.kind == "closed-loop" or s.workload.has_sessions,
              f"has arrivals that are results, which is not simulated with {FIELD}", "use an open loop")):
         if is_wrong:
