@@ -151,8 +151,9 @@ class Deployment:
         value, slopes = self.gradient(of, numbers)
         at = self.numbers | (numbers or {})
         if not (math.isfinite(value) and value):
-            raise InputError("of", of, f"is {value:g} here, which has no elasticity",
-                             "lower workload.rate_rps below the capacity, or ask for gradient")
+            remedy = ("raise workload.rate_rps above 0" if not at["load.rate_rps"] > 0 else
+                      "lower workload.rate_rps below the capacity")
+            raise InputError("of", of, f"is {value:g} here, which has no elasticity", f"{remedy}, or ask for gradient")
         # Of tables as a whole; what is without end, or not known, has no percents.
         found = {name: float(jnp.sum(jnp.where(jnp.isfinite(at[name]), slopes[name] * at[name], 0.0))) / value
                  for name in slopes}

@@ -11,11 +11,12 @@ derivative of one). x(z) lies on the surface of the budgets, so that every step 
 is the best of random splits of the budget; the present amounts, scaled to it, are another.
 
 `confirmed` asks the event tier for the same R of a design and of others beside it: every one is simulated at rates
-around the closed form's, with the same requests, and R is where the mean over a run crosses a limit, by interpolation.
-`polished` moves a design to a neighbour as long as simulation says that one is better, beyond its interval.
+around the closed form's, with the same requests, and R is where the mean over a run crosses a limit, by interpolation;
+where none is crossed the rates go on, `WIDER` times at most. `polished` moves a design to a neighbour as long as
+simulation says that one is better, beyond its interval, and looks at where it came to with other seeds.
 
 Approximated: a design has the kernels of the scenario's device, whatever its amounts; costs are linear; memory is KV
-room beside the weights. Costs are the user's.
+room beside the weights, and a design without room for one mean sequence serves nothing. Costs are the user's.
 """
 
 import dataclasses
@@ -55,6 +56,12 @@ LEAST_RPS = 1e-6
 AROUND = np.geomspace(0.7, 1.3, 9)
 """Of the closed form's rate: where a design is simulated."""
 
+WIDER = 3
+"""Times that rates go on beyond these, in either direction, where no limit is crossed between them."""
+
+FEWEST_SEEDS = 2
+"""With which a gain has an interval."""
+
 ROUNDS = 4
 """Moves of a design by simulation, at most."""
 
@@ -67,8 +74,9 @@ Positive = Annotated[float, Meta(gt=0)]
 class Resource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What can be had more of.
 
-    numbers: of a deployment, which it is, or "memory_bytes"; unit: of the amount, in SI; label: of the unit; costs of
-    a unit, by budget; least: units that are always there; start: at first, the scenario's own if left out.
+    numbers: of a deployment, which it is, or "memory_bytes"; the amount is of the first of them, and the others keep
+    their proportion to it; unit: of the amount, in SI; label: of the unit; costs of a unit, by budget; least: units
+    that are always there; start: at first, the scenario's own if left out.
     """
 
     name: str
@@ -122,6 +130,18 @@ class Design(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         names = [r.name for r in found.resources]
         if len(set(names)) < len(names):
             raise InputError("resources", names, "are named twice", "give each another name")
+        taken: dict[str, str] = {}
+        for index, one in enumerate(found.resources):
+            for number in one.numbers:
+                if number in taken:
+                    raise InputError(f"resources[{index}].numbers", number, f"is of resource {taken[number]!r} already",
+                                     "give each number to one resource, once")
+                taken[number] = one.name
+        for budget, spent in found.fixed.items():
+            if budget not in found.budgets:
+                raise InputError("fixed", budget, "is no budget", suggest(budget, found.budgets))
+            if not 0 <= spent < np.inf:
+                raise InputError(f"fixed.{budget}", spent, "is nothing that can be spent", "give 0 or more")
         for index, one in enumerate(found.resources):
             for budget in one.costs:
                 if budget not in found.budgets:
@@ -143,6 +163,12 @@ class Design(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for field in ("ttft_ms", "tpot_ms"):
             if getattr(scenario.slo, field) is None:
                 raise InputError(f"slo.{field}", None, "is missing", "give the limit of its mean, in milliseconds")
+        if scenario.slo.e2e_ms is not None:
+            raise InputError("slo.e2e_ms", scenario.slo.e2e_ms, "is no limit that designs are asked to keep",
+                             "leave it out: limits are of mean TTFT and TPOT")
+        if scenario.workload.tenants:
+            raise InputError("workload.tenants", [t.name for t in scenario.workload.tenants],
+                             "are not told apart by limits of means", "leave them out")
         if not isinstance(scenario.cost, RooflineCost):
             raise InputError("cost.kind", scenario.cost.__struct_config__.tag, "has no peaks", "use 'roofline'")
         return scenario
@@ -156,10 +182,16 @@ def shipped_designs() -> dict[str, Any]:
 
 
 class Space:
-    """The designs of a file: amounts, what they cost, and what they serve in closed form."""
+    """The designs of a file: amounts, what they cost, and what they serve in closed form.
 
-    def __init__(self, design: Design):
+    simulated: whether designs are to be simulated too; what cannot be is then refused at once. Raises `InputError`.
+    """
+
+    def __init__(self, design: Design, *, simulated: bool = True):
         self.design, self.scenario = design, design.made()
+        if simulated and self.scenario.num_seeds < FEWEST_SEEDS:
+            raise InputError("num_seeds", self.scenario.num_seeds, "gives a gain no interval",
+                             f"give at least {FEWEST_SEEDS}, or do not simulate (--no-confirm)")
         self.deployed: Deployment = deployment(self.scenario)
         system = lower.resolve_system(self.scenario)
         known = self.deployed.numbers
@@ -170,15 +202,25 @@ class Space:
                 if name != MEMORY and (name not in known or jnp.ndim(known[name])):
                     raise InputError(f"resources[{index}].numbers", name, "is no number of the scenario in closed form",
                                      suggest(name, (*known, MEMORY)))
+                if simulated and name != MEMORY and not name.startswith("kernels."):
+                    raise InputError(f"resources[{index}].numbers", name, "is not simulated by that name",
+                                     "use numbers of kernels or memory, or do not simulate (--no-confirm)")
+                if name != MEMORY and not 0 < float(known[name]) < np.inf:
+                    raise InputError(f"resources[{index}].numbers", name, f"is {float(known[name]):g} in the scenario,"
+                                     " which nothing is in proportion to", "leave it out")
+            if MEMORY in one.numbers and self.scenario.engine.hybrid is not None:
+                raise InputError(f"resources[{index}].numbers", MEMORY, "also says which weights stay on the host"
+                                 " (engine.hybrid), which closed forms do not follow", "leave one of them out")
             if MEMORY in one.numbers:
                 if system.memory is None or not hasattr(system.memory, "block_bytes"):
                     raise InputError("engine.num_gpu_blocks_override", system.num_blocks, "says the KV room already",
                                      "leave it out, so that memory makes it")
                 m = system.memory
-                self.tokens_per_byte = m.gpu_memory_utilization * m.block_size / m.block_bytes
+                # Of what admissions may use; the engine keeps its watermark of what it has.
+                self.usable = 1 - system.scheduler.watermark
+                self.tokens_per_byte = self.usable * m.gpu_memory_utilization * m.block_size / m.block_bytes
                 self.memory_bytes = float(m.visible_bytes)
-            own = self.memory_bytes if MEMORY in one.numbers else float(known[one.numbers[0]])
-            start.append(one.start or own / one.unit)
+            start.append(one.start or self._own(one.numbers[0]) / one.unit)
         self.start = np.array(start)
         self.least = np.array([one.least for one in design.resources])
         self.names = [one.name for one in design.resources]
@@ -189,19 +231,30 @@ class Space:
             index = int(np.argmax(self.start <= self.least))
             raise InputError(f"resources[{index}].least", self.least[index], f"is not below what there is,"
                              f" {self.start[index]:g}", "lower it")
+        if simulated:
+            # Numbers that a simulation has no name for are told now, not after the search.
+            deployment(self.scenario_of(self.start, 1.0))
+
+    def _own(self, name: str) -> float:
+        return self.memory_bytes if name == MEMORY else float(self.deployed.numbers[name])
+
+    def room_tokens(self, memory_bytes: Array | float) -> Array | float:
+        """KV tokens that admissions may use beside the weights; negative where these do not fit."""
+        return self.deployed.numbers["executor.kv_tokens"] + (memory_bytes - self.memory_bytes) * self.tokens_per_byte
 
     def numbers(self, amounts: Float[Array, " resources"]) -> Numbers:
         """Of the deployment, with these amounts in units."""
         found: Numbers = {}
         for index, one in enumerate(self.design.resources):
+            first = self._own(one.numbers[0])
             for name in one.numbers:
                 if name == MEMORY:
-                    at = self.deployed.numbers["executor.kv_tokens"]
-                    more = (amounts[index] * one.unit - self.memory_bytes) * self.tokens_per_byte
-                    # Beside the weights there is room for one block at least.
-                    found["executor.kv_tokens"] = jnp.maximum(at + more, self.deployed.numbers["executor.block_size"])
+                    room = self.room_tokens(amounts[index] * one.unit * (self.memory_bytes / first))
+                    # So that tables have no sequences of nothing; `log_rate` says what that serves.
+                    found["executor.kv_tokens"] = jnp.maximum(room, self.deployed.numbers["executor.block_size"])
                 else:
-                    found[name] = amounts[index] * one.unit
+                    # The first is the amount, to the last bit.
+                    found[name] = amounts[index] * one.unit * (self._own(name) / first)
         return found
 
     def on_surface(self, z: Float[Array, " resources"]) -> Float[Array, " resources"]:
@@ -214,11 +267,22 @@ class Space:
         return np.log(np.asarray(amounts) - self.least)
 
     def log_rate(self, amounts: Float[Array, " resources"]) -> Float[Array, ""]:
-        """log of the requests/s within both limits."""
+        """log of the requests/s within both limits.
+
+        Without KV room for one mean sequence it is of none, `LEAST_RPS`, and the lower the more is missing, so that
+        memory is what is worth something there.
+        """
         executor, load, _ = self.deployed.system(self.numbers(amounts))
         limits = self.scenario.slo
         rate = highest_rate(executor, load, ttft_s=limits.ttft_ms / 1e3, tpot_s=limits.tpot_ms / 1e3)
-        return jnp.log(jnp.maximum(rate, LEAST_RPS))
+        value, none = jnp.log(jnp.maximum(rate, LEAST_RPS)), jnp.log(LEAST_RPS)
+        for index, one in enumerate(self.design.resources):
+            if MEMORY in one.numbers:
+                share = self.memory_bytes / self._own(one.numbers[0])
+                room = self.room_tokens(amounts[index] * one.unit * share)
+                held = executor.held_tokens(load)
+                value = jnp.where(room < held, none + jnp.minimum(room / held - 1, 0.0), value)
+        return value
 
     @functools.cached_property
     def asked(self) -> Callable[[Array], tuple[Array, Array]]:
@@ -234,13 +298,14 @@ class Space:
         for name, value in self.numbers(np.asarray(amounts, float)).items():
             kind, _, leaf = name.partition(".")
             if name == "executor.kv_tokens":
-                values["engine.num_gpu_blocks_override"] = int(float(value) / float(
+                # The engine takes its watermark off these.
+                values["engine.num_gpu_blocks_override"] = int(float(value) / self.usable / float(
                     self.deployed.numbers["executor.block_size"]))
             elif kind == "kernels":
                 values[f"cost.overrides.{leaf.replace('.', '_')}"] = float(value)
             else:
                 raise InputError("resources", name, "is not simulated by that name",
-                                 "use numbers of kernels, or memory")
+                                 "use numbers of kernels or memory")
         return self.scenario.with_values(values)
 
 
@@ -248,6 +313,7 @@ class Space:
 class Found:
     """A search: amounts of the best design, requests/s of it, and of every start (log R by step).
 
+    has_own: whether the first start is the scenario's own amounts; they are none where they serve nothing.
     worth: a row a resource (`worth_of`) at the scenario's own amounts; best_worth: at the best.
     """
 
@@ -256,6 +322,7 @@ class Found:
     history: np.ndarray
     worth: pd.DataFrame
     best_worth: pd.DataFrame
+    has_own: bool = True
 
 
 def worth_of(space: Space, amounts: np.ndarray) -> pd.DataFrame:
@@ -303,7 +370,8 @@ def search(space: Space, *, seed: int = 0, steps: int = STEPS) -> Found:
         raise InputError("budgets", dict(space.design.budgets), "no design that was tried keeps the limits at any rate",
                          "raise a budget, or a limit")
     best = [0, *(1 + np.argsort(-value[1:])[:STARTS])]
-    z = jnp.asarray(tried[[i for i in best if value[i] > np.log(10 * LEAST_RPS)]], float)
+    is_able = value > np.log(10 * LEAST_RPS)
+    z = jnp.asarray(tried[[i for i in best if is_able[i]]], float)
     adam = optax.adam(optax.cosine_decay_schedule(RATE, steps))
     state, history = adam.init(z), []
     step = jax.jit(adam.update)
@@ -317,7 +385,7 @@ def search(space: Space, *, seed: int = 0, steps: int = STEPS) -> Found:
     index = int(np.argmax(history[-1]))
     chosen = np.asarray(amounts[index], np.float64)
     return Found(chosen, float(np.exp(history[-1][index])), np.array(history), worth_of(space, space.start),
-                 worth_of(space, chosen))
+                 worth_of(space, chosen), bool(is_able[0]))
 
 
 def neighbours(space: Space, amounts: np.ndarray) -> dict[str, np.ndarray]:
@@ -331,26 +399,20 @@ def neighbours(space: Space, amounts: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def confirmed(space: Space, designs: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def confirmed(space: Space, designs: Mapping[str, np.ndarray], *, seeds_from: int = 0) -> pd.DataFrame:
     """Requests/s within both limits of designs by simulation, the first of them being what others are compared with.
 
-    Rows: design, closed_form_rps, rate_rps (mean over seeds), gain (relative to the first) with low and high (95 %, the
-    same requests in both); NaN where a design keeps its limits at all rates that were simulated, or at none.
+    seeds_from: how many seeds after the scenario's first these begin. Rows: design, closed_form_rps, rate_rps (mean
+    over seeds), gain (relative to the first) with low and high (95 %, the same requests in both); NaN where a limit is
+    crossed at none of the rates that were simulated, or the design cannot be simulated. Raises `InputError` where the
+    first cannot be, or where there are fewer than two seeds.
     """
-    limits, seeds = space.scenario.slo, space.scenario.num_seeds
+    if space.scenario.num_seeds < FEWEST_SEEDS:
+        raise InputError("num_seeds", space.scenario.num_seeds, "gives a gain no interval",
+                         f"give at least {FEWEST_SEEDS}")
     logs, _ = space.asked(jnp.asarray(list(designs.values()), float))
     closed = np.exp(np.asarray(logs, np.float64))
-    scenarios = [space.scenario_of(amounts, rate * factor)
-                 for amounts, rate in zip(designs.values(), closed, strict=True) for factor in AROUND]
-    frame, refused = runner.table(scenarios)
-    if refused:
-        raise InputError("resources", next(iter(refused)), next(iter(refused.values())), "change the design")
-    frame = frame.sort_values(["point", "seed"])
-    shape = (len(designs), len(AROUND), seeds)
-    over = np.maximum(*(frame[f"mean_{name}_ms"].to_numpy().reshape(shape) / limit for name, limit in (
-        ("ttft", limits.ttft_ms), ("tpot", limits.tpot_ms))))
-    rates = np.array([[_crossing(AROUND * rate, over[at, :, seed]) for seed in range(seeds)]
-                      for at, rate in enumerate(closed)])
+    rates = _crossings(space, list(designs.values()), closed, seeds_from)
     rows = []
     for at, name in enumerate(designs):
         gains = rates[at] / rates[0] - 1
@@ -360,15 +422,55 @@ def confirmed(space: Space, designs: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _crossings(space: Space, designs: list[np.ndarray], closed: np.ndarray, seeds_from: int) -> np.ndarray:
+    """Rates by design and seed at which the first limit is crossed; NaN where none is."""
+    limits, seeds = space.scenario.slo, space.scenario.num_seeds
+    first_seed = space.scenario.workload.seed + seeds_from
+    # By design: rates that were simulated, and what was over the limits there, by seed.
+    seen = [np.empty((0, 1 + seeds)) for _ in designs]
+    asked = [list(rate * AROUND) if rate > 10 * LEAST_RPS else [] for rate in closed]
+    found = np.full((len(designs), seeds), np.nan)
+    for _ in range(1 + WIDER):
+        pairs = [(at, rate) for at, rates in enumerate(asked) for rate in rates]
+        if not pairs:
+            break
+        frame, refused = runner.table([
+            space.scenario_of(designs[at], rate).with_values({"workload.seed": first_seed}) for at, rate in pairs])
+        if any(pairs[point][0] == 0 for point in refused):
+            raise InputError("resources", space.names, next(iter(refused.values())), "change the design")
+        frame = frame.sort_values(["point", "seed"])
+        for point, mine in frame.groupby("point"):
+            at, rate = pairs[point]
+            over = np.fmax(mine["mean_ttft_ms"] / limits.ttft_ms, mine["mean_tpot_ms"] / limits.tpot_ms)
+            seen[at] = np.vstack([seen[at], [rate, *over]])
+        for at, rows in enumerate(seen):
+            rows = rows[np.argsort(rows[:, 0])]
+            asked[at] = []
+            if not len(rows):
+                continue
+            for seed in range(seeds):
+                found[at, seed] = _crossing(rows[:, 0], rows[:, 1 + seed])
+            is_open = np.isnan(found[at])
+            step = AROUND[1] / AROUND[0]
+            if np.any(is_open & (rows[0, 1:] > 1)):
+                asked[at] += list(rows[0, 0] / step ** np.arange(1, len(AROUND)))
+            if np.any(is_open & (rows[0, 1:] <= 1)):
+                asked[at] += list(rows[-1, 0] * step ** np.arange(1, len(AROUND)))
+    return found
+
+
 def polished(space: Space, amounts: np.ndarray, rounds: int = ROUNDS) -> tuple[np.ndarray, pd.DataFrame]:
     """A design, moved by simulation to the best of its neighbours as long as one is better beyond its interval.
 
     What the closed form leaves out (requests that are preempted, above all) shifts its best; this mends that within a
-    tenth of a resource a round. Returns amounts, and the last `confirmed`, with the number of moves as `round`.
+    tenth of a resource a round. Every round is of seeds of its own, so that where it came to is judged by requests that
+    did not choose it, beside the closed form's best (`closed form`) from the first move on. Returns amounts, and the
+    last `confirmed`, with the number of moves as `round`.
     """
+    first = amounts
     for index in range(rounds + 1):
-        beside = {"best": amounts} | neighbours(space, amounts)
-        rows = confirmed(space, beside).assign(round=index)
+        beside = {"best": amounts} | ({"closed form": first} if index else {}) | neighbours(space, amounts)
+        rows = confirmed(space, beside, seeds_from=index * space.scenario.num_seeds).assign(round=index)
         better = rows.iloc[1:]["low"].fillna(-np.inf)
         if index == rounds or better.max() <= 0:
             break

@@ -33,11 +33,13 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
 
 def run(options: argparse.Namespace) -> None:
     """Run `jaxsim codesign`. Raises `InputError`."""
+    import numpy as np
+
     from jaxsim.io.result import to_json
     from jaxsim.planning import codesign, codesign_plots
 
     codesign_plots.check(options.plot)
-    space = codesign.Space(codesign.Design.from_toml(options.design))
+    space = codesign.Space(codesign.Design.from_toml(options.design), simulated=not options.no_confirm)
     if options.next:
         worth = codesign.worth_of(space, space.start)
         more = None if options.no_confirm else codesign.confirmed(space, codesign.more_of_each(space, space.start))
@@ -56,19 +58,20 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         sys.stdout.write(to_json({
             "amounts": dict(zip(space.names, map(float, amounts), strict=True)),
-            "closed_form_amounts": dict(zip(space.names, map(float, found.amounts), strict=True)),
-            "rate_rps": found.rate_rps,
-            "starts_rps": [float(x) for x in codesign.np.exp(found.history[-1])], "worth": _rows(found.worth),
-            "best_worth": _rows(found.best_worth), "confirmed": _rows(confirmed)}))
+            "closed_form": {
+                "amounts": dict(zip(space.names, map(float, found.amounts), strict=True)), "rate_rps": found.rate_rps,
+                "starts_rps": [float(x) for x in np.exp(found.history[-1])], "worth": _rows(found.best_worth)},
+            "worth": _rows(found.worth), "confirmed": _rows(confirmed)}))
         return
     _print_worth("what there is", found.worth)
     _print_worth("the best for the budgets", found.best_worth)
     print(f"requests/s within limits, in closed form: {found.rate_rps:.2f}; of every start:"
-          f" {', '.join(f'{x:.2f}' for x in codesign.np.exp(found.history[-1]))}")
+          f" {', '.join(f'{x:.2f}' for x in np.exp(found.history[-1]))}")
     if confirmed is not None:
         chosen = ", ".join(f"{one.name} {amount:.4g} {one.label}"
                            for one, amount in zip(space.design.resources, amounts, strict=True))
-        print(f"after {confirmed['round'].iloc[0]} moves by simulation: {chosen}")
+        moves = confirmed["round"].iloc[0]
+        print(f"after {moves} {'move' if moves == 1 else 'moves'} by simulation: {chosen}")
     spent = space.design.fixed, space.costs @ (amounts - space.least), space.costs @ space.least
     for index, (budget, limit) in enumerate(space.design.budgets.items()):
         print(f"{budget}: {spent[0].get(budget, 0.0) + spent[1][index] + spent[2][index]:.1f} of {limit:g}")
@@ -76,9 +79,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _rows(frame: Any) -> Any:
-    from jaxsim.planning.command import _plain
+    from jaxsim.io.result import plain_rows
 
-    return None if frame is None else _plain(frame)
+    return None if frame is None else plain_rows(frame)
 
 
 def _print_worth(title: str, worth: Any) -> None:
@@ -87,4 +90,6 @@ def _print_worth(title: str, worth: Any) -> None:
 
 def _print_confirmed(confirmed: Any) -> None:
     if confirmed is not None:
+        if not confirmed["rate_rps"].notna().iloc[0]:
+            print(f"\nnot confirmed: {confirmed['design'].iloc[0]!r} crosses no limit at any rate that was simulated")
         print(f"\nby simulation (gain over the first, 95 %):\n{confirmed.round(4).to_string(index=False, na_rep='-')}")

@@ -51,8 +51,10 @@ def design(space: Any, found: Any, amounts: np.ndarray, confirmed: pd.DataFrame 
         axes = figure.subplots(1, 3, width_ratios=(1, 0.9, 1.2))
         rates = np.exp(found.history)
         for index in range(rates.shape[1]):
-            axes[0].plot(rates[:, index], color=LINE if index else LIMIT, lw=1.3,
-                         label="from what there is" if index == 0 else "from random splits" if index == 1 else None)
+            is_own = found.has_own and index == 0
+            axes[0].plot(rates[:, index], color=LIMIT if is_own else LINE, lw=1.3,
+                         label="from what there is" if is_own else
+                         "from random splits" if index == int(found.has_own) else None)
         axes[0].set(xlabel="step", ylabel="requests/s within limits", title="search")
         axes[0].legend(loc="lower right")
         left = np.zeros(len(space.design.budgets))

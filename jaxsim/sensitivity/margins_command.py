@@ -22,8 +22,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
                "exit status: 0 done, 2 an input that cannot be used")
     margins.add_argument("scenario", nargs="?", default=DEFAULT_SCENARIO, metavar="SCENARIO",
                          help=f"a file or a shipped name, with limits (default: {DEFAULT_SCENARIO})")
-    margins.add_argument("--fields", nargs="+", metavar="FIELD", help="that change (default: rate, mean lengths, memory"
-                                                                      " bandwidth)")
+    margins.add_argument("--fields", nargs="+", metavar="FIELD", help="that change (default: rate, lengths, memory"
+                                                                      " bandwidth, as far as the scenario has them)")
     margins.add_argument("--share", type=float, default=0.99, metavar="SHARE",
                          help="of the requests that are to keep the limits (default: 0.99)")
     margins.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="values",
@@ -35,26 +35,31 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
 
 def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     """Run `jaxsim margins`; `values`: of --set. Raises `InputError`."""
-    from jaxsim.io.result import to_json
+    from jaxsim.io.result import plain, plain_rows, to_json
     from jaxsim.sensitivity import margins_plot
-    from jaxsim.sensitivity.margins import FIELDS, margins
+    from jaxsim.sensitivity.margins import margins
     from jaxsim.spec.scenario import Scenario
 
     margins_plot.check(options.plot)
     scenario = Scenario.from_toml(options.scenario)
-    found = margins(scenario.with_values(values) if values else scenario, options.fields or FIELDS, share=options.share)
+    found = margins(scenario.with_values(values) if values else scenario, options.fields, share=options.share)
     if options.plot:
         margins_plot.draw(found, Path(options.plot))
     if options.json:
-        rows = found.table.astype(object).where(found.table.notna(), None).to_dict("records")
-        sys.stdout.write(to_json({"attainment": found.attainment, "share": found.share, "slopes": found.slopes,
-                                  "ways": rows}))
+        sys.stdout.write(to_json(plain({"attainment": found.attainment, "share": found.share, "slopes": found.slopes,
+                                        "notes": list(found.notes), "ways": plain_rows(found.table)})))
         return
-    print(f"attainment now: {found.attainment:.2%}")
-    print(found.table.round(3).to_string(index=False, na_rep="-"))
+    for note in found.notes:
+        print(note)
+    print(f"attainment now: {found.attainment:.2%}; length of a change: the root of the sum of squared logarithms;"
+          " fields in percent")
+    shown = found.table.drop(columns="ends").rename(columns={"radius": "length"})
+    print(shown.round(3).to_string(index=False, na_rep="-"))
+    for way, why in found.table.loc[found.table["ends"].notna(), ["way", "ends"]].to_numpy():
+        print(f"{way} ends where {why}")
     if found.table["radius"].isna().all():
         print(f"\nno way that was tried leads below {found.share:.0%}")
         return
     worst = found.worst
     changes = ", ".join(f"{field} {worst[field]:+.1f} %" for field in found.fields)
-    print(f"\nverdict: {100 * worst['radius']:.1f} % is enough ({worst['way']}): {changes}")
+    print(f"\nverdict: a change of length {worst['radius']:.3f} is enough ({worst['way']}): {changes}")

@@ -34,11 +34,12 @@ def draw(found: Margins, path: Path) -> None:
             axes[0].plot(100 * np.append(0, RADII), 100 * np.append(found.attainment, values),
                          lw=2.2 if is_worst else 1.1, color=colour(name), zorder=3 if is_worst else 2)
         axes[0].axhline(100 * found.share, color=FAINT, lw=1, ls="--")
-        axes[0].set(xlabel="change, %", ylabel="requests within limits, %", ylim=(80, 100.5))
+        axes[0].set(xlabel="length of the change (logarithms) x 100", ylabel="requests within limits, %",
+                    ylim=(80, 100.5))
         rows = found.table.sort_values("radius", na_position="last")
         colours = [colour(way) for way in rows["way"]]
         lengths = 100 * rows["radius"].fillna(RADII[-1])
         axes[1].barh(np.arange(len(rows)), lengths, color=colours, height=0.6)
         axes[1].set_yticks(np.arange(len(rows)), rows["way"], fontsize=8)
         axes[1].invert_yaxis()
-        axes[1].set_xlabel(f"change until {found.share:.0%} is passed, %")
+        axes[1].set_xlabel(f"length until {found.share:.0%} is passed, x 100")

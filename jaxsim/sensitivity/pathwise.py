@@ -5,25 +5,28 @@ it is, or changes it where both orders give the same times, the derivative of a 
 holds for
 
     an offline batch     all requests are there at time 0, so one engine's iterations follow from counts of tokens
-    a closed loop        without thinking, on one engine: a request arrives at the instant another ends, again counts
+    a closed loop        without thinking, on one engine: a request arrives at the instant another ends, again counts.
+                         Seconds in front of the engine would bring it later, in the middle of an iteration of the
+                         others: then only of one client, who has no others
     one server, FCFS     `engine.max_num_seqs = 1` on engines that no other's state matters to. Service times are of
                          the request alone, starts are max(arrival, end before) (Lindley's recursion): continuous
 
 With open arrivals it does not hold elsewhere: whether an arrival makes it into an iteration is a jump, and a change of
 cost moves all later boundaries past arrivals that stay where they are. The jumps that would compensate for it have no
-derivative; what is left is wrong by orders of magnitude (docs/gradients.md has it measured). So it is refused there.
+derivative; what is left is wrong by more than a factor of ten (docs/gradients.md has it measured). So it is refused.
 
 What is differentiated is the simulator itself, in forward mode, over all seeds in one program
 (`jaxsim.engine.loop`); a field enters by what it changes in the tables that the loop reads, whose derivative is
-a central difference of `STEP` percent of the field (they are deterministic; on a kink of theirs it is the mean of both
-sides). Fields that change a whole number, a size or a schedule have no such derivative and are refused.
+a central difference of `STEP` of the field (they are deterministic; on a kink of theirs it is the mean of both sides).
+Fields that change a whole number, a size, or a number that only decides a schedule (a router's weights, the growth that
+an admission expects) have no such derivative and are refused. So is a run that a bound stopped.
 
 Source: infinitesimal perturbation analysis: Suri and Zazanis, Management Science 34 (1988), for one server; Glasserman,
 Gradient Estimation via Perturbation Analysis (1991), for the condition of commuting events.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,10 +38,13 @@ from jaxtyping import Float
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.engine import functional, loop, lower
+from jaxsim.engine.outcomes import FAULTS
 from jaxsim.metrics.result import interval
 from jaxsim.sensitivity import relaxed
+from jaxsim.sensitivity.fields import field_of, with_value
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.scenario import Scenario
+from jaxsim.state.requests import OUTPUT, PROMPT
 
 STEP = 2.0**-7
 """Of a field, relative: of the differences of cost tables."""
@@ -56,17 +62,23 @@ METRICS = (*(f"{statistic}_{name}_ms" for name in LATENCIES for statistic in STA
            "slo_attainment")
 """What has a pathwise derivative. The last is relaxed (`jaxsim.sensitivity.relaxed`)."""
 
+_TIMES = (".cost", ".source", "[1].arrival")
+"""Parts of what the loop reads, whose numbers are seconds or make them: costs and arrivals. Others decide what is next.
+"""
+
 
 class Paths(NamedTuple):
     """Times of every request of every seed, seconds, NaN where there is none; or their derivatives.
 
-    duration_s: from the first arrival to the last end, of a seed.
+    duration_s: from the first arrival to the last end, of a seed. counts: what each of `RATES` counts, of a seed; None
+    of derivatives, as a schedule's counts have none.
     """
 
     ttft: Float[np.ndarray, "seeds requests"]
     tpot: Float[np.ndarray, "seeds requests"]
     e2e: Float[np.ndarray, "seeds requests"]
     duration_s: Float[np.ndarray, " seeds"]
+    counts: Mapping[str, Float[np.ndarray, " seeds"]] | None = None
 
 
 def exactness(scenario: Scenario) -> str:
@@ -106,6 +118,10 @@ def exactness(scenario: Scenario) -> str:
             raise refuse("workload.think_s", workload.think_s, "is a time that costs do not move")
         if engines > 1:
             raise refuse("cluster.replicas", engines, "are engines whose ends come in an order that depends on costs")
+        outside_s = lower.front_end_s(scenario, system)
+        if outside_s and workload.concurrency > 1:
+            raise refuse("cost.front_end_s", outside_s, "brings the next request of a client in the middle of an"
+                         f" iteration of the other {workload.concurrency - 1}, and which one depends on costs")
         return "closed loop"
     # One request at a time, whatever the others do.
     if s.max_num_seqs > 1:
@@ -118,7 +134,9 @@ def exactness(scenario: Scenario) -> str:
             ("engine.enable_prefix_caching", True, bool(engine.enable_prefix_caching),
              "makes a service depend on who came before"),
             ("engine.data_parallel_size", system.num_ranks, system.num_ranks > 1, "has ranks wait for each other"),
-            ("cluster.router", cluster.router, engines > 1 and cluster.router != "round_robin",
+            # Left out it is round robin, but of data-parallel ranks, which it is not.
+            ("cluster.router", cluster.router, engines > 1 and cluster.router != "round_robin"
+             and (cluster.router is not None or system.plan.data_parallel_size > 1),
              "sends requests by what instances have to do")):
         if is_wrong:
             raise refuse(field, value, why)
@@ -133,15 +151,18 @@ def pathwise(scenario: Scenario, fields: Sequence[str], metrics: Iterable[str] =
     over seeds, in the metric's unit), elasticity, low and high (95 % interval over seeds, None from one), why: the
     reason why it is exact. temperature: of "slo_attainment", whose value and elasticity are relaxed ones.
 
-    Raises `InputError` where the derivative is not exact, for a field without one, or an unknown metric.
+    Raises `InputError` where the derivative is not exact, for a field without one, an unknown metric, one that a run
+    has no value of (TPOT of outputs of one token), or a run that a bound stopped.
     """
     metrics, scenario = tuple(metrics), scenario.checked()
     for name in metrics:
         if name not in METRICS:
             raise InputError("metrics", name, "has no pathwise derivative", suggest(name, METRICS))
-    limits = relaxed.limits_s(scenario.slo) if "slo_attainment" in metrics else {}
+    if "slo_attainment" in metrics:
+        relaxed.check_limits(scenario.slo, scenario.workload.tenants)
     why = exactness(scenario)
     values, tangents = paths(scenario, fields)
+    limits = _limits(scenario, values.ttft.shape[1]) if "slo_attainment" in metrics else {}
     rows = []
     for field in fields:
         for name in metrics:
@@ -162,6 +183,8 @@ def paths(scenario: Scenario, fields: Sequence[str]) -> tuple[Paths, dict[str, P
     dims = _one({lane[0] for lane in made})
     numbers = _stacked([lane[1:] for lane in made])
     leaves, structure = jax.tree.flatten(numbers)
+    counts = _counts(numbers[1])
+    real_requests = int(np.max(numbers[1].count))
     is_number = [np.issubdtype(x.dtype, np.floating) for x in leaves]
     front_s = _front_end_s(scenario)
     program = _program(dims, structure, tuple(is_number))
@@ -171,16 +194,38 @@ def paths(scenario: Scenario, fields: Sequence[str]) -> tuple[Paths, dict[str, P
     for field in fields or [None]:
         moved, front_slope = ([np.zeros_like(x) for x in real], 0.0) if field is None else _moved(
             scenario, field, seeds, dims, structure, leaves, is_number)
-        values, slopes = jax.device_get(program(kept, real, moved))
-        values = _paths(values, front_s)
+        found, slopes, faults = jax.device_get(program(kept, real, moved))
+        for seed, fault in zip(seeds, faults, strict=True):
+            if fault:
+                told = "; ".join(text for bit, text in FAULTS.items() if fault & bit)
+                raise InputError("scenario", scenario.name, f"did not get to its end under seed {seed}: {told}",
+                                 "change it as that says")
+        values = _paths(found, front_s, real_requests, counts)
         if field is not None:
-            tangents[field] = _paths(slopes, front_slope)
+            tangents[field] = _paths(slopes, front_slope, real_requests)
     return values, tangents
 
 
-def _paths(found: Any, front_s: float) -> Paths:
-    ttft, tpot, e2e, duration_s = (np.asarray(x, np.float64) for x in found)
-    return Paths(ttft + front_s, tpot, e2e + front_s, duration_s + front_s)
+def _paths(found: Any, front_s: float, requests: int, counts: Mapping[str, np.ndarray] | None = None) -> Paths:
+    """Without padding, and with what is spent outside the engine."""
+    *times, duration_s = (np.asarray(x, np.float64) for x in found)
+    ttft, tpot, e2e = (x[:, :requests] for x in times)
+    return Paths(ttft + front_s, tpot, e2e + front_s, duration_s + front_s, counts)
+
+
+def _counts(requests: Any) -> dict[str, np.ndarray]:
+    """Of every seed: requests, all of which end, and their tokens."""
+    is_real = np.arange(requests.table.shape[1]) < np.asarray(requests.count)[:, None]
+    prompt, output = (np.where(is_real, requests.table[..., column], 0).sum(axis=1, dtype=np.float64)
+                      for column in (PROMPT, OUTPUT))
+    return dict(zip(RATES, (is_real.sum(axis=1).astype(float), output, prompt + output), strict=True))
+
+
+def _limits(scenario: Scenario, requests: int) -> relaxed.Limits:
+    """Of every request of every seed, where tenants have their own."""
+    made = [relaxed.limits_s(scenario.slo, scenario.workload.tenants, lower.make_workload(scenario, seed))
+            for seed in scenario.seeds]
+    return {name: np.stack([np.broadcast_to(one[name], requests) for one in made]) for name in made[0]}
 
 
 @functools.lru_cache(maxsize=16)
@@ -200,11 +245,11 @@ def _program(dims: Dims, structure: Any, is_number: tuple[bool, ...]) -> Any:
         params, requests = structure.unflatten([next(real) if is_in else next(kept) for is_in in is_number])
         # Lanes of one loop; JAX's rule for `vmap` of `jvp` would take lanes of integers for another axis.
         world = loop.run(dims, params, requests)
-        return jax.vmap(of_request)(params, requests, world)
+        return jax.vmap(of_request)(params, requests, world), world.fault
 
     def along(kept, real, moved):
         with functional.in_32_bits():
-            return jax.jvp(lambda *real: times(kept, real), tuple(real), tuple(moved))
+            return jax.jvp(lambda *real: times(kept, real), tuple(real), tuple(moved), has_aux=True)
 
     return jax.jit(along)
 
@@ -214,7 +259,7 @@ def _moved(scenario: Scenario, field: str, seeds: Sequence[int], dims: Dims, str
     """Derivatives of what the loop reads by the logarithm of a field, and of the front end's seconds."""
     value = number_of(scenario, field)
     try:
-        sides = [scenario.with_values({field: value * (1 + sign * STEP)}) for sign in (1, -1)]
+        sides = [with_value(scenario, field, value * (1 + sign * STEP)) for sign in (1, -1)]
     except InputError as error:
         raise (_is_structure(field, value) if error.field == field else error) from None
     found = []
@@ -225,8 +270,14 @@ def _moved(scenario: Scenario, field: str, seeds: Sequence[int], dims: Dims, str
             raise _is_structure(field, value)
         found.append(other)
     moved, is_any = [], False
-    for leaf, above, below, is_in in zip(leaves, *found, is_number, strict=True):
-        if is_in:
+    places, _ = jax.tree.flatten_with_path(structure.unflatten(leaves))
+    for (place, _), leaf, above, below, is_in in zip(places, leaves, *found, is_number, strict=True):
+        if is_in and not any(part in jax.tree_util.keystr(place) for part in _TIMES):
+            if not np.array_equal(above, below):
+                raise InputError(field, value, "changes numbers that only decide what is done next, and no time: where"
+                                 " that jumps there is no pathwise derivative", INSTEAD)
+            moved.append(np.zeros_like(leaf))
+        elif is_in:
             # Padding is infinite on both sides.
             change = np.subtract(above, below, where=np.isfinite(leaf), out=np.zeros_like(leaf)) / (2 * STEP)
             moved.append(change.astype(leaf.dtype))
@@ -236,7 +287,8 @@ def _moved(scenario: Scenario, field: str, seeds: Sequence[int], dims: Dims, str
     ends = [_front_end_s(side) for side in sides]
     front_slope = (ends[0] - ends[1]) / (2 * STEP)
     if not (is_any or front_slope):
-        raise InputError(field, value, "has no effect on any time of this scenario", "ask for a field that has")
+        raise InputError(field, value, "has no effect on any time of this scenario",
+                         "ask for a field of costs or arrivals, or for the total derivative")
     return moved, front_slope
 
 
@@ -246,18 +298,12 @@ def _is_structure(field: str, value: Any) -> InputError:
 
 
 def number_of(scenario: Scenario, field: str) -> float:
-    """The positive number in a field of a scenario. Raises `InputError` if there is none."""
-    node: Any = msgspec.to_builtins(scenario)
-    for key in field.split("."):
-        if isinstance(node, dict):
-            node = node.get(key)
-        elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
-            node = node[int(key)]
-        else:
-            node = None
-    if isinstance(node, bool) or not isinstance(node, (int, float)) or not node > 0:
-        raise InputError(field, node, "is no positive number in this scenario", "give it one there, or ask for another")
-    return float(node)
+    """The positive number of a scenario by name, its own or what stands in its place. Raises `InputError`."""
+    try:
+        return float(field_of(scenario, field).value)
+    except InputError as error:
+        # Of a table of coefficients it is the field, not an argument, that is wrong.
+        raise InputError(field, error.value, error.problem, error.remedy) from None
 
 
 def _front_end_s(scenario: Scenario) -> float:
@@ -266,7 +312,8 @@ def _front_end_s(scenario: Scenario) -> float:
 
 def _one(found: set) -> Any:
     if len(found) > 1:
-        raise InputError("num_seeds", len(found), "seeds are of different sizes", "use num_seeds = 1")
+        raise InputError("num_seeds", len(found), "kinds of programs are needed, as seeds are of different sizes",
+                         "use num_seeds = 1, or lengths with limits (max_tokens)")
     return next(iter(found))
 
 
@@ -274,20 +321,23 @@ def _stacked(trees: list) -> Any:
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *trees)
 
 
-def of_metric(name: str, values: Paths, tangents: Paths, limits: dict[str, float],
+def of_metric(name: str, values: Paths, tangents: Paths, limits: relaxed.Limits,
               temperature: float = relaxed.TEMPERATURE) -> tuple[np.ndarray, np.ndarray]:
-    """A metric of every seed, in its unit, and its derivative: tangents of any kind that are shaped as the times."""
+    """A metric of every seed, in its unit, and its derivative: tangents of any kind that are shaped as the times.
+    Raises `InputError` where a run has no value of it."""
     if name == "duration":
         return values.duration_s, tangents.duration_s
     if name in RATES:
-        # Counts over the duration; which count, elasticities do not see.
-        rate = 1 / values.duration_s
+        rate = values.counts[name] / values.duration_s
         return rate, -rate * tangents.duration_s / values.duration_s
     if name == "slo_attainment":
         given, moved = ({short: getattr(one, short) for short in relaxed.NAMES} for one in (values, tangents))
         return tuple(np.asarray(x, np.float64) for x in relaxed.slope(given, moved, limits, temperature))
     statistic, latency, _ = name.split("_")
     seconds, slopes = (1e3 * getattr(one, LATENCIES[latency]) for one in (values, tangents))
+    if not np.isfinite(seconds).any(axis=1).all():
+        raise InputError("metrics", name, "has no value: no request of a run has this time (an output of one token has"
+                         " no time per output token)", "ask for another metric, or for longer outputs")
     both = [_statistic(statistic, x[np.isfinite(x)], t[np.isfinite(x)]) for x, t in zip(seconds, slopes, strict=True)]
     return tuple(np.array(both).T)
 

@@ -16,7 +16,8 @@ changes the noise alone. Everything is by the logarithm of the parameter, which 
 Source: Glynn, Communications of the ACM 33 (1990); Williams, Machine Learning 8 (1992), for the baseline.
 
 Known gaps: other laws (a score needs a density that is smooth in its parameter), lengths that are correlated, sessions,
-prefixes and tenants with limits of their own. A parameter that moves the support has no score.
+traces and images are refused. A parameter that moves the support has no score. Runs that a bound stopped are refused
+too: leaving them out would be another expectation.
 """
 
 import dataclasses
@@ -70,8 +71,8 @@ class _Law(NamedTuple):
 def score(scenario: Scenario, parameter: str, metrics: tuple[str, ...] = ("mean_ttft_ms",)) -> dict[str, Estimate]:
     """Elasticities of metrics by a parameter of a distribution, over the runs of a scenario (`num_seeds`: hundreds).
 
-    metrics: columns of a study's table. Raises `InputError` for a parameter without a density, and for a metric that no
-    run has.
+    metrics: columns of a study's table. Raises `InputError` for a parameter without a density, for a metric that fewer
+    than `FEWEST_RUNS` runs have, and where a bound stopped a run.
     """
     scenario = scenario.checked()
     if scenario.num_seeds < FEWEST_RUNS:
@@ -82,6 +83,9 @@ def score(scenario: Scenario, parameter: str, metrics: tuple[str, ...] = ("mean_
     if refused:
         raise InputError("scenario", scenario.name, next(iter(refused.values())), "change it as that says")
     by_seed = frame.set_index("seed").loc[list(scenario.seeds)]
+    if (stopped := by_seed["fault"].dropna()).size:
+        raise InputError("scenario", scenario.name, f"did not get to its end under seed {stopped.index[0]}:"
+                         f" {stopped.iloc[0]}", "change it as that says")
     found = {}
     for name in metrics:
         if name not in by_seed or not by_seed[name].notna().any():
@@ -96,8 +100,8 @@ def estimate(values: Float[np.ndarray, " runs"], scores: Float[np.ndarray, " run
     values, scores = values[has_value], scores[has_value]
     runs = len(values)
     if runs < FEWEST_RUNS:
-        raise InputError("metrics", runs, "runs have the metric, too few for a score function",
-                         f"give at least {FEWEST_RUNS}")
+        raise InputError("num_seeds", runs, "is how many runs have the metric, too few for a score function",
+                         f"take more seeds, until at least {FEWEST_RUNS} have it")
     mean = values.mean()
     # The mean of the others is independent of a run, so that nothing is biased.
     others = (values.sum() - values) / (runs - 1)

@@ -149,3 +149,45 @@ def test_gradients_of_kernels_are_differences():
                 assert abs(slope - change) <= 1e-3 * abs(change) + 1e-6 * scale, (name, i, slope, change)
                 count += abs(slope) > 1e-3 * scale
         assert count >= 12
+
+
+@pytest.mark.slow
+def test_gradients_of_kernels_hold_at_edges():
+    """Of a roofline in both modes: without arrivals, beyond the capacity, of one token; finite, alike, and differences
+    along all kernels together where these are no kink."""
+    with jax.enable_x64(True):
+        deployed = deployment(scenario(
+            cost={"kind": "roofline"}, model={"name": "llama-3.1-8b"}, device={"name": "h100"},
+            engine={"max_num_seqs": 24, "max_model_len": 2048, "async_scheduling": False}))
+        numbers = {name: jnp.asarray(np.asarray(value, np.float64)) for name, value in deployed.numbers.items()}
+        names = ("tpot_s", "ttft_s", "utilisation", "capacity_rps", "running")
+        measures = jax.jit(lambda n: jnp.stack([getattr(deployed.measures(n), name) for name in names]))
+        reverse = jax.jit(lambda n, w: jax.vjp(measures, n)[1](w)[0])
+        forward = jax.jit(lambda n, t: jax.jvp(measures, (n,), (t,))[1])
+        zero = {name: jnp.zeros_like(value) for name, value in numbers.items()}
+        rng, moved = np.random.default_rng(0), 0
+        way = {name: jnp.where(jnp.isfinite(value), value * rng.uniform(0.5, 1.5), 0.0) if name.startswith("kernels")
+               else zero[name] for name, value in numbers.items()}
+        one_token = {"load.output_tokens": 1.0, "load.output_square": 1.0,
+                     "load.input_output": float(numbers["load.input_tokens"])}
+        for case in ({"load.rate_rps": 0.0}, {"load.rate_rps": 1e4}, one_token, {}):
+            at = numbers | {name: jnp.asarray(value) for name, value in case.items()}
+            along = np.asarray(forward(at, way))
+            above, below = (np.asarray(measures({n: v + sign * 1e-6 * way[n] for n, v in at.items()}))
+                            for sign in (1, -1))
+            for index, name in enumerate(names):
+                slopes = reverse(at, jnp.eye(len(names))[index])
+                assert all(np.all(np.isfinite(slope)) for slope in slopes.values()), (case, name)
+                assert along[index] == pytest.approx(float(sum(jnp.sum(slopes[n] * way[n]) for n in way)), rel=1e-8,
+                                                     abs=1e-12), (case, name)
+                if not np.isfinite(above[index]):
+                    assert case.get("load.rate_rps") == 1e4 and name == "ttft_s" and along[index] == 0
+                    continue
+                if case.get("load.rate_rps") == 0 and name in ("utilisation", "running"):
+                    # Nothing is there, whatever the kernels; the value is of the few arrivals that stand in for none.
+                    assert abs(along[index]) < 1e-4 and above[index] < 1e-3, (case, name)
+                    continue
+                change = (above[index] - below[index]) / 2e-6
+                assert along[index] == pytest.approx(change, rel=1e-3, abs=1e-7 * abs(above[index])), (case, name)
+                moved += abs(change) > 1e-3 * abs(above[index])
+        assert moved >= 12

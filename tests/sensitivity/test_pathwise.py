@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from jaxsim._core.errors import InputError
-from jaxsim.sensitivity.pathwise import METRICS, exactness, of_metric, paths, pathwise
+from jaxsim.sensitivity import pathwise as module
+from jaxsim.sensitivity.pathwise import METRICS, RATES, Paths, exactness, of_metric, paths, pathwise
 from jaxsim.spec.scenario import Scenario
+from jaxsim.state import world
+from jaxsim.study import runner
 
 pytestmark = pytest.mark.unoptimised
 
@@ -111,18 +114,31 @@ def test_one_server_is_queueing_theory(name):
 
 
 @pytest.mark.slow
-def test_the_trap_of_open_arrivals_is_there():
+@pytest.mark.parametrize("rate", [1.0, 3.0, 6.0])
+def test_the_trap_of_open_arrivals_is_there(rate):
     """What a plain derivative through the simulator says of an open system is off by more than ten times, so that what
-    this module refuses is worth refusing. Differences: over many paths, with a step that averages over the jumps."""
-    one = scenario(num_seeds=32, **OPEN)
+    this module refuses is worth refusing. Differences: over many paths, with a step that averages over the jumps.
+
+    The table of docs/gradients.md, which `pytest -m slow -s` prints."""
+    one = scenario(num_seeds=32, workload=OPEN["workload"] | {"rate_rps": rate})
     # As forward mode gives it; `pathwise` would have refused.
     values, tangents = paths(one, ["cost.decode.a"])
     naive = np.nanmean(tangents["cost.decode.a"].ttft) / np.nanmean(values.ttft)
-    change = differences(one, "cost.decode.a", 0.008, 0.05)["mean_ttft_ms"]
-    true = change.mean() / (1e3 * np.nanmean(values.ttft))
-    error = change.std(ddof=1) / np.sqrt(len(change)) / (1e3 * np.nanmean(values.ttft))
-    assert error < 0.3 * true
-    assert abs(naive) > 10 * true, (naive, true)
+    changes = differences(one, "cost.decode.a", 0.008, 0.05)
+
+    def true_of(name, mean_s):
+        each = changes[name] / (1e3 * mean_s)
+        # 95 %, Student's of 32.
+        return each.mean(), 2.04 * each.std(ddof=1) / np.sqrt(len(each))
+
+    true, error = true_of("mean_ttft_ms", np.nanmean(values.ttft))
+    assert error < 0.7 * true
+    assert abs(naive) > 10 * (true + error), (naive, true, error)
+    whole = np.nanmean(tangents["cost.decode.a"].e2e) / np.nanmean(values.e2e)
+    whole_true, whole_error = true_of("mean_e2el_ms", np.nanmean(values.e2e))
+    assert whole > whole_true + 2 * whole_error
+    for name, *row in (("TTFT", naive, true, error), ("end to end", whole, whole_true, whole_error)):
+        print("| {:g} | mean {} | {:.2f} | {:.2f} ± {:.2f} |".format(rate, name, *row))
 
 
 REFUSED = {
@@ -130,6 +146,7 @@ REFUSED = {
     "a trace": ({"workload": {"kind": "trace", "trace": "example.csv"}}, "engine.max_num_seqs"),
     "thinking": ({"workload": CLOSED["workload"] | {"think_s": 0.5}}, "workload.think_s"),
     "a closed loop over engines": (CLOSED | {"cluster": {"replicas": 2}}, "cluster.replicas"),
+    "a closed loop behind a front end": (CLOSED | {"cost": COST | {"front_end_s": 1e-3}}, "cost.front_end_s"),
     "warm-up": (CLOSED | {"warmup_s": 1e-3}, "warmup_s"),
     "stages": ({"engine": ENGINE | {"pipeline_parallel_size": 2}}, "engine.pipeline_parallel_size"),
     "one server of two, by load": (OPEN | {"engine": ENGINE | {"max_num_seqs": 1}, "cluster": {
@@ -153,17 +170,86 @@ def test_it_is_refused_where_it_would_be_wrong(case):
 def test_it_is_allowed_where_it_is_exact():
     assert exactness(scenario()) == exactness(scenario(cluster={"replicas": 3})) == "offline batch"
     assert exactness(scenario(**CLOSED)) == "closed loop"
+    # Nobody else is there whose iteration the next request could come in the middle of.
+    alone = {"workload": CLOSED["workload"] | {"concurrency": 1}, "cost": COST | {"front_end_s": 1e-3}}
+    assert exactness(scenario(**alone)) == "closed loop"
+    # A roofline has seconds outside the engine unless told.
+    one = Scenario.named("default").with_values({
+        "workload": BATCH | {"kind": "closed-loop", "concurrency": 5}, "cluster.replicas": 1})
+    with pytest.raises(InputError, match="other 4") as told:
+        exactness(one)
+    assert told.value.field == "cost.front_end_s"
+    assert exactness(one.with_values({"cost.front_end_s": 0.0})) == "closed loop"
     alone = OPEN | {"engine": ENGINE | {"max_num_seqs": 1}}
     assert exactness(scenario(**alone)) == "one server, FCFS"
-    assert exactness(scenario(**alone, cluster={"replicas": 2, "router": "round_robin"})) == "one server, FCFS"
+    for cluster in ({"replicas": 2, "router": "round_robin"}, {"replicas": 2}):
+        assert exactness(scenario(**alone, cluster=cluster)) == "one server, FCFS"
 
 
 def test_fields_and_metrics_without_one_are_refused():
     for field, problem in (("engine.max_num_seqs", "whole numbers"), ("workload.input.max_tokens", "whole numbers"),
-                           ("cost.mixed.a", "no positive number"), ("slo.ttft_ms", "no effect")):
-        with pytest.raises(InputError, match=problem):
+                           ("cost.mixed.a", "not used"), ("slo.ttft_ms", "no effect"),
+                           ("engine.preset", "is a choice")):
+        with pytest.raises(InputError, match=problem) as told:
             paths(scenario(workload=BATCH | {"num_requests": 8}), [field])
+        assert told.value.field == field
+    expecting = scenario(engine={"preset": "sglang", "max_num_seqs": 8, "max_model_len": 256,
+                                 "num_gpu_blocks_override": 640, "schedule_conservativeness": 0.5})
+    with pytest.raises(InputError, match="only decide what is done next"):
+        paths(expecting, ["engine.schedule_conservativeness"])
     with pytest.raises(InputError, match="mean_ttft_ms"):
         pathwise(scenario(), ["cost.decode.a"], ["mean_ttft_s"])
     with pytest.raises(InputError, match=r"slo.*limits"):
         pathwise(scenario(slo={}), ["cost.decode.a"], ["slo_attainment"])
+
+
+def test_values_are_those_of_a_run_and_limits_those_of_each_request():
+    """Throughputs with their counts; attainment by the limits of each one's tenant; TPOT of nobody is refused."""
+    values = Paths(np.array([[1.0, 3.0, 5.0]]), np.full((1, 3), np.nan), np.array([[2.0, 4.0, 6.0]]), np.array([8.0]),
+                   dict(zip(RATES, (np.array([3.0]), np.array([30.0]), np.array([300.0])), strict=True)))
+    slopes = Paths(*(np.ones_like(x) for x in values[:4]))
+    for name, count in zip(RATES, (3, 30, 300), strict=True):
+        value, slope = of_metric(name, values, slopes, {})
+        assert value == pytest.approx(count / 8) and slope == pytest.approx(-count / 64)
+    with pytest.raises(InputError, match="has no value"):
+        of_metric("p99_tpot_ms", values, slopes, {})
+    # One just at its own limit, one far inside, one without a limit.
+    own = {"ttft": np.array([[1.0, 300.0, np.inf]])}
+    value, slope = of_metric("slo_attainment", values, slopes, own, 0.01)
+    assert value == pytest.approx(2.5 / 3) and slope == pytest.approx(-0.25 / 0.01 / 3, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_values_are_those_of_the_simulator():
+    """Of tenants with limits of their own: hard attainment, throughputs and latencies as a run has them; and of one
+    client behind a front end, differences."""
+    tenants = [{"name": "a", "share": 0.5, "ttft_ms": 400.0}, {"name": "b", "share": 0.5, "tpot_ms": 20.0}]
+    one = scenario(workload=BATCH | {"tenants": tenants})
+    table, refused = runner.table([one])
+    assert not refused
+    names = ("mean_ttft_ms", "p99_e2el_ms", "duration", *RATES, "slo_attainment")
+    found = pathwise(one, ["cost.decode.a"], names, temperature=1e-5).set_index("metric")["value"]
+    for name in names:
+        column = "slo.attainment" if name == "slo_attainment" else name
+        assert found[name] == pytest.approx(table[column].mean(), rel=1e-5), name
+    assert 0.2 < found["slo_attainment"] < 0.95
+    client = scenario(cost=COST | {"front_end_s": 0.02}, workload=CLOSED["workload"] | {"concurrency": 1})
+    fields = {"cost.front_end_s": 0.02, "cost.decode.a": 0.008}
+    rows = pathwise(client, list(fields), ["mean_e2el_ms", "duration"]).set_index(["field", "metric"])
+    for field, value in fields.items():
+        changes = differences(client, field, value, 2e-3)
+        for name in ("mean_e2el_ms", "duration"):
+            row = rows.loc[field, name]
+            assert row["elasticity"] == pytest.approx(changes[name].mean() / row["value"], rel=1e-3), (field, name)
+            assert row["elasticity"] > 0.01
+
+
+def test_a_run_that_a_bound_stopped_is_refused(monkeypatch):
+    """What a stopped run left without an end has no times."""
+    def stopped(*_):
+        nothing = tuple(np.full((4, 40), np.nan) for _ in range(3))
+        return lambda *_: ((*nothing, np.zeros(4)), (*nothing, np.zeros(4)), np.array([0, 0, world.STUCK, 0]))
+
+    monkeypatch.setattr(module, "_program", stopped)
+    with pytest.raises(InputError, match=r"under seed 2: a scheduling pass could place nothing"):
+        paths(scenario(), [])
