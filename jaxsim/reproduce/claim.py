@@ -15,6 +15,23 @@ RISES, FALLS = "rises", "falls"
 """Claims about an order: `paper` is one of these, `ours` the values in that order."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A tolerance of numbers above 0: at most so many `times` larger than published, and as many times smaller.
+
+    A relative distance of 100 % is no "factor of 2": nothing is too small for it.
+    """
+
+    times: float
+
+    def __post_init__(self):
+        if not 1.0 < self.times < np.inf:
+            raise ValueError(f"a factor of {self.times} is not above 1")
+
+    def __str__(self) -> str:
+        return f"x{self.times:g}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
     """One published claim.
@@ -24,8 +41,8 @@ class Claim:
         source: where it was published.
         paper: a number, several, or an order (`RISES`, `FALLS`); None where nothing usable was published.
         ours: the number, or numbers, that the simulator gives; None where it cannot say.
-        tolerance: of numbers, the largest relative distance; of an order, what every step must exceed, in units of
-            `ours`, one number or one a step; None where nothing usable as a gate was published.
+        tolerance: of numbers, the largest relative distance, or a `Factor`; of an order, what every step must exceed,
+            in units of `ours`, one number or one a step; None where nothing usable as a gate was published.
         reason: why there is no gate or no number of ours; otherwise a remark.
     """
 
@@ -34,7 +51,7 @@ class Claim:
     source: str
     paper: float | tuple[float, ...] | str | None
     ours: float | tuple[float, ...] | None
-    tolerance: float | tuple[float, ...] | None
+    tolerance: float | tuple[float, ...] | Factor | None
     reason: str = ""
 
     def __post_init__(self):
@@ -47,6 +64,10 @@ class Claim:
 
     def _check_shapes(self) -> None:
         ours, margins = np.size(self.ours), np.shape(self.tolerance)
+        if isinstance(self.tolerance, Factor):
+            if self.is_order or np.shape(self.paper) != np.shape(self.ours) or np.any(np.asarray(self.paper) <= 0):
+                raise ValueError(f"{self.claim}: {self.tolerance} is of numbers above 0, as many as published")
+            return
         if np.any(np.asarray(self.tolerance) < 0):
             raise ValueError(f"{self.claim}: tolerance = {self.tolerance} is negative")
         if self.is_order:
@@ -84,6 +105,9 @@ class Claim:
             return self._steps() > self.tolerance
         paper = np.atleast_1d(np.asarray(self.paper, float))
         # Inclusive, whatever way the difference of two decimal fractions is rounded.
+        if isinstance(self.tolerance, Factor):
+            ratio, most = np.asarray(self.ours, float) / paper, self.tolerance.times * (1 + 1e-12)
+            return (ratio >= 1 / most) & (ratio <= most)
         return np.abs(np.asarray(self.ours, float) - paper) <= (self.tolerance + 1e-12) * np.abs(paper)
 
     @property
@@ -105,6 +129,11 @@ class Claim:
             return (f"{int((~is_met).sum())} of {len(is_met)} steps are not there: from {ours[worst]:.4g} to"
                     f" {ours[worst + 1]:.4g}{noise}")
         paper = np.atleast_1d(np.asarray(self.paper, float))
+        if isinstance(self.tolerance, Factor):
+            ratio = ours / paper
+            # Nothing is further off than 0, or less.
+            off = np.where(ratio > 0, np.abs(np.log(np.where(ratio > 0, ratio, 1.0))), np.inf)
+            return f"{ratio[int(np.argmax(off))]:.3g} times what was published"
         worst = int(np.argmax(np.abs(ours - paper) / np.maximum(np.abs(paper), np.finfo(float).tiny)))
         if paper[worst] == 0:
             return f"{ours[worst]:.3g} instead of 0"
@@ -114,6 +143,8 @@ class Claim:
         """As `jaxsim reproduce --json` prints it; `reason` only where there is one."""
         found = {name: plain(getattr(self, name))
                  for name in ("system", "claim", "source", "paper", "ours", "tolerance", "verdict")}
+        if isinstance(self.tolerance, Factor):
+            found["tolerance"] = str(self.tolerance)
         return found | ({"reason": self.why} if self.why else {})
 
 

@@ -32,14 +32,17 @@ def simulated(made: Study) -> pd.DataFrame:
 
 def simulated_of(made: Study, most_tokens: int) -> pd.DataFrame:
     """The same, with the percentiles of requests of prompts up to so many tokens: `p50_of_ttft_ms` and so on, of
-    ttft_ms and e2el_ms."""
+    ttft_ms and e2el_ms; `p50_over_ttft_ms` and so on of longer ones, NaN without any."""
     base, points = made.base_tree(), list(made.points())
     rows, requests, refused = runner.table_and_requests([made.scenario_at(point, base) for point in points])
     found = _beside_axes(made, points, rows, refused)
     mine = requests[requests["input_tokens"] <= most_tokens].groupby(["point", "seed"])
     more = {f"p{level}_of_{name}_ms": 1e3 * mine[column].quantile(level / 100)
             for name, column in (("ttft", "ttft_s"), ("e2el", "e2e_s")) for level in (50, 90, 99)}
-    return found.merge(pd.DataFrame(more).reset_index(), on=["point", "seed"])
+    rest = requests[requests["input_tokens"] > most_tokens].groupby(["point", "seed"])["ttft_s"]
+    over = {f"p{level}_over_ttft_ms": 1e3 * rest.quantile(level / 100) for level in (50, 90, 99)}
+    found = found.merge(pd.DataFrame(more).reset_index(), on=["point", "seed"])
+    return found.merge(pd.DataFrame(over).reset_index(), on=["point", "seed"], how="left")
 
 
 def _beside_axes(made: Study, points: list, rows: pd.DataFrame, refused: dict[int, str]) -> pd.DataFrame:

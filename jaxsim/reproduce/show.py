@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxsim.io.table import printed
-from jaxsim.reproduce.claim import NO_GATE, NOT_REPRODUCED, REPRODUCED, Claim, Reproduction
+from jaxsim.reproduce.claim import NO_GATE, NOT_REPRODUCED, REPRODUCED, Claim, Factor, Reproduction
 
 _STYLES = {REPRODUCED: "green", NOT_REPRODUCED: "bold red", NO_GATE: "dim"}
 _NOISE = ("noise: every step must exceed half of the 95 % interval of its mean over the seeds, which are the same on"
@@ -74,6 +74,8 @@ def _ours(claim: Claim) -> str:
 def _within(claim: Claim) -> str:
     if not claim.is_gate:
         return "-"
+    if isinstance(claim.tolerance, Factor):
+        return str(claim.tolerance)
     if claim.is_order:
         return "noise" if np.any(np.asarray(claim.tolerance) > 0) else "order"
     return f"{100 * claim.tolerance:g} %" if claim.tolerance else "exact"

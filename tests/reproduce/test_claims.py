@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from jaxsim.reproduce import runs, show
-from jaxsim.reproduce.claim import FALLS, NO_GATE, NOT_REPRODUCED, REPRODUCED, RISES, Claim, Reproduction
+from jaxsim.reproduce.claim import FALLS, NO_GATE, NOT_REPRODUCED, REPRODUCED, RISES, Claim, Factor, Reproduction
 
 KEYS = ["system", "claim", "source", "paper", "ours", "tolerance", "verdict"]
 
@@ -35,6 +35,16 @@ def claim(paper, ours, tolerance, reason="", **given):
     (1.0, math.inf, 0.02, NOT_REPRODUCED),
     ((1.0, 2.0), (1.01, 1.99), 0.02, REPRODUCED),
     ((1.0, 2.0), (1.01, 1.9), 0.02, NOT_REPRODUCED),
+    (3.0, 6.0, Factor(2), REPRODUCED),
+    (3.0, 1.5, Factor(2), REPRODUCED),
+    (3.0, 6.01, Factor(2), NOT_REPRODUCED),
+    (3.0, 1.49, Factor(2), NOT_REPRODUCED),
+    (3.0, 0.0, Factor(2), NOT_REPRODUCED),
+    (3.0, -3.0, Factor(2), NOT_REPRODUCED),
+    (3.0, math.nan, Factor(2), NOT_REPRODUCED),
+    (3.0, math.inf, Factor(2), NOT_REPRODUCED),
+    ((3.0, 4.0), (2.0, 6.1), Factor(1.5), NOT_REPRODUCED),
+    ((3.0, 4.0), (2.0, 6.0), Factor(1.5), REPRODUCED),
     (RISES, (1.0, 2.0, 3.0), 0.0, REPRODUCED),
     (RISES, (1.0, 1.0, 3.0), 0.0, NOT_REPRODUCED),
     (RISES, (1.0, 2.0, 3.0), (0.9, 0.9), REPRODUCED),
@@ -60,6 +70,12 @@ def test_what_lacks_a_number_says_why(paper, ours, tolerance, verdict):
         claim(paper, ours, tolerance)
 
 
+def test_a_factor_is_above_one():
+    for times in (1.0, 0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="above 1"):
+            Factor(times)
+
+
 def test_a_verdict_cannot_be_given():
     assert "verdict" not in {field.name for field in dataclasses.fields(Claim)}
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -68,7 +84,8 @@ def test_a_verdict_cannot_be_given():
 
 @pytest.mark.parametrize("paper, ours, tolerance", [
     ("grows", (1.0, 2.0), 0.0), (RISES, 1.0, 0.0), (RISES, (1.0,), 0.0), (RISES, (1.0, 2.0), (0.1, 0.1)),
-    ((1.0, 2.0), 1.0, 0.1), (1.0, (1.0, 1.0), 0.1), (1.0, 1.0, (0.1, 0.1)), (1.0, 1.0, -0.1)])
+    ((1.0, 2.0), 1.0, 0.1), (1.0, (1.0, 1.0), 0.1), (1.0, 1.0, (0.1, 0.1)), (1.0, 1.0, -0.1),
+    (RISES, (1.0, 2.0), Factor(2)), (0.0, 1.0, Factor(2)), ((1.0, 2.0), 1.0, Factor(2))])
 def test_what_does_not_belong_together_is_refused(paper, ours, tolerance):
     with pytest.raises(ValueError):
         claim(paper, ours, tolerance)
@@ -78,6 +95,8 @@ def test_what_does_not_belong_together_is_refused(paper, ours, tolerance):
     (claim(2.0, 3.0, 0.1), "off by +50 %"), (claim(2.0, 1.0, 0.1), "off by -50 %"),
     (claim((1.0, 2.0), (1.0, 3.0), 0.1), "off by +50 %"), (claim(0.0, 0.5, 0.1), "0.5 instead of 0"),
     (claim(1.0, math.nan, 0.1), "no number came out"),
+    (claim(2.0, 5.0, Factor(2)), "2.5 times what was published"),
+    (claim((2.0, 2.0), (9.0, 0.0), Factor(2)), "0 times what was published"),
     (claim(RISES, (1.0, 3.0, 3.5), (0.1, 0.7)), "1 of 2 steps are not there: from 3 to 3.5, where 0.7 can be noise"),
     (claim(RISES, (1.0, 1.0), 0.0), "1 of 1 steps are not there: from 1 to 1"),
     (claim(2.0, 3.0, 0.1, "too simple"), "too simple; off by +50 %")])
@@ -87,7 +106,7 @@ def test_a_miss_is_told(given, says):
 
 CLAIMS = (claim(1.234567, 1.2345, 0.02), claim((1.0, 2.0), (1.0, 2.0), 0.0), claim(RISES, (1.0, 20000.0), (0.5,)),
           claim(FALLS, (1.0, 1.0, 2.0), 0.0), claim(1.0, math.nan, 0.1), claim(None, 3.0, None, "unknown"),
-          claim(0.2, None, 0.1, "cannot be said"),
+          claim(0.2, None, 0.1, "cannot be said"), claim(2.0, 3.0, Factor(2)), claim(4.0, 1.0, Factor(1.5)),
           claim(1.0, 1.0, 0.1, claim="a rather long claim " * 5, source="a [bracketed] source " * 3))
 
 
@@ -97,6 +116,7 @@ def test_records_are_json():
     assert [record["verdict"] for record in records] == [found.verdict for found in CLAIMS]
     for record, found in zip(records, CLAIMS, strict=True):
         assert list(record) == KEYS + (["reason"] if found.why else [])
+    assert [record["tolerance"] for record in records[7:9]] == ["x2", "x1.5"]
     assert records[1]["ours"] == [1.0, 2.0] and records[2]["tolerance"] == [0.5]
     assert records[4]["ours"] is None and records[5]["paper"] is None
 
@@ -108,7 +128,8 @@ def test_a_table_fits_and_leaves_nothing_out():
     assert max(map(len, lines)) <= 100
     text = " ".join(" ".join(lines).split())
     for words in ("1.235", "1 < 20,000", "1 = 1 < 2", "unknown", "cannot be said", "bracketed", "2 %", "exact", "noise",
-                  "4 reproduced, 3 not reproduced, 1 no gate"):
+                  "x1.5",
+                  "5 reproduced, 4 not reproduced, 1 no gate"):
         assert words in text, words
 
 
