@@ -31,7 +31,7 @@ def test_every_point_of_a_study_can_be_simulated(name):
 
     made = runs.study(name, 3)
     scenarios = [made.scenario_at(point) for point in made.points()]
-    assert len(scenarios) >= 4 and {s.num_seeds for s in scenarios} == {3}
+    assert scenarios and {s.num_seeds for s in scenarios} == {3}
     for scenario in scenarios[:: max(len(scenarios) // 4, 1)]:
         resolve_system(scenario)
 
