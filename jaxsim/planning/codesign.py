@@ -36,6 +36,7 @@ from jaxtyping import Array, Float
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim._core.records import converted
 from jaxsim.analytic.deployment import Deployment, Numbers, deployment
 from jaxsim.analytic.steady import highest_rate
 from jaxsim.engine import lower
@@ -124,7 +125,7 @@ class Design(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def from_dict(cls, tree: Mapping[str, Any]) -> "Design":
         """From nested dictionaries. Raises `InputError`."""
         try:
-            found = msgspec.convert(tree, cls)
+            found = converted(tree, cls)
         except msgspec.ValidationError as error:
             raise explain(str(error), dict(tree), cls) from None
         names = [r.name for r in found.resources]

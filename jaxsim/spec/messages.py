@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim._core.records import converted
 
 _SAME_AS = {
     "chunked_prefill": "enable_chunked_prefill", "order": "scheduling_policy", "policy": "scheduling_policy",
@@ -78,7 +79,7 @@ def convert_table(table: Any, struct: type, path: str, section: str, remedy: str
         raise InputError(path, table, "is not a table of fields", remedy)
     values = dict(table)
     try:
-        return msgspec.convert(values, struct)
+        return converted(values, struct)
     except msgspec.ValidationError as error:
         told = error.__cause__ if isinstance(error.__cause__, InputError) else explain(str(error), values, struct)
         field = f"{path}.{told.field.removeprefix(section + '.')}"

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim._core.records import converted
 from jaxsim.spec.engine import (
     SORTED_POLICIES,
     Admit,
@@ -201,7 +202,7 @@ class Scheduler(msgspec.Struct, frozen=True, kw_only=True):
 def _decode(text: str, where: str) -> Preset:
     values = parse_toml(text, where)
     try:
-        preset = msgspec.convert(values, Preset)
+        preset = converted(values, Preset)
     except msgspec.ValidationError as error:
         raise explain(str(error), values, Preset) from None
     kv_rule(preset.kv_rule)

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim._core.records import converted
 from jaxsim.spec.cluster import ClusterSection, PoolSection
 from jaxsim.spec.costs import FittedCost, ProfiledCost, RooflineCost
 from jaxsim.spec.engine import (
@@ -97,7 +98,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         if isinstance(cost, dict) and "kind" not in cost and cost.keys().isdisjoint(of_fitted):
             cost["kind"] = (ProfiledCost if "path" in cost else RooflineCost).__struct_config__.tag
         try:
-            scenario = msgspec.convert(tree, cls)
+            scenario = converted(tree, cls)
         except msgspec.ValidationError as error:
             raise explain(str(error), tree, cls) from None
         check(scenario)

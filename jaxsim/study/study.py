@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
+from jaxsim._core.records import converted
 from jaxsim.spec.messages import explain
 from jaxsim.spec.scenario import (
     Scenario,
@@ -70,7 +71,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise InputError("study", values, "is not a table of fields", "give nested dictionaries")
         tree = {key: _lists(value) for key, value in values.items()}
         try:
-            study = msgspec.convert(tree, cls)
+            study = converted(tree, cls)
         except msgspec.ValidationError as error:
             raise explain(str(error), tree, cls) from None
         if folder is not None:

@@ -3,9 +3,11 @@
 import abc
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 
+import jaxsim
 from tests.architecture.test_imports import modules
 
 MESSAGE_BASES = {"Section", "_Section"}
@@ -73,3 +75,11 @@ def test_broken_rules_are_found():
     assert ["final" in p for p in problems([Deeper])] == [True]
     assert ["no Abstract prefix" in p for p in problems([Shape])] == [True]
     assert ["no abstract method" in p for p in problems([AbstractNothing])] == [True]
+
+
+def test_records_are_converted_by_one_thread_at_a_time():
+    """`jaxsim._core.records` says why."""
+    package = Path(jaxsim.__file__).parent
+    calls = [file.relative_to(package).as_posix() for file in sorted(package.rglob("*.py"))
+             if "msgspec.convert(" in file.read_text(encoding="utf-8")]
+    assert calls == ["_core/records.py"]
