@@ -49,9 +49,9 @@ LATENT_POWER = 8.0
 """Columns of chunk coefficients.
 
 Seconds of work per unit of pairs (in full tiles), per new token, per row of tiles, which has so many tokens; per
-decoding sequence and per context token of these. Of the longest tile: once, per key of a mean chunk, per context token
-of a mean decode. Of reads per key of chunks and per context token. Of traffic per new token and per key. The most keys
-a query sees. Whether decodes run apart from chunks (1), with the seconds of a decode-only call.
+decoding sequence and per context token of these. Of the longest tile: once, per key of the longest chunk, per context
+token of a mean decode. Of reads per key of chunks and per context token. Of traffic per new token and per key. The most
+keys a query sees. Whether decodes run apart from chunks (1), with the seconds of a decode-only call.
 """
 
 CHUNK_COLUMNS = 15
@@ -99,26 +99,31 @@ class LatentShape(NamedTuple):
 
 def chunk_seconds(c: Float[Array, "*shape columns"], tokens: Float[Array, "*shape"], chunks: Float[Array, "*shape"],
                   pairs: Float[Array, "*shape"], keys: Float[Array, "*shape"], decodes: Float[Array, "*shape"],
-                  context: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+                  context: Float[Array, "*shape"], tiled: Float[Array, "*shape"] | None = None,
+                  most: Int[Array, "*shape"] | None = None) -> Float[Array, "*shape"]:
     """Seconds of a call with prompt chunks, its floor excepted.
 
     tokens, chunks, pairs, keys: `prefill_tokens`, `num_prefill`, `prefill_pairs`, `prefill_context` of `BatchStats`;
-    decodes, context: `num_decode` and their (windowed) context.
+    decodes, context: `num_decode` and their (windowed) context; tiled, most: `prefill_tiled` and `prefill_longest`,
+    None where chunks are alike.
     """
-    some, least = jnp.maximum(chunks, 1.0), jnp.maximum(tokens, 1.0)
-    per_chunk = jnp.minimum(keys / some, c[..., MOST_KEYS])
-    seen, read = jnp.minimum(pairs, 2.0 * c[..., MOST_KEYS] * tokens), per_chunk * chunks
-    # Rows of tiles: the last of a chunk is not full.
+    some = jnp.maximum(chunks, 1.0)
+    each = keys / some
+    read = jnp.minimum(each, c[..., MOST_KEYS]) * chunks
+    # Rows of tiles, and tokens in these: the last of a chunk is not full. Of unlike chunks as of the mean one.
     rows = chunks * jnp.ceil(tokens / (some * c[..., TILE_TOKENS]))
-    fill = rows * c[..., TILE_TOKENS] / least
-    work = (c[..., PAIR] * fill * seen + c[..., TOKEN] * tokens + c[..., TILE] * rows + c[..., DECODE] * decodes
+    full = rows * c[..., TILE_TOKENS]
+    tiled = pairs * (full / jnp.maximum(tokens, 1.0)) if tiled is None else tiled
+    seen = jnp.minimum(tiled, 2.0 * c[..., MOST_KEYS] * full)
+    work = (c[..., PAIR] * seen + c[..., TOKEN] * tokens + c[..., TILE] * rows + c[..., DECODE] * decodes
             + c[..., DECODE_CONTEXT] * context)
-    longest = c[..., LONGEST] + jnp.maximum(c[..., LONGEST_KEYS] * per_chunk,
+    most = jnp.minimum(each if most is None else most, c[..., MOST_KEYS])
+    longest = c[..., LONGEST] + jnp.maximum(c[..., LONGEST_KEYS] * most,
                                             c[..., LONGEST_CONTEXT] * context / jnp.maximum(decodes, 1.0))
     reads = c[..., READ_KEYS] * read + c[..., READ_CONTEXT] * context
-    tiled = work * work + longest * longest
+    alone = work * work + longest * longest
     # TINY_S keeps the derivative finite where a class has no layers.
-    joined = jnp.sqrt(jnp.sqrt(tiled * tiled + (reads * reads) * (reads * reads) + TINY_S * 1e-6))
+    joined = jnp.sqrt(jnp.sqrt(alone * alone + (reads * reads) * (reads * reads) + TINY_S * 1e-6))
     return joined + c[..., ADD_TOKEN] * tokens + c[..., ADD_KEYS] * read
 
 

@@ -28,6 +28,9 @@ class BatchStats(eqx.Module):
     (history + chunk), summed; prefill_pairs: sum of (history + chunk)^2 - history^2, which is twice the causal
     query-key pairs less the tokens.
     num_sampled: sequences that emit a token when the iteration ends.
+    prefill_tiled: `prefill_pairs` with the tokens of each chunk rounded up to whole tiles of the attention kernel
+    (`AbstractIterationCost.tile_tokens`); prefill_longest: the most KV tokens a chunk ends with. None: chunks are
+    alike.
     """
 
     num_decode: Int[Array, ""]
@@ -39,6 +42,8 @@ class BatchStats(eqx.Module):
     num_sampled: Int[Array, ""]
     decode_shared: Int[Array, ""] | int = 0
     longest_context: Int[Array, ""] | int = 0
+    prefill_tiled: Float[Array, ""] | None = None
+    prefill_longest: Int[Array, ""] | None = None
 
     @property
     def distinct_context(self) -> Int[Array, ""]:
@@ -73,6 +78,11 @@ class AbstractIterationCost(eqx.Module):
     def reads_longest(self) -> bool:
         """Whether `longest_context` matters; finding it takes a look at all sequences."""
         return False
+
+    @property
+    def tile_tokens(self) -> Float[Array, ""] | None:
+        """Query tokens of a tile of attention, where `prefill_tiled` and `prefill_longest` matter."""
+        return None
 
     @abc.abstractmethod
     def iteration(self, stats: BatchStats) -> Float[Array, ""]:
@@ -134,6 +144,14 @@ class OneOf(AbstractIterationCost):
     def reads_longest(self) -> bool:
         """Whether any does."""
         return any(cost.reads_longest for cost in self.costs)
+
+    @property
+    def tile_tokens(self) -> Float[Array, ""] | None:
+        """Of the chosen cost."""
+        each = [cost.tile_tokens for cost in self.costs]
+        if all(tokens is None for tokens in each):
+            return None
+        return jax.lax.select_n(self.index, *(jnp.float32(1) if tokens is None else tokens for tokens in each))
 
     def decode(self, num_sequences: Int[Array, ""], context: Int[Array, ""], shared: Int[Array, ""] | int = 0,
                longest: Int[Array, ""] | int = 0) -> DecodePace:

@@ -21,6 +21,8 @@ caches, of which nothing is sent, is spread evenly over the blocks and hides the
 chunks read of the cache is gathered at the speed of the link, without latency.
 """
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -61,11 +63,11 @@ class Ring(eqx.Module):
         return cls(jnp.asarray(ranks, jnp.int32), *(jnp.asarray(x, float) for x in (layers, latency_s, key_s, floor_s)))
 
     def of_rank(self, stats: BatchStats) -> BatchStats:
-        """What a rank computes of an iteration: its share of the chunks, and all decodes."""
+        """What a rank computes of an iteration: its share of the chunks, as if these were alike, and all decodes."""
         tokens = 2 * ((stats.prefill_tokens + 2 * self.ranks - 1) // (2 * self.ranks))
         tokens = jnp.where(self.ranks == 1, stats.prefill_tokens, tokens)
-        return eqx.tree_at(lambda s: (s.prefill_tokens, s.prefill_pairs), stats,
-                           (tokens, stats.prefill_pairs / self.ranks))
+        return replace(stats, prefill_tokens=tokens, prefill_pairs=stats.prefill_pairs / self.ranks,
+                       prefill_tiled=None, prefill_longest=None)
 
     def more_seconds(self, attention_s: Float[Array, ""], tokens: Int[Array, ""]) -> Float[Array, ""]:
         """What the ring adds to a rank's attention of `attention_s` to chunks of so many tokens on all ranks together:

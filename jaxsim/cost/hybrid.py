@@ -55,6 +55,11 @@ class HybridCost(AbstractIterationCost):
         """Whether the GPU's does."""
         return self.gpu.reads_longest
 
+    @property
+    def tile_tokens(self) -> Float[Array, ""] | None:
+        """Of the GPU's."""
+        return self.gpu.tile_tokens
+
     def _host_lanes(self, num_decode: Int[Array, ""], context: Int[Array, ""], prompt_tokens: Int[Array, ""] | int,
                     history: Int[Array, ""] | int = 0) -> Float[Array, " 3"]:
         """Seconds of cpu, in, out."""

@@ -432,11 +432,11 @@ class Roofline(eqx.Module):
             extra = 0.0 if tail is None else tail.alone(
                 stats.num_decode, stats.decode_context, stats.longest_context)
             return works, {"attention_floor": fixed, "attention_decode": full * context + windowed * inside + extra}
-        coefficients = self.chunk_coefficients()
+        coefficients, unlike = self.chunk_coefficients(), (stats.prefill_tiled, stats.prefill_longest)
         chunks = [jnp.asarray(x, float) for x in (stats.prefill_tokens, stats.num_prefill, stats.prefill_pairs,
                                                   stats.prefill_context)]
-        alone = jnp.sum(attend.chunk_seconds(coefficients, *chunks, jnp.zeros(()), jnp.zeros(2)))
-        both = jnp.sum(attend.chunk_seconds(coefficients, *chunks, decodes, jnp.stack([context, inside])))
+        alone = jnp.sum(attend.chunk_seconds(coefficients, *chunks, jnp.zeros(()), jnp.zeros(2), *unlike))
+        both = jnp.sum(attend.chunk_seconds(coefficients, *chunks, decodes, jnp.stack([context, inside]), *unlike))
         if tail is not None:
             both = both + tail.beside(stats.num_decode, stats.decode_context, stats.longest_context,
                                       stats.num_prefill, stats.prefill_context)

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.cost.attention import APART, Tail, chunk_seconds
+from jaxsim.cost.attention import APART, TILE_TOKENS, Tail, chunk_seconds
 from jaxsim.cost.base import UNBOUNDED, AbstractIterationCost, BatchStats, DecodePace
 from jaxsim.cost.context_parallel import Ring
 from jaxsim.kernels import octaves
@@ -185,6 +185,11 @@ class TabulatedCost(AbstractTables):
     stages: Float[Array, " stages"] | None = None
     ring: Ring | None = None
 
+    @property
+    def tile_tokens(self) -> Float[Array, ""]:
+        """Of all layers alike: tiles go by heads."""
+        return self.attention[0, TILE_TOKENS]
+
     def _windowed(self, num_sequences: Int[Array, ""], context: Int[Array, ""]) -> Int[Array, ""]:
         return jnp.minimum(context, num_sequences * self.window)
 
@@ -198,7 +203,8 @@ class TabulatedCost(AbstractTables):
         contexts = jnp.stack([contexts[0] - saved, contexts[1]])
         tokens, chunks, keys, decodes = (x.astype(jnp.float32) for x in (
             stats.prefill_tokens, stats.num_prefill, stats.prefill_context, stats.num_decode))
-        together = chunk_seconds(self.attention, tokens, chunks, stats.prefill_pairs, keys, decodes, contexts)
+        together = chunk_seconds(self.attention, tokens, chunks, stats.prefill_pairs, keys, decodes, contexts,
+                                 stats.prefill_tiled, stats.prefill_longest)
         apart = self.attention[:, APART] * row[CONTEXT:WINDOW + 1] * contexts
         seconds = row[BESIDE] + jnp.sum(together + apart)
         if self.tail is None:
@@ -211,7 +217,7 @@ class TabulatedCost(AbstractTables):
         tokens, chunks, keys = (x.astype(jnp.float32) for x in (
             stats.prefill_tokens, stats.num_prefill, stats.prefill_context))
         return jnp.sum(chunk_seconds(self.attention, tokens, chunks, stats.prefill_pairs, keys, jnp.float32(0),
-                                     jnp.zeros(2, jnp.float32)))
+                                     jnp.zeros(2, jnp.float32), stats.prefill_tiled, stats.prefill_longest))
 
     def own_seconds(self, stats: BatchStats) -> Float[Array, ""]:
         """Device seconds without what ranks do together."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxsim.engine import chunks, passes
-from jaxsim.engine.common import Context, blocks_for, choose
+from jaxsim.engine.common import Context, blocks_for, choose, without_chunks
 from jaxsim.engine.events import FREEZE_S
 from jaxsim.engine.passes import Plan
 from jaxsim.engine.touched import Touched
@@ -62,10 +62,11 @@ def go_on(context: Context, t: Touched, counts: Counts, times: Clocks, plan: Pla
     dims, group, batch, rank = context.dims, context.group, counts.batch, counts.rank
     rules, known, own = group.batching, rank.forming_known, times.batch
     # As the end of an iteration and a pass leave it that find nothing but the prompt.
-    nothing = {name: jnp.int32(0) for name in ("num_chunks", "chunk_tokens", "chunk_context", "spread_chunks")
+    nothing = {name: jnp.int32(0) for name in ("num_chunks", "chunk_tokens", "chunk_context", "spread_chunks",
+                                                 "longest_chunk")
                if getattr(batch, name) is not None}
     fresh = replace(counts, batch=replace(batch, budget=rules.max_num_batched_tokens, **nothing))
-    at_rest = replace(times, batch=replace(own, chunk_pairs=jnp.float32(0)))
+    at_rest = replace(times, batch=without_chunks(own))
 
     def goes_on(run: Run) -> Bool[Array, ""]:
         return (~run.is_over & (run.end < t.event.following) & (run.end.hi < FREEZE_S)
@@ -98,7 +99,7 @@ def go_on(context: Context, t: Touched, counts: Counts, times: Clocks, plan: Pla
     run = repeat(goes_on, one_more, Run(
         jnp.int32(0), batch.chunk_tokens, rank.forming_computed, rank.used_blocks, own.start, own.first, plan.end,
         times.executor.busy, times.rank.running, times.rank.held, ~(t.is_starting & is_alone)), dims.max_jump - 1)
-    last, pairs = passes.with_chunk(group, fresh.batch, jnp.float32(0), run.computed - run.tokens, run.tokens)
+    last, own = passes.with_chunk(group, fresh.batch, at_rest.batch, run.computed - run.tokens, run.tokens)
     ran = Counts(
         replace(counts.executor, num_iterations=counts.executor.num_iterations + run.chunks),
         replace(rank, used_blocks=run.used_blocks, peak_blocks=jnp.maximum(rank.peak_blocks, run.used_blocks),
@@ -107,7 +108,7 @@ def go_on(context: Context, t: Touched, counts: Counts, times: Clocks, plan: Pla
     clocks = replace(
         times, executor=replace(times.executor, busy=run.busy),
         rank=replace(times.rank, running=run.running, held=run.held),
-        batch=replace(own, start=run.start, first=run.first, chunk_pairs=pairs))
+        batch=replace(own, start=run.start, first=run.first))
     is_any = run.chunks > 0
     plan = plan._replace(first_end=clock.select(is_any, run.end, plan.first_end),
                          end=clock.select(is_any, run.end, plan.end))

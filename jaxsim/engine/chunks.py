@@ -80,7 +80,7 @@ def formed(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int
     """The iteration of the batch as it is now and so many more tokens of a prompt; with KV-cache parallelism, what the
     busiest group does in it."""
     batch = counts.batch
-    own, pairs = passes.with_chunk(group, batch, times.batch.chunk_pairs, computed, tokens)
+    own, clocks = passes.with_chunk(group, batch, times.batch, computed, tokens)
     is_last = computed + tokens == known
     own = replace(own, joining=batch.joining + is_last)
     behind = longest
@@ -90,7 +90,7 @@ def formed(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int
     if decoding is not None:
         shared = kv_parallel.reads(group.batching.kv_parallel, decoding.first, own.spread_chunks)
     stats, _, _ = passes.statistics(dims, group, replace(counts, batch=own),
-                                    replace(times, batch=replace(times.batch, chunk_pairs=pairs)), behind, shared)
+                                    replace(times, batch=clocks), behind, shared)
     return stats, shared
 
 

@@ -26,7 +26,7 @@ from jaxsim.policy.scaling import Scaling
 from jaxsim.policy.slack import Slack
 from jaxsim.spec.dims import Dims
 from jaxsim.state.requests import Requests
-from jaxsim.state.world import Counts, World
+from jaxsim.state.world import BatchTimes, Counts, World
 
 T = TypeVar("T")
 
@@ -141,6 +141,12 @@ def iterations_to_reach(pace_s: Float[Array, ""], growth_s: Float[Array, ""], di
 def choose(condition: Bool[Array, ""], a: T, b: T) -> T:
     """Leaf-wise choice between two records."""
     return jax.tree.map(lambda x, y: x if x is y else jnp.where(condition, x, y), a, b)
+
+
+def without_chunks(own: BatchTimes) -> BatchTimes:
+    """Of a batch that holds no prompt chunk."""
+    zero = jnp.float32(0)
+    return replace(own, chunk_pairs=zero, chunk_tiled=None if own.chunk_tiled is None else zero)
 
 
 def has(counts: Counts, flag: int) -> Bool[Array, ""]:

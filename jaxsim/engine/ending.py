@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.engine import pipeline
-from jaxsim.engine.common import Group, blocks_for, choose, iterations_to_reach, span
+from jaxsim.engine.common import Group, blocks_for, choose, iterations_to_reach, span, without_chunks
 from jaxsim.engine.events import Event
 from jaxsim.kernels import clock, packed, residues
 from jaxsim.kernels.clock import Time
@@ -109,7 +109,8 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
         joining_prefill=None if batch.joining_prefill is None else jnp.int32(0),
         loading=None if batch.loading is None else jnp.int32(0),
         fetching=None if batch.fetching is None else jnp.int32(0),
-        spread_chunks=None if batch.spread_chunks is None else jnp.int32(0))
+        spread_chunks=None if batch.spread_chunks is None else jnp.int32(0),
+        longest_chunk=None if batch.longest_chunk is None else jnp.int32(0))
     settled_rank = replace(rank, used_blocks=used, peak_blocks=jnp.maximum(rank.peak_blocks, most_used))
     if batch.tiles is not None:
         settled_batch = replace(settled_batch, tiles=jnp.int32(0))
@@ -138,7 +139,7 @@ def settle(dims: Dims, group: Group, event: Event, counts: Counts, times: Clocks
     if dims.num_stages > 1:
         alone = clock.add(alone, jump_s)
     settled_times = Clocks(replace(times.executor, busy=busy, counted=counted, alone=alone), integrals,
-                           replace(own, gap_s=gap_s, chunk_pairs=jnp.float32(0)))
+                           replace(without_chunks(own), gap_s=gap_s))
     if dims.has_failures:
         start = clock.select(is_lost, begun, own.start)
         settled_times = replace(settled_times, batch=replace(settled_times.batch, start=start))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.cost.base import BatchStats
-from jaxsim.engine.common import Context, Group, take
+from jaxsim.engine.common import Context, Group, choose, take, without_chunks
 from jaxsim.engine.events import Event
 from jaxsim.engine.slots import Slots
 from jaxsim.kernels import clock, packed
@@ -66,10 +66,11 @@ def fresh(condition: Bool[Array, ""], counts: Counts, times: Clocks) -> tuple[Co
     """Without what the batch before was made of, where a pass begins."""
     batch = counts.batch
     names = ("joining", "joining_offsets", "joining_first", "resuming", "stalled", "stalled_offsets", "num_chunks",
-             "chunk_tokens", "chunk_context", "entering")
-    zeroed = {name: jnp.where(condition, 0, getattr(batch, name)) for name in names}
-    own = replace(times.batch, chunk_pairs=jnp.where(condition, 0.0, times.batch.chunk_pairs),
-                  resume_s=jnp.where(condition, 0.0, times.batch.resume_s))
+             "chunk_tokens", "chunk_context", "entering", "longest_chunk")
+    zeroed = {name: jnp.where(condition, 0, getattr(batch, name)) for name in names
+              if getattr(batch, name) is not None}
+    own = choose(condition, without_chunks(times.batch), times.batch)
+    own = replace(own, resume_s=jnp.where(condition, 0.0, own.resume_s))
     return replace(counts, batch=replace(batch, **zeroed)), replace(times, batch=own)
 
 

@@ -89,7 +89,8 @@ def _tables(path, stamp, base, sizes, cuda_graphs, async_scheduling) -> tuple[Pr
 # ---- what a run was made of
 
 
-_KINDS = {name: np.float32 if name == "prefill_pairs" else np.int32 for name in BatchStats.__dataclass_fields__}
+_KINDS = {name: np.float32 if name == "prefill_pairs" else np.int32 for name in BatchStats.__dataclass_fields__
+          if name not in ("prefill_tiled", "prefill_longest")}
 
 
 def batches(lane: LaneResult) -> tuple[BatchStats, Int[np.ndarray, " batches"]]:
@@ -100,9 +101,10 @@ def batches(lane: LaneResult) -> tuple[BatchStats, Int[np.ndarray, " batches"]]:
     chunk is, follows from the times of the requests and the iterations in between.
 
     Exact where no prompts share an iteration and nothing is preempted. Shared iterations split their prompt tokens by
-    what each prompt needs. A preempted request loses what it computed evenly over its life, and what is computed again
-    counts as a prompt of its own: with a preemption for every fifth request, contexts are within 1 % in sum and pairs
-    within 4 % (vLLM V1 rules, against the reference simulator); with several for each, pairs are up to 50 % high.
+    what each prompt needs, and count their chunks as alike. A preempted request loses what it computed evenly over its
+    life, and what is computed again counts as a prompt of its own: with a preemption for every fifth request, contexts
+    are within 1 % in sum and pairs within 4 % (vLLM V1 rules, against the reference simulator); with several for each,
+    pairs are up to 50 % high.
     """
     parts = [_instance(lane, i) for i in np.unique(lane.steps["instance"])]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}

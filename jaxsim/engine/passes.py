@@ -18,7 +18,7 @@ from jaxsim.policy.batching import Batching
 from jaxsim.spec.dims import Dims
 from jaxsim.state import world as w
 from jaxsim.state.requests import MAX_TOKENS, OUTPUT, PLACE, PROMPT
-from jaxsim.state.world import Batch, Clocks, Counts, Rank
+from jaxsim.state.world import Batch, BatchTimes, Clocks, Counts, Rank
 
 if TYPE_CHECKING:
     from jaxsim.engine.chunks import Sized
@@ -255,7 +255,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
         tokens, one = jnp.where(entering, 0, tokens), one - entering
         if not rules.is_unified:
             budget_taken = tokens
-    batch, pairs = with_chunk(group, batch, times.batch.chunk_pairs, computed, tokens)
+    batch, own = with_chunk(group, batch, times.batch, computed, tokens)
     batch = replace(
         batch, budget=batch.budget - budget_taken, joining=batch.joining + one,
         joining_offsets=batch.joining_offsets + one * offset,
@@ -263,7 +263,7 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     if is_ready is not None:
         batch = replace(batch, count=batch.count + entering, offsets=batch.offsets + entering * offset,
                         entering=batch.entering + entering)
-    times = replace(times, batch=replace(times.batch, chunk_pairs=pairs))
+    times = replace(times, batch=own)
     is_in = is_admitted.astype(jnp.int32)
     used = rank.used_blocks + jnp.where(is_placed, grown, 0)
     is_from_queue = is_admitted
@@ -340,19 +340,26 @@ def place(dims: Dims, group: Group, is_open: Bool[Array, ""], counts: Counts, ti
     return counts, times, residue_row, placed, is_held, can_go_on
 
 
-def with_chunk(group: Group, batch: Batch, pairs: Float[Array, ""], computed: Int[Array, ""], tokens: Int[Array, ""]
-               ) -> tuple[Batch, Float[Array, ""]]:
-    """A batch with one chunk more, of some tokens behind those computed (of none it is as it was), and the query-key
-    pairs of all."""
+def with_chunk(group: Group, batch: Batch, own: BatchTimes, computed: Int[Array, ""], tokens: Int[Array, ""]
+               ) -> tuple[Batch, BatchTimes]:
+    """A batch with one chunk more, of some tokens behind those computed; of none it is as it was."""
     rule, end, is_any = group.batching.kv_parallel, computed + tokens, tokens > 0
-    batch = replace(batch, num_chunks=batch.num_chunks + is_any, chunk_tokens=batch.chunk_tokens + tokens)
     if rule is None:
         low, high = computed.astype(jnp.float32), end.astype(jnp.float32)
-        batch = replace(batch, chunk_context=batch.chunk_context + jnp.where(is_any, end, 0))
-        return batch, pairs + jnp.where(is_any, (high - low) * (high + low), 0.0)
-    spread = batch.spread_chunks + jnp.where(end > rule.tokens, tokens, 0)
-    context = batch.chunk_context + jnp.where(is_any, rule.shard(end), 0)
-    return replace(batch, chunk_context=context, spread_chunks=spread), pairs + rule.pairs(computed, end)
+        keys, pairs = end, jnp.where(is_any, (high - low) * (high + low), 0.0)
+    else:
+        keys, pairs = rule.shard(end), rule.pairs(computed, end)
+        batch = replace(batch, spread_chunks=batch.spread_chunks + jnp.where(end > rule.tokens, tokens, 0))
+    keys = jnp.where(is_any, keys, 0)
+    batch = replace(batch, num_chunks=batch.num_chunks + is_any, chunk_tokens=batch.chunk_tokens + tokens,
+                    chunk_context=batch.chunk_context + keys)
+    own = replace(own, chunk_pairs=own.chunk_pairs + pairs)
+    if own.chunk_tiled is not None and (tile := group.cost.tile_tokens) is not None:
+        new = tokens.astype(jnp.float32)
+        in_tiles = pairs * (jnp.ceil(new / tile) * tile / jnp.maximum(new, 1.0))
+        own = replace(own, chunk_tiled=own.chunk_tiled + in_tiles)
+        batch = replace(batch, longest_chunk=jnp.maximum(batch.longest_chunk, keys))
+    return batch, own
 
 
 def iteration_seconds(group: Group, stats: BatchStats, reads: "kv_parallel.Reads | None") -> Float[Array, ""]:
@@ -381,7 +388,8 @@ def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest:
     stats = BatchStats(
         decodes, jnp.where(is_prompt_only, 0, batch.offsets - batch.stalled_offsets
                            + decodes * (batch.counter + 1)),
-        batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.batch.chunk_pairs, decodes + batch.joining)
+        batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.batch.chunk_pairs, decodes + batch.joining,
+        prefill_tiled=times.batch.chunk_tiled, prefill_longest=batch.longest_chunk)
     if rules.prefix_caching:
         stats = replace(stats, decode_shared=shared_tokens(dims, counts, stats.decode_context))
     if longest is not None:

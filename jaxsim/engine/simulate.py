@@ -16,7 +16,7 @@ from jaxsim.metrics import LaneResult, Result
 from jaxsim.policy.routing import router
 from jaxsim.spec.dims import Dims
 from jaxsim.spec.engine import SORTED_POLICIES
-from jaxsim.spec.scenario import ProfiledCost, Scenario
+from jaxsim.spec.scenario import ProfiledCost, RooflineCost, Scenario
 from jaxsim.spec.values import plain
 from jaxsim.state import world as w
 from jaxsim.workload.workload import Workload
@@ -328,7 +328,9 @@ def dims_of(scenario: Scenario, system: lower.System, num_requests: int) -> Dims
                 has_block_groups=system.swap is not None and system.swap.group_blocks is not None,
                 has_kv_parallel=system.plan.kv_parallel_size > 1, num_partial=system.scheduler.max_num_partial_prefills,
                 line_window=(scenario.engine.prefill_window or LINE_WINDOW)
-                * (system.scheduler.max_num_partial_prefills > 1))
+                * (system.scheduler.max_num_partial_prefills > 1),
+                reads_chunks=any(isinstance(one.cost, RooflineCost)
+                                 for one in (scenario, *(pool.scenario for pool in system.pools))))
     # Beside thousands of slots a packed key has fewer bits for iterations: half of them for jumps between rebases.
     dims = dataclasses.replace(dims, max_jump=min(dims.max_jump, 1 << (MOST_JUMP_BITS - dims.slot_bits)))
     return lower.routing_dims(routing, dims)

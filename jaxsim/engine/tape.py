@@ -161,22 +161,24 @@ def record_all(dims: Dims, group: Group, world: World, turn: Turn, executor: Int
             "tape_first": Put((logged,), places)}
 
 
-def _seconds(times: Clocks) -> Float[Array, "*shape 4"]:
+def _seconds(times: Clocks) -> Float[Array, "*shape 5"]:
     """Seconds of the iterations in flight, and the query-key pairs of their chunks, which are not integers either."""
     own = times.batch
-    return jnp.stack([own.first.hi, own.pace.hi, own.growth_s, own.chunk_pairs], axis=-1)
+    tiled = jnp.zeros_like(own.chunk_pairs) if own.chunk_tiled is None else own.chunk_tiled
+    return jnp.stack([own.first.hi, own.pace.hi, own.growth_s, own.chunk_pairs, tiled], axis=-1)
 
 
 def _asked(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int[Array, "*shape"] | None
-           ) -> Int[Array, "*shape 10"]:
+           ) -> Int[Array, "*shape 11"]:
     """The integers of what the cost model was asked about the iteration that starts, once it is in flight."""
     # A start clears the progress of its pass; that it was of prompts only shows in the token clock.
     counts = replace(counts, rank=replace(counts.rank, progress=jnp.where(counts.batch.advance == 0, w.FILLED, 0)))
     stats, followers, context = passes.statistics(dims, group, counts, times, longest)
     shared = passes.shared_tokens(dims, counts, context) if group.batching.prefix_caching else 0
     after = 0 if longest is None else jnp.maximum(longest + counts.batch.counter + 1, 0) + 1
-    fields = (stats.decode_context, stats.num_prefill, stats.prefill_context, stats.num_sampled, stats.decode_shared,
-              stats.longest_context, followers, context, shared, after)
+    longest_chunk = 0 if stats.prefill_longest is None else stats.prefill_longest
+    fields = (stats.decode_context, stats.num_prefill, stats.prefill_context, longest_chunk, stats.num_sampled,
+              stats.decode_shared, stats.longest_context, followers, context, shared, after)
     return jnp.stack([jnp.broadcast_to(field, jnp.shape(followers)) for field in fields], axis=-1)
 
 
@@ -187,9 +189,10 @@ def of_world(dims: Dims, requests: Requests, world: World) -> Tape:
     """The tape of a finished run of one scenario, of whose `dims` `num_records` is not 0."""
     rows, size = slice(0, dims.num_records), dims.num_records
     is_real = jnp.arange(size) < world.num_recorded
-    epoch, hi, lo, first_s, pace_s, growth_s, pairs = world.tape_times[rows].T
+    epoch, hi, lo, first_s, pace_s, growth_s, pairs, tiled = world.tape_times[rows].T
     instance, running, waiting, used_blocks, planned, prefill_tokens, num_decode = world.tape_counts[rows].T
-    (decode_context, num_prefill, prefill_context, num_sampled, shared, longest, *following) = world.tape_stats[rows].T
+    (decode_context, num_prefill, prefill_context, longest_chunk, num_sampled, shared, longest,
+     *following) = world.tape_stats[rows].T
     start, end = jnp.stack([epoch, hi, lo], axis=1), world.tape_ends[rows, :3]
     # One that a bound stopped on its way has no end.
     is_done = is_real & (world.tape_ends[rows, 3] > 0)
@@ -228,7 +231,8 @@ def of_world(dims: Dims, requests: Requests, world: World) -> Tape:
 
     stats = BatchStats(
         padded(num_decode, 1), padded(decode_context, 1), padded(num_prefill, 0), padded(prefill_tokens, 0),
-        padded(prefill_context, 0), padded(pairs, 0.0), padded(num_sampled, 1), padded(shared, 0), padded(longest, 1))
+        padded(prefill_context, 0), padded(pairs, 0.0), padded(num_sampled, 1), padded(shared, 0), padded(longest, 1),
+        *((padded(tiled, 0.0), padded(longest_chunk, 0)) if dims.reads_chunks else ()))
     return Tape(
         count=world.num_recorded, instance=instance, previous=previous, is_contiguous=is_contiguous, start=start,
         end=jnp.where(is_done[:, None], end, jnp.nan), duration_s=duration_s, planned=planned, iterations=iterations,
@@ -270,7 +274,7 @@ def seconds(dims: Dims, params: Params, tape: Tape) -> Float[Array, " records"]:
 def read(dims: Dims, world: World, lane: int) -> dict[str, np.ndarray]:
     """Host: iterations of a lane as they went. A run that a bound stopped leaves some as they were planned."""
     length = min(int(world.num_recorded[lane]), dims.num_records)
-    epoch, hi, lo, first_s, pace_s, growth_s, _ = world.tape_times[lane, :length].T
+    epoch, hi, lo, first_s, pace_s, growth_s, *_ = world.tape_times[lane, :length].T
     first_s, pace_s, growth_s = (x.astype(np.float64) for x in (first_s, pace_s, growth_s))
     *end, iterations = world.tape_ends[lane, :length].T
     steps = dict(zip(COUNTS, world.tape_counts[lane, :length].T.copy(), strict=True))

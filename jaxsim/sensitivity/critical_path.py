@@ -131,7 +131,9 @@ def _cut(model: costs.CostModel, run: Recorded, own: schedule.Schedule) -> tuple
     zeros = np.zeros_like(stats.num_prefill)
     alone = replace(stats, num_decode=np.maximum(stats.num_decode, 1), num_prefill=zeros, prefill_tokens=zeros,
                     prefill_context=zeros, prefill_pairs=np.zeros_like(stats.prefill_pairs),
-                    num_sampled=np.maximum(stats.num_decode, 1))
+                    num_sampled=np.maximum(stats.num_decode, 1),
+                    prefill_tiled=None if stats.prefill_tiled is None else np.zeros_like(stats.prefill_tiled),
+                    prefill_longest=None if stats.prefill_longest is None else zeros)
     asked, _ = costs.joined([(stats, following), (alone, following)])
     count = len(own.record)
     vectors = np.moveaxis(costs.forward(model.tables, asked, model.tangents(model.directions())), 0, -1)

@@ -43,6 +43,7 @@ class Dims:
     has_kv_parallel: the KV of long contexts is cut over groups of devices.
     num_partial: prompts that may be partly computed side by side; line_window: requests that wait at once where these
     are several, else 0.
+    reads_chunks: chunks of a batch that are unlike are priced by their own sizes (`BatchStats.prefill_tiled`).
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -94,6 +95,7 @@ class Dims:
     has_kv_parallel: bool = False
     num_partial: int = 1
     line_window: int = 0
+    reads_chunks: bool = False
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:

@@ -224,6 +224,7 @@ class Batch(eqx.Module):
     jump, or the first without any, did not come to its end. loading: blocks that are loaded for the
     iteration, `fetching` of them from the store that instances share. With KV-cache parallelism: `shards` of those that
     decode in the iteration that is formed, and the tokens of its chunks whose contexts several groups hold.
+    longest_chunk: `BatchStats.prefill_longest`, where the cost reads it.
     """
 
     counter: Int[Array, "*shape"]
@@ -255,6 +256,7 @@ class Batch(eqx.Module):
     fetching: Int[Array, "*shape"] | None = None
     shards: Shards | None = None
     spread_chunks: Int[Array, "*shape"] | None = None
+    longest_chunk: Int[Array, "*shape"] | None = None
 
 
 class Counts(eqx.Module):
@@ -314,7 +316,8 @@ class BatchTimes(eqx.Module):
     """Start and pace of the iteration in flight: the first takes `first`, then iteration j takes
     `pace + j * growth_s`, durations as exact pairs.
 
-    chunk_pairs: query-key pairs of the prompt chunks (`BatchStats.prefill_pairs`). gap_s: time for which sequences past
+    chunk_pairs: query-key pairs of the prompt chunks (`BatchStats.prefill_pairs`), `chunk_tiled` those of whole tiles
+    (`prefill_tiled`) where the cost reads them. gap_s: time for which sequences past
     their prompt have waited on prompt-only iterations; resume_s: time since their preemption, summed over resuming
     sequences. end: in a pipeline, when the batch returns, `clock.never()` unless it is in flight; else None.
     """
@@ -327,6 +330,7 @@ class BatchTimes(eqx.Module):
     gap_s: Float[Array, "*shape"]
     resume_s: Float[Array, "*shape"]
     end: Time | None
+    chunk_tiled: Float[Array, "*shape"] | None = None
 
 
 class Clocks(eqx.Module):
@@ -446,9 +450,9 @@ class World(eqx.Module):
     # chunks), counts (rank, running, waiting, used blocks, iterations, prompt tokens, decoding), what else its cost was
     # asked for, and its end (epoch, hi, lo; iterations done). Of requests: the row in flight when one arrived, the one
     # before it joined, that at whose end it left, and, by row of the first-token log, that of the first tokens.
-    tape_times: Float[Array, "records 7"] | None = None
+    tape_times: Float[Array, "records 8"] | None = None
     tape_counts: Int[Array, "records 7"] | None = None
-    tape_stats: Int[Array, "records 10"] | None = None
+    tape_stats: Int[Array, "records 11"] | None = None
     tape_ends: Float[Array, "records 4"] | None = None
     tape_met: Int[Array, " rows"] | None = None
     tape_joined: Int[Array, " rows"] | None = None
@@ -611,7 +615,8 @@ def empty_counts(dims: Dims) -> Counts:
                    is_lost=zero if dims.has_failures else None, loading=zero if dims.has_loads else None,
                    fetching=zero if dims.has_remote else None,
                    shards=Shards(*(zero,) * 7) if dims.has_kv_parallel else None,
-                   spread_chunks=zero if dims.has_kv_parallel else None)
+                   spread_chunks=zero if dims.has_kv_parallel else None,
+                   longest_chunk=zero if dims.reads_chunks else None)
     return Counts(executor, rank, batch)
 
 
@@ -625,7 +630,8 @@ def empty_clocks(dims: Dims) -> Clocks:
         zero, at_zero, at_zero, SwapTimes(at_zero, at_zero, at_zero, at_zero) if dims.has_swap else None,
         at_zero if dims.has_loads else None, at_zero if dims.has_reuse else None,
         BorrowingTimes(at_zero, at_zero, at_zero, at_zero) if dims.has_siblings else None),
-                  BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero, end))
+                  BatchTimes(at_zero, at_zero, at_zero, zero, zero, zero, zero, end,
+                             zero if dims.reads_chunks else None))
 
 
 @functools.cache
@@ -698,7 +704,7 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
         cached["egress"] = floats(2)
     tape, records = {}, dims.num_records + 1
     if dims.num_records:
-        tape = dict(tape_times=floats(records, 7), tape_counts=ints(records, 7), tape_stats=ints(records, 10),
+        tape = dict(tape_times=floats(records, 8), tape_counts=ints(records, 7), tape_stats=ints(records, 11),
                     tape_ends=floats(records, 4), num_recorded=ints())
         tape |= {name: ints(rows, value=-1) for name in ("tape_met", "tape_joined", "tape_last")}
         tape |= dict(tape_first=ints(rows + dims.num_more_logs, value=-1))

@@ -202,6 +202,42 @@ def test_prefill_attention():
         (work ** 2 + (2e-6 + kappa * 132) ** 2) ** 0.5 + 4 * (1024 * 4096 + 132 * 1024) / 0.8e12, rel=1e-4)
 
 
+def test_unlike_chunks():
+    """A long history, a short chunk, a longer one: tiles counted one by one, the call waits for that with most keys."""
+    kernel, shape = a.Prefill.of(PrefillEfficiency(packed=False, **PREFILL)), a.AttentionShape(32, 8, 128)
+    chunks, kappa = ((50_000, 130), (0, 7), (300, 300)), 131.072e-9
+    c = kernel.coefficients(shape, RATES)
+    assert float(c[a.TILE_TOKENS]) == 128
+    keys = io = tiles = 0.0
+    for history, new in chunks:
+        of_chunk = -(-new // 128)
+        tiles += of_chunk
+        # Its tiles pass the history and, at the mean, half of the chunk; half a tile of keys comes below.
+        keys += of_chunk * (history + new / 2)
+        io += 4 * (new * 4096 + (history + new) * 1024) / 0.8e12
+    new = sum(new for _, new in chunks)
+    # Rows of the mean chunk, as many as these here.
+    assert tiles == 3 * -(-new / 3 // 128)
+    work = 32 / 100 * (tiles * (2e-6 + kappa * 64) + kappa * keys + kappa * new / 2)
+    want = (work ** 2 + (2e-6 + kappa * 50_130) ** 2) ** 0.5 + io
+    numbers = (new, 3.0, sum((h + n) ** 2 - h ** 2 for h, n in chunks), sum(h + n for h, n in chunks), 0.0, 0.0,
+               sum((2 * h + n) * -(-n // 128) * 128 for h, n in chunks), 50_130.0)
+    assert float(a.chunk_seconds(c, *map(jnp.float32, numbers))) == pytest.approx(want, rel=1e-4)
+    # As if they were alike, what is behind the long history would fill other tiles, and none wait for its keys.
+    assert float(a.chunk_seconds(c, *map(jnp.float32, numbers[:-2]))) != pytest.approx(want, rel=0.1)
+
+
+def test_one_of_several_alike_chunks_is_the_longest():
+    kernel, shape = a.Prefill.of(PrefillEfficiency(packed=True, **PREFILL)), a.AttentionShape(32, 8, 128)
+    c = kernel.coefficients(shape, RATES)
+    for history, new, count in ((500, 1000, 3), (0, 17, 5), (100_000, 512, 2)):
+        pairs = count * ((new + history) ** 2 - history ** 2)
+        sums = map(jnp.float32, (count * new, count, pairs, count * (history + new), 0.0, 0.0))
+        own = (jnp.float32(pairs * (-(-new // 32) * 32) / new), jnp.float32(history + new))
+        assert float(a.chunk_seconds(c, *sums, *own)) == pytest.approx(
+            chunk(kernel, shape, new, history, count), rel=1e-6)
+
+
 def test_decodes_in_a_call_with_chunks():
     """FlashAttention 2: each takes a tile of 64 rows for each query head, and its cache is read twice."""
     kernel = a.Prefill.of(PrefillEfficiency(packed=False, **PREFILL | dict(tile_keys=0), joined_rows=64,

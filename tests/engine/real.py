@@ -21,7 +21,7 @@ from tests.engine.cases import LANES, Case
 from tests.reference import simulator
 
 FLAGS = simulator.preset("vllm-v1")
-DIMS = Dims(num_requests=40, num_executors=2, num_slots=16, block_size=16)
+DIMS = Dims(num_requests=40, num_executors=2, num_slots=16, block_size=16, reads_chunks=True)
 LONGEST = 1024
 ROUTER = "least_outstanding"
 
@@ -122,7 +122,7 @@ def exact_lanes(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], tu
         ranks, layers, latency_s, key_s, floor_s = ring
         ranks = int(ranks)
         tokens = s.prefill_tokens if ranks == 1 else 2 * -(-s.prefill_tokens // (2 * ranks))
-        own = replace(s, prefill_tokens=tokens, prefill_pairs=s.prefill_pairs / ranks)
+        own = replace(s, prefill_tokens=tokens, prefill_pairs=s.prefill_pairs / ranks, chunks=())
         step_s = sum(chunks(c, replace(own, num_decode=0), 0) for c in attention) / ranks
         # What the chunks bring; each rank has the rest of their contexts.
         send_s = layers * (latency_s + s.prefill_tokens / ranks * key_s)
@@ -132,10 +132,15 @@ def exact_lanes(cost: t.TabulatedCost) -> Callable[[simulator.BatchStatsRef], tu
         each = s.prefill_tokens / s.num_prefill
         keys = min(s.prefill_context / s.num_prefill, c[a.MOST_KEYS])
         tiles = s.num_prefill * np.ceil(each / c[a.TILE_TOKENS])
-        pairs = min(s.prefill_pairs, 2 * c[a.MOST_KEYS] * s.prefill_tokens)
-        work = (c[a.PAIR] * pairs * tiles * c[a.TILE_TOKENS] / s.prefill_tokens + c[a.TOKEN] * s.prefill_tokens
+        longest, padded = keys, s.prefill_pairs * tiles * c[a.TILE_TOKENS] / s.prefill_tokens
+        if s.chunks:
+            # Each by itself: its queries in whole tiles.
+            longest = min(max(h + new for h, new in s.chunks), c[a.MOST_KEYS])
+            padded = sum((2 * h + new) * np.ceil(new / c[a.TILE_TOKENS]) * c[a.TILE_TOKENS] for h, new in s.chunks)
+        pairs = min(padded, 2 * c[a.MOST_KEYS] * tiles * c[a.TILE_TOKENS])
+        work = (c[a.PAIR] * pairs + c[a.TOKEN] * s.prefill_tokens
                 + c[a.TILE] * tiles + c[a.DECODE] * s.num_decode + c[a.DECODE_CONTEXT] * context)
-        longest = c[a.LONGEST] + max(c[a.LONGEST_KEYS] * keys, c[a.LONGEST_CONTEXT] * context / max(s.num_decode, 1))
+        longest = c[a.LONGEST] + max(c[a.LONGEST_KEYS] * longest, c[a.LONGEST_CONTEXT] * context / max(s.num_decode, 1))
         reads = c[a.READ_KEYS] * keys * s.num_prefill + c[a.READ_CONTEXT] * context
         added = c[a.ADD_TOKEN] * s.prefill_tokens + c[a.ADD_KEYS] * keys * s.num_prefill
         return np.hypot(np.hypot(work, longest) ** 2, reads ** 2) ** 0.5 + added

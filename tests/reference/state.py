@@ -60,6 +60,7 @@ class BatchStatsRef:
     prefill_pairs: int  # sum of (h + c)^2 - h^2
     prefill_context: int  # sum of h + c
     num_sampled: int  # sequences that emit a token at the end
+    chunks: tuple[tuple[int, int], ...] = ()  # (h, c) of each
 
 
 @dataclass(eq=False)
@@ -236,4 +237,5 @@ def batch_stats(entries: list[tuple[Job, int]]) -> BatchStatsRef:
         prefill_pairs=sum((h + c) ** 2 - h**2 for h, c in chunks),
         prefill_context=sum(h + c for h, c in chunks),
         num_sampled=sum(job.scheduled_tokens + tokens == job.known for job, tokens in entries),
+        chunks=tuple(chunks),
     )

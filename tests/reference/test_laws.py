@@ -321,6 +321,7 @@ def test_batch_statistics():
         prefill_pairs=14**2 - 7**2,
         prefill_context=14,
         num_sampled=1,
+        chunks=((7, 7),),
     )
     assert steps[3].stats.num_sampled == 2
 
