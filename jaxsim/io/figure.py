@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxsim._core.errors import InputError
+
 INK, FAINT, LINE, LIMIT = "#222222", "#777777", "#0072B2", "#D55E00"
 _STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor": "#999999",
@@ -17,6 +19,14 @@ _STYLE = {
     "legend.frameon": False, "legend.fontsize": 9,
 }
 _DPI = 130
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_name(name: str | None) -> None:
+    """Refuse what --plot names that is no file for a figure. Raises `InputError`."""
+    if name is not None and (Path(name).suffix not in SUFFIXES or not Path(name).parent.is_dir()):
+        raise InputError("--plot", name, "is no figure in a folder that is there",
+                         f"give a name that ends in {', '.join(SUFFIXES)}")
 
 
 @contextlib.contextmanager

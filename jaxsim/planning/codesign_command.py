@@ -35,10 +35,11 @@ def run(options: argparse.Namespace) -> None:
     """Run `jaxsim codesign`. Raises `InputError`."""
     import numpy as np
 
+    from jaxsim.io.figure import check_name
     from jaxsim.io.result import to_json
     from jaxsim.planning import codesign, codesign_plots
 
-    codesign_plots.check(options.plot)
+    check_name(options.plot)
     space = codesign.Space(codesign.Design.from_toml(options.design), simulated=not options.no_confirm)
     if options.next:
         worth = codesign.worth_of(space, space.start)

@@ -6,17 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxsim._core.errors import InputError
 from jaxsim.io.figure import FAINT, INK, LIMIT, LINE, drawn, heading
-
-SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def check(name: str | None) -> None:
-    """Refuse what is no file for a figure. Raises `InputError`."""
-    if name is not None and (Path(name).suffix not in SUFFIXES or not Path(name).parent.is_dir()):
-        raise InputError("--plot", name, "is no figure in a folder that is there",
-                         f"give a name that ends in {', '.join(SUFFIXES)}")
 
 
 def worth(found: pd.DataFrame, confirmed: pd.DataFrame | None, path: Path) -> None:

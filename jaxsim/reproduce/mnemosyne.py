@@ -212,7 +212,7 @@ def points(published: float, within: float = POINTS) -> float:
 def anchors() -> list[Claim]:
     """Numbers that follow from the model and the device alone."""
     small, large, device = load_model(SMALL), load_model(LARGE), load_device(DEVICE)
-    peak, memory = 989e12, device.memory_bytes_per_s
+    peak, memory = device.bf16_flops, device.memory_bytes_per_s
     everything, causal = (lc.prefill_flops(large, MILLION, causal=x) for x in (False, True))
     alone = lc.long_context(small, peak_flops=peak, memory_bytes_per_s=memory, gpus=TENSORS)
     ideal = tuple(1e3 * float(alone.decode_s(1e7, groups)) for groups in (1, 2, 4))
@@ -239,7 +239,8 @@ def _prefill_claims(prefills: dict[str, list[float]]) -> list[Claim]:
     rings = [context_parallel_s(SMALL, MILLION, STAGES[-1], **given) / fastest
              for given in ({"floor_gpus": 1}, {"floor_gpus": TENSORS}, {"is_striped": False})]
     local = MILLION // STAGES[-1]
-    mfus = [lc.prefill_flops(load_model(SMALL), MILLION, causal=x) / fastest / (gpus * 989e12) for x in (True, False)]
+    peak = gpus * load_device(DEVICE).bf16_flops
+    mfus = [lc.prefill_flops(load_model(SMALL), MILLION, causal=x) / fastest / peak for x in (True, False)]
     setting = f"chunks of {CHUNK:,} tokens, TP{TENSORS}"
     ring = ("context parallelism in one iteration of the engine's ring; the pipeline has its ramp, hops and a host in"
             " every chunk")
@@ -456,12 +457,14 @@ def _unsimulated() -> list[Claim]:
 def long_share_of_peak() -> float:
     """Causal FLOP a second of 5 % of 0.75 prompts of 128,000 to 1,000,000 tokens a second, over the peak of 16 A100."""
     lengths = np.linspace(128e3, 1e6, 1001)
-    return 0.05 * 0.75 * float(np.mean(lc.prefill_flops(load_model(SMALL), lengths))) / (16 * 312e12)
+    peak = 16 * load_device("a100").bf16_flops
+    return 0.05 * 0.75 * float(np.mean(lc.prefill_flops(load_model(SMALL), lengths))) / peak
 
 
 def load_of_long() -> float:
     """Causal FLOP a second of 5 % of 1.75 prompts of 2 M tokens a second, over the peak of 64 H100."""
-    return 0.05 * 1.75 * lc.prefill_flops(load_model(LARGE), 2 * MILLION) / (64 * 989e12)
+    peak = 64 * load_device(DEVICE).bf16_flops
+    return 0.05 * 1.75 * lc.prefill_flops(load_model(LARGE), 2 * MILLION) / peak
 
 
 # ---- the plot

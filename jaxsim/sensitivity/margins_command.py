@@ -35,12 +35,13 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
 
 def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     """Run `jaxsim margins`; `values`: of --set. Raises `InputError`."""
+    from jaxsim.io.figure import check_name
     from jaxsim.io.result import plain, plain_rows, to_json
     from jaxsim.sensitivity import margins_plot
     from jaxsim.sensitivity.margins import margins
     from jaxsim.spec.scenario import Scenario
 
-    margins_plot.check(options.plot)
+    check_name(options.plot)
     scenario = Scenario.from_toml(options.scenario)
     found = margins(scenario.with_values(values) if values else scenario, options.fields, share=options.share)
     if options.plot:

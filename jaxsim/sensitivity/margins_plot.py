@@ -4,18 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsim._core.errors import InputError
 from jaxsim.io.figure import FAINT, LIMIT, LINE, drawn
 from jaxsim.sensitivity.margins import RADII, Margins
-
-SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def check(name: str | None) -> None:
-    """Refuse what is no file for a figure. Raises `InputError`."""
-    if name is not None and (Path(name).suffix not in SUFFIXES or not Path(name).parent.is_dir()):
-        raise InputError("--plot", name, "is no figure in a folder that is there",
-                         f"give a name that ends in {', '.join(SUFFIXES)}")
 
 
 def draw(found: Margins, path: Path) -> None:

@@ -84,23 +84,24 @@ def test_no_derivative_is_lost_at_an_edge(made, case):
     """Finite everywhere, but of what is infinite itself; without arrivals it is the one from the right."""
     numbers, measures, reverse, _ = made
     rate = {"no arrivals": 0.0, "saturated": 1e3, "an empty queue": 1e-3}.get(case, 8.0)
-    numbers = numbers | {"load.rate_rps": jnp.asarray(rate)}
+    # Of one type with the other cases', so that all of them are one program.
+    numbers = numbers | {"load.rate_rps": jnp.asarray(rate, jnp.float64)}
     if case == "one token":
-        numbers |= {name: jnp.asarray(1.0) for name in ("load.output_tokens", "load.output_square")}
+        numbers |= dict.fromkeys(("load.output_tokens", "load.output_square"), jnp.asarray(1.0, jnp.float64))
         numbers |= {"load.input_output": numbers["load.input_tokens"]}
     if case == "a tie":
         # Room for just as many sequences as may run.
         held = float(numbers["executor.kv_tokens"]) / 24
         context = (float(numbers["load.input_output"]) + 0.5 * float(numbers["load.output_square"])) / float(
             numbers["load.output_tokens"])
-        numbers |= {"executor.block_size": jnp.asarray(2 * (held - context))}
+        numbers |= {"executor.block_size": jnp.asarray(2 * (held - context), jnp.float64)}
     value, slopes = Measures(*map(float, measures(numbers))), reverse(numbers)
     for index, name in enumerate(Measures._fields):
         for by, slope in slopes.items():
             assert np.all(np.isfinite(slope[index])), (name, by)
     if case == "no arrivals":
         assert np.isinf(value.energy_j_per_output_token) and value.running < 1e-3
-        near = (measures(numbers | {"load.rate_rps": jnp.asarray(1e-2)}) - measures(numbers)) / 1e-2
+        near = (measures(numbers | {"load.rate_rps": jnp.asarray(1e-2, jnp.float64)}) - measures(numbers)) / 1e-2
         for name in ("tpot_s", "ttft_s", "utilisation", "running"):
             index = Measures._fields.index(name)
             assert float(slopes["load.rate_rps"][index]) == pytest.approx(float(near[index]), rel=0.02), name
@@ -127,67 +128,72 @@ def test_named_gradients_and_what_they_refuse():
         deployment(scenario(workload={"kind": "batch", "num_requests": 8}))
 
 
-@pytest.mark.slow
-def test_gradients_of_kernels_are_differences():
-    """Of a roofline, in 64 bits: every constant of its operators, by reverse mode at once."""
+OF_KERNELS = ("tpot_s", "ttft_s", "utilisation", "capacity_rps", "running")
+
+
+@pytest.fixture(scope="module")
+def of_kernels():
+    """In 64 bits, of a roofline: programs of some measures by all numbers, and forward and reverse."""
     with jax.enable_x64(True):
         deployed = deployment(scenario(
             cost={"kind": "roofline"}, model={"name": "llama-3.1-8b"}, device={"name": "h100"},
             engine={"max_num_seqs": 24, "max_model_len": 2048, "async_scheduling": False}))
         numbers = {name: jnp.asarray(np.asarray(value, np.float64)) for name, value in deployed.numbers.items()}
-        both = jax.jit(lambda n: (deployed.measures(n).tpot_s, deployed.measures(n).ttft_s))
-        slopes = [jax.jit(jax.grad(lambda n, i=i: both(n)[i]))(numbers) for i in range(2)]
-        count = 0
-        for name, value in numbers.items():
-            if not (name.startswith("kernels") and float(value)):
-                continue
-            for i in range(2):
-                h = 1e-5 * float(value)
-                change = float(both(numbers | {name: value + h})[i] - both(numbers | {name: value - h})[i]) / (2 * h)
-                slope = float(slopes[i][name])
-                scale = float(both(numbers)[i]) / abs(float(value))
-                assert abs(slope - change) <= 1e-3 * abs(change) + 1e-6 * scale, (name, i, slope, change)
-                count += abs(slope) > 1e-3 * scale
-        assert count >= 12
+
+        def measures(numbers):
+            found = deployed.measures(numbers)
+            return jnp.stack([getattr(found, name) for name in OF_KERNELS])
+
+        yield numbers, jax.jit(measures), jax.jit(lambda n, w: jax.vjp(measures, n)[1](w)[0]), jax.jit(
+            lambda n, t: jax.jvp(measures, (n,), (t,))[1])
 
 
 @pytest.mark.slow
-def test_gradients_of_kernels_hold_at_edges():
+def test_gradients_of_kernels_are_differences(of_kernels):
+    """Of a roofline, in 64 bits: every constant of its operators, by reverse mode at once."""
+    numbers, measures, reverse, _ = of_kernels
+    here, slopes, count = measures(numbers), [reverse(numbers, jnp.eye(len(OF_KERNELS))[i]) for i in range(2)], 0
+    for name, value in numbers.items():
+        if not (name.startswith("kernels") and float(value)):
+            continue
+        h = 1e-5 * float(value)
+        changes = (measures(numbers | {name: value + h}) - measures(numbers | {name: value - h})) / (2 * h)
+        for i in range(2):
+            slope, change, scale = float(slopes[i][name]), float(changes[i]), float(here[i]) / abs(float(value))
+            assert abs(slope - change) <= 1e-3 * abs(change) + 1e-6 * scale, (name, i, slope, change)
+            count += abs(slope) > 1e-3 * scale
+    assert count >= 12
+
+
+@pytest.mark.slow
+def test_gradients_of_kernels_hold_at_edges(of_kernels):
     """Of a roofline in both modes: without arrivals, beyond the capacity, of one token; finite, alike, and differences
     along all kernels together where these are no kink."""
-    with jax.enable_x64(True):
-        deployed = deployment(scenario(
-            cost={"kind": "roofline"}, model={"name": "llama-3.1-8b"}, device={"name": "h100"},
-            engine={"max_num_seqs": 24, "max_model_len": 2048, "async_scheduling": False}))
-        numbers = {name: jnp.asarray(np.asarray(value, np.float64)) for name, value in deployed.numbers.items()}
-        names = ("tpot_s", "ttft_s", "utilisation", "capacity_rps", "running")
-        measures = jax.jit(lambda n: jnp.stack([getattr(deployed.measures(n), name) for name in names]))
-        reverse = jax.jit(lambda n, w: jax.vjp(measures, n)[1](w)[0])
-        forward = jax.jit(lambda n, t: jax.jvp(measures, (n,), (t,))[1])
-        zero = {name: jnp.zeros_like(value) for name, value in numbers.items()}
-        rng, moved = np.random.default_rng(0), 0
-        way = {name: jnp.where(jnp.isfinite(value), value * rng.uniform(0.5, 1.5), 0.0) if name.startswith("kernels")
-               else zero[name] for name, value in numbers.items()}
-        one_token = {"load.output_tokens": 1.0, "load.output_square": 1.0,
-                     "load.input_output": float(numbers["load.input_tokens"])}
-        for case in ({"load.rate_rps": 0.0}, {"load.rate_rps": 1e4}, one_token, {}):
-            at = numbers | {name: jnp.asarray(value) for name, value in case.items()}
-            along = np.asarray(forward(at, way))
-            above, below = (np.asarray(measures({n: v + sign * 1e-6 * way[n] for n, v in at.items()}))
-                            for sign in (1, -1))
-            for index, name in enumerate(names):
-                slopes = reverse(at, jnp.eye(len(names))[index])
-                assert all(np.all(np.isfinite(slope)) for slope in slopes.values()), (case, name)
-                assert along[index] == pytest.approx(float(sum(jnp.sum(slopes[n] * way[n]) for n in way)), rel=1e-8,
-                                                     abs=1e-12), (case, name)
-                if not np.isfinite(above[index]):
-                    assert case.get("load.rate_rps") == 1e4 and name == "ttft_s" and along[index] == 0
-                    continue
-                if case.get("load.rate_rps") == 0 and name in ("utilisation", "running"):
-                    # Nothing is there, whatever the kernels; the value is of the few arrivals that stand in for none.
-                    assert abs(along[index]) < 1e-4 and above[index] < 1e-3, (case, name)
-                    continue
-                change = (above[index] - below[index]) / 2e-6
-                assert along[index] == pytest.approx(change, rel=1e-3, abs=1e-7 * abs(above[index])), (case, name)
-                moved += abs(change) > 1e-3 * abs(above[index])
-        assert moved >= 12
+    numbers, measures, reverse, forward = of_kernels
+    rng, moved = np.random.default_rng(0), 0
+    way = {name: jnp.where(jnp.isfinite(value), value * rng.uniform(0.5, 1.5), 0.0) if name.startswith("kernels")
+           else jnp.zeros_like(value) for name, value in numbers.items()}
+    one_token = {"load.output_tokens": 1.0, "load.output_square": 1.0,
+                 "load.input_output": float(numbers["load.input_tokens"])}
+    for case in ({"load.rate_rps": 0.0}, {"load.rate_rps": 1e4}, one_token, {}):
+        # Of one type with the usual numbers, so that all cases are one program.
+        at = numbers | {name: jnp.asarray(value, jnp.float64) for name, value in case.items()}
+        along = np.asarray(forward(at, way))
+        above, below = (np.asarray(measures({n: v + sign * 1e-6 * way[n] for n, v in at.items()}))
+                        for sign in (1, -1))
+        for index, name in enumerate(OF_KERNELS):
+            slopes = reverse(at, jnp.eye(len(OF_KERNELS))[index])
+            assert all(np.all(np.isfinite(slope)) for slope in slopes.values()), (case, name)
+            assert along[index] == pytest.approx(float(sum(jnp.sum(slopes[n] * way[n]) for n in way)), rel=1e-8,
+                                                 abs=1e-12), (case, name)
+            if not np.isfinite(above[index]):
+                assert case.get("load.rate_rps") == 1e4 and name == "ttft_s" and along[index] == 0
+                continue
+            if case.get("load.rate_rps") == 0 and name in ("utilisation", "running"):
+                # Nothing is there, whatever the kernels; the value is of the few arrivals that stand in for none.
+                assert abs(along[index]) < 1e-4 and above[index] < 1e-3, (case, name)
+                continue
+            change = (above[index] - below[index]) / 2e-6
+            assert along[index] == pytest.approx(change, rel=1e-3, abs=1e-7 * abs(above[index])), (case, name)
+            moved += abs(change) > 1e-3 * abs(above[index])
+    assert moved >= 12

@@ -296,8 +296,9 @@ def test_cuda_graph_padding():
     assert set(padded[1:513]) == set(CUDA_GRAPH_SIZES) and np.all(padded[513:] == counts[513:])
 
 
-@pytest.mark.parametrize("name, device", [("mixtral-8x7b", "h100"), ("llama-3.1-8b", "h100"),
-                                          ("llama-2-7b", "a100"), ("llama-3.1-8b", "rtx_pro_6000")])
+@pytest.mark.parametrize("name, device", [
+    ("mixtral-8x7b", "h100"), ("llama-3.1-8b", "h100"), pytest.param("llama-2-7b", "a100", marks=pytest.mark.slow),
+    pytest.param("llama-3.1-8b", "rtx_pro_6000", marks=pytest.mark.slow)])
 def test_a_chunk_never_makes_a_step_cheaper(name, device):
     """Pieces of an iteration with chunks are padded to captured sizes too; beyond 128 tokens steps are smeared over the
     two or four between knots."""

@@ -11,6 +11,7 @@ from jaxsim.sensitivity.pathwise import METRICS, RATES, Paths, exactness, of_met
 from jaxsim.spec.scenario import Scenario
 from jaxsim.state import world
 from jaxsim.study import runner
+from tests.sensitivity import queues as q
 
 pytestmark = pytest.mark.unoptimised
 
@@ -62,28 +63,8 @@ def test_it_is_the_difference_where_nothing_arrives_by_the_clock(kind):
     assert total == pytest.approx(1.0, rel=1e-4)
 
 
-def queue(law, a: float, b: float, rate: float) -> Scenario:
-    """Prompts alone, one after the other: service is a + b tokens."""
-    return Scenario.from_dict({
-        "schema_version": 1, "num_seeds": 16, "engine": ENGINE | {
-            "max_num_seqs": 1, "max_num_batched_tokens": 4096, "max_model_len": 4096, "num_gpu_blocks_override": 512},
-        "cost": {"kind": "fitted", "prefill": {"a": a, "b": b}, "decode": {"a": 1.0}},
-        "workload": {"kind": "poisson", "rate_rps": rate, "num_requests": 1280, "input": law, "output": 1}})
-
-
-LEVELS = np.r_[np.linspace(0, 0.99, 400), 1 - np.geomspace(0.0099, 1e-4, 60), 1.0]
-EXPONENTIAL = {"kind": "quantiles", "levels": LEVELS.tolist(),
-               "tokens": np.maximum(np.rint(-400 * np.log(np.maximum(1 - LEVELS, 5e-5))), 1).astype(int).tolist()}
-QUEUES = {"M/D/1": (400, 0.05, 0.0, 10.0), "M/M/1": (EXPONENTIAL, 0.0, 1.25e-4, 10.0),
-          "M/G/1": ({"kind": "uniform", "min_tokens": 1, "max_tokens": 799}, 0.02, 7.5e-5, 10.0)}
-
-
-def moments(law) -> tuple[float, float]:
-    """Means of the tokens and of their square, of the law as it is drawn."""
-    u = (np.arange(200_000) + 0.5) / 200_000
-    tokens = (np.full(1, 400.0) if law == 400 else np.interp(u, law["levels"], law["tokens"]) if "levels" in law
-              else np.arange(1.0, 800.0))
-    return tokens.mean(), (tokens**2).mean()
+# Seconds of a prompt and of each of its tokens: 0.05 s in the mean, at 10 requests a second half of the server's time.
+QUEUES = {"M/D/1": (0.05, 0.0), "M/M/1": (0.0, 0.05 / q.TOKENS), "M/G/1": (0.02, 0.03 / q.TOKENS)}
 
 
 @pytest.mark.slow
@@ -91,8 +72,9 @@ def moments(law) -> tuple[float, float]:
 def test_one_server_is_queueing_theory(name):
     """Time in system W = rate E[S^2] / (2 (1 - rho)) + E[S], Pollaczek and Khinchine, by the parts of S and by the
     rate: within four standard errors over seeds, and these are small."""
-    law, a, b, rate = QUEUES[name]
-    one, (mean, square) = queue(law, a, b, rate), moments(QUEUES[name][0])
+    (a, b), rate, (mean, square) = QUEUES[name], 10.0, q.moments(name)
+    cost = {"kind": "fitted", "prefill": {"a": a, "b": b}, "decode": {"a": 1.0}}
+    one = q.scenario(name, num_seeds=16, num_requests=1280, cost=cost).with_values({"workload.rate_rps": rate})
 
     def system_s(a, b, rate):
         service, second = a + b * mean, a * a + 2 * a * b * mean + b * b * square
