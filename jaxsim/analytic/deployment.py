@@ -177,7 +177,7 @@ def deployment(scenario: Scenario) -> Deployment:
                       cuda_graphs=CUDA_GRAPHS[s.cudagraph_mode], async_scheduling=s.async_scheduling)
     device = system.device
     known = device.power if device is not None else None
-    watts = (known.idle_w, known.busy_w) if known else (math.nan, math.nan)
+    watts = (known.idle_w, known.at_work_w(device.clock)) if known else (math.nan, math.nan)
     usd_per_h = device.usd_per_h if device is not None and device.usd_per_h else math.nan
     power = Power(*(jnp.asarray(x, float) for x in (*watts, usd_per_h, scenario.num_devices)))
     bare = eqx.tree_at(lambda e: e.cost, executor, None)

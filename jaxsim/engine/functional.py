@@ -26,6 +26,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -140,42 +141,80 @@ def _narrow(x):
 
 @functools.lru_cache(maxsize=64)
 def _entry(batched, dims: Dims, structure):
-    def run(*args):
+    def run(leaves):
         with in_32_bits():
-            return batched(*args)
+            return batched(dims, *structure.unflatten(leaves))
 
+    def pushed(leaves, tangents):
+        """Results, and tangents of those that are no integers, which alone have some."""
+        places = [place for place, leaf in enumerate(leaves) if eqx.is_inexact_array(leaf)]
+
+        def of_floats(floats):
+            given = dict(zip(places, floats, strict=True))
+            result = run([given.get(place, leaf) for place, leaf in enumerate(leaves)])
+            return eqx.filter(result, eqx.is_inexact_array), result
+
+        with in_32_bits():
+            _, slopes, result = jax.jvp(of_floats, ([leaves[place] for place in places],), (tangents,), has_aux=True)
+        return result, slopes
+
+    plain, forward = _of_one(lambda leaves, _: (run(leaves), ())), _of_one(pushed)
+
+    # JAX's own rule puts the axis twice on a tangent that has it where an integer has it too.
+    @jax.custom_jvp
+    def one(*leaves):
+        return plain(list(leaves), [])[0]
+
+    @one.defjvp
+    def _one_forward(leaves, tangents):
+        floats = [t for x, t in zip(leaves, tangents, strict=True) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+        result, slopes = forward(list(leaves), floats)
+        nothing = jax.tree.map(lambda x: np.zeros(jnp.shape(x), jax.dtypes.float0), result)
+        return result, eqx.combine(slopes, nothing)
+
+    return one
+
+
+def _of_one(run: Callable[[list, list], tuple[PyTree, PyTree]]) -> Callable[[list, list], tuple[PyTree, PyTree]]:
+    """A function of a batch, lanes in front, for one lane, with results and their tangents; under `vmap`, lanes."""
     def spread(axis_size, is_batched, values):
-        return [x if has_axis else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
-                for x, has_axis in zip(values, is_batched, strict=True)]
-
-    def everywhere(result):
-        return jax.tree.map(lambda _: True, result)
+        return jax.tree.map(lambda has_axis, x: x if has_axis else jnp.broadcast_to(x, (axis_size, *jnp.shape(x))),
+                            is_batched, values)
 
     @custom_vmap
-    def many(*leaves):
-        return run(dims, *structure.unflatten(leaves))
+    def many(leaves, tangents):
+        return run(leaves, tangents)
 
     @many.def_vmap
-    def _many_many(axis_size, is_batched, *leaves):
-        if not any(is_batched):
-            # Only tangents have the axis, as in `jax.jacfwd`: they ride along in the same loop.
-            result = run(dims, *structure.unflatten(leaves))
-            return result, jax.tree.map(lambda _: False, result)
-        flat = [x.reshape(-1, *x.shape[2:]) for x in spread(axis_size, is_batched, leaves)]
+    def _many_many(axis_size, is_batched, leaves, tangents):
+        if not any(is_batched[0]):
+            return alone(run, axis_size, is_batched, leaves, tangents)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), spread(axis_size, is_batched, [leaves, tangents]))
         result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), many(*flat))
-        return result, everywhere(result)
+        return result, jax.tree.map(lambda _: True, result)
+
+    def alone(call, axis_size, is_batched, leaves, tangents):
+        # Only tangents have the axis, as in `jax.jacfwd`: they ride along in the same loop.
+        have = any(is_batched[1])
+        if have:
+            call = jax.vmap(call, (None, 0), (None, 0))
+            tangents = spread(axis_size, is_batched[1], tangents)
+        result, slopes = call(leaves, tangents)
+        return (result, slopes), (jax.tree.map(lambda _: False, result), jax.tree.map(lambda _: have, slopes))
 
     @custom_vmap
-    def one(*leaves):
-        return jax.tree.map(lambda x: x[0], many(*(jnp.expand_dims(x, 0) for x in leaves)))
+    def one(leaves, tangents):
+        return of_first(many, leaves, tangents)
+
+    def of_first(call, leaves, tangents):
+        return jax.tree.map(lambda x: x[0], call(*jax.tree.map(lambda x: jnp.expand_dims(x, 0), [leaves, tangents])))
 
     @one.def_vmap
-    def _one_many(axis_size, is_batched, *leaves):
-        if not any(is_batched):
-            result = jax.tree.map(lambda x: x[0], run(dims, *structure.unflatten([x[None] for x in leaves])))
-            return result, jax.tree.map(lambda _: False, result)
-        result = many(*spread(axis_size, is_batched, leaves))
-        return result, everywhere(result)
+    def _one_many(axis_size, is_batched, leaves, tangents):
+        if not any(is_batched[0]):
+            return alone(functools.partial(of_first, run), axis_size, is_batched, leaves, tangents)
+        result = many(*spread(axis_size, is_batched, [leaves, tangents]))
+        return result, jax.tree.map(lambda _: True, result)
 
     return one
 

@@ -54,8 +54,8 @@ class Lane:
     is_split: bool = True
 
 
-def lane_result(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
-    """One run of a batch, as plain host arrays."""
+def lane_result(dims: Dims, world: World, lane: int, made: Lane, *, has_steps: bool = True) -> LaneResult:
+    """One run of a batch, as plain host arrays; has_steps: with its tape, where there is one."""
     workload, count = made.workload, len(made.workload)
     is_finished = np.zeros(count, bool)
     counts = w.count_rows(dims).everything(world.counts[lane])
@@ -108,7 +108,7 @@ def lane_result(dims: Dims, world: World, lane: int, made: Lane) -> LaneResult:
         **clients, **lost, **images_of(dims, world, lane, made.workload, made.is_split),
         **swapped(dims, world, np.s_[lane, :count], lane),
         **loaded(dims, world, np.s_[lane, :count], lane, block_seconds(made.params)),
-        steps=tape.read(dims, world, lane) if dims.num_records else None,
+        steps=tape.read(dims, world, lane) if dims.num_records and has_steps else None,
         lost_steps=max(int(world.num_recorded[lane]) - dims.num_records, 0) if dims.num_records else 0,
         predicted_tokens=workload.predicted_tokens, variant=workload.variant if dims.has_variants else None,
         session=workload.session, turn=workload.turn, num_context_limited=workload.num_context_limited)

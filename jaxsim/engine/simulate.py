@@ -19,6 +19,7 @@ from jaxsim.spec.engine import SORTED_POLICIES
 from jaxsim.spec.scenario import ProfiledCost, RooflineCost, Scenario
 from jaxsim.spec.values import plain
 from jaxsim.state import world as w
+from jaxsim.state.requests import Requests
 from jaxsim.workload.workload import Workload
 
 RECORDS_A_REQUEST = 8
@@ -66,17 +67,10 @@ def simulate(scenarios: Scenario | Sequence[Scenario], *, record_steps: bool = F
     results: list[list[LaneResult]] = [[] for _ in scenarios]
     groups: dict = {}
     for lane in lanes:
-        leaves, structure = jax.tree.flatten(lane.params)
-        shapes = tuple(np.shape(x) for x in leaves)
-        groups.setdefault((lane.dims, structure, shapes), []).append(lane)
+        groups.setdefault(program_of(lane), []).append(lane)
     done = {}
     for (dims, *_), group in groups.items():
-        params = _stack([lane.params for lane in group])
-        requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, patience=lane.patience,
-                                               is_split=lane.is_split, order=lane.params.flags.order,
-                                               slack=lane.params.slack)
-                           for lane in group])
-        world = jax.device_get(loop.run_on_one_device(dims, params, requests))
+        world = jax.device_get(run_together(group)[1])
         done |= {id(lane): lane_result(dims, world, index, lane) for index, lane in enumerate(group)}
     for lane in lanes:
         results[lane.scenario].append(_with_share(scenarios[lane.scenario], lane, done[id(lane)]))
@@ -140,6 +134,22 @@ def memory_bytes() -> int:
         return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return 0
+
+
+def program_of(lane: Lane) -> tuple:
+    """What runs of one program have in common; the sizes first."""
+    leaves, structure = jax.tree.flatten(lane.params)
+    return lane.dims, structure, tuple(map(np.shape, leaves))
+
+
+def run_together(lanes: Sequence[Lane]) -> tuple[Requests, w.World]:
+    """Run lanes of one program as a batch: their requests as the loop got them, and the world it left, on device."""
+    dims = lanes[0].dims
+    params = _stack([lane.params for lane in lanes])
+    requests = _stack([lower.make_requests(lane.workload, dims, lane.prefixes, patience=lane.patience,
+                                           is_split=lane.is_split, order=lane.params.flags.order,
+                                           slack=lane.params.slack) for lane in lanes])
+    return requests, loop.run_on_one_device(dims, params, requests)
 
 
 def _stack(trees):

@@ -1,4 +1,4 @@
-"""What the devices of a cluster draw and cost."""
+"""What the devices of a cluster draw, at their clocks, and cost."""
 
 import math
 from typing import Any, NamedTuple
@@ -32,7 +32,9 @@ def devices_of(scenario: Scenario, num_instances: int) -> Devices:
     ranks = num_instances / sum(replicas for *_, replicas in pools)
     for section, devices, replicas in pools:
         spec = _spec(section)
-        power = (spec.power.idle_w, spec.power.busy_w) if spec is not None and spec.power else (math.nan, math.nan)
+        power = (math.nan, math.nan)
+        if spec is not None and spec.power:
+            power = spec.power.idle_w, spec.power.at_work_w(spec.clock)
         usd_per_s = (spec.usd_per_h or math.nan) / 3600 if spec is not None else math.nan
         rows += [(devices / ranks, *power, usd_per_s)] * round(replicas * ranks)
     return Devices(*np.array(rows, np.float64).T)

@@ -10,6 +10,8 @@ from typing import Any
 
 DEFAULT_DESIGN = "accelerator"
 
+_OF_BUDGET = "percent_a_percent_of_"
+
 
 def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParser:
     """The command among the others."""
@@ -86,11 +88,19 @@ def _rows(frame: Any) -> Any:
 
 
 def _print_worth(title: str, worth: Any) -> None:
-    print(f"{title}:\n{worth.round(4).to_string(index=False, na_rep='-')}\n")
+    names = {"elasticity": "% for 1 %", "more_rps": "rps for a unit"} | {
+        name: f"% for 1 % of {name.removeprefix(_OF_BUDGET)}" for name in worth if name.startswith(_OF_BUDGET)}
+    shown = worth.rename(columns=names)
+    numbers = {name: (lambda value: f"{value:.4g}") for name in shown if shown[name].dtype.kind == "f"}
+    print(f"{title} (more requests/s within limits):\n"
+          f"{shown.to_string(index=False, na_rep='-', formatters=numbers)}\n")
 
 
 def _print_confirmed(confirmed: Any) -> None:
     if confirmed is not None:
         if not confirmed["rate_rps"].notna().iloc[0]:
             print(f"\nnot confirmed: {confirmed['design'].iloc[0]!r} crosses no limit at any rate that was simulated")
-        print(f"\nby simulation (gain over the first, 95 %):\n{confirmed.round(4).to_string(index=False, na_rep='-')}")
+        shares = {name: 100 * confirmed[name] for name in ("gain", "low", "high")}
+        shown = confirmed.assign(**shares).rename(columns={name: f"{name}, %" for name in shares})
+        print("\nby simulation (gain over the first, with 95 % from low to high):\n"
+              f"{shown.round(2).replace(0.0, 0.0).to_string(index=False, na_rep='-')}")

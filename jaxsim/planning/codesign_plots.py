@@ -31,6 +31,9 @@ def worth(found: pd.DataFrame, confirmed: pd.DataFrame | None, path: Path) -> No
                          label=name.removeprefix("percent_a_percent_of_"))
         axes[1].set_yticks(places, found["resource"])
         axes[1].set_xlabel("% more requests/s for 1 % of a budget")
+        for axis in axes:
+            # In the order of the table.
+            axis.invert_yaxis()
         axes[1].legend()
         heading(figure, "Which resource next")
 

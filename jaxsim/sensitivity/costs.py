@@ -219,6 +219,26 @@ def changed(scenario: Scenario, name: str, factor: float) -> Scenario | None:
     return None if field.is_whole else with_value(scenario, name, field.value * factor)
 
 
+def neighbours(scenario: Scenario, name: str, step: float) -> list[tuple[Scenario, float]] | None:
+    """Scenarios with a number a little larger or smaller, and what each weighs in the derivative by its logarithm: a
+    central difference, or, where a number is at its highest, one from below of the same order. None where there is no
+    such number. Raises `InputError` where neither side is there."""
+    below = changed(scenario, name, 1 - step)
+    if below is None:
+        return None
+    try:
+        return [(changed(scenario, name, 1 + step), 0.5 / step), (below, -0.5 / step)]
+    except InputError:
+        further = changed(scenario, name, 1 - 2 * step)
+        return [(scenario, 1.5 / step), (below, -2 / step), (further, 0.5 / step)]
+
+
+def slope(weights: Sequence[float], values: Sequence[Any]) -> np.ndarray:
+    """Of `neighbours`: the sum of weights times values; exactly zero where the values are all the same."""
+    first, *others = (np.asarray(value, np.float64) for value in values)
+    return sum(weight * (value - first) for weight, value in zip(weights[1:], others, strict=True))
+
+
 def tangents(model: CostModel, made: Lane, scenario: Scenario, fields: Sequence[str]) -> dict[str, PyTree]:
     """Of the tables, by the logarithm of each field; those that change nothing of them are left out."""
     found, directions = {}, {}
@@ -244,19 +264,19 @@ def _difference(model: CostModel, made: Lane, scenario: Scenario, field: str) ->
     number, or not one that can be changed."""
     is_fitted, step = isinstance(scenario.cost, spec.FittedCost), TABLE_STEP if model.names is None else STEP
     try:
-        both = [changed(scenario, field, 1 + sign * step) for sign in (1, -1)]
-        if None in both:
+        near = neighbours(scenario, field, step)
+        if near is None:
             return None
         if is_fitted:
-            ends = [_coefficients(one).ravel() for one in both]
+            ends = [_coefficients(one).ravel() for one, _ in near]
         elif model.names is not None:
             with enable_x64(True):
-                ends = [_leaves(_roofline(_resolved(made, one), one))[1] for one in both]
+                ends = [_leaves(_roofline(_resolved(made, one), one))[1] for one, _ in near]
         else:
-            ends = [eqx.filter(_tables(_resolved(made, one), one), eqx.is_inexact_array) for one in both]
+            ends = [eqx.filter(_tables(_resolved(made, one), one), eqx.is_inexact_array) for one, _ in near]
     except InputError:
         return None
-    return jax.tree.map(lambda up, down: (np.asarray(up, np.float64) - down) / (2 * step), *ends)
+    return jax.tree.map(lambda *values: slope([weight for _, weight in near], values), *ends)
 
 
 def _resolved(made: Lane, scenario: Scenario) -> Lane:

@@ -86,50 +86,60 @@ def of_runs(scenario: Scenario, runs: Sequence[Recorded], fields: Sequence[str],
     sums = {name: sum(one[name].value for one in known) for name in known[0] if all(name in one for one in known)}
     found: dict[tuple[str, str], float] = {}
     for own, change, one in zip(schedules, changes, known, strict=True):
+        # Of what is 0 in every run no per cent are known.
+        mine = {name: measure for name, measure in one.items() if sums.get(name)}
+        by_times = _by_times(own, change, mine) if change else {}
         for field in fields:
-            by_field = watts[field]
-            front_end = made.front_end_s if field == FRONT_END else 0.0
-            if field not in change and by_field is None and not front_end:
-                continue
-            for metric, value in _changes(own, change.get(field), by_field, front_end, one).items():
-                # Of what is 0 in every run no per cent are known.
-                if sums.get(metric):
-                    found[metric, field] = found.get((metric, field), 0.0) + value / sums[metric]
+            by_field, front_end = watts[field], made.front_end_s if field == FRONT_END else 0.0
+            for name, measure in mine.items():
+                value, is_there = by_times.get((name, field), 0.0), (name, field) in by_times
+                if measure.front_end * front_end != 0:
+                    value, is_there = value + measure.front_end * front_end, True
+                if by_field is not None and (measure.busy_w.any() or measure.idle_w.any()):
+                    value += float(measure.idle_w @ by_field[0] + measure.busy_w @ by_field[1])
+                    is_there = True
+                if is_there:
+                    found[name, field] = found.get((name, field), 0.0) + value / sums[name]
     return {pair: float(value) for pair, value in found.items()}
 
 
-def _changes(own: Schedule, atoms: np.ndarray | None, watts: tuple | None, front_end: float,
-             known: dict[str, Measure]) -> dict[str, float]:
-    """Of metrics, by the logarithm of a field."""
-    latencies = busy = None
-    if atoms is not None:
-        latencies = own.latencies(atoms)
-        busy = np.bincount(own.instance, np.sum(atoms * own.whole, axis=1))
-    found = {}
-    for name, one in known.items():
-        value, is_there = one.front_end * front_end, one.front_end * front_end != 0
-        if atoms is not None:
-            for weights, change in zip(one.latencies, latencies, strict=True):
-                mine = weights != 0
-                value, is_there = value + float(weights[mine] @ change[mine]), is_there or bool(mine.any())
-            value, is_there = value + float(one.busy[:len(busy)] @ busy), is_there or bool(one.busy.any())
-        if watts is not None and (one.busy_w.any() or one.idle_w.any()):
-            value, is_there = value + float(one.idle_w @ watts[0] + one.busy_w @ watts[1]), True
-        if is_there:
-            found[name] = value
-    return found
+def _by_times(own: Schedule, atoms: dict[str, np.ndarray], known: dict[str, Measure]) -> dict[tuple[str, str], float]:
+    """Of metrics that times are in, by (metric, field): what they change by while atoms change as by each field."""
+    stacked, measured = np.stack(list(atoms.values())), list(known.values())
+    found, is_there = np.zeros((len(measured), len(atoms))), np.zeros(len(measured), bool)
+    if not measured:
+        return {}
+    for weights, change in zip(zip(*(one.latencies for one in measured), strict=True), own.latencies(stacked),
+                               strict=True):
+        kinds = np.stack(weights)
+        is_there |= kinds.any(axis=1)
+        is_lost = np.isnan(change[0])
+        if is_lost.any():
+            # Who has no such latency is in no metric; what would be of one has no value.
+            found[kinds[:, is_lost].any(axis=1)] = np.nan
+            change = np.where(is_lost, 0.0, change)
+        # A small product: threads of a matrix library would take longer to meet than to multiply.
+        found += np.einsum("mr,fr->mf", kinds, change)
+    instances = int(own.instance.max(initial=-1)) + 1
+    seconds = np.sum(stacked * own.whole, axis=2)
+    busy = np.stack([np.bincount(own.instance, row, instances) for row in seconds])
+    at_work = np.stack([one.busy for one in measured])
+    is_there |= at_work.any(axis=1)
+    found += np.einsum("mi,fi->mf", at_work[:, :instances], busy)
+    return {(name, field): float(found[row, column]) for row, name in enumerate(known) if is_there[row]
+            for column, field in enumerate(atoms)}
 
 
 def _watts(scenario: Scenario, field: str, instances: int) -> tuple[Any, Any] | None:
     """Of what devices draw, idle and at work, by the logarithm of a field; None where nothing changes."""
-    if not field.startswith("device.numbers."):
+    if not field.startswith("device."):
         return None
     try:
-        ends = [costs.changed(scenario, field, 1 + sign * costs.STEP) for sign in (1, -1)]
+        near = costs.neighbours(scenario, field, costs.STEP)
     except InputError:
         return None
-    if None in ends:
+    if near is None:
         return None
-    up, down = (devices_of(one, instances) for one in ends)
-    idle, busy = ((a - b) / (2 * costs.STEP) for a, b in ((up.idle_w, down.idle_w), (up.busy_w, down.busy_w)))
+    drawn, weights = [devices_of(one, instances) for one, _ in near], [weight for _, weight in near]
+    idle, busy = (costs.slope(weights, [getattr(one, name) for one in drawn]) for name in ("idle_w", "busy_w"))
     return (idle, busy) if np.any(idle) or np.any(busy) else None

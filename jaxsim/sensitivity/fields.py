@@ -30,6 +30,9 @@ from jaxsim.study.study import check_field
 
 ALL = "all"
 
+CLOCK = "device.clock"
+"""Of [device], where a device without one has the highest."""
+
 EXPERIMENT = ("schema_version", "num_seeds", "workload.seed", "workload.num_requests", "warmup_s", "cooldown_s",
               "workload.slice")
 """Numbers of the experiment and not of what it is about."""
@@ -42,8 +45,10 @@ _OF_ENGINE = ("max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization"
 """Of [engine], where the scheduler has what a preset gives."""
 
 _SAME_AS_OVERRIDES = ("memory_bytes_per_s", "link_bytes_per_s", "internode_bytes_per_s", "efficiency", "bf16_flops",
-                      "fp8_flops", "int8_flops", "fp4_flops", "fp32_flops", "num_multiprocessors", "num_cores")
-"""Numbers of a device that `all` leaves to `cost.overrides`, or that no step of a few per cent leads to."""
+                      "fp8_flops", "int8_flops", "fp4_flops", "fp32_flops", "num_multiprocessors", "num_cores",
+                      "clock")
+"""Numbers of a device that `all` leaves to `cost.overrides` and `device.clock`, or that no step of a few per cent leads
+to."""
 
 _OVERRIDES = Store(256)
 """Values of overrides, which every one of them asks for."""
@@ -97,6 +102,9 @@ def _found(scenario: Scenario, name: str) -> Any:
         return _override(scenario, name.removeprefix("cost.overrides."))
     if name.startswith("device.numbers."):
         return _of_device(scenario, name.removeprefix("device.numbers."))
+    if name == CLOCK:
+        # 1 where it is left out.
+        return _device(scenario, name).clock
     if name == "cost.front_end_s":
         return lower.front_end_s(scenario, lower.resolve_system(scenario))
     is_scheduler = head == "engine" and rest in _OF_ENGINE
@@ -261,6 +269,7 @@ def names_of(scenario: Scenario) -> list[str]:
         every = overrides_of(scenario)
         found += ["cost.front_end_s", *(f"cost.overrides.{name}" for name in (every[0] if every else ()))]
     if scenario.device is not None:
+        found.append(CLOCK)
         with contextlib.suppress(InputError):
             # A fitted cost needs no device, so the one named may be in no catalogue.
             found += [f"device.numbers.{name}" for name, _ in _leaves(scenario.device.spec(), "")

@@ -50,6 +50,9 @@ where the share is passed there are requests near their limits, and what they sa
 RADII = np.linspace(0.0, 0.6, 13)[1:]
 """At which a way is simulated."""
 
+NEAR_RADII = np.array([0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.4, 0.6])
+"""The same where the share is passed before the first of them."""
+
 ROUNDS, WAYS = 3, 6
 """Slopes that are taken, and random ways that are tried."""
 
@@ -62,7 +65,7 @@ class Margins:
     passed. table: a row a way: name (`steepest k`, a field alone, `random k`), radius (the length of u; NaN beyond the
     largest simulated), the change of each field in percent there, and `ends`: why it could not be followed further, or
     None.
-    curves: attainment by way and radius, NaN where it ended. notes: what was left out, and why.
+    curves: attainment by way and radius, NaN where it ended. notes: what was left out, and why. radii: of the curves.
     """
 
     attainment: float
@@ -72,6 +75,7 @@ class Margins:
     table: pd.DataFrame
     curves: dict[str, np.ndarray]
     notes: tuple[str, ...] = ()
+    radii: np.ndarray = dataclasses.field(default_factory=lambda: RADII)
 
     @property
     def worst(self) -> pd.Series:
@@ -151,22 +155,28 @@ def margins(scenario: Scenario, fields: Sequence[str] | None = None, *, share: f
     ways: dict[str, np.ndarray] = {}
     curves: dict[str, np.ndarray] = {}
     ends: dict[str, str | None] = {}
+    reach = RADII
 
     def follow(named: Mapping[str, np.ndarray]) -> dict[str, float]:
-        _, found, told = attained([radius * way for way in named.values() for radius in RADII])
-        found = found.reshape(len(named), len(RADII))
+        _, found, told = attained([radius * way for way in named.values() for radius in reach])
+        found = found.reshape(len(named), len(reach))
         # Who cannot be simulated at one radius is not followed beyond it.
         found[np.isnan(found).cumsum(axis=1) > 0] = np.nan
         ways.update(named)
-        ends.update({name: next((why for why in told[i * len(RADII):(i + 1) * len(RADII)] if why is not None), None)
+        ends.update({name: next((why for why in told[i * len(reach):(i + 1) * len(reach)] if why is not None), None)
                      for i, name in enumerate(named)})
         curves.update(zip(named, found, strict=True))
-        return {name: _passed(np.append(attainment, row), share) for name, row in zip(named, found, strict=True)}
+        return {name: _passed(np.append(attainment, row), share, reach)
+                for name, row in zip(named, found, strict=True)}
 
     radii: dict[str, float] = {}
     for index in range(ROUNDS):
         name = f"steepest {index + 1}"
-        radii |= follow({name: -slope / max(float(np.linalg.norm(slope)), 1e-12)})
+        steepest = {name: -slope / max(float(np.linalg.norm(slope)), 1e-12)}
+        radii |= follow(steepest)
+        if index == 0 and radii[name] < reach[0]:
+            reach = NEAR_RADII
+            radii |= follow(steepest)
         if math.isnan(radii[name]):
             break
         at = radii[name] * ways[name]
@@ -180,15 +190,15 @@ def margins(scenario: Scenario, fields: Sequence[str] | None = None, *, share: f
         # Where the limits are missed before it ends, the end does not matter.
         "ends": ends[name] if math.isnan(radii[name]) else None} for name, way in ways.items()]
     return Margins(attainment, share, fields, dict(zip(fields, map(float, slope), strict=True)), pd.DataFrame(rows),
-                   curves, notes)
+                   curves, notes, reach)
 
 
-def _passed(values: np.ndarray, share: float) -> float:
+def _passed(values: np.ndarray, share: float, reach: np.ndarray = RADII) -> float:
     """Where attainment first falls below a share, linear between radii; NaN if nowhere before it ends."""
     below = np.flatnonzero(values < share)
     if not len(below):
         return float("nan")
-    radii, at = np.append(0.0, RADII), below[0]
+    radii, at = np.append(0.0, reach), below[0]
     part = (values[at - 1] - share) / (values[at - 1] - values[at])
     return float(radii[at - 1] + part * (radii[at] - radii[at - 1]))
 

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     from jaxsim.sensitivity import margins_plot
     from jaxsim.sensitivity.margins import margins
     from jaxsim.spec.scenario import Scenario
+    from jaxsim.study.view import short
 
     check_name(options.plot)
     scenario = Scenario.from_toml(options.scenario)
@@ -54,8 +55,12 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
         print(note)
     print(f"attainment now: {found.attainment:.2%}; length of a change: the root of the sum of squared logarithms;"
           " fields in percent")
-    shown = found.table.drop(columns="ends").rename(columns={"radius": "length"})
-    print(shown.round(3).to_string(index=False, na_rep="-"))
+    names = short(found.fields)
+    shown = found.table.drop(columns="ends").replace({"way": names})
+    # Without the sign of what rounds to nothing.
+    shown = (shown.round(dict.fromkeys(found.fields, 1) | {"radius": 3}).replace(0.0, 0.0)
+             .rename(columns=names | {"radius": "length"}))
+    print(shown.to_string(index=False, na_rep="-"))
     for way, why in found.table.loc[found.table["ends"].notna(), ["way", "ends"]].to_numpy():
         print(f"{way} ends where {why}")
     if found.table["radius"].isna().all():

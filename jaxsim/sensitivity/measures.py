@@ -17,6 +17,7 @@ from jaxsim.metrics.lane import LaneResult
 from jaxsim.metrics.power import Devices, devices_of
 from jaxsim.metrics.summary import PERCENTILES
 from jaxsim.metrics.window import is_measured
+from jaxsim.sensitivity import tenants
 from jaxsim.sensitivity.schedule import Latencies
 from jaxsim.spec.scenario import Scenario
 
@@ -69,25 +70,37 @@ def measures(scenario: Scenario, lane: LaneResult, *, answers: bool = False, onl
     tpot = np.where(np.asarray(lane.output_tokens) > 1, (lane.finish_s - lane.first_token_s) / gaps, np.nan)
     queue = lane.scheduled_s - lane.arrival_s
 
-    def latency(weights, *, ttft_s=0.0, e2e_s=0.0, queue_s=0.0, front_end=0.0):
+    def latency(weights, *, front_end=0.0, **each):
         one = _Sum(lane)
-        one.ttft, one.e2e, one.queue = weights * ttft_s, weights * e2e_s, weights * queue_s
+        for kind, factor in each.items():
+            setattr(one, kind, weights * factor)
         one.front_end = float(np.sum(weights) * front_end)
         return one
 
+    of_latency = {"ttft": (ttft, dict(ttft=1.0, front_end=1.0)), "tpot": (tpot, dict(ttft=-1 / gaps, e2e=1 / gaps)),
+                  "e2el": (e2e, dict(e2e=1.0, front_end=1.0))}
     for name, seconds, among, each in (
-            ("{}_ttft_ms", ttft, is_done, dict(ttft_s=1.0, front_end=1.0)),
-            ("{}_tpot_ms", tpot, is_done, dict(ttft_s=-1 / gaps, e2e_s=1 / gaps)),
-            ("{}_e2el_ms", e2e, is_done, dict(e2e_s=1.0, front_end=1.0)),
-            ("queueing.{}_ms", queue, is_mine, dict(queue_s=1.0))):
+            *((f"{{}}_{name}_ms", seconds, is_done, each) for name, (seconds, each) in of_latency.items()),
+            ("queueing.{}_ms", queue, is_mine, dict(queue=1.0))):
         absent = "median" if name[0] == "q" else "max"
         wanted = [statistic for statistic in STATISTICS
                   if statistic != absent and (only is None or name.format(statistic) in only)]
+        if not wanted:
+            continue
         for statistic, (value, weights) in _statistics(seconds, among & ~np.isnan(seconds), wanted).items():
             found[name.format(statistic)] = latency(1e3 * weights, **each).measure(1e3 * value)
+    for metric in only or ():
+        # Of one tenant, when it is asked for.
+        name, figure = tenants.parts(metric) or ("", "")
+        if name in lane.tenant_names and figure in tenants.LATENCIES and len(lane.tenant_names) > 1:
+            statistic, latency_name = tenants.LATENCIES[figure]
+            seconds, each = of_latency[latency_name]
+            is_own = is_done & (np.asarray(lane.tenant) == list(lane.tenant_names).index(name)) & ~np.isnan(seconds)
+            for value, weights in _statistics(seconds, is_own, [statistic]).values():
+                found[metric] = latency(1e3 * weights, **each).measure(1e3 * value)
     num_gaps = np.sum((np.asarray(lane.output_tokens) - 1)[is_done])
     if num_gaps > 0 and (only is None or "mean_itl_ms" in only):
-        one = latency(is_done * (1e3 / num_gaps), ttft_s=-1.0, e2e_s=1.0)
+        one = latency(is_done * (1e3 / num_gaps), ttft=-1.0, e2e=1.0)
         found["mean_itl_ms"] = one.measure(1e3 * np.sum((e2e - ttft)[is_done]) / num_gaps)
     if not answers and is_done.any() and (only is None or set(only) - set(found)):
         found |= _of_durations(scenario, lane, is_mine, is_done, only)
@@ -98,30 +111,31 @@ def _statistics(seconds: Float[np.ndarray, " requests"], is_there, wanted: Colle
                 ) -> dict[str, tuple[float, np.ndarray]]:
     """Of the values that are there, the wanted statistics and what every request weighs in each."""
     rows = np.flatnonzero(is_there)
-    if not len(rows) or not wanted:
+    if not len(rows):
         return {}
     values, count = seconds[rows], len(rows)
-    order = rows[np.argsort(values, kind="stable")]
-    ordered = seconds[order]
+    mean, found = values.mean(), {}
 
     def spread(places, weights):
         full = np.zeros(len(seconds))
-        np.add.at(full, places, weights)
+        for place, weight in zip(places, weights, strict=True):
+            full[place] += weight
         return full
 
-    mean = values.mean()
-    found = {"mean": (mean, spread(rows, 1 / count)), "max": (ordered[-1], spread(order[-1:], 1.0))}
+    if "mean" in wanted:
+        found["mean"] = mean, is_there / count
     if "std" in wanted and (std := values.std()) > 0:
-        found["std"] = std, spread(rows, (values - mean) / (count * std))
-    for name, percent in (("median", 50), *((f"p{p}", p) for p in PERCENTILES)):
-        if name not in wanted:
-            continue
+        found["std"] = std, np.where(is_there, (seconds - mean) / (count * std), 0.0)
+    ranked = [(name, percent) for name, percent in (("median", 50), *((f"p{p}", p) for p in PERCENTILES), ("max", 100))
+              if name in wanted]
+    order = rows[np.argsort(values, kind="stable")] if ranked else rows
+    for name, percent in ranked:
         rank = percent / 100 * (count - 1)
         low = int(np.floor(rank))
         high, part = min(low + 1, count - 1), rank - low
-        found[name] = (ordered[low] + part * (ordered[high] - ordered[low]),
-                       spread([order[low], order[high]], [1 - part, part]))
-    return {name: one for name, one in found.items() if name in wanted}
+        first, second = seconds[order[low]], seconds[order[high]]
+        found[name] = first + part * (second - first), spread([order[low], order[high]], [1 - part, part])
+    return found
 
 
 def _of_durations(scenario: Scenario, lane: LaneResult, is_mine, is_done, only: Collection[str] | None
@@ -183,8 +197,9 @@ def _of_durations(scenario: Scenario, lane: LaneResult, is_mine, is_done, only: 
     energy = _Sum(lane).plus(power, window_s).plus(window, power_w)
     found["mean_power_w"] = power.measure(power_w)
     found["energy_j"] = energy.measure(power_w * window_s)
-    found["energy_wh"] = _Sum(lane).plus(energy, 1 / 3600).measure(power_w * window_s / 3600)
-    if not scenario.cooldown_s and outputs:
+    if is_wanted("energy_wh"):
+        found["energy_wh"] = _Sum(lane).plus(energy, 1 / 3600).measure(power_w * window_s / 3600)
+    if not scenario.cooldown_s and outputs and is_wanted("energy_j_per_output_token"):
         found["energy_j_per_output_token"] = _Sum(lane).plus(energy, 1 / outputs).measure(
             power_w * window_s / outputs)
     return found

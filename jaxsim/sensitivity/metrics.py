@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.metrics import ABORTS, PERCENTILES, devices_of
+from jaxsim.sensitivity import tenants
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study.lanes import Lanes
 
@@ -58,7 +59,7 @@ _OF_LIMITS = re.compile(r"request_goodput|slo\.(|ttft_|tpot_|e2e_)attainment")
 _BY_FEW = re.compile(r"(^|\.)(p\d+|median|std|max)_|request_goodput|attainment|kv\.peak_share|(least|most)_busy"
                      r"|^preemptions\.|^swaps\.|^outages\.|^migrations\.|^outcomes\.|^fairness\.|^scaling\."
                      r"|^role_switching\.|^(sessions\.)?(completed|failed)$|context_limited|^num_|num_iterations"
-                     r"|^transfers\.requests|^total_\w+_tokens$")
+                     r"|^transfers\.requests|^total_\w+_tokens$|^tenants\..+\.(requests|completed|failed)$")
 
 
 def kind(metric: str) -> str:
@@ -89,6 +90,8 @@ def default_metrics(scenarios: Sequence[Scenario], lanes: Lanes) -> list[str]:
 
 def missing(metric: str, scenario: Scenario, lanes: Lanes) -> str:
     """Why no run of a scenario can have a metric, as far as that is known before it is simulated; "" else."""
+    if tenants.parts(metric):
+        return tenants.missing(metric, scenario, lanes)
     group, _, name = metric.partition(".")
     shape = lanes.shape(scenario)
     if _OF_LIMITS.fullmatch(metric):
@@ -138,7 +141,7 @@ def chosen(scenarios: Sequence[Scenario], of: str | Sequence[str] | None, lanes:
         if name in _VERDICTS:
             raise InputError("of", name, "is a verdict, not a number",
                              "ask for a number it rests on, e.g. slo.attainment, p99_ttft_ms")
-        if not isinstance(name, str) or name not in KNOWN:
+        if not isinstance(name, str) or (name not in KNOWN and not tenants.parts(name)):
             raise InputError("of", name, "is no metric of a run",
                              suggest(name, KNOWN, "they are those of docs/results.md, e.g. p99_ttft_ms"))
         reasons = [missing(name, s, lanes) for s in scenarios]

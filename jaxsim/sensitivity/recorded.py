@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsim._core.errors import InputError
-from jaxsim.engine import loop, lower, tape
+from jaxsim.engine import tape
 from jaxsim.engine.outcomes import Lane, lane_result
-from jaxsim.engine.simulate import memory_bytes, prepare, run_bytes
+from jaxsim.engine.simulate import memory_bytes, prepare, program_of, run_bytes, run_together
 from jaxsim.engine.tape import Tape
 from jaxsim.metrics import LaneResult
 from jaxsim.spec.dims import Dims
@@ -96,8 +95,7 @@ def recordings(scenarios: Sequence[Scenario]) -> Iterator[tuple[int, list[Record
             continue
         done[index] = [None] * len(made)
         for seed, lane in enumerate(made):
-            leaves, structure = jax.tree.flatten(lane.params)
-            groups.setdefault((lane.dims, structure, tuple(map(np.shape, leaves))), []).append((index, seed, lane))
+            groups.setdefault(program_of(lane), []).append((index, seed, lane))
     while groups:
         (dims, *_), group = groups.popitem()
         # Batches of one size, so that they are one program.
@@ -125,12 +123,7 @@ def lanes_at_once(dims: Dims) -> int:
 
 def _run(dims: Dims, group: list[Lane], width: int) -> list[Recorded | InputError]:
     """Runs of one program; fewer than its width are filled up with the first."""
-    filled = group + group[:1] * (width - len(group))
-    params = _stack([made.params for made in filled])
-    requests = _stack([lower.make_requests(made.workload, dims, made.prefixes, patience=made.patience,
-                                           is_split=made.is_split, order=made.params.flags.order,
-                                           slack=made.params.slack) for made in filled])
-    world = loop.run_on_one_device(dims, params, requests)
+    requests, world = run_together(group + group[:1] * (width - len(group)))
     tapes, world = jax.device_get((_tapes(dims, requests, world), world))
     return [_recorded(dims, world, index, made, jax.tree.map(lambda x, index=index: np.asarray(x[index]), tapes))
             for index, made in enumerate(group)]
@@ -142,11 +135,7 @@ def _recorded(dims: Dims, world: World, index: int, made: Lane, own: Tape) -> Re
                           f" which a tape keeps {dims.num_records:,}: there is no derivative at a fixed schedule",
                           "compute prompts in fewer parts (a larger engine.max_num_batched_tokens, no"
                           " engine.target_batch_time_ms), give memory to preempt fewer requests, or " + INSTEAD)
-    return Recorded(made, lane_result(dims, world, index, made), own)
-
-
-def _stack(trees):
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
+    return Recorded(made, lane_result(dims, world, index, made, has_steps=False), own)
 
 
 @functools.partial(jax.jit, static_argnums=0)

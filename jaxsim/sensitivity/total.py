@@ -29,11 +29,12 @@ from jaxsim._core.errors import InputError
 from jaxsim.io.result import to_json
 from jaxsim.sensitivity import direct as at_schedule
 from jaxsim.sensitivity import metrics as kinds
+from jaxsim.sensitivity import tenants
 from jaxsim.sensitivity.fields import Field, Side, chosen, field_of, sides
 from jaxsim.spec.scenario import Scenario
 from jaxsim.study.design import Point
 from jaxsim.study.plan import plan_of
-from jaxsim.study.runner import LANES, check_memory, estimate, rows_of
+from jaxsim.study.runner import LANES, check_memory, estimate, rows_of, table_and_requests
 from jaxsim.study.study import Study
 
 FEWEST_SEEDS = 8
@@ -167,7 +168,7 @@ def sensitivity(scenarios: Scenario | str | Sequence[Scenario] | Study | None = 
         for field in fields:
             runs += _runs_of(batch, made[index], index, base, field.name, sizes)
         progress("looking at scenarios", index + 1, 0)
-    found, programs = batch.run(workers, progress)
+    found, programs = batch.run(workers, progress, [name for name in metrics if tenants.parts(name)])
     metrics, notes = _with_values(found, [run.base for run in runs], metrics)
     at_fixed, without = _direct([made[index] for index in able], fields, metrics, progress) if direct else ({}, {})
     note = next(iter(without.values())) if len(without) == len(able) else ""
@@ -254,12 +255,16 @@ class _Batch:
         self._scenarios.append(scenario)
         return len(self._scenarios) - 1
 
-    def run(self, workers: int | None, progress: Progress) -> tuple["_Found", int]:
-        """Raises `InputError` where the machine has no room."""
+    def run(self, workers: int | None, progress: Progress, of_tenants: Sequence[str] = ()) -> tuple["_Found", int]:
+        """Raises `InputError` where the machine has no room. of_tenants: metrics that need every request."""
         made = plan_of([lambda s=s: s for s in self._scenarios], LANES)
         check_memory(estimate(made), workers)
         progress("simulating", 0, made.num_runs)
-        return _Found(rows_of(made.tiles, workers), len(self._scenarios)), made.num_programs
+        if not of_tenants:
+            return _Found(rows_of(made.tiles, workers), len(self._scenarios)), made.num_programs
+        frame, requests, _ = table_and_requests(self._scenarios, workers)
+        own = tenants.columns(self._scenarios, requests, of_tenants, LANES)
+        return _Found(frame.merge(own, on=["point", "seed"], how="left"), len(self._scenarios)), made.num_programs
 
 
 class _Found:

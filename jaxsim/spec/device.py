@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxsim._core.errors import InputError, suggest
-from jaxsim.spec.efficiency import DATASHEET, Efficiency, like_of, load_efficiency, transferred
+from jaxsim.spec.efficiency import DATASHEET, Efficiency, at_clock, like_of, load_efficiency, transferred
 from jaxsim.spec.messages import convert_table
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -26,6 +26,18 @@ Source: mean of the RTX 4090 (0.980) and the 96 GiB RTX PRO 6000 (0.996) in aico
 
 NOMINAL_MULTIPROCESSORS = 128
 """Equal parts a device is cut into where their number is not known."""
+
+LEAST_CLOCK = 0.7
+"""Of the highest, down to which memory is as fast as ever: below some share of 0.3 to 0.7 that nobody has published,
+requests for it are issued too slowly. Source: shared notes on energy, section 7."""
+
+CLOCK_EXPONENT = 1.35
+"""Power of the clock that dynamic watts follow near the highest clock, where 20 to 30 % of the watts are static.
+
+Source: derived (shared notes on energy, section 7) from a fifth less peak power of A100s over 1.4 to 1.1 GHz (POLCA)
+and less than 80 % of the energy of H100s over 2.0 to 1.6 GHz at about the same throughput (Greener LLMs): 1.2 to 1.5,
+of which this is the middle. Frequency times the square of the voltage, up to 3, would save too much.
+"""
 
 _FALLBACK = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16", "bf16": "fp32"}
 
@@ -64,17 +76,25 @@ class ServingPower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Board power of a device that serves.
 
     idle_w: no iteration in flight, the model loaded and clocks up. busy_w: an iteration in flight that mostly
-    generates tokens; one of prompts alone draws up to `tdp_w`.
+    generates tokens; one of prompts alone draws up to `tdp_w`. Both at the highest clock; at a lower one
+    idle + (busy - idle) clock^clock_exponent is drawn at work, and as much as ever without.
     """
 
     idle_w: Positive
     busy_w: Positive
+    clock_exponent: Positive = CLOCK_EXPONENT
     source: str = ""
 
     def __post_init__(self):
         if not self.idle_w <= self.busy_w < math.inf:
             raise InputError("device.power.busy_w", self.busy_w, f"is below idle_w = {self.idle_w:g}, or not finite",
                              "give watts of a device at work")
+
+    def at_work_w(self, clock: float) -> float:
+        """What is drawn at work at a share of the highest clock; `busy_w` itself at 1."""
+        if clock == 1.0:
+            return self.busy_w
+        return self.idle_w + (self.busy_w - self.idle_w) * clock**self.clock_exponent
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -90,8 +110,13 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     calibration: where its kernel constants come from: "measured" (its own tables), "family:<device>" (those of a
     measured device), "datasheet" (nothing near was measured: those of the H100); calibration_note: what to expect of
     them; efficiency: constants written out, instead.
+    clock: of the multiprocessors, as a share of the highest. Arithmetic slows with it, and the time an item of decode
+    attention takes for a token (as between devices, `transferred`); memory, links, launches, fixed seconds of kernels
+    and the host do not; watts as `ServingPower` says.
 
-    Known gaps: prices are list or index values of early 2026 that differ 2 to 4 times between providers.
+    Known gaps: at a lower clock, kernels that convert numbers (8-bit caches, quantisation) and fixed seconds of kernels
+    would be somewhat slower too, which nothing public tells apart; prices are list or index values of early 2026 that
+    differ 2 to 4 times between providers.
     """
 
     name: Annotated[str, Meta(min_length=1)]
@@ -108,6 +133,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     num_multiprocessors: Annotated[int, Meta(ge=1)] | None = None
     num_cores: Annotated[int, Meta(ge=1)] | None = None
     base_hz: Positive | None = None
+    clock: float = 1.0
     link: str = ""
     link_bytes_per_s: Positive | None = None
     topology: Topology | None = None
@@ -138,6 +164,12 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             is_given = value is not None or field == "memory_bytes_per_s"
             if is_number and is_given and (not isinstance(value, numbers.Real) or not 0 < value < math.inf):
                 raise InputError(f"device.{field}", value, "is not a positive number", "give one in SI units")
+        if not LEAST_CLOCK <= self.clock <= 1:
+            raise InputError("device.clock", self.clock, f"is no share of the highest clock from {LEAST_CLOCK:g} to 1,"
+                             " between which memory keeps its speed", "give one, or simulate other device.numbers")
+        if self.clock != 1 and self.kind != "gpu":
+            raise InputError("device.clock", self.clock, f"is of the multiprocessors of a GPU, and {self.name} is none",
+                             "leave it out")
         if self.bf16_flops is None and self.fp32_flops is None:
             raise InputError("device.bf16_flops", None, f"{self.name} has no arithmetic peak",
                              "give bf16_flops or fp32_flops")
@@ -151,11 +183,15 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return convert_table(table, cls, path, "device", "see `jaxsim list devices` for those that are built in")
 
     def peak(self, compute: str) -> Peak:
-        """Dense peak for a number type, or for the next wider one the device has.
+        """Dense peak for a number type, or for the next wider one the device has, at its clock.
 
         fp4 falls back to fp8, fp8 and int8 to bf16, bf16 to fp32: weights stay narrow in memory, the
         arithmetic is done in the wider type (fp8 on an A100 runs in bf16).
         """
+        found = self._highest_clock_peak(compute)
+        return found if self.clock == 1.0 else found._replace(flops=found.flops * self.clock)
+
+    def _highest_clock_peak(self, compute: str) -> Peak:
         rates = {"bf16": self.bf16_flops, "fp8": self.fp8_flops, "int8": self.int8_flops,
                  "fp4": self.fp4_flops, "fp32": self.fp32_flops}
         if compute not in rates:
@@ -173,7 +209,10 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return {"measured": self.name, "datasheet": DATASHEET}.get(kind, name)
 
     def kernel_efficiency(self) -> Efficiency:
-        """Constants of its kernels. Raises `InputError` where `calibration` names no record."""
+        """Constants of its kernels at its clock. Raises `InputError` where `calibration` names no record."""
+        return at_clock(self._highest_clock_efficiency(), self.clock)
+
+    def _highest_clock_efficiency(self) -> Efficiency:
         if self.efficiency is not None:
             return self.efficiency
         if self.family == self.name:
@@ -188,7 +227,8 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     @property
     def _unit_flops(self) -> float:
-        return self.peak("bf16").flops / (self.num_multiprocessors or NOMINAL_MULTIPROCESSORS)
+        # At the highest clock: constants are of a device, whatever its clock is set to.
+        return self._highest_clock_peak("bf16").flops / (self.num_multiprocessors or NOMINAL_MULTIPROCESSORS)
 
     @property
     def usable_memory_bytes(self) -> int:

@@ -325,3 +325,13 @@ def transferred(record: Efficiency, bandwidth_ratio: float, unit_ratio: float = 
         experts={name: replace(e, row_efficiency=kept(e.row_efficiency)) for name, e in record.experts.items()},
         decode=replace(record.decode, read_efficiency_8bit=kept(record.decode.read_efficiency_8bit),
                        sweep_s=record.decode.sweep_s / unit_ratio, tail_s=record.decode.tail_s / unit_ratio))
+
+
+def at_clock(record: Efficiency, clock: float) -> Efficiency:
+    """The record at a share of the highest clock: an item passes tokens at the speed of its multiprocessor (as in
+    `transferred`); shares are of peaks that follow the clock by themselves, and other seconds do not."""
+    if clock == 1.0:
+        return record
+    decode = msgspec.structs.replace(record.decode, sweep_s=record.decode.sweep_s / clock,
+                                     tail_s=record.decode.tail_s / clock)
+    return msgspec.structs.replace(record, decode=decode)

@@ -46,16 +46,22 @@ class DeviceSection(Section, frozen=True):
         name: a name of `jaxsim list devices`.
         numbers: every number of a device that is in no catalogue (`jaxsim.spec.device.DeviceSpec`); name is then only
             a label.
+        clock: of a GPU's multiprocessors, as a share of the highest, from 0.7 to 1 (1 if left out): arithmetic slows
+            with it, memory does not, watts fall faster (`jaxsim.spec.device.DeviceSpec`, docs/gradients.md). Of pools
+            with a device of their own it is 1.
     """
 
     name: Text
     numbers: dict[str, Any] | None = None
+    clock: float | None = None
 
     def spec(self) -> DeviceSpec:
         """The device itself. Raises `InputError` where it cannot be had."""
         if self.numbers is not None:
-            return DeviceSpec.from_dict({"name": self.name, **self.numbers}, "device.numbers")
-        return load_device(self.name)
+            found = DeviceSpec.from_dict({"name": self.name, **self.numbers}, "device.numbers")
+        else:
+            found = load_device(self.name)
+        return found if self.clock is None else msgspec.structs.replace(found, clock=self.clock)
 
 
 class SloSection(Section, frozen=True):

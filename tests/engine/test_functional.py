@@ -101,6 +101,29 @@ def test_forward_mode_where_all_arrive_at_once():
     assert np.allclose(lanes[:, :, 0] * at[:, :1], lanes[:, :, 1] * at[:, 1:], rtol=1e-4)
 
 
+def test_integers_and_tangents_may_have_one_axis():
+    """Lanes that differ in a whole number and in the direction of the derivative: one value a lane. No engine."""
+    def batched(_, count, seconds, table):
+        return {"end": seconds**2 * count + table.sum(-1), "count": count + 1}
+
+    def end(count, seconds):
+        return functional.in_lanes(batched, None, (count, seconds, jnp.arange(3.0)))["end"]
+
+    def slope(count, seconds, direction):
+        return jax.jvp(lambda x: end(count, x), (seconds,), (direction,))[1]
+
+    count, seconds, direction = jnp.array([1, 2, 3]), jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 1.0, 2.0])
+    expected = np.array([2.0, 8.0, 36.0])
+    assert np.array_equal(jax.vmap(slope)(count, seconds, direction), expected)
+    for axes in ((0, 0, None), (0, None, 0), (None, 0, 0), (0, None, None), (None, None, 0)):
+        given = [x if axis == 0 else x[1] for x, axis in zip((count, seconds, direction), axes, strict=True)]
+        lanes = [np.broadcast_to(x, 3) for x in given]
+        assert np.array_equal(jax.vmap(slope, axes)(*given), 2 * lanes[0] * lanes[1] * lanes[2]), axes
+    twice = jax.vmap(jax.vmap(slope, (None, 0, 0)), (0, None, None))(count, seconds, direction)
+    assert np.array_equal(twice, 2 * np.outer(count, seconds * direction))
+    assert np.array_equal(jax.vmap(jax.jacfwd(end, 1))(count, seconds), 2 * count * seconds)
+
+
 # --- the tape -----------------------------------------------------------------------------------------------
 
 

@@ -188,6 +188,16 @@ def _check_order(s: "Scenario", scheduler: Scheduler) -> None:
                              "give it, or ttft_ms, there or in [slo]")
 
 
+def _check_clock(s: "Scenario") -> None:
+    clock = s.device.clock
+    # What is measured, or given as seconds, is of the clock that it was measured at.
+    if clock != 1.0 and not isinstance(s.cost, RooflineCost):
+        kind = s.cost.__struct_config__.tag
+        raise InputError("device.clock", clock, f"scales peaks of arithmetic, which a {kind} cost is not made of",
+                         "use cost.kind = 'roofline', or leave it out")
+    s.device.spec()
+
+
 def check_system(s: "Scenario") -> None:
     """What needs a model, a device or coefficients. Raises `InputError`."""
     if s.model and (s.model.name is None) == (s.model.config is None):
@@ -198,6 +208,8 @@ def check_system(s: "Scenario") -> None:
                          "give one of them, and a model.name with dimensions")
     if s.model and s.model.dimensions is not None:
         s.model.spec()
+    if s.device and s.device.clock is not None:
+        _check_clock(s)
     if s.device and s.device.numbers is not None:
         s.device.spec()
     if isinstance(s.cost, RooflineCost | ProfiledCost):
