@@ -8,7 +8,6 @@ from jaxsim.io.figure import FAINT, LIMIT, LINE, drawn
 from jaxsim.sensitivity.margins import RADII, Margins
 from jaxsim.study.view import short
 
-
 SINGLE, STEEP, RANDOM = "one field alone", "along the slope", "random"
 COLOURS = {SINGLE: LINE, STEEP: "#009E73", RANDOM: "#BBBBBB"}
 """Of kinds of ways."""

@@ -28,15 +28,15 @@ NOMINAL_MULTIPROCESSORS = 128
 """Equal parts a device is cut into where their number is not known."""
 
 LEAST_CLOCK = 0.7
-"""Of the highest, down to which memory is as fast as ever: below some share of 0.3 to 0.7 that nobody has published,
-requests for it are issued too slowly. Source: shared notes on energy, section 7."""
+"""Of the highest, down to which memory is taken to be as fast as ever. Assumed: below some share requests for it are
+issued too slowly, and which that is nobody has published; clocks of POLCA and Greener LLMs are above 0.78."""
 
 CLOCK_EXPONENT = 1.35
 """Power of the clock that dynamic watts follow near the highest clock, where 20 to 30 % of the watts are static.
 
-Source: derived (shared notes on energy, section 7) from a fifth less peak power of A100s over 1.4 to 1.1 GHz (POLCA)
-and less than 80 % of the energy of H100s over 2.0 to 1.6 GHz at about the same throughput (Greener LLMs): 1.2 to 1.5,
-of which this is the middle. Frequency times the square of the voltage, up to 3, would save too much.
+Source: derived from a fifth less peak power of A100s over 1.4 to 1.1 GHz (POLCA, arXiv 2308.12908) and less than 80 %
+of the energy of H100s over 2.0 to 1.6 GHz at about the same throughput (Greener LLMs, arXiv 2403.20306): 1.2 to 1.5, of
+which this is the middle. Frequency times the square of the voltage, up to 3, would save too much.
 """
 
 _FALLBACK = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16", "bf16": "fp32"}
