@@ -146,16 +146,14 @@ def _entry(batched, dims: Dims, structure):
             return batched(dims, *structure.unflatten(leaves))
 
     def pushed(leaves, tangents):
-        """Results, and tangents of those that are no integers, which alone have some."""
-        places = [place for place, leaf in enumerate(leaves) if eqx.is_inexact_array(leaf)]
-
-        def of_floats(floats):
-            given = dict(zip(places, floats, strict=True))
+        """Results, and tangents of those that are no integers. tangents: of leaves that have one, by their place."""
+        def of_floats(given):
             result = run([given.get(place, leaf) for place, leaf in enumerate(leaves)])
             return eqx.filter(result, eqx.is_inexact_array), result
 
         with in_32_bits():
-            _, slopes, result = jax.jvp(of_floats, ([leaves[place] for place in places],), (tangents,), has_aux=True)
+            _, slopes, result = jax.jvp(of_floats, ({place: leaves[place] for place in tangents},), (tangents,),
+                                        has_aux=True)
         return result, slopes
 
     plain, forward = _of_one(lambda leaves, _: (run(leaves), ())), _of_one(pushed)
@@ -163,19 +161,22 @@ def _entry(batched, dims: Dims, structure):
     # JAX's own rule puts the axis twice on a tangent that has it where an integer has it too.
     @jax.custom_jvp
     def one(*leaves):
-        return plain(list(leaves), [])[0]
+        return plain(list(leaves), {})[0]
 
-    @one.defjvp
+    # Of most leaves there is none, and what follows from them alone carries none through the loop.
+    @functools.partial(one.defjvp, symbolic_zeros=True)
     def _one_forward(leaves, tangents):
-        floats = [t for x, t in zip(leaves, tangents, strict=True) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-        result, slopes = forward(list(leaves), floats)
+        given = {place: tangent for place, tangent in enumerate(tangents)
+                 if not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+                 and jnp.issubdtype(jnp.result_type(leaves[place]), jnp.inexact)}
+        result, slopes = forward(list(leaves), given)
         nothing = jax.tree.map(lambda x: np.zeros(jnp.shape(x), jax.dtypes.float0), result)
         return result, eqx.combine(slopes, nothing)
 
     return one
 
 
-def _of_one(run: Callable[[list, list], tuple[PyTree, PyTree]]) -> Callable[[list, list], tuple[PyTree, PyTree]]:
+def _of_one(run: Callable[[list, dict], tuple[PyTree, PyTree]]) -> Callable[[list, dict], tuple[PyTree, PyTree]]:
     """A function of a batch, lanes in front, for one lane, with results and their tangents; under `vmap`, lanes."""
     def spread(axis_size, is_batched, values):
         return jax.tree.map(lambda has_axis, x: x if has_axis else jnp.broadcast_to(x, (axis_size, *jnp.shape(x))),
@@ -195,7 +196,7 @@ def _of_one(run: Callable[[list, list], tuple[PyTree, PyTree]]) -> Callable[[lis
 
     def alone(call, axis_size, is_batched, leaves, tangents):
         # Only tangents have the axis, as in `jax.jacfwd`: they ride along in the same loop.
-        have = any(is_batched[1])
+        have = any(is_batched[1].values())
         if have:
             call = jax.vmap(call, (None, 0), (None, 0))
             tangents = spread(axis_size, is_batched[1], tangents)

@@ -389,7 +389,8 @@ def statistics(dims: Dims, group: Group, counts: Counts, times: Clocks, longest:
         decodes, jnp.where(is_prompt_only, 0, batch.offsets - batch.stalled_offsets
                            + decodes * (batch.counter + 1)),
         batch.num_chunks, batch.chunk_tokens, batch.chunk_context, times.batch.chunk_pairs, decodes + batch.joining,
-        prefill_tiled=times.batch.chunk_tiled, prefill_longest=batch.longest_chunk)
+        **({} if group.cost.tile_tokens is None else
+           dict(prefill_tiled=times.batch.chunk_tiled, prefill_longest=batch.longest_chunk)))
     if rules.prefix_caching:
         stats = replace(stats, decode_shared=shared_tokens(dims, counts, stats.decode_context))
     if longest is not None:

@@ -227,6 +227,22 @@ def test_unlike_chunks():
     assert float(a.chunk_seconds(c, *map(jnp.float32, numbers[:-2]))) != pytest.approx(want, rel=0.1)
 
 
+@pytest.mark.parametrize("chunks", [((0, 8192), (0, 1)), ((0, 512), *[(900, 1)] * 63), ((50_000, 512), (0, 64))])
+def test_rows_of_the_mean_chunk_are_close(chunks):
+    """Where tiles are not as many as those of as many chunks that are alike, by a hundredth of the call at most."""
+    kernel, shape = a.Prefill.of(PrefillEfficiency(packed=False, **PREFILL)), a.AttentionShape(32, 8, 128)
+    new, kappa = sum(n for _, n in chunks), 131.072e-9
+    rows = sum(-(-n // 128) for _, n in chunks)
+    assert rows != len(chunks) * -(-new / len(chunks) // 128)
+    tiled = sum((2 * h + n) * -(-n // 128) * 128 for h, n in chunks)
+    longest, keys = max(h + n for h, n in chunks), sum(h + n for h, n in chunks)
+    work = 32 / 100 * (rows * (2e-6 + kappa * 64) + kappa * tiled / 256 + kappa * new / 2)
+    want = (work ** 2 + (2e-6 + kappa * longest) ** 2) ** 0.5 + 4 * (new * 4096 + keys * 1024) / 0.8e12
+    numbers = (new, len(chunks), sum((h + n) ** 2 - h ** 2 for h, n in chunks), keys, 0.0, 0.0, tiled, longest)
+    found = float(a.chunk_seconds(kernel.coefficients(shape, RATES), *map(jnp.float32, numbers)))
+    assert found == pytest.approx(want, rel=0.01) and found != pytest.approx(want, rel=1e-5)
+
+
 def test_one_of_several_alike_chunks_is_the_longest():
     kernel, shape = a.Prefill.of(PrefillEfficiency(packed=True, **PREFILL)), a.AttentionShape(32, 8, 128)
     c = kernel.coefficients(shape, RATES)

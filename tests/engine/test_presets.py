@@ -14,7 +14,7 @@ from tests.reference import simulator
 
 pytestmark = pytest.mark.unoptimised
 
-PROGRAMS = [("vllm-v1", 1), *((name, 3) for name in c.PRESETS if name not in test_parity.IN_CROWDS)]
+PROGRAMS = [("vllm-v1", 1), *((name, 3) for name in c.PRESETS if name not in test_parity.BY_DEFAULT)]
 """What `test_parity` leaves to its slow tests."""
 
 
@@ -29,7 +29,8 @@ def test_engine_equals_reference(name, num_executors):
 
 
 def test_jumps_change_nothing():
-    test_parity.check_jumps(simulator.preset("vllm-v1"), c.dims_of("vllm-v1", 1), step_by_step("vllm-v1"))
+    dims = c.dims_of("vllm-v1", 3)
+    test_parity.check_jumps(simulator.preset("vllm-v1"), dims, replace(dims, max_jump=1))
 
 
 def test_prompts_that_wait_come_later():

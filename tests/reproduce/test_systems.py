@@ -22,6 +22,9 @@ KNOWN = ", ".join((*command.SYSTEMS, command.ALL))
 
 STUDIES = [file.name.removesuffix(".toml") for file in resources.files("jaxsim.scenarios").joinpath(
     "reproduce").iterdir() if file.name.endswith(".toml")]
+FEW_POINTS = {"mnemosyne-2d": 1, "mnemosyne-3d": 1, "mnemosyne-adaptive": 2}
+"""All others have at least four."""
+
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "reproduce"
 
 
@@ -31,7 +34,7 @@ def test_every_point_of_a_study_can_be_simulated(name):
 
     made = runs.study(name, 3)
     scenarios = [made.scenario_at(point) for point in made.points()]
-    assert scenarios and {s.num_seeds for s in scenarios} == {3}
+    assert len(scenarios) >= FEW_POINTS.get(name, 4) and {s.num_seeds for s in scenarios} == {3}
     for scenario in scenarios[:: max(len(scenarios) // 4, 1)]:
         resolve_system(scenario)
 

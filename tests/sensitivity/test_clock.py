@@ -84,6 +84,12 @@ def test_differences_of_watts_are_derivatives(scenario, clock):
     ({"device": {"name": "tpu-v5e", "clock": 0.9}}, "tpu_v5e is none"),
     ({"device.clock": 0.9, "cost": {"kind": "fitted", "prefill": {"a": 0.01}, "decode": {"a": 0.01}}},
      "which a fitted cost is not made of"),
+    ({"device": {"name": "mine", "numbers": {"clock": 0.9, "kind": "gpu", "memory_bytes": 80_000_000_000,
+                                             "memory_bytes_per_s": 2e12, "bf16_flops": 3e14}},
+      "cost": {"kind": "fitted", "prefill": {"a": 0.01}, "decode": {"a": 0.01}}},
+     "which a fitted cost is not made of"),
+    ({"device.clock": 0.9, "cluster": {"pools": [{"role": "prefill", "replicas": 1, "device": "h100"},
+                                                 {"role": "decode", "replicas": 1}]}}, "runs at its highest"),
 ])
 def test_what_has_no_clock_is_refused(scenario, values, says):
     with pytest.raises(InputError, match=says) as error:

@@ -189,13 +189,19 @@ def _check_order(s: "Scenario", scheduler: Scheduler) -> None:
 
 
 def _check_clock(s: "Scenario") -> None:
-    clock = s.device.clock
+    clock = s.device.spec().clock
+    if clock == 1.0:
+        return
     # What is measured, or given as seconds, is of the clock that it was measured at.
-    if clock != 1.0 and not isinstance(s.cost, RooflineCost):
-        kind = s.cost.__struct_config__.tag
-        raise InputError("device.clock", clock, f"scales peaks of arithmetic, which a {kind} cost is not made of",
-                         "use cost.kind = 'roofline', or leave it out")
-    s.device.spec()
+    for cost in (s.cost, *(pool.cost for pool in s.cluster.pools if pool.cost is not None)):
+        if not isinstance(cost, RooflineCost):
+            kind = cost.__struct_config__.tag
+            raise InputError("device.clock", clock, f"scales peaks of arithmetic, which a {kind} cost is not made of",
+                             "use cost.kind = 'roofline', or leave it out")
+    for index, pool in enumerate(s.cluster.pools):
+        if pool.device is not None:
+            raise InputError("device.clock", clock, f"is not that of cluster.pools[{index}].device = {pool.device!r},"
+                             " which runs at its highest", "leave the devices of pools out, or the clock")
 
 
 def check_system(s: "Scenario") -> None:
@@ -208,10 +214,8 @@ def check_system(s: "Scenario") -> None:
                          "give one of them, and a model.name with dimensions")
     if s.model and s.model.dimensions is not None:
         s.model.spec()
-    if s.device and s.device.clock is not None:
+    if s.device and (s.device.clock is not None or s.device.numbers is not None):
         _check_clock(s)
-    if s.device and s.device.numbers is not None:
-        s.device.spec()
     if isinstance(s.cost, RooflineCost | ProfiledCost):
         pools = s.cluster.pools
         for field in ("model", "device"):
