@@ -191,6 +191,7 @@ def test_by_hand():
     assert [lane["swap_s"][1] for lane in lanes] == [0.5, 0.5, 0.0, 0.0, 0.5, 0.25]
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_is_found():
     """The comparison can fail: copies of a layer more show."""
     dims = dims_of()

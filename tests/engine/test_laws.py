@@ -13,7 +13,7 @@ from tests.metrics.lanes import token_gaps
 from tests.reference import simulator
 
 PRESETS = [pytest.param(name, id=f"{name}-3", marks=[] if name in (
-    "vllm-v1", "vllm-v1-priority", "vllm-v0", "sglang") else pytest.mark.slow) for name in c.PRESETS]
+    "vllm-v1", "vllm-v0") else pytest.mark.slow) for name in c.PRESETS]
 
 SEEDS = settings(max_examples=2, derandomize=True, deadline=None, database=None,
                  phases=(Phase.explicit, Phase.generate))

@@ -28,10 +28,8 @@ NUM_SEEDS = {1: 2, 3: 4, 8: 2}
 IN_CROWDS = ("vllm-v1", "vllm-v1-priority", "vllm-v0", "sglang")
 """Eight are another size than three for one of each kind of scheduler; for all of them where time does not matter."""
 
-BY_DEFAULT = (*IN_CROWDS, "vllm-v1-async")
-
 PROGRAMS = [pytest.param(name, n, id=f"{name}-{n}",
-                         marks=[] if n == 3 and name in BY_DEFAULT else pytest.mark.slow)
+                         marks=[] if n == 3 and name in IN_CROWDS else pytest.mark.slow)
             for name in c.PRESETS for n in NUM_SEEDS if n < 8 or name in IN_CROWDS or EXPLORE]
 
 PREEMPTING = ("vllm-v1", "vllm-v1-async", "vllm-v1-priority", "vllm-v0", "sarathi", "sglang")

@@ -14,7 +14,7 @@ from tests.reference import simulator
 
 pytestmark = pytest.mark.unoptimised
 
-PROGRAMS = [("vllm-v1", 1), *((name, 3) for name in c.PRESETS if name not in test_parity.BY_DEFAULT)]
+PROGRAMS = [("vllm-v1", 1), *((name, 3) for name in c.PRESETS if name not in test_parity.IN_CROWDS)]
 """What `test_parity` leaves to its slow tests."""
 
 

@@ -241,7 +241,8 @@ def test_waiting_follows_lindley(load):
     assert ttfts == [wait + service_s for wait in want]
 
 
-@pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("load", [pytest.param(0.3, marks=pytest.mark.slow), 0.5,
+                                  pytest.param(0.7, marks=pytest.mark.slow)])
 def test_mean_waiting_is_md1(load):
     """Mean TTFT of an M/D/1 queue, D + R D^2 / (2 (1 - R D)), within 4 standard errors of 50 batch means.
 
