@@ -49,15 +49,9 @@ def add_parser(commands: "argparse._SubParsersAction") -> argparse.ArgumentParse
 
 def system(options: argparse.Namespace, values: dict[str, Any]) -> Any:
     """The scenario or study of the command line. Raises `InputError`."""
-    from jaxsim.spec.scenario import Scenario
-    from jaxsim.study.command import chosen
-    from jaxsim.study.goodput_command import is_study
+    from jaxsim.study.command import scenario_or_study
 
-    name = "default" if options.scenario is None else options.scenario
-    if is_study(name):
-        return chosen(name, values)
-    scenario = Scenario.from_toml(name)
-    return scenario.with_values(values) if values else scenario
+    return scenario_or_study("default" if options.scenario is None else options.scenario, values)
 
 
 def folder_of(options: argparse.Namespace) -> str:

@@ -340,8 +340,9 @@ def _checked(scenario: Scenario, name: str, step: float, lanes: Lanes) -> Field:
     both = sides(scenario, field, step, lanes)
     able = [side.scenario for side in both if side.scenario is not None]
     if not able:
-        raise InputError("wrt", name, f"has no neighbour that could be simulated beside {field.value:g}"
-                         f" ({both[1].reason})", f'study it with an axis: [axes] "{name}" = [...]')
+        reasons = "; ".join(dict.fromkeys(side.reason for side in both))
+        raise InputError("wrt", name, f"has no neighbour that could be simulated beside {field.value:g} ({reasons})",
+                         f'study it with an axis: [axes] "{name}" = [...]')
     base = fingerprint(scenario, lanes)
     if all(fingerprint(one, lanes) == base for one in able):
         raise InputError("wrt", name, "has no effect in this scenario", "ask for `all` to see what has one")

@@ -163,6 +163,35 @@ def check_workers(workers: int | None) -> None:
         raise InputError("--workers", workers, "is not a number of threads", "give at least 1, or leave it out")
 
 
+def scenario_or_study(name: str, values: dict[str, Any]) -> Any:
+    """The scenario, or else the study, of a file or a shipped name, with fields replaced. Raises `InputError`."""
+    from jaxsim._core.errors import InputError, suggest
+    from jaxsim.spec.scenario import Scenario, shipped_scenarios
+    from jaxsim.study.study import shipped_studies
+
+    if _is_study(name):
+        return chosen(name, values)
+    known = [*shipped_scenarios(), *shipped_studies()]
+    if name not in known and not Path(name).exists() and not name.endswith(".toml"):
+        raise InputError("scenario", name, "no such file, and no scenario or study of that name", suggest(name, known))
+    scenario = Scenario.from_toml(name)
+    return scenario.with_values(values) if values else scenario
+
+
+def _is_study(name: str) -> bool:
+    import tomllib
+
+    from jaxsim.study.study import shipped_studies
+
+    if not Path(name).is_file():
+        return name in shipped_studies()
+    try:
+        return bool({"axes", "zip", "sample"} & tomllib.loads(Path(name).read_text(encoding="utf-8")).keys())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        # The reader says what is wrong.
+        return False
+
+
 def chosen(path: str, values: dict[str, Any]) -> Any:
     """The study of a file, with fields of its scenario replaced. Raises `InputError`."""
     import msgspec

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     """Run the command; `values`: of --set. Raises `InputError`."""
     from jaxsim._core.errors import InputError
     from jaxsim.spec.scenario import Scenario
-    from jaxsim.study.command import check_workers, chosen
+    from jaxsim.study.command import check_workers, scenario_or_study
     from jaxsim.study.goodput import search, search_study
 
     check_workers(options.workers)
@@ -58,11 +58,11 @@ def run(options: argparse.Namespace, values: dict[str, Any]) -> None:
     start = time.perf_counter()
     how = dict(slo=limits(options.slo) if options.slo else None, attainment=options.attainment, rule=options.rule,
                rates=_rates(options.rates), tolerance=options.tolerance, workers=options.workers, progress=_told)
-    if is_study(options.scenario):
-        frame = search_study(chosen(options.scenario, values), **how)
+    found = scenario_or_study(options.scenario, values)
+    if isinstance(found, Scenario):
+        frame = search([found], **how).drop(columns="scenario")
     else:
-        scenario = Scenario.from_toml(options.scenario)
-        frame = search([scenario.with_values(values) if values else scenario], **how).drop(columns="scenario")
+        frame = search_study(found, **how)
     elapsed_s = time.perf_counter() - start
     if out is not None:
         frame.to_csv(out, index=False) if out.suffix == ".csv" else frame.to_parquet(out, index=False)
@@ -107,21 +107,6 @@ def _rates(text: str) -> tuple[float, float]:
         return float(low), float(high)
     except ValueError:
         raise InputError("--rates", text, "is not LOW:HIGH", "write e.g. 0.1:100") from None
-
-
-def is_study(name: str) -> bool:
-    """Whether a file, or a shipped name, is of a study."""
-    import tomllib
-
-    from jaxsim.study.study import shipped_studies
-
-    if not Path(name).is_file():
-        return name in shipped_studies()
-    try:
-        return bool({"axes", "zip", "sample"} & tomllib.loads(Path(name).read_text(encoding="utf-8")).keys())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-        # The reader says what is wrong.
-        return False
 
 
 def _print_json(frame: Any, elapsed_s: float) -> None:

@@ -27,6 +27,13 @@ def test_help_does_not_wait_for_jax():
     assert done.returncode == 0 and "--wrt FIELDS" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("command", [["sensitivity"], ["goodput", "--slo", "ttft:200"]])
+def test_names_of_studies_are_suggested_too(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command[0], "bottleneck", *command[1:]]) == 2
+    assert "no scenario or study of that name; did you mean 'bottlenecks'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options, says", [
     (["--wrt", "engine.preset"], "--wrt = 'engine.preset': is a choice"),
     (["--wrt", "a,,b"], "--wrt = 'a,,b': has an empty name"),
