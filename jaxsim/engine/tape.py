@@ -185,9 +185,13 @@ def _asked(dims: Dims, group: Group, counts: Counts, times: Clocks, longest: Int
 # --- after the loop -----------------------------------------------------------------------------------------
 
 
-def of_world(dims: Dims, requests: Requests, world: World) -> Tape:
-    """The tape of a finished run of one scenario, of whose `dims` `num_records` is not 0."""
-    rows, size = slice(0, dims.num_records), dims.num_records
+def of_world(dims: Dims, requests: Requests, world: World, size: int | None = None) -> Tape:
+    """The tape of a finished run of one scenario, of whose `dims` `num_records` is not 0.
+
+    size: rows that it has (static), all that there is room for unless given; enough for the run, if those are.
+    """
+    size = size or dims.num_records
+    rows = slice(0, size)
     is_real = jnp.arange(size) < world.num_recorded
     epoch, hi, lo, first_s, pace_s, growth_s, pairs, tiled = world.tape_times[rows].T
     instance, running, waiting, used_blocks, planned, prefill_tokens, num_decode = world.tape_counts[rows].T
@@ -204,7 +208,9 @@ def of_world(dims: Dims, requests: Requests, world: World) -> Tape:
     end_time, start_time = relative(end, start), Time(hi, lo)
     duration_s = jnp.where(is_done, clock.elapsed(start_time, end_time), 0.0)
     # Neighbours of one instance, in the order of their starts.
-    order = jnp.argsort(jnp.where(is_real, instance, dims.all_ranks), stable=True)
+    order = jnp.arange(size)
+    if dims.all_ranks > 1:
+        order = jnp.argsort(jnp.where(is_real, instance, dims.all_ranks), stable=True)
     before = jnp.concatenate([order[:1], order[:-1]])
     has_any = is_real[order] & (instance[before] == instance[order]) & (jnp.arange(size) > 0)
     previous = jnp.full(size, -1).at[order].set(jnp.where(has_any, before, -1).astype(jnp.int32))
@@ -241,6 +247,12 @@ def of_world(dims: Dims, requests: Requests, world: World) -> Tape:
         met=kept(world.tape_met[of_requests], True), joined=joined,
         first_token=kept(world.tape_first[jnp.maximum(log_row, 0)], log_row >= 0),
         last=kept(world.tape_last[of_requests], True))
+
+
+def left_out(world: World) -> World:
+    """A world, or those of a batch, without what was recorded but for how much it was."""
+    names = ("times", "counts", "stats", "ends", "met", "joined", "first", "last")
+    return replace(world, **{f"tape_{name}": None for name in names})
 
 
 def priced(cost: AbstractIterationCost, stats: BatchStats, following: Following

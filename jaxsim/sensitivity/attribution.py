@@ -18,7 +18,7 @@ import pandas as pd
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.sensitivity import costs, schedule
-from jaxsim.sensitivity.measures import Measure, measures
+from jaxsim.sensitivity.measures import Measure, measures, together
 from jaxsim.sensitivity.recorded import INSTEAD, Recorded, check_ends, record
 from jaxsim.spec.scenario import Scenario
 
@@ -64,32 +64,29 @@ def of_runs(scenario: Scenario, runs: Sequence[Recorded], metrics: Sequence[str]
     check_ends(runs)
     model = costs.cost_model(made, scenario)
     check_parameters(model, scenario)
-    schedules = [schedule.of_run(run) for run in runs]
+    own = schedule.of_runs(runs)
     wanted = METRICS if metrics is None else metrics
     known = [measures(scenario, run.result, answers=made.params.source.answers, only=wanted) for run in runs]
     for name in metrics or ():
         check_metric(name, known, runs[0], scenario)
-    sums = {name: sum(one[name].value for one in known) for name in wanted if all(name in one for one in known)}
-    names = [name for name in sums if sums[name]]
+    sums = {name: one for name, one in together(known).items() if one.value}
+    names = [name for name in wanted if name in sums]
     if not names:
         raise InputError("metric", list(wanted), "are 0 or have no value", f"ask for others, or {INSTEAD}")
-    asked, count = costs.joined([costs.asked_of(run.tape, own.record)
-                                 for run, own in zip(runs, schedules, strict=True)])
+    asked, count = costs.joined([costs.asked_of([run.tape for run in runs], own.record)])
     # Of the mean over seeds: the sum of changes to the sum of values.
-    weights = np.concatenate([weights_of(own, [one[name] for name in names]) for own, one in zip(
-        schedules, known, strict=True)], axis=1) / np.array([sums[name] for name in names])[:, None, None]
+    weights = weights_of(own, [sums[name] for name in names]) / np.array([sums[n].value for n in names])[:, None, None]
     padding = np.zeros((len(names), len(asked[0].num_decode) - count, 3))
     by_leaf = costs.reverse(model, asked, np.concatenate([weights, padding], axis=1))
-    values = pd.Series({name: float(sums[name] / len(runs)) for name in names})
+    values = pd.Series({name: float(sums[name].value / len(runs)) for name in names})
     by_resource = pd.DataFrame(by_leaf @ model.directions(), index=names, columns=list(model.resources))
-    by_resource[FRONT_END] = [sum(one[name].front_end for one in known) * made.front_end_s / sums[name]
-                              for name in names]
+    by_resource[FRONT_END] = [sums[name].front_end * made.front_end_s / sums[name].value for name in names]
     by_parameter = pd.DataFrame(model.by_name(by_leaf * model.values), index=names)
     return Attribution(values, by_resource, by_parameter)
 
 
 def weights_of(own: schedule.Schedule, known: Sequence[Measure]) -> np.ndarray:
-    """What the atoms of a run weigh in metrics."""
+    """What the atoms of a schedule weigh in metrics."""
     latencies = schedule.Latencies(*(np.stack(rows) for rows in zip(*(one.latencies for one in known), strict=True)))
     return own.transposed(latencies) + own.busy(np.stack([one.busy for one in known]))
 

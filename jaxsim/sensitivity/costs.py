@@ -287,9 +287,12 @@ def _resolved(made: Lane, scenario: Scenario) -> Lane:
 # ---- records
 
 
-def asked_of(run: Tape, record: np.ndarray) -> tuple[BatchStats, Following]:
-    """What the cost model was asked about records of a tape."""
-    return jax.tree.map(lambda x: x[record], (run.stats, run.following))
+def asked_of(tapes: Sequence[Tape], record: np.ndarray) -> tuple[BatchStats, Following]:
+    """What the cost model was asked about records; record: rows of tapes one after the other."""
+    def whole(*leaves):
+        return np.concatenate([leaf[:int(tape.count)] for leaf, tape in zip(leaves, tapes, strict=True)])[record]
+
+    return jax.tree.map(whole, *((tape.stats, tape.following) for tape in tapes))
 
 
 def joined(parts: Sequence[tuple[BatchStats, Following]]) -> tuple[tuple[BatchStats, Following], int]:

@@ -127,7 +127,7 @@ def critical_paths(scenario: Scenario, run: Recorded) -> Paths:
 def _cut(model: costs.CostModel, run: Recorded, own: schedule.Schedule) -> tuple[np.ndarray, ...]:
     """Seconds of records by resource: of the first iteration, of its decodes alone, of the record, of its pace and
     growth. They add up to what was recorded."""
-    stats, following = costs.asked_of(run.tape, own.record)
+    stats, following = costs.asked_of([run.tape], own.record)
     zeros = np.zeros_like(stats.num_prefill)
     alone = replace(stats, num_decode=np.maximum(stats.num_decode, 1), num_prefill=zeros, prefill_tokens=zeros,
                     prefill_context=zeros, prefill_pairs=np.zeros_like(stats.prefill_pairs),

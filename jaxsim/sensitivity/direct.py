@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jaxsim._core.errors import InputError
 from jaxsim.metrics.power import devices_of
 from jaxsim.sensitivity import costs, schedule
-from jaxsim.sensitivity.measures import Measure, measures
+from jaxsim.sensitivity.measures import Measure, measures, together
 from jaxsim.sensitivity.recorded import Recorded, check_ends, recordings
 from jaxsim.sensitivity.schedule import Schedule
 from jaxsim.spec.scenario import Scenario
@@ -70,46 +71,37 @@ def of_runs(scenario: Scenario, runs: Sequence[Recorded], fields: Sequence[str],
     made = runs[0].made
     model = costs.cost_model(made, scenario)
     tangents = costs.tangents(model, made, scenario, fields)
-    schedules = [schedule.of_run(run) for run in runs]
-    changes: list[dict[str, np.ndarray]] = [{} for _ in runs]
-    if tangents:
-        asked, _ = costs.joined([costs.asked_of(run.tape, own.record)
-                                 for run, own in zip(runs, schedules, strict=True)])
+    own = schedule.of_runs(runs)
+    known = together([measures(scenario, run.result, answers=made.params.source.answers, only=metrics) for run in runs])
+    # Of what is 0 in every run no per cent are known.
+    known = {name: measure for name, measure in known.items() if measure.value}
+    by_times: dict[tuple[str, str], float] = {}
+    if tangents and known:
+        asked, count = costs.joined([costs.asked_of([run.tape for run in runs], own.record)])
         stacked = jax.tree.map(lambda *x: np.stack(x), *tangents.values())
-        atoms, low = costs.forward(model.tables, asked, stacked), 0
-        for change, own in zip(changes, schedules, strict=True):
-            part = atoms[:, low:low + len(own.record)]
-            change |= dict(zip(tangents, part, strict=True))
-            low += len(own.record)
-    watts = {field: _watts(scenario, field, len(runs[0].result.busy_s)) for field in fields}
-    known = [measures(scenario, run.result, answers=made.params.source.answers, only=metrics) for run in runs]
-    sums = {name: sum(one[name].value for one in known) for name in known[0] if all(name in one for one in known)}
+        by_times = _by_times(own, list(tangents), costs.forward(model.tables, asked, stacked)[:, :count], known)
     found: dict[tuple[str, str], float] = {}
-    for own, change, one in zip(schedules, changes, known, strict=True):
-        # Of what is 0 in every run no per cent are known.
-        mine = {name: measure for name, measure in one.items() if sums.get(name)}
-        by_times = _by_times(own, change, mine) if change else {}
-        for field in fields:
-            by_field, front_end = watts[field], made.front_end_s if field == FRONT_END else 0.0
-            for name, measure in mine.items():
-                value, is_there = by_times.get((name, field), 0.0), (name, field) in by_times
-                if measure.front_end * front_end != 0:
-                    value, is_there = value + measure.front_end * front_end, True
-                if by_field is not None and (measure.busy_w.any() or measure.idle_w.any()):
-                    value += float(measure.idle_w @ by_field[0] + measure.busy_w @ by_field[1])
-                    is_there = True
-                if is_there:
-                    found[name, field] = found.get((name, field), 0.0) + value / sums[name]
-    return {pair: float(value) for pair, value in found.items()}
+    for field in fields:
+        watts = _watts(scenario, field, len(runs[0].result.busy_s))
+        front_end = made.front_end_s if field == FRONT_END else 0.0
+        for name, measure in known.items():
+            value, is_there = by_times.get((name, field), 0.0), (name, field) in by_times
+            if measure.front_end * front_end != 0:
+                value, is_there = value + measure.front_end * front_end, True
+            if watts is not None and (measure.busy_w.any() or measure.idle_w.any()):
+                idle_w, busy_w = (np.tile(one, len(runs)) for one in watts)
+                value, is_there = value + measure.idle_w @ idle_w + measure.busy_w @ busy_w, True
+            if is_there:
+                found[name, field] = float(value / measure.value)
+    return found
 
 
-def _by_times(own: Schedule, atoms: dict[str, np.ndarray], known: dict[str, Measure]) -> dict[tuple[str, str], float]:
+def _by_times(own: Schedule, fields: Sequence[str], atoms: Float[np.ndarray, "fields records 3"],
+              known: dict[str, Measure]) -> dict[tuple[str, str], float]:
     """Of metrics that times are in, by (metric, field): what they change by while atoms change as by each field."""
-    stacked, measured = np.stack(list(atoms.values())), list(known.values())
-    found, is_there = np.zeros((len(measured), len(atoms))), np.zeros(len(measured), bool)
-    if not measured:
-        return {}
-    for weights, change in zip(zip(*(one.latencies for one in measured), strict=True), own.latencies(stacked),
+    measured = list(known.values())
+    found, is_there = np.zeros((len(measured), len(fields))), np.zeros(len(measured), bool)
+    for weights, change in zip(zip(*(one.latencies for one in measured), strict=True), own.latencies(atoms),
                                strict=True):
         kinds = np.stack(weights)
         is_there |= kinds.any(axis=1)
@@ -121,13 +113,13 @@ def _by_times(own: Schedule, atoms: dict[str, np.ndarray], known: dict[str, Meas
         # A small product: threads of a matrix library would take longer to meet than to multiply.
         found += np.einsum("mr,fr->mf", kinds, change)
     instances = int(own.instance.max(initial=-1)) + 1
-    seconds = np.sum(stacked * own.whole, axis=2)
+    seconds = np.sum(atoms * own.whole, axis=2)
     busy = np.stack([np.bincount(own.instance, row, instances) for row in seconds])
     at_work = np.stack([one.busy for one in measured])
     is_there |= at_work.any(axis=1)
     found += np.einsum("mi,fi->mf", at_work[:, :instances], busy)
     return {(name, field): float(found[row, column]) for row, name in enumerate(known) if is_there[row]
-            for column, field in enumerate(atoms)}
+            for column, field in enumerate(fields)}
 
 
 def _watts(scenario: Scenario, field: str, instances: int) -> tuple[Any, Any] | None:

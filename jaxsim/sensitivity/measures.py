@@ -7,7 +7,7 @@ loops) it would not, and neither duration nor what is made of it is here. Nor ar
 percentiles of the time between tokens, which come from a histogram, and rates of a window (`cooldown_s`).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,22 +38,37 @@ class Measure(NamedTuple):
 
 
 class _Sum:
-    """Grows into a `Measure`."""
+    """Grows into a `Measure` of a run: numbers until there is an array to add, as most of them stay 0."""
 
     def __init__(self, lane: LaneResult):
-        self.queue, self.ttft, self.e2e = np.zeros((3, lane.num_requests))
-        self.busy, self.idle_w, self.busy_w = np.zeros((3, len(lane.busy_s)))
-        self.front_end = 0.0
+        self.lane, self.front_end = lane, 0.0
+        self.queue = self.ttft = self.e2e = self.busy = self.idle_w = self.busy_w = 0.0
 
     def plus(self, other: "_Sum", factor: float) -> "_Sum":
         """Itself, with so many times another."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + factor * value)
+        for name in ("front_end", "queue", "ttft", "e2e", "busy", "idle_w", "busy_w"):
+            setattr(self, name, getattr(self, name) + factor * getattr(other, name))
         return self
 
     def measure(self, value: float) -> Measure:
-        return Measure(float(value), Latencies(self.queue, self.ttft, self.e2e), self.busy, float(self.front_end),
-                       self.idle_w, self.busy_w)
+        def full(size, *weights):
+            return [one if isinstance(one, np.ndarray) else np.zeros(size) + one for one in weights]
+
+        latencies = Latencies(*full(self.lane.num_requests, self.queue, self.ttft, self.e2e))
+        busy, idle_w, busy_w = full(len(self.lane.busy_s), self.busy, self.idle_w, self.busy_w)
+        return Measure(float(value), latencies, busy, float(self.front_end), idle_w, busy_w)
+
+
+def together(known: Sequence[dict[str, Measure]]) -> dict[str, Measure]:
+    """Sums over runs of the metrics that all of them have, as of one run: its requests and instances are theirs, one
+    run after the other, as `jaxsim.sensitivity.schedule.of_runs` has them."""
+    def summed(each: list[Measure]) -> Measure:
+        value, latencies, busy, front_end, idle_w, busy_w = zip(*each, strict=True)
+        return Measure(sum(value), Latencies(*map(np.concatenate, zip(*latencies, strict=True))), np.concatenate(busy),
+                       sum(front_end), np.concatenate(idle_w), np.concatenate(busy_w))
+
+    first, *others = known
+    return {name: summed([one[name] for one in known]) for name in first if all(name in one for one in others)}
 
 
 def measures(scenario: Scenario, lane: LaneResult, *, answers: bool = False, only: Collection[str] | None = None
@@ -128,14 +143,20 @@ def _statistics(seconds: Float[np.ndarray, " requests"], is_there, wanted: Colle
         found["std"] = std, np.where(is_there, (seconds - mean) / (count * std), 0.0)
     ranked = [(name, percent) for name, percent in (("median", 50), *((f"p{p}", p) for p in PERCENTILES), ("max", 100))
               if name in wanted]
-    order = rows[np.argsort(values, kind="stable")] if ranked else rows
     for name, percent in ranked:
         rank = percent / 100 * (count - 1)
         low = int(np.floor(rank))
         high, part = min(low + 1, count - 1), rank - low
-        first, second = seconds[order[low]], seconds[order[high]]
-        found[name] = first + part * (second - first), spread([order[low], order[high]], [1 - part, part])
+        ordered = np.partition(values, (low, high))
+        (first, second), own = ordered[[low, high]], [rows[_at(values, ordered, place)] for place in (low, high)]
+        found[name] = first + part * (second - first), spread(own, [1 - part, part])
     return found
+
+
+def _at(values: Float[np.ndarray, " count"], ordered: Float[np.ndarray, " count"], place: int) -> int:
+    """Which of the values is at a place in their order, the earlier ones first among equals."""
+    equal = np.flatnonzero(values == ordered[place])
+    return equal[place - np.count_nonzero(values < ordered[place])] if len(equal) > 1 else equal[0]
 
 
 def _of_durations(scenario: Scenario, lane: LaneResult, is_mine, is_done, only: Collection[str] | None
@@ -149,6 +170,7 @@ def _of_durations(scenario: Scenario, lane: LaneResult, is_mine, is_done, only: 
     def last_of(among: Any) -> _Sum:
         one = _Sum(lane)
         rows = np.flatnonzero(among)
+        one.e2e = np.zeros(lane.num_requests)
         one.e2e[rows[np.argmax(lane.finish_s[rows])]] = 1.0
         return one
 

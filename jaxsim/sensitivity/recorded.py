@@ -124,7 +124,10 @@ def lanes_at_once(dims: Dims) -> int:
 def _run(dims: Dims, group: list[Lane], width: int) -> list[Recorded | InputError]:
     """Runs of one program; fewer than its width are filled up with the first."""
     requests, world = run_together(group + group[:1] * (width - len(group)))
-    tapes, world = jax.device_get((_tapes(dims, requests, world), world))
+    # A tape has room for what may happen, of which most is empty; a power of two, so that runs share programs.
+    most = int(jax.device_get(world.num_recorded).max())
+    tapes = _tapes(dims, min(1 << most.bit_length(), dims.num_records), requests, world)
+    tapes, world = jax.device_get((tapes, tape.left_out(world)))
     return [_recorded(dims, world, index, made, jax.tree.map(lambda x, index=index: np.asarray(x[index]), tapes))
             for index, made in enumerate(group)]
 
@@ -138,6 +141,6 @@ def _recorded(dims: Dims, world: World, index: int, made: Lane, own: Tape) -> Re
     return Recorded(made, lane_result(dims, world, index, made, has_steps=False), own)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _tapes(dims: Dims, requests: Requests, world: World) -> Tape:
-    return jax.vmap(functools.partial(tape.of_world, dims))(requests, world)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _tapes(dims: Dims, size: int, requests: Requests, world: World) -> Tape:
+    return jax.vmap(functools.partial(tape.of_world, dims, size=size))(requests, world)

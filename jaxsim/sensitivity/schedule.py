@@ -15,6 +15,7 @@ arrival's and is held fixed too; so is who joined which iteration.
 over requests. Host arrays of float64.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,8 +43,8 @@ class Latencies(NamedTuple):
 class Schedule(NamedTuple):
     """Records by position: by instance, then in the order of their starts; requests by index.
 
-    record: of a position, its row on the tape. instance, start_s, end_s; atoms: as recorded. whole: how often each atom
-    is in the seconds of a record.
+    record: of a position, its row on the tape, of several runs on their tapes one after the other. instance; start_s;
+    atoms: as recorded. whole: how often each atom is in the seconds of a record.
 
     Of requests, positions, -1 where there is none: met: the record in flight at the arrival. behind: the first that
     starts after it. joined, first_token, last: as of `Tape`. rest: how often each atom of `met` comes behind the
@@ -53,7 +54,6 @@ class Schedule(NamedTuple):
     record: Int[np.ndarray, " records"]
     instance: Int[np.ndarray, " records"]
     start_s: Float[np.ndarray, " records"]
-    end_s: Float[np.ndarray, " records"]
     atoms: Float[np.ndarray, "records 3"]
     whole: Float[np.ndarray, "records 3"]
     met: Int[np.ndarray, " requests"]
@@ -117,35 +117,54 @@ class Schedule(NamedTuple):
 
 def of_run(run: Recorded) -> Schedule:
     """The schedule of a recorded run."""
-    tape, arrival_s = run.tape, np.asarray(run.result.arrival_s, np.float64)
-    count, requests = int(tape.count), len(arrival_s)
-    # The tape is in the order of starts.
-    record = np.argsort(tape.instance[:count], kind="stable")
+    return of_runs([run])
+
+
+def of_runs(runs: Sequence[Recorded]) -> Schedule:
+    """The schedule of recorded runs as of one: their instances, the rows of their tapes, their requests one run after
+    the other."""
+    tapes, counts = [run.tape for run in runs], [int(run.tape.count) for run in runs]
+    arrival_s = np.concatenate([np.asarray(run.result.arrival_s, np.float64) for run in runs])
+
+    def together(name: str) -> np.ndarray:
+        return np.concatenate([getattr(tape, name)[:count] for tape, count in zip(tapes, counts, strict=True)])
+
+    # Tapes are in the order of starts.
+    instance = together("instance") + np.repeat(_before([len(run.result.busy_s) for run in runs]), counts)
+    record, count = np.argsort(instance, kind="stable"), sum(counts)
     position = np.append(np.empty(count, int), -1)
     position[record] = np.arange(count)
-    instance = tape.instance[record].astype(int)
-    start_s, end_s = (clock.join_reference(*stamps[record].T) for stamps in (tape.start, tape.end))
-    atoms = np.stack([x[record].astype(np.float64) for x in (tape.first_s, tape.pace_s, tape.growth_s)], axis=1)
-    extra = np.maximum(tape.iterations[record].astype(np.float64) - 1, 0)
+    instance, iterations = instance[record], together("iterations")[record]
+    start_s = clock.join_reference(*together("start")[record].T)
+    atoms = np.stack([together(name)[record] for name in ("first_s", "pace_s", "growth_s")], axis=1, dtype=np.float64)
+    extra = np.maximum(iterations.astype(np.float64) - 1, 0)
     # One that a bound stopped on its way has no end.
-    is_done = (tape.iterations[record] > 0)[:, None]
-    whole = np.where(is_done, np.stack([np.ones(count), extra, extra * (extra - 1) / 2], axis=1), 0.0)
+    whole = np.stack([np.ones(count), extra, extra * (extra - 1) / 2], axis=1) * (iterations > 0)[:, None]
     # Behind the first iteration there may be none, and what it would take is no matter.
     atoms[:, PACE:][extra == 0] = 0.0
 
-    met, joined, first_token, last = (position[x[:requests]] for x in (
-        tape.met, tape.joined, tape.first_token, tape.last))
-    own = instance[joined]
-    behind = met + 1
-    for one in np.unique(instance):
-        rows = np.flatnonzero(instance == one)
-        mine = np.flatnonzero((met < 0) & (joined >= 0) & (own == one))
-        behind[mine] = rows[0] + np.searchsorted(start_s[rows], arrival_s[mine] - SAME_S)
+    def positions(name: str) -> np.ndarray:
+        rows = [getattr(run.tape, name)[:len(run.result.arrival_s)] for run in runs]
+        return position[np.concatenate([np.where(row >= 0, row + low, -1)
+                                        for row, low in zip(rows, _before(counts), strict=True)])]
+
+    met, joined, first_token, last = (positions(name) for name in ("met", "joined", "first_token", "last"))
+    behind, alone = met + 1, np.flatnonzero((met < 0) & (joined >= 0))
+    own = instance[joined[alone]]
+    for one in np.unique(own):
+        low, high = np.searchsorted(instance, (one, one + 1))
+        mine = alone[own == one]
+        behind[mine] = low + np.searchsorted(start_s[low:high], arrival_s[mine] - SAME_S)
     behind = np.where(joined >= 0, np.minimum(behind, joined), 0)
     rest, phase, number = _rests(atoms[met], extra[met], arrival_s - start_s[met])
     rest = np.where(((met >= 0) & (joined >= 0))[:, None], rest, 0.0)
-    return Schedule(record, instance, start_s, end_s, atoms, whole, met, behind, joined, first_token, last, rest, phase,
+    return Schedule(record, instance, start_s, atoms, whole, met, behind, joined, first_token, last, rest, phase,
                     number)
+
+
+def _before(counts: Sequence[int]) -> Int[np.ndarray, " runs"]:
+    """How many there are in the runs before each."""
+    return np.cumsum([0, *counts[:-1]])
 
 
 def _rests(atoms: Float[np.ndarray, "requests 3"], extra: Float[np.ndarray, " requests"],

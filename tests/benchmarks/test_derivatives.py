@@ -14,8 +14,9 @@ pytestmark = [pytest.mark.unoptimised, pytest.mark.slow]
 
 def test_the_suite_reports_every_task(monkeypatch):
     monkeypatch.setattr(Scenario, "named", lambda name: system("dense").with_values({"num_seeds": 2}))
-    monkeypatch.setattr(derivatives, "measured", lambda task, repeats: (task() and 0.5, 0.25))
-    report = derivatives.main(quick=True)
+    monkeypatch.setattr(derivatives, "measured", lambda tasks, repeats: {
+        name: (task() and 0.5, 0.25) for name, task in tasks.items()})
+    report = derivatives.report(quick=True)
     names = [row["name"] for row in report["results"]]
     assert names[:2] == ["plain", "recorded"] and names[-1].startswith("reverse") and len(names) == 3 + len(
         derivatives.FIELDS)

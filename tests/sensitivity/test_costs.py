@@ -207,7 +207,7 @@ def test_other_schedules_are_priced_as_they_were(name, values):
     one = Scenario.named(name).with_values({"num_seeds": 1, "workload.num_requests": 200} | values)
     ((run,),) = recorded.record([one])
     own, lane = schedule.of_run(run), run.result
-    priced = costs.atoms(costs.cost_model(run.made, one).tables, costs.asked_of(run.tape, own.record))
+    priced = costs.atoms(costs.cost_model(run.made, one).tables, costs.asked_of([run.tape], own.record))
     assert np.allclose(np.where(own.whole > 0, priced, 0), np.where(own.whole > 0, own.atoms, 0), rtol=5e-7, atol=1e-12)
     assert np.allclose(own.latencies(own.atoms).e2e, lane.finish_s - lane.arrival_s, rtol=0, atol=1e-7)
     found = attribution.of_runs(one, [run], ["mean_ttft_ms", "mean_e2el_ms"])

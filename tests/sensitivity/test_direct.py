@@ -63,6 +63,24 @@ def test_latencies_are_those_of_the_run(open_run):
         assert np.allclose(getattr(found, name), end_s - lane.arrival_s, rtol=0, atol=1e-7), name
 
 
+def test_several_runs_are_one_behind_the_other(open_run):
+    """Of both latencies are those of each, and derivatives are of the mean: sum of changes to sum of values."""
+    ((other,),) = record([scenario(rate_rps=5.0)])
+    runs, metrics = [open_run, other], ["p99_ttft_ms", "mean_e2el_ms", "duration", "utilisation.most_busy_share"]
+    both, alone = schedule.of_runs(runs), [schedule.of_run(run) for run in runs]
+    assert np.any(alone[1].met < 0) and len(set(both.instance)) == 4
+    for ours, *each in zip(both.latencies(both.atoms), *(own.latencies(own.atoms) for own in alone), strict=True):
+        assert np.allclose(ours, np.concatenate(each), rtol=0, atol=1e-12)
+    found = direct.of_runs(scenario(), runs, FIELDS, metrics)
+    parts = [direct.of_runs(scenario(), [run], FIELDS, metrics) for run in runs]
+    values = [{name: measures(scenario(), run.result)[name].value for name in metrics} for run in runs]
+    assert set(found) == set(parts[0]) | set(parts[1])
+    for name, field in found:
+        change, value = (sum(x) for x in zip(*((part.get((name, field), 0.0) * own[name], own[name])
+                                               for part, own in zip(parts, values, strict=True)), strict=True))
+        assert found[name, field] == pytest.approx(change / value, rel=1e-9, abs=1e-12), (name, field)
+
+
 def test_metrics_are_those_of_the_summary(open_run):
     """By name and value; and the derivative of each by a common factor of all latencies is its own value, which Euler
     says of sums, percentiles and deviations alike."""

@@ -58,7 +58,7 @@ def made_up(rng) -> Schedule:
     first[3:6] = last[3:6] = -1
     last[6:9] = -1
     rest = np.where(((met >= 0) & (joined >= 0))[:, None], rng.random((requests, 3)), 0.0)
-    return Schedule(np.arange(records), np.repeat([0, 1], 40), np.zeros(records), np.zeros(records),
+    return Schedule(np.arange(records), np.repeat([0, 1], 40), np.zeros(records),
                     rng.random((records, 3)), whole, met, np.where(joined >= 0, behind, 0), joined, first, last, rest,
                     np.zeros(requests), np.zeros(requests, int))
 
