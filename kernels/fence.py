@@ -68,7 +68,7 @@ def unpartitioned():
 
 
 POSSIBLE = frozenset("""
-    abs add and argmax argmin atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp clz concatenate
+    abs add add_any and argmax argmin atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp clz concatenate
     convert_element_type copy cos custom_jvp_call custom_vjp_call div dynamic_slice dynamic_update_slice eq exp
     exp2 expm1 floor gather ge gt integer_pow iota is_finite jit le log log1p logistic lt max min mul ne neg not or pad
     pjit population_count pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum rem reshape rev round

@@ -9,8 +9,8 @@ requests wait does not matter, so arrivals only end a run so that each meets the
 
 Chunks beside decodes, and chunks of a pipeline, whose batches overlap, are a step each; so are all where prompts may be
 partly computed side by side, as these are ranked anew for each; where answers bring requests about (sessions, closed
-loops) in which several instances meet; with a tape, which has a row for each, and with control ticks; and on other
-backends than CPU, where a loop inside a step waits for the host.
+loops) in which several instances meet; with a tape, which has a row for each, or tangents; with control ticks; and on
+other backends than CPU, where a loop inside a step waits for the host.
 """
 
 from dataclasses import replace
@@ -51,7 +51,8 @@ def are_possible(context: Context) -> bool:
     """Whether anything of this program has runs: what else may happen between two chunks has to be an arrival."""
     dims, params, _, world, group = context
     return (are_kernels() and group.batching.chunks is not None and dims.max_jump > 1 and dims.num_stages == 1
-            and dims.num_ranks == 1 and dims.num_partial == 1 and not dims.num_records and world.until is None
+            and dims.num_ranks == 1 and dims.num_partial == 1 and not dims.num_records and not dims.num_tangents
+            and world.until is None
             and not (dims.has_moves or dims.has_clients or dims.has_swap or dims.has_encoder or dims.num_segments
                      or dims.num_tenants)
             and not (params.source.answers and dims.num_executors > 1))

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jaxsim.cost.base import AbstractIterationCost, OneOf
 from jaxsim.kernels import clock
@@ -54,6 +54,7 @@ class Params(eqx.Module):
     encoding, encoder: images that others encode, or those that compute the prompts.
     counters: with virtual token counters, what tokens cost every tenant.
     variants: fine-tunes that instances serve in turn, None where all serve the same.
+    tangents: what the floats of the only cost change by, by each of `Dims.num_tangents` fields, which are in front.
     switching: of roles, None where these stay; a step then sees `hand_over`, `encoding` and `group_of` as they are now.
     """
 
@@ -75,6 +76,7 @@ class Params(eqx.Module):
     failures: Failures | None = None
     switching: RoleSwitching | None = None
     variants: Int[Array, ""] | None = None
+    tangents: PyTree | None = None
 
     def __check_init__(self):
         if len({jax.tree.structure(group.batching) for group in self.groups}) != 1:

@@ -18,6 +18,7 @@ from jaxsim.engine import (
     siblings,
     slack,
     swapping,
+    tangents,
     tape,
 )
 from jaxsim.engine.common import MAX_SPAN_S, Context, choose, take
@@ -168,6 +169,11 @@ def note(context: Context, t: Touched) -> tuple[dict[str, Array], Writes]:
         writes |= tape.of_requests(
             t.taped, jnp.where(event.is_arrival, event.request, scratch), jnp.where(is_new, t.candidate, scratch),
             jnp.where(retired.is_any, retired.request, scratch), stamp)
+    if t.moving is not None:
+        writes |= tangents.writes(
+            dims, t.moving, own("tangents"), t.arrived, arriving=jnp.where(event.is_arrival, event.request, scratch),
+            joining=jnp.where(is_new, t.candidate, scratch), logged=logged,
+            leaving=jnp.where(retired.is_any, retired.request, scratch))
     if world.routed is not None:
         writes["routed"] = Put((jnp.where(event.is_arrival, event.request, scratch),), t.rank)
     writes |= {

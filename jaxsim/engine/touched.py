@@ -22,6 +22,7 @@ from jaxsim.engine import (
     siblings,
     slack,
     swapping,
+    tangents,
     tape,
 )
 from jaxsim.engine.ending import Retired
@@ -54,6 +55,9 @@ class Touched(eqx.Module):
     wake: Time
     flying: pipeline.Flights | None
     tenants: fair.Tenants | None = None
+    # With tangents, what its times change by, which `settle` and `price` change; receive: what an arrival moves by.
+    moving: tangents.Tangents | None = None
+    arrived: Time | None = None
 
     # receive: the source's state; the link of the queue that changes (and may again in `fill`); under a sorted queue
     # the arriving request's place and the first place that waits; what an arrival leaves of the jump of several ranks.

@@ -18,8 +18,9 @@ import pandas as pd
 
 from jaxsim._core.errors import InputError, suggest
 from jaxsim.sensitivity import costs, schedule
-from jaxsim.sensitivity.measures import Measure, measures, together
-from jaxsim.sensitivity.recorded import INSTEAD, Recorded, check_ends, record
+from jaxsim.sensitivity.measures import Measure, measures
+from jaxsim.sensitivity.recorded import Recorded, record
+from jaxsim.sensitivity.runs import INSTEAD, check_ends
 from jaxsim.spec.scenario import Scenario
 
 METRICS = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms", "p99_e2el_ms", "energy_j")
@@ -61,15 +62,16 @@ def attribution(scenario: Scenario, metrics: Sequence[str] | None = None) -> Att
 def of_runs(scenario: Scenario, runs: Sequence[Recorded], metrics: Sequence[str] | None = None) -> Attribution:
     """The same of recorded runs."""
     made = runs[0].made
-    check_ends(runs)
+    check_ends([run.result for run in runs])
     model = costs.cost_model(made, scenario)
     check_parameters(model, scenario)
     own = schedule.of_runs(runs)
     wanted = METRICS if metrics is None else metrics
-    known = [measures(scenario, run.result, answers=made.params.source.answers, only=wanted) for run in runs]
+    known = measures(scenario, [run.result for run in runs], answers=made.params.source.answers, only=wanted)
+    sums = {name: one for name, one in known.items() if one.value}
     for name in metrics or ():
-        check_metric(name, known, runs[0], scenario)
-    sums = {name: one for name, one in together(known).items() if one.value}
+        if name not in sums:
+            raise _no_share(name, known, runs, scenario)
     names = [name for name in wanted if name in sums]
     if not names:
         raise InputError("metric", list(wanted), "are 0 or have no value", f"ask for others, or {INSTEAD}")
@@ -99,15 +101,15 @@ def check_parameters(model: costs.CostModel, scenario: Scenario) -> None:
                          "use 'roofline' or 'fitted', or ask for the direct derivative by single fields")
 
 
-def check_metric(name: str, known: Sequence[dict[str, Measure]], run: Recorded, scenario: Scenario) -> None:
-    """Raises `InputError` for a metric that is no sum of times, or of whose value no share can be taken."""
-    count = sum(name not in one for one in known)
-    if 0 < count < len(known):
-        raise InputError("metric", name, f"has no value in {count} of {len(known)} runs",
-                         f"ask for another, or {INSTEAD}")
-    if not count and not sum(one[name].value for one in known):
-        raise InputError("metric", name, "is 0, of which there are no shares", f"ask for another, or {INSTEAD}")
-    if count:
-        every = measures(scenario, run.result, answers=run.made.params.source.answers)
-        raise InputError("metric", name, "is no sum of times of this run",
-                         suggest(name, every, f"choose from {', '.join(every)}; or {INSTEAD}"))
+def _no_share(name: str, known: dict[str, Measure], runs: Sequence[Recorded], scenario: Scenario) -> InputError:
+    """Why a metric has no shares: it is 0, a run has no value of it, or it is no sum of times."""
+    if name in known:
+        return InputError("metric", name, "is 0, of which there are no shares", f"ask for another, or {INSTEAD}")
+    answers = runs[0].made.params.source.answers
+    each = [measures(scenario, [run.result], answers=answers) for run in runs]
+    count = sum(name not in one for one in each)
+    if 0 < count < len(runs):
+        return InputError("metric", name, f"has no value in {count} of {len(runs)} runs",
+                          f"ask for another, or {INSTEAD}")
+    return InputError("metric", name, "is no sum of times of this run",
+                      suggest(name, each[0], f"choose from {', '.join(each[0])}; or {INSTEAD}"))

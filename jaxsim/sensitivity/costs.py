@@ -115,10 +115,11 @@ def cost_model(made: Lane, scenario: Scenario) -> CostModel:
     sizes = scheduler.most_tokens(made.dims.num_slots, made.longest), made.dims.num_slots
     with enable_x64(True):
         model = _roofline(made, scenario)
-        paths, values = _leaves(model)
         leaves, structure = jax.tree.flatten(model)
-        tables, jacobian = _known(structure, tuple(leaf.item() for leaf in leaves), *sizes,
-                                  CUDA_GRAPHS[scheduler.cudagraph_mode], scheduler.async_scheduling)
+        numbers = tuple(leaf.item() for leaf in leaves)
+        tables, jacobian = _known(structure, numbers, *sizes, CUDA_GRAPHS[scheduler.cudagraph_mode],
+                                  scheduler.async_scheduling)
+    paths, values = _leaves(structure, numbers)
     index = {path: k for k, path in enumerate(paths)}
     overrides = override_places(model, scenario.cost.overrides)
     # A leaf is called by the name that stands for the fewest.
@@ -149,10 +150,16 @@ def _roofline(made: Lane, scenario: Scenario) -> Roofline:
     return price(scenario, system.scheduler, system.model, system.device, system.plan)
 
 
-def _leaves(model: Roofline) -> tuple[list[tuple[str, ...]], Float[np.ndarray, " parameters"]]:
-    """Paths of the numbers of a roofline, and the numbers."""
-    found = [(tuple(key.name for key in path), float(leaf))
-             for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0] if eqx.is_inexact_array(leaf)]
+def _numbers(model: Roofline) -> Float[np.ndarray, " parameters"]:
+    return np.array([leaf.item() for leaf in jax.tree.leaves(model) if eqx.is_inexact_array(leaf)])
+
+
+def _leaves(structure, numbers: Sequence[float | int]
+            ) -> tuple[list[tuple[str, ...]], Float[np.ndarray, " parameters"]]:
+    """Of the leaves of a roofline the parameters, which are no integers: their paths, and the numbers."""
+    found = [(tuple(key.name for key in path), number)
+             for path, number in jax.tree_util.tree_flatten_with_path(structure.unflatten(numbers))[0]
+             if isinstance(number, float)]
     return [path for path, _ in found], np.array([value for _, value in found])
 
 
@@ -271,7 +278,7 @@ def _difference(model: CostModel, made: Lane, scenario: Scenario, field: str) ->
             ends = [_coefficients(one).ravel() for one, _ in near]
         elif model.names is not None:
             with enable_x64(True):
-                ends = [_leaves(_roofline(_resolved(made, one), one))[1] for one, _ in near]
+                ends = [_numbers(_roofline(_resolved(made, one), one)) for one, _ in near]
         else:
             ends = [eqx.filter(_tables(_resolved(made, one), one), eqx.is_inexact_array) for one, _ in near]
     except InputError:

@@ -11,15 +11,15 @@ arrival is as far into its iteration as it was, however long that takes. A reque
 iteration, so its latency is of records alone. Where an instance rested while a request waited, that time is an
 arrival's and is held fixed too; so is who joined which iteration.
 
-`Schedule.latencies` is that map, `Schedule.transposed` its transpose: both one running sum over records, and no loop
-over requests. Host arrays of float64.
+`Schedule.transposed` is the transpose of that map: one running sum over records, and no loop over requests. Host arrays
+of float64.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from jaxsim.kernels import clock
 from jaxsim.sensitivity.recorded import Recorded
@@ -65,25 +65,6 @@ class Schedule(NamedTuple):
     phase: Float[np.ndarray, " requests"]
     number: Int[np.ndarray, " requests"]
 
-    @property
-    def seconds(self) -> Float[np.ndarray, " records"]:
-        """Of records, as recorded."""
-        return np.sum(self.atoms * self.whole, axis=1)
-
-    def latencies(self, atoms: Float[np.ndarray, "*rows records 3"]) -> Latencies:
-        """Those that such atoms make, pauses of the instance left out; NaN where there is none.
-
-        Linear: of changes of the atoms it gives changes of the latencies.
-        """
-        sums = np.cumsum(np.sum(atoms * self.whole, axis=-1), axis=-1)
-        sums = np.concatenate([np.zeros((*sums.shape[:-1], 1)), sums], axis=-1)
-        rest = np.sum(atoms[..., self.met, :] * self.rest, axis=-1)
-        begin = sums[..., self.behind] - rest
-        first = sums[..., self.first_token] + atoms[..., self.first_token, FIRST]
-        return Latencies(*(np.where(is_there, end - begin, np.nan) for is_there, end in (
-            (self.has_joined, sums[..., self.joined]), (self.has_joined & (self.first_token >= 0), first),
-            (self.has_joined & (self.last >= 0), sums[..., self.last + 1]))))
-
     def transposed(self, weights: Latencies) -> Float[np.ndarray, "rows records 3"]:
         """What the atoms weigh in sums over latencies; weights: of every request in each of these sums, 0 where it has
         no such latency."""
@@ -108,11 +89,6 @@ class Schedule(NamedTuple):
     def busy(self, weights: Float[np.ndarray, "rows instances"]) -> Float[np.ndarray, "rows records 3"]:
         """What the atoms weigh in sums over the seconds that instances have an iteration in flight."""
         return weights[:, self.instance, None] * self.whole
-
-    @property
-    def has_joined(self) -> Bool[np.ndarray, " requests"]:
-        """Requests that some iteration had in it."""
-        return self.joined >= 0
 
 
 def of_run(run: Recorded) -> Schedule:

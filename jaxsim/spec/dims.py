@@ -44,6 +44,7 @@ class Dims:
     num_partial: prompts that may be partly computed side by side; line_window: requests that wait at once where these
     are several, else 0.
     reads_chunks: chunks of a batch that are unlike are priced by their own sizes (`BatchStats.prefill_tiled`).
+    num_tangents: fields by which latencies have derivatives along the run (`jaxsim.engine.tangents`), 0 without.
 
     With roles, many stages and one batch are stages that take a new batch whenever the first of them is free
     (`jaxsim.engine.free_stages`).
@@ -96,6 +97,7 @@ class Dims:
     num_partial: int = 1
     line_window: int = 0
     reads_chunks: bool = False
+    num_tangents: int = 0
 
     def __post_init__(self):
         if self.block_size & (self.block_size - 1) or self.block_size < 1:

@@ -63,11 +63,11 @@ TENANT_FIELDS = 5
 OF_EXECUTOR = ("wake_hi", "wake_lo", "phase", "counts", "clocks")
 OF_RANK = ("outstanding", "slot_entries", "slot_previous", "slot_next", "free_slots", "waiting_set", "resident",
            "references", "log", "newest", "sent_blocks", "window", "copies", "tenants", "slot_ends", "stored",
-           "touches", "touched", "again", "fresh", "line", "line_due")
+           "touches", "touched", "again", "fresh", "line", "line_due", "tangents")
 OF_BATCH = ("residues", "slot_keys")
 """Arrays of `World` by what their first axis counts."""
 
-WHOLE_ROWS = (*OF_EXECUTOR, "residues", "tenants")
+WHOLE_ROWS = (*OF_EXECUTOR, "residues", "tenants", "tangents")
 """Arrays of which a step writes the whole row of the executor, rank or batch it works on."""
 
 
@@ -459,6 +459,10 @@ class World(eqx.Module):
     tape_last: Int[Array, " rows"] | None = None
     tape_first: Int[Array, " rows"] | None = None
     num_recorded: Int[Array, ""] | None = None
+    # Tangents (`jaxsim.engine.tangents`), else None: what the times of every executor change by, fields within columns;
+    # and marks of this (pairs) at what happens to requests, one kind behind the other.
+    tangents: Float[Array, "ranks columns"] | None = None
+    tangent_marks: Float[Array, "marks columns"] | None = None
     # Prefix caching, else None: of every segment (then the null one, then two tails a request) the blocks in memory,
     # its newest entry in the log of releases; of segments, who holds them; (blocks of the path that a request shares,
     # keyed blocks behind it), and tokens it found at first.
@@ -708,6 +712,9 @@ def initial_world(dims: Dims, source: PyTree = (), due: Float[Array, "due_rows 3
                     tape_ends=floats(records, 4), num_recorded=ints())
         tape |= {name: ints(rows, value=-1) for name in ("tape_met", "tape_joined", "tape_last")}
         tape |= dict(tape_first=ints(rows + dims.num_more_logs, value=-1))
+    if dims.num_tangents:
+        marks = 4 * (rows + dims.num_more_logs)
+        tape |= dict(tangents=floats(ranks, 5 * dims.num_tangents), tangent_marks=floats(marks, 2 * dims.num_tangents))
     if dims.num_tenants:
         cached["tenants"] = ints(ranks, TENANT_FIELDS * dims.num_tenants + 1)
     if dims.slack_window:

@@ -120,7 +120,7 @@ def large_shapes(dims, lanes: int) -> tuple[set[tuple[int, ...]], set[tuple[int,
             return
         axes = annotation.dim_str.split()
         shape = tuple(sorted((lanes, *shaped.shape)))
-        (large if {"rows", "slot_width", "items", "segments", "entries"} & set(axes) else small).add(shape)
+        (large if {"rows", "slot_width", "items", "segments", "entries", "marks"} & set(axes) else small).add(shape)
 
     look(World, jax.eval_shape(lambda: c.w.initial_world(dims)))
     return large, small

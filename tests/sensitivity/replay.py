@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxsim.sensitivity.schedule import FIRST, Latencies, Schedule
+
 GRID_S = 2.0**-28
 
 
@@ -92,3 +94,16 @@ def play(tape, arrival_s, base, changed) -> Played:
     busy = np.array([sum(float(changed[one.kind] @ one.amounts) for _, _, one in chains[instance])
                      for instance in sorted(chains)])
     return Played(*times, busy, cases)
+
+
+def latencies(own: Schedule, atoms: np.ndarray) -> Latencies:
+    """Those that atoms (..., records, 3) make at a schedule, as its text says, without pauses; NaN where there is none.
+
+    Linear: of changes of the atoms it gives changes of the latencies. `Schedule.transposed` is its transpose.
+    """
+    sums = np.cumsum(np.sum(atoms * own.whole, axis=-1), axis=-1)
+    sums = np.concatenate([np.zeros((*sums.shape[:-1], 1)), sums], axis=-1)
+    begin = sums[..., own.behind] - np.sum(atoms[..., own.met, :] * own.rest, axis=-1)
+    first, has_joined = sums[..., own.first_token] + atoms[..., own.first_token, FIRST], own.joined >= 0
+    return Latencies(*(np.where(has_joined & is_there, end - begin, np.nan) for is_there, end in (
+        (True, sums[..., own.joined]), (own.first_token >= 0, first), (own.last >= 0, sums[..., own.last + 1]))))

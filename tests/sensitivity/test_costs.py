@@ -20,6 +20,7 @@ from jaxsim.sensitivity.measures import measures
 from jaxsim.spec.device import load_device
 from jaxsim.spec.model import load_model
 from tests.engine.test_hybrid_scenarios import scenario as hybrid
+from tests.sensitivity.replay import latencies
 
 pytestmark = pytest.mark.unoptimised
 
@@ -49,8 +50,8 @@ def test_tables_of_a_roofline_have_the_derivatives_of_differences():
     rng = np.random.default_rng(3)
     with enable_x64(True):
         model = roofline(load_model("llama-3.1-8b"), load_device("h100"))
-        paths, values = costs._leaves(model)
         leaves, structure = jax.tree.flatten(model)
+        paths, values = costs._leaves(structure, [leaf.item() for leaf in leaves])
         _, jacobian = costs._tabulated(model, *SIZES)
 
         def tables(changed):
@@ -147,9 +148,9 @@ def test_real_costs_forward_reverse_and_total(name):
     assert np.allclose(reverse.by_resource.sum(axis=1), 1.0, rtol=0, atol=2e-5)
     fields = {f"cost.overrides.{name}": name for name in reverse.by_parameter if "." not in name}
     assert "cost.overrides.link_bytes_per_s" in fields
-    forward = direct.of_runs(one, runs, list(fields), list(reverse.by_parameter.index))
+    forward = direct.direct([one], list(fields), list(reverse.by_parameter.index))
     compared = 0
-    for (metric, field), value in forward.items():
+    for (_, metric, field), value in forward.items():
         compared += abs(value) > 1e-3
         assert value == pytest.approx(float(reverse.by_parameter.loc[metric, fields[field]]), rel=1e-5, abs=1e-9)
     assert compared > 15
@@ -163,7 +164,7 @@ def test_real_costs_forward_reverse_and_total(name):
     runs = recorded.record(sides)
     for k, field in enumerate(fields):
         for metric in metrics:
-            above, below = (np.mean([measures(batch, run.result)[metric].value for run in side])
+            above, below = (np.mean([measures(batch, [run.result])[metric].value for run in side])
                             for side in runs[2 * k:2 * k + 2])
             total = np.log(above / below) / np.log((1 + step) / (1 - step))
             ours = found.get((0, metric, field), 0.0)
@@ -189,7 +190,7 @@ def test_costs_without_parameters_have_differences_of_tables():
     assert {name for *_, name in found} == {field}
     runs = recorded.record([batch.with_values({field: bandwidth * (1 + sign * step)}) for sign in (1, -1)])
     for metric in metrics:
-        above, below = (measures(batch, side[0].result)[metric].value for side in runs)
+        above, below = (measures(batch, [side[0].result])[metric].value for side in runs)
         total = np.log(above / below) / np.log((1 + step) / (1 - step))
         assert abs(total) > 3e-4 and found[0, metric, field] == pytest.approx(total, rel=2e-2)
     with pytest.raises(InputError, match="has tables, and no parameters"):
@@ -209,12 +210,17 @@ def test_other_schedules_are_priced_as_they_were(name, values):
     own, lane = schedule.of_run(run), run.result
     priced = costs.atoms(costs.cost_model(run.made, one).tables, costs.asked_of([run.tape], own.record))
     assert np.allclose(np.where(own.whole > 0, priced, 0), np.where(own.whole > 0, own.atoms, 0), rtol=5e-7, atol=1e-12)
-    assert np.allclose(own.latencies(own.atoms).e2e, lane.finish_s - lane.arrival_s, rtol=0, atol=1e-7)
+    assert np.allclose(latencies(own, own.atoms).e2e, lane.finish_s - lane.arrival_s, rtol=0, atol=1e-7)
     found = attribution.of_runs(one, [run], ["mean_ttft_ms", "mean_e2el_ms"])
     assert np.allclose(found.by_resource.sum(axis=1), 1, rtol=0, atol=2e-5)
+    names = ["gemm_read_efficiency", "peak_flops", "host_step_s"]
+    forward = direct.direct([one], [f"cost.overrides.{name}" for name in names], ["mean_ttft_ms", "mean_e2el_ms"])
+    assert len(forward) == 6 and all(
+        value == pytest.approx(found.by_parameter.loc[metric, field.split(".")[-1]], rel=1e-5, abs=1e-8)
+        for (_, metric, field), value in forward.items())
     paths = critical_paths(one, run)
     assert paths.table("e2e").to_numpy().sum() == pytest.approx(paths.latency_s["e2e"].mean(), rel=1e-12)
     is_open = not run.made.params.source.answers
-    assert ("duration" in measures(one, lane, answers=not is_open)) == is_open
+    assert ("duration" in measures(one, [lane], answers=not is_open)) == is_open
     if name == "conversations":
         assert run.tape.stats.decode_shared.max() > 1000 and lane.cached_tokens.sum() > 1000

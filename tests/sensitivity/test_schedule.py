@@ -5,6 +5,7 @@ import pytest
 
 from jaxsim.sensitivity import schedule
 from jaxsim.sensitivity.schedule import Latencies, Schedule
+from tests.sensitivity.replay import latencies
 
 
 def remaining(atoms, extra, passed_s):
@@ -69,11 +70,11 @@ def test_reverse_is_the_transpose_of_forward(seed):
     rng = np.random.default_rng(seed)
     own = made_up(rng)
     changes = rng.normal(size=(4, 80, 3))
-    there = own.latencies(own.atoms)
+    there = latencies(own, own.atoms)
     assert [int(np.isnan(x).sum()) for x in there] == [3, 6, 9]
     weights = Latencies(*(np.where(np.isnan(x), 0.0, rng.normal(size=(5, 60)) * (rng.random((5, 60)) < 0.7))
                           for x in there))
-    forward = sum(np.nan_to_num(found) @ w.T for found, w in zip(own.latencies(changes), weights, strict=True))
+    forward = sum(np.nan_to_num(found) @ w.T for found, w in zip(latencies(own, changes), weights, strict=True))
     reverse = np.einsum("irk,jrk->ij", changes, own.transposed(weights))
     assert np.allclose(forward, reverse, rtol=1e-10, atol=1e-10)
     assert np.abs(forward).min() > 1e-3
@@ -83,4 +84,5 @@ def test_time_at_work_is_the_sum_of_records():
     own = made_up(np.random.default_rng(7))
     weights = own.busy(np.eye(2))
     for instance in range(2):
-        assert (weights[instance] * own.atoms).sum() == pytest.approx(own.seconds[own.instance == instance].sum())
+        seconds = (own.atoms * own.whole)[own.instance == instance]
+        assert (weights[instance] * own.atoms).sum() == pytest.approx(seconds.sum())

@@ -19,6 +19,7 @@ from jaxsim.engine import (
     role_switching,
     slack,
     swapping,
+    tangents,
 )
 from jaxsim.engine.common import Context, blocks_for, choose, take
 from jaxsim.engine.touched import Touched
@@ -53,7 +54,8 @@ def look(context: Context, _) -> Touched:
         w.count_rows(dims).one(count_row, event.rank, event.batch),
         w.clock_rows(dims).one(clock_row, event.rank, event.batch),
         take(world.residues, batch), take(world.phase, e), Time(take(world.wake_hi, e), take(world.wake_lo, e)),
-        flying, fair.of_row(take(world.tenants, rank)) if dims.num_tenants else None)
+        flying, fair.of_row(take(world.tenants, rank)) if dims.num_tenants else None,
+        tangents.of_row(dims, take(world.tangents, rank)) if dims.num_tangents else None)
 
 
 def receive(context: Context, t: Touched) -> Touched:
@@ -89,6 +91,8 @@ def receive(context: Context, t: Touched) -> Touched:
     if context.dims.has_clients and rules.async_scheduling:
         # Who has come since the iteration in flight began is then who has since the jump did.
         is_cut = is_running & (counts.batch.extra > 0)
+    if t.moving is not None:
+        t = replace(t, arrived=tangents.at_arrival(t.moving, is_running, event.now, times.batch))
     counts = replace(counts, rank=replace(counts.rank, queue=queue))
     if context.dims.has_demands:
         tokens = take(requests.table, arriving)[PROMPT]

@@ -15,6 +15,7 @@ from jaxsim.engine import (
     migration,
     prefix,
     swapping,
+    tangents,
     tape,
 )
 from jaxsim.engine.common import Context, take
@@ -36,7 +37,9 @@ def settle(context: Context, t: Touched) -> Touched:
         is_running = t.event.is_arrival & (t.phase == w.ENDING)
         taped = tape.known(context.dims, t.event.is_ending, is_running, t.counts)
     tenants = None if t.tenants is None else fair.settle(context, t)
-    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights, taped=taped, tenants=tenants)
+    moving = None if t.moving is None else tangents.settle(t.moving, t.event.is_ending, t.counts.batch)
+    return replace(t, counts=counts, times=times, itl_s=itl_s, itl_weights=itl_weights, taped=taped, tenants=tenants,
+                   moving=moving)
 
 
 def retire(context: Context, t: Touched) -> Touched:

@@ -19,6 +19,7 @@ from jaxsim.engine import (
     pipeline,
     remote_store,
     swapping,
+    tangents,
 )
 from jaxsim.engine.common import Context, has
 from jaxsim.engine.touched import Touched
@@ -67,8 +68,12 @@ def price(context: Context, t: Touched) -> Touched:
     priced = passes.price(context.dims, context.group, t.counts, t.times, longest, decoding)
     if context.dims.has_encoder:
         priced = priced[0] + parts.encoding_s(context, t.event, t.counts), priced[1]
-    return replace(t, counts=counts, longest=longest, is_starting=is_formed & has_batch, is_idle=is_idle,
-                   is_stuck=is_stuck, is_resting=is_resting, price=priced)
+    moving, is_starting = t.moving, is_formed & has_batch
+    if moving is not None:
+        moving = tangents.launch(context, moving, is_starting, lambda group: passes.price(
+            context.dims, group, t.counts, t.times, longest))
+    return replace(t, counts=counts, longest=longest, is_starting=is_starting, is_idle=is_idle, is_stuck=is_stuck,
+                   is_resting=is_resting, price=priced, moving=moving)
 
 
 def launch(context: Context, t: Touched) -> Touched:
