@@ -9,9 +9,9 @@
 
     jax.jit(jax.vmap(mean_ttft_s))(jnp.array([16, 64, 256]))
 
-Under `vmap` scenarios become lanes of one loop, also under `jvp` and `jax.jacfwd`. Forward-mode derivatives are those
-at a fixed schedule of arrivals and their compensating jumps are lost: where requests arrive over time they do not say
-what a change of cost would do. `simulate_recorded` keeps the schedule itself, and reverse mode works on that:
+Under `vmap` scenarios become lanes of one loop, also under `jvp` and `jax.jacfwd`. Forward mode gives the derivative at
+a fixed schedule (`jaxsim.engine.forward`), by costs alone: what latencies change by while every iteration does what it
+did. `simulate_recorded` keeps the schedule itself, and reverse mode works on that:
 
     world, tape = functional.simulate_recorded(dims, params, requests)
     jax.grad(lambda params: functional.record_seconds(dims, params, tape).sum(), allow_int=True)(params)
@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsim._core.errors import InputError
 from jaxsim._core.precision import enable_x64
-from jaxsim.engine import loop, lower, tape
+from jaxsim.engine import forward, loop, lower, tape
 from jaxsim.engine.common import Params
 from jaxsim.engine.simulate import RECORDS_A_REQUEST, prepare
 from jaxsim.engine.tape import Tape
@@ -82,8 +82,11 @@ def simulate(dims: Dims, params: Params, requests: Requests) -> World:
 
     The world at the end: `latencies` reads it. `world.fault` is 0, or has the bits of what stopped it
     (`jaxsim.engine.outcomes.FAULTS` says what they mean); requests that it left without an end have NaN.
+
+    Forward mode is at a fixed schedule, by the costs of `params`, of what `latencies` reads; by other numbers it raises
+    `ValueError`.
     """
-    return in_lanes(loop.run, dims, (params, requests))
+    return in_lanes(forward.simulated, dims, (params, requests), forward.along)
 
 
 def simulate_recorded(dims: Dims, params: Params, requests: Requests, num_records: int | None = None
@@ -96,18 +99,7 @@ def simulate_recorded(dims: Dims, params: Params, requests: Requests, num_record
     constant: what is to be differentiated, forward or reverse, is what a function like `record_seconds` makes of it and
     of the costs.
     """
-    if dims.num_stages > 1:
-        raise ValueError(f"num_stages = {dims.num_stages}: iterations overlap, and a tape is of one after the other")
-    if dims.has_kv_parallel:
-        raise ValueError("has_kv_parallel: what groups merge is not on the tape")
-    if dims.has_moves:
-        raise ValueError("has_roles, has_migration: a tape does not follow a request from one executor to another")
-    if dims.has_swap:
-        raise ValueError("swap_window: a tape does not say what an iteration copies")
-    if dims.has_encoder:
-        raise ValueError("has_encoder: a tape does not say which images an iteration encodes")
-    if dims.has_loads:
-        raise ValueError("has_offload, has_reuse, has_remote: a tape does not say what an iteration loads")
+    forward.check(dims)
     size = num_records or dims.num_records
     dims = replace(dims, num_records=size or dims.num_ranks * (RECORDS_A_REQUEST * dims.num_requests + 1000))
     params, requests = jax.lax.stop_gradient((params, requests))
@@ -118,14 +110,15 @@ def simulate_recorded(dims: Dims, params: Params, requests: Requests, num_record
 record_seconds = tape.seconds
 
 
-def in_lanes(run: Callable[..., PyTree], dims: Dims, inputs: tuple) -> PyTree:
+def in_lanes(run: Callable[..., PyTree], dims: Dims, inputs: tuple, along: Callable | None = None) -> PyTree:
     """`run(dims, *inputs)`, a loop over a batch, for one scenario; under the caller's `vmap` its scenarios are lanes.
 
-    A loop under `vmap` would select over the whole state in each iteration.
+    A loop under `vmap` would select over the whole state in each iteration. along: what forward mode is, as
+    `forward.along`; without, inputs are to have no tangents.
     """
     # As a flat list: JAX's rule for `vmap` of `jvp` trips over structures with None in them.
     leaves, structure = jax.tree.flatten(jax.tree.map(_narrow, inputs))
-    return _entry(run, dims, structure)(*leaves)
+    return _entry(run, along, dims, structure)(*leaves)
 
 
 def in_32_bits() -> AbstractContextManager:
@@ -140,23 +133,17 @@ def _narrow(x):
 
 
 @functools.lru_cache(maxsize=64)
-def _entry(batched, dims: Dims, structure):
-    def run(leaves):
+def _entry(batched, along, dims: Dims, structure):
+    def run(leaves, _):
         with in_32_bits():
-            return batched(dims, *structure.unflatten(leaves))
+            return batched(dims, *structure.unflatten(leaves)), ()
 
     def pushed(leaves, tangents):
         """Results, and tangents of those that are no integers. tangents: of leaves that have one, by their place."""
-        def of_floats(given):
-            result = run([given.get(place, leaf) for place, leaf in enumerate(leaves)])
-            return eqx.filter(result, eqx.is_inexact_array), result
-
         with in_32_bits():
-            _, slopes, result = jax.jvp(of_floats, ({place: leaves[place] for place in tangents},), (tangents,),
-                                        has_aux=True)
-        return result, slopes
+            return along(dims, structure, leaves, tangents)
 
-    plain, forward = _of_one(lambda leaves, _: (run(leaves), ())), _of_one(pushed)
+    plain, forward = _of_one(run), _of_one(pushed)
 
     # JAX's own rule puts the axis twice on a tangent that has it where an integer has it too.
     @jax.custom_jvp
@@ -225,6 +212,8 @@ def latencies(dims: Dims, params: Params, requests: Requests, world: World) -> L
     rows = slice(0, dims.num_requests)
     log_row, _ = world.placed[rows].T
     arrival = params.source.arrivals(params.source.prepare(requests), world.due)[rows]
+    if world.arrival_moves is not None:
+        arrival = arrival.at[:, 1:].add(world.arrival_moves[rows])
     finish = world.finished[rows]
     first_token = world.first_tokens[jnp.maximum(log_row, 0)]
     is_real = jnp.arange(dims.num_requests) < requests.count

@@ -188,8 +188,15 @@ def advance(dims: Dims, params: Params, requests: Requests, world: World) -> Wor
 @partial(jax.jit, static_argnums=0)
 def run(dims: Dims, params: Params, requests: Requests) -> World:
     """Simulate a batch of scenarios; every leaf of `params` and `requests` has a leading axis of scenarios."""
+    params, requests = as_arguments((params, requests))
     requests = prepared(params, requests)
     return advance(dims, params, requests, jax.vmap(partial(start, dims))(params, requests))
+
+
+def as_arguments(inputs: T) -> T:
+    """What a caller's program may have as constants, as if it were given: XLA on CPU aborts on a kernel that reads a
+    large constant (seen with jaxlib 0.10.1)."""
+    return lax.optimization_barrier(inputs)
 
 
 def run_on_one_device(dims: Dims, params: Params, requests: Requests) -> World:
@@ -206,6 +213,7 @@ def _run_unpartitioned(dims: Dims, params: Params, requests: Requests) -> World:
 @partial(jax.jit, static_argnums=0)
 def run_until(dims: Dims, params: Params, requests: Requests, world: World) -> World:
     """The same from a world on, until the `until` of each; `world` as `start` with `is_stepped` or this left it."""
+    params, requests = as_arguments((params, requests))
     return advance(dims, params, prepared(params, requests), world)
 
 

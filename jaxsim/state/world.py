@@ -463,6 +463,8 @@ class World(eqx.Module):
     # and marks of this (pairs) at what happens to requests, one kind behind the other.
     tangents: Float[Array, "ranks columns"] | None = None
     tangent_marks: Float[Array, "marks columns"] | None = None
+    # Zeros, whose derivative (hi, lo) is what arrivals move by (`jaxsim.engine.forward`), else None.
+    arrival_moves: Float[Array, "rows 2"] | None = None
     # Prefix caching, else None: of every segment (then the null one, then two tails a request) the blocks in memory,
     # its newest entry in the log of releases; of segments, who holds them; (blocks of the path that a request shares,
     # keyed blocks behind it), and tokens it found at first.

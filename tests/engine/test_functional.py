@@ -1,5 +1,6 @@
 """The pure functions inside other people's transformations."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -101,13 +102,72 @@ def test_forward_mode_where_all_arrive_at_once():
     assert np.allclose(lanes[:, :, 0] * at[:, :1], lanes[:, :, 1] * at[:, 1:], rtol=1e-4)
 
 
+def test_forward_mode_is_at_a_fixed_schedule(made):
+    """Requests arrive over time: with all costs a share longer every latency is so much longer, and no more, as the
+    path of a run would have it; alone, over lanes and over directions."""
+    dims, params, requests = made
+
+    def times(factors):
+        changed = slower(params, factors[0] * factors[1])
+        world = functional.simulate(dims, changed, requests)
+        met = functional.latencies(dims, changed, requests, world)
+        return jnp.stack([met.queue_s, met.ttft_s, met.e2e_s]), busy_s(dims, world)
+
+    at = jnp.array([1.0, 1.0])
+    (seconds, busy), (moved, more) = jax.jit(lambda x: jax.jvp(times, (x,), (jnp.array([1.0, 0.0]),)))(at)
+    assert np.all(seconds[2] > 0) and seconds[0].max() > 0.005
+    assert np.allclose(moved, seconds, rtol=1e-5, atol=1e-6) and np.allclose(more, busy, rtol=1e-5)
+    lanes, _ = jax.jit(jax.vmap(jax.jacfwd(times)))(jnp.stack([at, jnp.array([2.0, 1.0])]))
+    assert np.allclose(lanes[0], np.stack([seconds, seconds], -1), rtol=1e-5, atol=1e-6)
+    assert np.allclose(lanes[1][..., 1], 2 * lanes[1][..., 0], rtol=1e-5, atol=1e-6)
+
+
+def test_forward_mode_by_other_numbers_is_refused(made):
+    dims, params, requests = made
+
+    def ends(given, stretch):
+        there = eqx.tree_at(lambda r: r.arrival, given, given.arrival * stretch)
+        return functional.simulate(dims, params, there).finished
+
+    with pytest.raises(ValueError, match=r"requests.arrival: only costs .* total derivative"):
+        jax.jvp(lambda x: ends(requests, x), (1.0,), (1.0,))
+
+    def many(stages, factor):
+        sizes = dataclasses.replace(dims, num_batches=stages, num_stages=stages)
+        return functional.simulate(sizes, slower(params, factor), requests).finished
+
+    with pytest.raises(ValueError, match="num_stages = 2: iterations overlap"):
+        jax.jvp(lambda x: many(2, x), (1.0,), (1.0,))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about kernels on CPU")
+def test_numbers_of_lanes_may_be_constants_of_a_program():
+    """XLA on CPU aborts on a kernel that reads large constants, and the process with it."""
+    one = Scenario.from_dict({
+        "schema_version": 1, "model": {"name": "llama-3.1-8b"}, "device": {"name": "h100"},
+        "engine": {"max_num_seqs": 8, "max_model_len": 1024},
+        "workload": {"kind": "poisson", "rate_rps": 4.0, "num_requests": 12, "input": 100, "output": 20}})
+    dims, *numbers = functional.inputs(one)
+    numbers = jax.tree.map(lambda x: jnp.stack([x] * 8), numbers)
+    found = jax.jit(lambda: jax.vmap(lambda *lane: functional.simulate(dims, *lane).num_finished)(*numbers))()
+    assert np.array_equal(found, np.full(8, 12))
+
+
 def test_integers_and_tangents_may_have_one_axis():
     """Lanes that differ in a whole number and in the direction of the derivative: one value a lane. No engine."""
     def batched(_, count, seconds, table):
         return {"end": seconds**2 * count + table.sum(-1), "count": count + 1}
 
+    def along(dims, structure, leaves, given):
+        def of_floats(moved):
+            result = batched(dims, *structure.unflatten([moved.get(at, leaf) for at, leaf in enumerate(leaves)]))
+            return eqx.filter(result, eqx.is_inexact_array), result
+
+        _, slopes, result = jax.jvp(of_floats, ({at: leaves[at] for at in given},), (given,), has_aux=True)
+        return result, slopes
+
     def end(count, seconds):
-        return functional.in_lanes(batched, None, (count, seconds, jnp.arange(3.0)))["end"]
+        return functional.in_lanes(batched, None, (count, seconds, jnp.arange(3.0)), along)["end"]
 
     def slope(count, seconds, direction):
         return jax.jvp(lambda x: end(count, x), (seconds,), (direction,))[1]
@@ -204,9 +264,9 @@ def test_requests_point_at_their_records(made, recorded):
         assert np.array_equal(mine.instance[mine.previous[contiguous]], mine.instance[contiguous])
 
 
-def test_reverse_mode_over_the_tape_is_forward_mode_of_the_loop(made, recorded):
-    """Total busy time, and the end of the last record, by the coefficients of the cost: a scan over the tape chains the
-    records, everything else is at the recorded schedule."""
+def test_reverse_mode_over_the_tape_is_forward_mode(made, recorded):
+    """Total busy time, and seconds from first iterations to ends, by the coefficients of the cost: a scan over the tape
+    chains the records, everything else is at the recorded schedule."""
     dims, params, requests = made
     at = params.groups[0].cost.coefficients
 
@@ -214,8 +274,10 @@ def test_reverse_mode_over_the_tape_is_forward_mode_of_the_loop(made, recorded):
         return eqx.tree_at(lambda p: p.groups[0].cost.coefficients, params, coefficients)
 
     def by_loop(coefficients):
-        world = functional.simulate(dims, priced(coefficients), requests)
-        return jnp.stack([busy_s(dims, world), jnp.max(world.finished[:24, 1])])
+        changed = priced(coefficients)
+        world = functional.simulate(dims, changed, requests)
+        met = functional.latencies(dims, changed, requests, world)
+        return jnp.stack([busy_s(dims, world), jnp.nansum(met.e2e_s - met.queue_s)])
 
     def by_tape(coefficients, tape=None):
         changed = priced(coefficients)
@@ -226,16 +288,16 @@ def test_reverse_mode_over_the_tape_is_forward_mode_of_the_loop(made, recorded):
         def start(ends, record):
             index, start_s, own_s, previous, is_contiguous = record
             begin = jnp.where(is_contiguous, ends[previous], start_s)
-            return ends.at[index].set(begin + own_s), None
+            return ends.at[index].set(begin + own_s), begin
 
         start_s = tape.start[:, 1] + tape.start[:, 2]
         records = jnp.arange(ROWS), start_s, seconds, tape.previous, tape.is_contiguous
-        ends, _ = jax.lax.scan(start, jnp.zeros(ROWS), records)
-        return jnp.stack([seconds.sum(), jnp.max(jnp.where(tape.iterations > 0, ends, 0.0))])
+        ends, begins = jax.lax.scan(start, jnp.zeros(ROWS), records)
+        return jnp.stack([seconds.sum(), jnp.sum(ends[tape.last[:24]] - begins[tape.joined[:24]])])
 
     forward = jax.jit(jax.jacfwd(by_loop))(at)
     reverse = jax.jit(jax.jacrev(by_tape))(at)
-    assert np.count_nonzero(forward[0]) > 8
+    assert np.count_nonzero(forward[0]) > 8 and np.count_nonzero(forward[1]) > 8
     assert np.allclose(reverse, forward, rtol=1e-4)
     schedule = jax.tree.map(lambda x: x[0], recorded[1])
     assert np.allclose(jax.jit(jax.jacfwd(by_tape))(at, schedule), forward, rtol=1e-4)
