@@ -333,17 +333,6 @@ def _reverse(floats, rest, asked, cotangents):
     return jax.vmap(lambda cotangent: pull(cotangent)[0])(cotangents)
 
 
-@eqx.filter_jit
-def _priced(cost, asked):
-    return _atoms(cost, asked)
-
-
-def atoms(cost: AbstractIterationCost, asked: tuple[BatchStats, Following]) -> Float[np.ndarray, "records 3"]:
-    """First, pace and growth of records, priced again."""
-    with enable_x64(True):
-        return np.asarray(_priced(jax.tree.map(jnp.asarray, cost), asked))
-
-
 def forward(cost: AbstractIterationCost, asked: tuple[BatchStats, Following], tangents: PyTree
             ) -> Float[np.ndarray, "rows records 3"]:
     """What the atoms of records change by, for changes of the tables, rows in front: forward mode, all at once."""

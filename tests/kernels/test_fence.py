@@ -117,6 +117,7 @@ SAMPLES = {
     "dynamic_slice": lambda x, k: lax.dynamic_slice(x, (k[0] & 7,), (4,)),
     "dynamic_update_slice": lambda x, k: lax.dynamic_update_slice(x, x[:3] * 2, (k[0] & 7,)),
     "gather": lambda x, k: x[k & 15],
+    "add_any": lambda x, k: jax.jvp(lambda y: y * y, (x,), (x,))[1],
     "integer_pow": lambda x, k: x**3,
     "is_finite": lambda x, k: jnp.isfinite(1 / x),
     "pad": lambda x, k: jnp.pad(x, 2),

@@ -44,6 +44,12 @@ def asked(rng, count=60, most_sequences=12, most_tokens=400):
     return jax.device_get((stats, then))
 
 
+def priced_again(cost, questions):
+    """First, pace and growth of records."""
+    with enable_x64(True):
+        return np.asarray(jax.jit(costs._atoms)(jax.tree.map(jnp.asarray, cost), questions))
+
+
 @pytest.mark.slow
 def test_tables_of_a_roofline_have_the_derivatives_of_differences():
     """Every parameter at once, in random directions, and those that matter one by one; then their resources."""
@@ -127,7 +133,7 @@ def test_resources_are_all_of_an_iteration(name):
     made = prepare(0, one, record_steps=True)[0]
     model = costs.cost_model(made, one)
     questions = asked(np.random.default_rng(5))
-    seconds = costs.atoms(model.tables, questions)
+    seconds = priced_again(model.tables, questions)
     parts = costs.forward(model.tables, questions, model.tangents(model.directions()))
     assert np.isfinite(parts).all()
     # Two classes of layers; where one has none, the root in `chunk_seconds` is a nanosecond and not nothing.
@@ -208,7 +214,7 @@ def test_other_schedules_are_priced_as_they_were(name, values):
     one = Scenario.named(name).with_values({"num_seeds": 1, "workload.num_requests": 200} | values)
     ((run,),) = recorded.record([one])
     own, lane = schedule.of_run(run), run.result
-    priced = costs.atoms(costs.cost_model(run.made, one).tables, costs.asked_of([run.tape], own.record))
+    priced = priced_again(costs.cost_model(run.made, one).tables, costs.asked_of([run.tape], own.record))
     assert np.allclose(np.where(own.whole > 0, priced, 0), np.where(own.whole > 0, own.atoms, 0), rtol=5e-7, atol=1e-12)
     assert np.allclose(latencies(own, own.atoms).e2e, lane.finish_s - lane.arrival_s, rtol=0, atol=1e-7)
     found = attribution.of_runs(one, [run], ["mean_ttft_ms", "mean_e2el_ms"])
